@@ -1,0 +1,379 @@
+"""What is a trial, and what is a study? Frozen, typed, serialisable values; every default of fintx stands here.
+
+A `TrialConfig` holds everything a trial's result depends on. A `StudySpec` is a whole sweep file, resolved. Neither
+reads files, the environment or the clock: `sweepfile.load` makes a StudySpec, `study.space` makes TrialConfigs of it.
+"""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import json
+import math
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+PositiveInt = Annotated[int, Field(ge=1)]
+Fraction = Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Seed = Annotated[int, Field(ge=0, lt=2**31)]
+Symbol = Annotated[str, Field(pattern=r"^[A-Za-z0-9^][A-Za-z0-9^._=-]{0,31}$")]
+
+_SUFFIXES = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9}
+
+
+def parse_parameters(value: Any) -> Any:
+    """'200M' → 200_000_000; an int passes. Suffixes K, M, B; anything else is left for the type check to refuse."""
+    if not isinstance(value, str):
+        return value
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([KMB]?)", value.strip().upper())
+    if match is None:
+        raise ValueError('write a count like "200M", "1.5B" or 2000000')
+    return round(float(match[1]) * _SUFFIXES[match[2]])
+
+
+def _as_list(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+class _Config(BaseModel):
+    """Strict, frozen, and closed: a wrong type, an edit or an unknown key is an error."""
+
+    model_config = ConfigDict(strict=True, frozen=True, extra="forbid", validate_default=True)
+
+
+class DataConfig(_Config):
+    """Which bars, and which inputs are made of them."""
+
+    assets: Annotated[tuple[Symbol, ...], Field(min_length=1)] = ("SPX",)
+    """Symbols to predict, one or a panel. SPX is embedded; others come from `fintx data import|yahoo`."""
+    context: tuple[Symbol, ...] = ()
+    """Symbols whose series every asset sees as extra inputs, such as VIX. They are never predicted."""
+    features: Annotated[tuple[str, ...], Field(min_length=1), BeforeValidator(_as_list)] = ("stationary",)
+    """In order: names of features or of sets (stationary, a20, a25, vix8). A resolved config holds features alone."""
+    scaling: Literal["standardize", "none"] = "standardize"
+    """standardize: subtract the mean and divide by the SD of the asset's training rows. none: leave as they are."""
+    start: datetime.date | None = None
+    """First date used, inclusive; none: all there is."""
+    end: datetime.date | None = None
+    """Last date used, inclusive; none: all there is."""
+    versions: dict[str, str] = {}
+    """Symbol → sha256 of its raw snapshot; filled when a study starts, so that it keeps its data for life."""
+
+
+class TaskConfig(_Config):
+    """The question asked of the future. `horizon` lives here and nowhere else."""
+
+    kind: Literal["threshold", "direction", "regression"]
+    """threshold: does the price reach (1 + threshold) × close? direction: is the close higher? regression: log return."""
+    horizon: PositiveInt
+    """Trading days ahead, h."""
+    price: Literal["high", "close"] | None = None
+    """For threshold. high: the highest high of the next h bars; close: the close of the h-th bar."""
+    threshold: Annotated[float, Field(gt=-1, lt=10, allow_inf_nan=False)] | None = None
+    """For threshold: the relative move, .01 = +1 %; the label is 1 when price ≥ (1 + threshold) × close."""
+
+    @model_validator(mode="after")
+    def _price_and_threshold_belong_to_threshold(self) -> TaskConfig:
+        for key in ("price", "threshold"):
+            given = getattr(self, key) is not None
+            if given != (self.kind == "threshold"):
+                verb = "needs" if self.kind == "threshold" else "takes no"
+                raise ValueError(f'kind = "{self.kind}" {verb} `{key}`')
+        return self
+
+
+class SplitConfig(_Config):
+    """Which days train, which choose (validation), and which stay sealed (test). Always in time order."""
+
+    kind: Literal["fractions", "dates", "walk_forward"] = "fractions"
+    train: Fraction | None = None
+    """fractions: share of the trading days that train."""
+    validation: Fraction | None = None
+    """fractions: share that validates; the rest is the sealed test part."""
+    validation_start: datetime.date | None = None
+    """dates, walk_forward: first date of (the first) validation part."""
+    test_start: datetime.date | None = None
+    """dates, walk_forward: first date of the sealed test part; walk_forward may leave it out to have none."""
+    n_folds: Annotated[int, Field(ge=2)] | None = None
+    """walk_forward: validation folds of equal calendar length between validation_start and the test part."""
+    window: Literal["expanding", "rolling"] | None = None
+    """walk_forward. expanding: train on all days before the fold; rolling: on as many as the first fold has."""
+    embargo: Annotated[int, Field(ge=0)] = 0
+    """Trading days left out between parts, beyond the purge (which is always the horizon)."""
+    min_positives: PositiveInt = 30
+    """Fewest samples of either class that the train and validation parts may hold (classification)."""
+    min_effective: PositiveInt = 50
+    """Smallest effective sample size (average uniqueness × n) of the validation part."""
+
+    @model_validator(mode="after")
+    def _keys_belong_to_kind(self) -> SplitConfig:
+        required = {
+            "fractions": {"train", "validation"},
+            "dates": {"validation_start", "test_start"},
+            "walk_forward": {"validation_start", "n_folds", "window"},
+        }[self.kind]
+        optional = {"test_start"} if self.kind == "walk_forward" else set()
+        every = ("train", "validation", "validation_start", "test_start", "n_folds", "window")
+        given = {key for key in every if getattr(self, key) is not None}
+        if missing := sorted(required - given):
+            raise ValueError(f'kind = "{self.kind}" needs {", ".join(f"`{key}`" for key in missing)}')
+        if foreign := sorted(given - required - optional):
+            raise ValueError(f'kind = "{self.kind}" takes no {", ".join(f"`{key}`" for key in foreign)}')
+        if self.kind == "fractions" and self.train + self.validation >= 1:  # type: ignore[operator]
+            raise ValueError("`train` + `validation` must be below 1: the rest is the sealed test part")
+        if self.test_start and self.validation_start and self.test_start <= self.validation_start:
+            raise ValueError("`test_start` must be after `validation_start`")
+        return self
+
+
+class Shape(_Config):
+    """A transformer's shape: what a parameter budget is solved for. Its identity is its content."""
+
+    d_model: PositiveInt
+    n_layers: PositiveInt
+    n_heads: PositiveInt
+    d_ff: PositiveInt
+
+    @model_validator(mode="after")
+    def _heads_divide_d_model(self) -> Shape:
+        if self.d_model % self.n_heads:
+            raise ValueError(f"n_heads = {self.n_heads} does not divide d_model = {self.d_model}")
+        return self
+
+
+class ModelConfig(_Config):
+    """What of the transformer a file fixes, or searches by name; its `Shape` is solved from the budget."""
+
+    context_length: PositiveInt = 60
+    """Bars that a window holds, T."""
+    patch_length: PositiveInt = 10
+    """Bars in a patch, P."""
+    stride: PositiveInt = 5
+    """Bars between the starts of neighbouring patches."""
+    dropout: Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)] = 0.1
+    """Rate on attention weights, residual branches and feed-forward activations."""
+    revin: bool = False
+    """Normalise every feature within its window, with a learned scale and shift (RevIN, Kim et al. 2022)."""
+    compute_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of matmuls and activations; parameters, softmax, norms and losses are always float32."""
+
+    @model_validator(mode="after")
+    def _patch_fits_window(self) -> ModelConfig:
+        if self.patch_length > self.context_length:
+            raise ValueError(
+                f"patch_length = {self.patch_length} is longer than context_length = {self.context_length}"
+            )
+        return self
+
+
+class OptimConfig(_Config):
+    """AdamW (Loshchilov & Hutter 2019) and its schedule."""
+
+    learning_rate: PositiveFloat = 3e-4
+    """Peak rate, after the warm-up."""
+    weight_decay: NonNegativeFloat = 0.01
+    """Decoupled, on matrices only (no biases, norms or positions)."""
+    schedule: Literal["cosine", "constant", "linear", "inverse_sqrt"] = "cosine"
+    """How the rate falls after the warm-up."""
+    warmup_fraction: Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)] = 0.1
+    """Share of all steps over which the rate climbs linearly from 0."""
+    final_fraction: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] = 0.0
+    """cosine, linear: the last step's rate as a share of the peak."""
+    clip_norm: PositiveFloat = 1.0
+    """Gradients are scaled down to this global norm."""
+    b1: Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)] = 0.9
+    b2: Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)] = 0.999
+    eps: PositiveFloat = 1e-8
+
+
+class TrainConfig(_Config):
+    """How long, on what loss, and when to stop."""
+
+    batch_size: PositiveInt = 64
+    max_epochs: PositiveInt = 30
+    patience: PositiveInt = 5
+    """Epochs without a better validation metric before training stops; the best step is restored."""
+    loss: Literal["bce", "focal", "mse", "huber"] = "bce"
+    """bce, focal (Lin et al. 2017) for threshold and direction; mse, huber for regression."""
+    focal_gamma: NonNegativeFloat = 2.0
+    """focal only."""
+    huber_delta: PositiveFloat = 0.01
+    """huber only: the log return at which quadratic turns into linear."""
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5, allow_inf_nan=False)] = 0.0
+    """Classification: targets become smoothing/2 and 1 − smoothing/2 (training only)."""
+    class_weight: Literal["none", "balanced"] = "none"
+    """balanced: each class weighs n / (2 n_class), counted in train (training only)."""
+    collapse_spread: NonNegativeFloat = 1e-4
+    """A validation prediction SD (probability; regression: share of the target's SD) below this counts as collapsed …"""
+    collapse_patience: PositiveInt = 3
+    """… and so many such epochs in a row stop the trial."""
+
+
+_LOSSES = {"threshold": ("bce", "focal"), "direction": ("bce", "focal"), "regression": ("mse", "huber")}
+
+
+class TrialConfig(_Config):
+    """Everything that a trial's result depends on."""
+
+    data: DataConfig
+    task: TaskConfig
+    split: SplitConfig
+    shape: Shape
+    model: ModelConfig
+    optim: OptimConfig
+    train: TrainConfig
+    seed: Seed = 0
+
+    @model_validator(mode="after")
+    def _loss_fits_task(self) -> TrialConfig:
+        check_loss(self.task, self.train)
+        return self
+
+
+def check_loss(task: TaskConfig, train: TrainConfig) -> None:
+    """A task kind binds its losses.
+
+    Raises:
+        ValueError: a classification loss on a regression task, or the reverse.
+    """
+    if train.loss not in _LOSSES[task.kind]:
+        wanted = " or ".join(f'"{loss}"' for loss in _LOSSES[task.kind])
+        raise ValueError(f'train.loss = "{train.loss}" does not fit task.kind = "{task.kind}"; use {wanted}')
+    if task.kind == "regression":
+        if train.label_smoothing:
+            raise ValueError("train.label_smoothing is for classification; leave it out for a regression task")
+        if train.class_weight != "none":
+            raise ValueError("train.class_weight is for classification; leave it out for a regression task")
+
+
+class StudyConfig(_Config):
+    """The search itself."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+    """Folder under outputs/ and study name in the storage: letters, digits, '.', '_', '-'; at most 64."""
+    question: str = ""
+    """What the study asks, in a sentence; reports print it."""
+    n_trials: PositiveInt = 50
+    """The total, queue included; running the file again never adds to it."""
+    seed: Seed = 0
+    metric: Literal["log_loss", "brier", "auc", "average_precision", "mse", "mae"] = "log_loss"
+    """The validation metric that decides, at the restored best step. mse, mae for regression only."""
+    n_startup_trials: PositiveInt = 10
+    """Random trials before TPE begins to model."""
+    keep_checkpoints: PositiveInt = 3
+    """How many of the best trials keep their checkpoint."""
+
+
+class BudgetConfig(_Config):
+    """How many parameters a model may hold; solved, not searched."""
+
+    parameters: Annotated[PositiveInt, BeforeValidator(parse_parameters)]
+    """A count, or text like "200M"."""
+    tolerance: Fraction = 0.25
+    """Two-sided, on counted parameters."""
+
+    @property
+    def low(self) -> int:
+        """Fewest parameters inside the tolerance."""
+        return math.ceil(self.parameters * (1 - self.tolerance))
+
+    @property
+    def high(self) -> int:
+        """Most parameters inside the tolerance."""
+        return math.floor(self.parameters * (1 + self.tolerance))
+
+
+class LayerRange(_Config):
+    """Every whole number from low to high."""
+
+    low: PositiveInt
+    high: PositiveInt
+
+    @model_validator(mode="after")
+    def _ordered(self) -> LayerRange:
+        if self.low > self.high:
+            raise ValueError(f"low = {self.low} is above high = {self.high}")
+        return self
+
+
+Candidates = Annotated[tuple[PositiveInt, ...], Field(min_length=1)]
+
+
+class ArchitectureConfig(_Config):
+    """Candidate shapes; those inside the budget are the feasible set that `fintx plan` prints."""
+
+    d_model: Candidates = (256, 384, 512, 768, 1024, 1536, 2048)
+    n_layers: LayerRange = LayerRange(low=2, high=256)
+    n_heads: Candidates = (2, 4, 8, 12, 16, 24, 32)
+    d_ff_ratio: Annotated[tuple[PositiveFloat, ...], Field(min_length=1)] = (2.0, 4.0)
+    """d_ff / d_model; the product is rounded to a whole number."""
+
+
+class FloatRange(_Config):
+    """A searched number: low ≤ x ≤ high, on a log scale if asked."""
+
+    low: Annotated[float, Field(allow_inf_nan=False)]
+    high: Annotated[float, Field(allow_inf_nan=False)]
+    log: bool = False
+
+    @model_validator(mode="after")
+    def _ordered(self) -> FloatRange:
+        if self.low >= self.high:
+            raise ValueError(f"low = {self.low} must be below high = {self.high}")
+        if self.log and self.low <= 0:
+            raise ValueError(f"log = true needs low above 0, got {self.low}")
+        return self
+
+
+class Choices(_Config):
+    """A searched value out of a list."""
+
+    choices: Annotated[tuple[bool | int | float | str, ...], Field(min_length=1)]
+
+
+class QueueEntry(_Config):
+    """A hand-picked shape to run before the search, with any training values it fixes by dotted path."""
+
+    d_model: PositiveInt
+    n_layers: PositiveInt
+    n_heads: PositiveInt
+    d_ff: PositiveInt
+    note: str = ""
+    values: dict[str, bool | int | float | str] = {}
+    """Dotted path → value, for paths of [space]; the rest is left to the sampler."""
+
+    @property
+    def shape(self) -> Shape:
+        """The entry's shape."""
+        return Shape(d_model=self.d_model, n_layers=self.n_layers, n_heads=self.n_heads, d_ff=self.d_ff)
+
+
+class StudySpec(_Config):
+    """A sweep file, resolved: one question."""
+
+    study: StudyConfig
+    data: DataConfig = DataConfig()
+    task: TaskConfig
+    split: SplitConfig = SplitConfig(kind="fractions", train=0.7, validation=0.15)
+    budget: BudgetConfig
+    architecture: ArchitectureConfig = ArchitectureConfig()
+    model: ModelConfig = ModelConfig()
+    optim: OptimConfig = OptimConfig()
+    train: TrainConfig = TrainConfig()
+    space: dict[str, FloatRange | Choices] = {}
+    """Dotted path into TrialConfig (model, optim, train) → what to search."""
+    queue: tuple[QueueEntry, ...] = ()
+
+
+def canonical_json(config: BaseModel) -> str:
+    """The one JSON text of a config: sorted keys, no spaces. Equal configs have equal texts."""
+    return json.dumps(config.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+
+
+def config_hash(config: BaseModel) -> str:
+    """sha256 (hex) of the canonical JSON."""
+    return hashlib.sha256(canonical_json(config).encode()).hexdigest()

@@ -1,0 +1,36 @@
+"""Which words does every room share? The letters of array axes, a few aliases, and the errors a user can cause.
+
+Axis letters, used in jaxtyping signatures and as suffixes of array names:
+
+    B batch        T time steps   F features   N patches   P patch length
+    D d_model      H heads        K head size  M d_ff      L layers
+    R replicas (members of a population)      S samples (rows of a split)
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+
+__all__ = ["Array", "Bool", "FintxError", "Float", "Floats", "Int", "Ints", "PRNGKeyArray", "Params", "Path"]
+
+Params = dict[str, Any]
+"""Model parameters: a nested dict of arrays (or of abstract shapes). Stacked layers have a leading axis L."""
+
+Floats = np.ndarray
+"""A NumPy array of float32 or float64."""
+
+Ints = np.ndarray
+"""A NumPy array of integers."""
+
+
+class FintxError(Exception):
+    """Something its user can mend.
+
+    The message is one line (or one line per problem) that says what was wanted, what was got, where, and how to mend
+    it. The command line prints it and exits with code 2; anything that is not a FintxError is a bug of fintx. Modules
+    derive named errors from it where a caller must tell one from another.
+    """
