@@ -35,8 +35,11 @@ def parse_parameters(value: Any) -> Any:
     return round(float(match[1]) * _SUFFIXES[match[2]])
 
 
-def _as_list(value: Any) -> Any:
-    return [value] if isinstance(value, str) else value
+def _as_tuple(value: Any) -> Any:
+    """One name stands for a list of it. (A strict tuple behind a validator takes no JSON array.)"""
+    if isinstance(value, str):
+        return (value,)
+    return tuple(value) if isinstance(value, list) else value
 
 
 class _Config(BaseModel):
@@ -52,7 +55,7 @@ class DataConfig(_Config):
     """Symbols to predict, one or a panel. SPX is embedded; others come from `fintx data import|yahoo`."""
     context: tuple[Symbol, ...] = ()
     """Symbols whose series every asset sees as extra inputs, such as VIX. They are never predicted."""
-    features: Annotated[tuple[str, ...], Field(min_length=1), BeforeValidator(_as_list)] = ("stationary",)
+    features: Annotated[tuple[str, ...], Field(min_length=1), BeforeValidator(_as_tuple)] = ("stationary",)
     """In order: names of features or of sets (stationary, a20, a25, vix8). A resolved config holds features alone."""
     scaling: Literal["standardize", "none"] = "standardize"
     """standardize: subtract the mean and divide by the SD of the asset's training rows. none: leave as they are."""
@@ -68,7 +71,7 @@ class TaskConfig(_Config):
     """The question asked of the future. `horizon` lives here and nowhere else."""
 
     kind: Literal["threshold", "direction", "regression"]
-    """threshold: does the price reach (1 + threshold) × close? direction: is the close higher? regression: log return."""
+    """threshold: is (1 + threshold) × close reached? direction: is the close higher? regression: the log return."""
     horizon: PositiveInt
     """Trading days ahead, h."""
     price: Literal["high", "close"] | None = None
@@ -208,7 +211,7 @@ class TrainConfig(_Config):
     class_weight: Literal["none", "balanced"] = "none"
     """balanced: each class weighs n / (2 n_class), counted in train (training only)."""
     collapse_spread: NonNegativeFloat = 1e-4
-    """A validation prediction SD (probability; regression: share of the target's SD) below this counts as collapsed …"""
+    """A validation prediction SD (probability; regression: share of the target's SD) below this is a collapse …"""
     collapse_patience: PositiveInt = 3
     """… and so many such epochs in a row stop the trial."""
 

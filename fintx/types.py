@@ -5,17 +5,15 @@ Axis letters, used in jaxtyping signatures and as suffixes of array names:
     B batch        T time steps   F features   N patches   P patch length
     D d_model      H heads        K head size  M d_ff      L layers
     R replicas (members of a population)      S samples (rows of a split)
+
+Modules that hold JAX arrays import `jaxtyping` themselves: it loads JAX, which nothing upstream of a dataset may.
 """
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
-
-__all__ = ["Array", "Bool", "FintxError", "Float", "Floats", "Int", "Ints", "PRNGKeyArray", "Params", "Path"]
 
 Params = dict[str, Any]
 """Model parameters: a nested dict of arrays (or of abstract shapes). Stacked layers have a leading axis L."""

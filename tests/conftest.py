@@ -24,3 +24,70 @@ def shared_data() -> Path:
     if not (folder / "SPY.csv").is_file():
         pytest.skip("real market data (../shared/data/SPY.csv) are not on this machine")
     return folder
+
+
+TINY = """
+[study]
+name = "tiny"
+question = "Does the smallest model that trains in a second learn anything?"
+n_trials = 3
+n_startup_trials = 2
+keep_checkpoints = 2
+
+[data]
+features = ["log_return_1", "log_return_5", "realized_vol_21"]
+start = 2008-01-01
+
+[task]
+kind = "threshold"
+price = "high"
+threshold = 0.01
+horizon = 3
+
+[split]
+kind = "fractions"
+train = 0.6
+validation = 0.2
+
+[budget]
+parameters = "1.2K"
+
+[architecture]
+d_model = [8]
+n_layers = { low = 1, high = 3 }
+n_heads = [1, 2]
+d_ff_ratio = [2]
+
+[model]
+context_length = 20
+patch_length = 5
+stride = 5
+
+[train]
+batch_size = 128
+max_epochs = 3
+patience = 2
+
+[space]
+"optim.learning_rate" = { low = 1e-3, high = 1e-2, log = true }
+"""
+
+
+@pytest.fixture(scope="session")
+def tiny_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A sweep file whose whole study takes seconds, on the embedded data."""
+    path = tmp_path_factory.mktemp("sweeps") / "tiny.toml"
+    path.write_text(TINY)
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_study(tiny_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of that study, run to its end once for all tests that only read it."""
+    from fintx import sweepfile
+    from fintx.study import runner
+
+    root = tmp_path_factory.mktemp("tiny")
+    summary = runner.run(sweepfile.load(tiny_file), outputs=root / "outputs", data_root=root / "data")
+    assert not summary.interrupted
+    return summary.folder

@@ -1,0 +1,253 @@
+"""Which commands are there? Thin verbs: each reads its arguments, calls one function, prints what came of it.
+
+Exit codes: 0 done; 1 `verify` found damage, or a bug of fintx; 2 something the user can mend; 75 stopped on request
+(EX_TEMPFAIL: give the same command again to continue).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import signal
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from fintx.types import FintxError
+
+STOPPED = 75
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Does a bigger transformer predict markets better, and at a fixed parameter budget which shape wins?",
+)
+data_app = typer.Typer(no_args_is_help=True, help="Bring in and list price histories.")
+app.add_typer(data_app, name="data")
+
+Outputs = Annotated[Path, typer.Option("--outputs", help="Folder that holds one folder per study.")]
+DataDir = Annotated[Path, typer.Option("--data-dir", help="Folder of ingested data.")]
+Overrides = Annotated[list[str], typer.Option("--set", help="Change one setting: section.key=value (TOML).")]
+OUTPUTS = Path("outputs")
+DATA = Path("data")
+
+
+def main() -> None:
+    """The `fintx` command: user mistakes become one line and exit code 2, never a traceback."""
+    try:
+        app()
+    except FintxError as error:
+        _complain(str(error))
+        sys.exit(2)
+    except KeyboardInterrupt:
+        _complain("stopped at once; nothing finished is lost, the same command continues")
+        sys.exit(STOPPED)
+    except Exception as error:
+        _complain(
+            f"{type(error).__name__}: {_first_line(error)}; this is a bug of fintx, please report {_keep_trace()}"
+        )
+        sys.exit(1)
+
+
+def _complain(text: str) -> None:
+    Console(stderr=True).print(f"fintx: {text}", style="red", highlight=False, markup=False, soft_wrap=True)
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), "")
+
+
+def _keep_trace() -> str:
+    with tempfile.NamedTemporaryFile("w", prefix="fintx-", suffix=".traceback.txt", delete=False) as file:
+        traceback.print_exc(file=file)
+    return file.name
+
+
+@app.command()
+def sweep(
+    files: Annotated[list[Path], typer.Argument(help="Sweep files, run one after the other.")],
+    overrides: Overrides = [],  # noqa: B006  (typer reads the default, nobody changes it)
+    outputs: Outputs = OUTPUTS,
+    data_dir: DataDir = DATA,
+) -> None:
+    """Run studies; the same command again continues them."""
+    from fintx import sweepfile
+    from fintx.terminal import live, tables
+
+    console = Console()
+    specs = [sweepfile.load(file, overrides=overrides) for file in files]
+    with _stop_on_signal(console) as should_stop:
+        for spec in specs:
+            summary = live.run(spec, console, outputs=outputs, data_root=data_dir, should_stop=should_stop)
+            tables.print_summary(console, summary)
+            if summary.interrupted:
+                again = f"fintx sweep {' '.join(map(str, files))}"
+                console.print(f"stopped on request; give the same command again to continue: {again}", soft_wrap=True)
+                raise typer.Exit(STOPPED)
+
+
+@contextlib.contextmanager
+def _stop_on_signal(console: Console) -> Iterator[Callable[[], bool]]:
+    """First SIGINT or SIGTERM: finish the epoch and stop; the second: stop at once."""
+    asked = False
+
+    def ask(number: int, frame: object) -> None:
+        nonlocal asked
+        if asked:
+            raise KeyboardInterrupt
+        asked = True
+        console.print("stopping after this epoch … (once more: stop at once)")
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@app.command()
+def plan(
+    file: Annotated[Path, typer.Argument(help="A sweep file.")],
+    overrides: Overrides = [],  # noqa: B006
+    data_dir: DataDir = DATA,
+) -> None:
+    """Print what a sweep file would run; run and write nothing."""
+    from fintx import sweepfile
+    from fintx.study import plan as planning
+    from fintx.terminal import tables
+
+    spec = sweepfile.load(file, overrides=overrides)
+    tables.print_plan(Console(), planning.build(spec, data_root=data_dir))
+
+
+@app.command()
+def status(outputs: Outputs = OUTPUTS) -> None:
+    """Say how far every study is, and its best trial."""
+    from fintx.study import records
+    from fintx.study import status as statuses
+    from fintx.terminal import tables
+
+    folders = records.study_folders(outputs)
+    if not folders:
+        raise FintxError(f"{outputs}: holds no study yet; run one: just sweep sweeps/demo.toml")
+    tables.print_status(Console(), [statuses.read(folder) for folder in folders])
+
+
+@app.command(name="eval")
+def evaluate(
+    path: Annotated[Path, typer.Argument(help="A study's folder (its best trial), a trial's, or a checkpoint's.")],
+    test: Annotated[bool, typer.Option("--test", help="Open the sealed test part; the opening is logged.")] = False,
+    data: Annotated[Path | None, typer.Option("--data", help="Bars of another asset or later days.")] = None,
+    symbol: Annotated[str | None, typer.Option("--symbol", help="With --data: the asset that the file holds.")] = None,
+    data_dir: DataDir = DATA,
+) -> None:
+    """Restore a checkpoint and report all its metrics."""
+    from fintx.study import evaluation
+    from fintx.terminal import tables
+
+    if test and data is not None:
+        raise FintxError("--test and --data exclude each other: the test part belongs to the study's own data")
+    if data is not None:
+        result = evaluation.on_file(path, data, symbol=symbol, data_root=data_dir)
+    elif test:
+        result = evaluation.on_test(path, data_root=data_dir)
+    else:
+        result = evaluation.on_validation(path, data_root=data_dir)
+    tables.print_evaluation(Console(), result)
+
+
+@app.command()
+def verify(data_dir: DataDir = DATA) -> None:
+    """Check every ingested and processed file against its manifest."""
+    from fintx.data import manifest
+
+    problems = manifest.verify(data_dir)
+    for problem in problems:
+        print(problem)
+    if problems:
+        raise typer.Exit(1)
+    print(f"{data_dir}: every file is there and unchanged")
+
+
+@app.command()
+def params(
+    d_model: Annotated[int | None, typer.Option(help="Width.")] = None,
+    n_layers: Annotated[int | None, typer.Option(help="Depth.")] = None,
+    n_heads: Annotated[int | None, typer.Option(help="Attention heads; must divide d_model.")] = None,
+    d_ff: Annotated[int | None, typer.Option(help="Feed-forward width.")] = None,
+    budget: Annotated[str | None, typer.Option(help='Parameter budget, such as "200M".')] = None,
+    tolerance: Annotated[float, typer.Option(help="Two-sided, as a fraction.")] = 0.25,
+    n_features: Annotated[int, typer.Option(help="Input features per bar.")] = 25,
+    context_length: Annotated[int, typer.Option(help="Bars in a window.")] = 60,
+    patch_length: Annotated[int, typer.Option(help="Bars in a patch.")] = 10,
+    stride: Annotated[int, typer.Option(help="Bars between patches.")] = 5,
+) -> None:
+    """Count the parameters of a shape, or list the shapes that fit a budget."""
+    from fintx.study import plan as planning
+    from fintx.terminal import tables
+
+    question = planning.params_question(
+        d_model=d_model, n_layers=n_layers, n_heads=n_heads, d_ff=d_ff, budget=budget, tolerance=tolerance,
+        n_features=n_features, context_length=context_length, patch_length=patch_length, stride=stride,
+    )  # fmt: skip
+    tables.print_params(Console(), question)
+
+
+@data_app.command(name="import")
+def import_file(
+    file: Annotated[
+        Path, typer.Argument(help="CSV or Parquet with Date, Open, High, Low, Close[, Adj Close, Volume].")
+    ],
+    symbol: Annotated[str, typer.Option(help="Name for sweep files, such as SPY.")],
+    repair: Annotated[bool, typer.Option("--repair", help="Mend what can be mended; the manifest says what.")] = False,
+    calendar: Annotated[str | None, typer.Option(help="With --repair: symbol whose trading days to keep.")] = None,
+    data_dir: DataDir = DATA,
+) -> None:
+    """Check a file of daily bars and keep an immutable snapshot of it."""
+    from fintx.data import sources
+    from fintx.terminal import tables
+
+    today = datetime.date.today()
+    days = None if calendar is None else sources.load(calendar, root=data_dir).dates
+    tables.print_ingest(
+        Console(), sources.import_file(file, symbol, root=data_dir, repair=repair, calendar=days, today=today)
+    )
+
+
+@data_app.command(name="yahoo")
+def yahoo(
+    symbols: Annotated[list[str], typer.Argument(help="Yahoo symbols, such as SPY ^VIX.")],
+    start: Annotated[str | None, typer.Option(help="First date, YYYY-MM-DD.")] = None,
+    data_dir: DataDir = DATA,
+) -> None:
+    """Download daily bars from Yahoo and keep immutable snapshots of them."""
+    from fintx.data import sources
+    from fintx.terminal import tables
+
+    console = Console()
+    for symbol in symbols:
+        entry = sources.import_yahoo(
+            symbol, root=data_dir, start=start, today=datetime.date.today(), progress=console.print
+        )
+        tables.print_ingest(console, entry)
+
+
+@data_app.command(name="list")
+def list_data(data_dir: DataDir = DATA) -> None:
+    """List what is ingested."""
+    from fintx.data import manifest
+    from fintx.terminal import tables
+
+    tables.print_data(Console(), manifest.entries(data_dir, "raw"), manifest.entries(data_dir, "processed"))
+
+
+if __name__ == "__main__":
+    main()

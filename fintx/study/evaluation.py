@@ -1,0 +1,221 @@
+"""How good is a checkpoint? Restored from its path alone; scored on validation, the sealed test, or other bars."""
+
+from __future__ import annotations
+
+import datetime
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fintx.data import sources, windows
+from fintx.data.windows import Dataset, Part, Scaling
+from fintx.evaluate import metrics
+from fintx.study import records
+from fintx.study.records import Metrics
+from fintx.train import checkpoint, loop
+from fintx.types import FintxError
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """All metrics of one checkpoint on one set of rows; of a walk-forward trial, the mean over its folds."""
+
+    title: str
+    checkpoint: Path
+    param_count: int
+    metrics: Metrics
+    recorded: Metrics | None
+    """What the trial's record holds for the same rows; none for rows the search never saw."""
+    per_asset: dict[str, Metrics]
+    first_date: str
+    last_date: str
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _Found:
+    """A trial's checkpoints, one per fold, and the study folder they lie in, if they still do."""
+
+    folders: tuple[Path, ...]
+    trial: Path
+    study: Path | None
+
+
+def on_validation(path: Path, *, data_root: Path) -> Evaluation:
+    """Score a checkpoint on the validation rows it was chosen by; the figures equal the recorded ones.
+
+    Raises:
+        FintxError: no checkpoint there, a damaged one, or data that are missing or differ from the trained ones.
+    """
+    found = find(path)
+    scored = []
+    for folder in found.folders:
+        restored = checkpoint.load(folder)
+        config, meta = restored.config, restored.meta
+        prepared = windows.build(
+            config.data, config.task, config.split, context_length=config.model.context_length, root=data_root
+        )
+        dataset = prepared.folds[meta["fold"]]
+        _check_hashes(folder, meta, dataset)
+        scored.append(_score(restored, dataset.features, dataset.validation, dataset))
+    recorded = records.mean_metrics([s.meta["best"] for s in scored])
+    return _evaluation("validation", found, scored, recorded=recorded, notes=())
+
+
+def on_test(path: Path, *, data_root: Path) -> Evaluation:
+    """Open the sealed test part for a checkpoint; the opening is logged in the study's folder before any label is cut.
+
+    Raises:
+        FintxError: as on_validation; no test part; or the opening can't be logged.
+    """
+    found = find(path)
+    if found.study is None:
+        raise FintxError(
+            f"{path}: lies in no study's folder, so the opening can't be logged; give the path inside outputs/<study>"
+        )
+    folder = found.folders[-1]
+    restored = checkpoint.load(folder)
+    config, meta = restored.config, restored.meta
+    opened = records.log_opening(found.study, {"trial": meta["trial_number"], "checkpoint": folder.name})
+    scaling = Scaling.from_json(meta["scaling"])
+    dataset, part = windows.build_test(
+        config.data, config.task, config.split,
+        context_length=config.model.context_length, root=data_root, scaling=scaling,
+    )  # fmt: skip
+    notes = [f"the sealed test part was opened; opening number {opened} is logged in {found.study / 'openings.jsonl'}"]
+    if len(found.folders) > 1:
+        notes.append("walk-forward: scored by the last fold's model")
+    return _evaluation("test", found, [_score(restored, dataset.features, part, dataset)], recorded=None, notes=notes)
+
+
+def on_file(path: Path, file: Path, *, symbol: str | None, data_root: Path) -> Evaluation:
+    """Score a checkpoint on the bars of a file: another asset, or later days of the same columns.
+
+    Raises:
+        FintxError: as on_validation; or the file is missing, breaks a rule, lacks columns or is too short.
+    """
+    found = find(path)
+    folder = found.folders[-1]
+    restored = checkpoint.load(folder)
+    config, meta = restored.config, restored.meta
+    name = symbol or file.stem
+    bars = sources.read_file(file, name, today=datetime.date.today())
+    context = {
+        context_symbol: sources.load(
+            context_symbol, root=data_root, version=config.data.versions.get(context_symbol)
+        )
+        for context_symbol in config.data.context
+    }  # fmt: skip
+    scaling = Scaling.from_json(meta["scaling"])
+    dataset, part = windows.build_foreign(
+        bars, context, config.data, config.task, scaling=scaling, context_length=config.model.context_length
+    )
+    notes = []
+    if name not in config.data.assets:
+        notes.append(f"{name} was not trained on: inputs are scaled by the pooled training statistics")
+    return _evaluation(
+        str(file), found, [_score(restored, dataset.features, part, dataset)], recorded=None, notes=notes
+    )
+
+
+# --- finding ----------------------------------------------------------------------------------------------------------
+
+
+def find(path: Path) -> _Found:
+    """The checkpoints that a path means: a study's best trial, a trial, a trial's checkpoint folder, or one fold.
+
+    Raises:
+        FintxError: nothing of the kind there.
+    """
+    if not path.exists():
+        raise FintxError(f"{path}: is not there; give a study's folder, such as outputs/demo, or a trial's")
+    study = records.read_study(path)
+    if study is not None:
+        finished = records.read_all(path)
+        best = records.best_of(finished, minimize=metrics.MINIMIZE[study.spec.study.metric])
+        if best is None:
+            raise FintxError(f"{path}: has no successful trial yet ({len(finished)} finished); run the study first")
+        trial = records.trial_folder(path, best.trial_number)
+    else:
+        trial = _trial_of(path)
+    only = path if (path / "..").resolve().name == "checkpoint" and path.name.startswith("fold_") else None
+    folders = (only,) if only else tuple(sorted((trial / "checkpoint").glob("fold_*"), key=_fold_number))
+    if not folders:
+        raise FintxError(
+            f"{trial}: holds no checkpoint; only the study.keep_checkpoints best trials keep theirs, "
+            "or this is no trial's folder"
+        )
+    above = trial.parent.parent
+    return _Found(folders, trial, above if (above / "study.json").is_file() else None)
+
+
+def _trial_of(path: Path) -> Path:
+    resolved = path.resolve()
+    if resolved.name == "checkpoint":
+        return resolved.parent
+    if resolved.parent.name == "checkpoint":
+        return resolved.parent.parent
+    return path
+
+
+def _fold_number(path: Path) -> int:
+    number = path.name.removeprefix("fold_")
+    return int(number) if number.isdigit() else -1
+
+
+# --- scoring ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Scored:
+    meta: dict[str, Any]
+    metrics: Metrics
+    per_asset: dict[str, Metrics]
+    first_date: str
+    last_date: str
+
+
+def _score(restored: checkpoint.Restored, features: np.ndarray, part: Part, dataset: Dataset) -> _Scored:
+    config, meta = restored.config, restored.meta
+    outputs = loop.predict(config, restored.params, features, part.rows)
+    dates = dataset.dates[part.rows]
+    return _Scored(
+        meta=meta,
+        metrics=metrics.evaluate(config.task.kind, outputs, part.labels, prior=meta["prior"]),
+        per_asset=metrics.per_asset(
+            config.task.kind, outputs, part.labels, dataset.asset_ids[part.rows], dataset.assets, prior=meta["prior"]
+        ),
+        first_date=str(dates.min()),
+        last_date=str(dates.max()),
+    )
+
+
+def _check_hashes(folder: Path, meta: dict[str, Any], dataset: Dataset) -> None:
+    for name in ("data_hash", "label_hash", "split_hash"):
+        if meta[name] != getattr(dataset, name):
+            raise FintxError(
+                f"{folder}: was trained on other {name.removesuffix('_hash')} "
+                f"({name} {meta[name][:12]}, here {getattr(dataset, name)[:12]}); use the same --data-dir and version"
+            )
+
+
+def _evaluation(
+    rows: str, found: _Found, scored: list[_Scored], *, recorded: Metrics | None, notes: tuple[str, ...] | list[str]
+) -> Evaluation:
+    meta = scored[0].meta
+    return Evaluation(
+        title=f"trial {meta['trial_number']} of {meta['study']} on {rows}",
+        checkpoint=found.trial / "checkpoint",
+        param_count=meta["param_count"],
+        metrics=records.mean_metrics([s.metrics for s in scored]),
+        recorded=recorded,
+        per_asset={
+            asset: records.mean_metrics([s.per_asset[asset] for s in scored if asset in s.per_asset])
+            for asset in scored[0].per_asset
+        },
+        first_date=min(s.first_date for s in scored),
+        last_date=max(s.last_date for s in scored),
+        notes=tuple(notes),
+    )

@@ -1,0 +1,402 @@
+"""What is kept of a trial, and where? One record type, one writer, append-only; every table is derived from records.
+
+outputs/<study>/
+  study.json                    the resolved sweep file; its definition never changes
+  baselines.json                what must be beaten, on the identical rows, written once
+  trials/0007/record.json       a TrialRecord, written once, last of all: a folder without one is unfinished work
+  trials/0007/predictions.parquet   one row per validation sample: fold, date, asset, label, output
+  trials/0007/checkpoint/fold_0     the best step, for the best trials (train.checkpoint)
+  openings.jsonl                one line per opening of the sealed test part
+  <study>_all_trials.json, <study>_best.json     derived
+outputs/experiment_results.csv                   derived, a line per trial of every study
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import datetime
+import io
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+
+from fintx.config import BudgetConfig, StudySpec, TrialConfig, config_hash
+from fintx.types import FintxError
+
+Metrics = dict[str, float | int | None]
+Outcome = Literal["completed", "early_stopped", "diverged", "collapsed", "out_of_memory"]
+SUCCESSES: tuple[Outcome, ...] = ("completed", "early_stopped")
+PREDICTION_COLUMNS = ("fold", "date", "asset", "label", "output")
+
+
+class DamagedRecord(FintxError):
+    """A file of a study folder does not hold what fintx wrote."""
+
+
+class _Kept(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="null")
+
+
+class FoldRecord(_Kept):
+    """One training run on one fold; a split without folds has exactly one."""
+
+    outcome: Outcome
+    best: Metrics
+    """All validation metrics at the restored best step."""
+    last: Metrics
+    """The same at the last step."""
+    per_asset: dict[str, Metrics]
+    best_epoch: int
+    best_step: int
+    epochs: int
+    steps: int
+    curve: tuple[Metrics, ...]
+    """One entry per epoch."""
+    data_hash: str
+    label_hash: str
+    split_hash: str
+    n_train: int
+    n_validation: int
+    compile_s: float
+    wall_s: float
+
+
+class TrialRecord(_Kept):
+    """Everything known of one finished trial. Rebuilding its model from `config` gives `param_count` parameters."""
+
+    study: str
+    trial_number: int
+    config: TrialConfig
+    config_hash: str
+    budget: BudgetConfig
+    source: Literal["sampler", "queue"]
+    entry: str | None = None
+    """Queue entry's identity, where source is queue."""
+    note: str = ""
+    params: dict[str, bool | int | float | str]
+    """What the sampler holds of the trial: its coordinates and searched values."""
+    d_model: int
+    n_layers: int
+    n_heads: int
+    d_ff: int
+    param_count: int
+    seeds: dict[str, int]
+    metric: str
+    value: float | None
+    """The metric at the restored best step, mean over folds; none unless the trial succeeded."""
+    outcome: Outcome
+    detail: str = ""
+    folds: tuple[FoldRecord, ...]
+    libraries: dict[str, str]
+    device: str
+    git_commit: str | None
+    started: str
+    finished: str
+    compile_s: float
+    wall_s: float
+
+    @model_validator(mode="after")
+    def _consistent(self) -> TrialRecord:
+        shape = self.config.shape
+        if (self.d_model, self.n_layers, self.n_heads, self.d_ff) != tuple(shape.model_dump().values()):
+            raise ValueError("the record's shape is not its config's shape")
+        if self.config_hash != config_hash(self.config):
+            raise ValueError("config_hash is not the hash of config")
+        if not self.budget.low <= self.param_count <= self.budget.high:
+            raise ValueError(
+                f"{self.param_count:,} parameters are outside the budget {self.budget.low:,} … {self.budget.high:,}"
+            )
+        if (self.value is not None) != (self.outcome in SUCCESSES):
+            raise ValueError(f"outcome {self.outcome} with value {self.value}")
+        return self
+
+    @property
+    def best(self) -> Metrics:
+        """Every metric at the best step, averaged over folds (counts are summed)."""
+        return mean_metrics([fold.best for fold in self.folds])
+
+
+def mean_metrics(folds: list[Metrics]) -> Metrics:
+    """Average each metric over folds; whole numbers (counts) are summed; none where any fold has none."""
+    if len(folds) == 1:
+        return folds[0]
+    merged: Metrics = {}
+    for key in folds[0] if folds else ():
+        values = [fold.get(key) for fold in folds]
+        if any(value is None for value in values):
+            merged[key] = None
+        elif all(isinstance(value, int) for value in values):
+            merged[key] = sum(values)  # type: ignore[arg-type]
+        else:
+            merged[key] = float(np.mean(np.asarray(values, dtype=float)))
+    return merged
+
+
+# --- where things lie -------------------------------------------------------------------------------------------------
+
+
+def trial_folder(study_folder: Path, number: int) -> Path:
+    """outputs/<study>/trials/0007."""
+    return study_folder / "trials" / f"{number:04d}"
+
+
+# --- writing ----------------------------------------------------------------------------------------------------------
+
+
+def write_atomically(path: Path, text: str, *, once: bool = False) -> None:
+    """Write a whole file or nothing: to a neighbour, fsync, rename.
+
+    Args:
+        once: refuse to replace an existing file.
+
+    Raises:
+        FintxError: disk full, no permission, or `once` and the file exists.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        if once:
+            os.link(temporary, path)
+        else:
+            os.replace(temporary, path)
+    except FileExistsError:
+        raise FintxError(f"{path}: is written already; fintx never overwrites a record") from None
+    except OSError as error:
+        raise FintxError(f"{path}: can't be written: {error.strerror}; mend that and run the command again") from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+
+
+def append(study_folder: Path, record: TrialRecord) -> None:
+    """Write a trial's record, once and for all.
+
+    Raises:
+        FintxError: the trial has a record already, or the file can't be written.
+    """
+    path = trial_folder(study_folder, record.trial_number) / "record.json"
+    write_atomically(path, record.model_dump_json(indent=1), once=True)
+
+
+def write_predictions(folder: Path, table: pa.Table, *, name: str = "predictions.parquet") -> None:
+    """Write validation predictions, columns as in `PREDICTION_COLUMNS`; rewritten freely until the record exists.
+
+    Raises:
+        FintxError: the file can't be written.
+    """
+    path, temporary = folder / name, folder / f".{name}.tmp"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        pq.write_table(table, temporary, compression="zstd")
+        os.replace(temporary, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise FintxError(f"{path}: can't be written: {error.strerror or error}; mend that and run again") from error
+
+
+# --- reading ----------------------------------------------------------------------------------------------------------
+
+
+def read_all(study_folder: Path) -> list[TrialRecord]:
+    """All records of a study, by trial number.
+
+    Raises:
+        DamagedRecord: a record does not parse, naming its file.
+    """
+    return [read(path) for path in sorted((study_folder / "trials").glob("[0-9]*/record.json"))]
+
+
+def read(path: Path) -> TrialRecord:
+    """One record.json.
+
+    Raises:
+        DamagedRecord: it is missing, unreadable or not a record.
+    """
+    try:
+        return TrialRecord.model_validate_json(path.read_bytes())
+    except OSError as error:
+        raise DamagedRecord(f"{path}: can't be read: {error.strerror}") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "file"
+        raise DamagedRecord(f"{path}: is no trial record ({where}: {first['msg']}); restore it from a copy") from None
+
+
+def best_of(records: list[TrialRecord], *, minimize: bool) -> TrialRecord | None:
+    """The best successful trial; the earlier of two equal ones."""
+    scored = [record for record in records if record.value is not None]
+    sign = 1 if minimize else -1
+    return min(scored, key=lambda record: (sign * record.value, record.trial_number), default=None)  # type: ignore[operator]
+
+
+# --- the study's own file ---------------------------------------------------------------------------------------------
+
+_FREE_TO_CHANGE = {"name", "n_trials", "question", "keep_checkpoints"}
+
+
+class StudyFile(_Kept):
+    """study.json: what the study asks, with its data pinned by content hash."""
+
+    spec: StudySpec
+    created: str
+    fintx_version: str
+    git_commit: str | None
+
+
+def write_study(study_folder: Path, study: StudyFile) -> None:
+    """Write study.json: at the start, and again when what may change (n_trials, wording, queue) has changed.
+
+    Raises:
+        FintxError: it can't be written.
+    """
+    write_atomically(study_folder / "study.json", study.model_dump_json(indent=1))
+
+
+def read_study(study_folder: Path) -> StudyFile | None:
+    """study.json, or none where the folder holds no study.
+
+    Raises:
+        DamagedRecord: the file is there but is not fintx's.
+    """
+    path = study_folder / "study.json"
+    if not path.is_file():
+        return None
+    try:
+        return StudyFile.model_validate_json(path.read_bytes())
+    except (ValidationError, OSError) as error:
+        reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error.strerror
+        raise DamagedRecord(f"{path}: is not a study of this fintx ({reason}); choose another study.name") from None
+
+
+def definition(spec: StudySpec) -> dict[str, Any]:
+    """What defines a study, flat (dotted key → value): all but its name, trial count, wording and queue."""
+    tree = spec.model_dump(mode="json", exclude={"queue"})
+    tree["study"] = {key: value for key, value in tree["study"].items() if key not in _FREE_TO_CHANGE}
+    return dict(_flatten(tree))
+
+
+def _flatten(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, dict) and value:
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+# --- derived tables ---------------------------------------------------------------------------------------------------
+
+_CSV_HEAD = (
+    "study trial_number value metric skill outcome source d_model n_layers n_heads d_ff param_count seed "
+    "best_epoch epochs compile_s wall_s device config_hash label_hash finished"
+).split()
+
+
+def flat(record: TrialRecord) -> dict[str, Any]:
+    """A trial as one flat object: identity, shape, outcome, searched values, all metrics at the best step."""
+    row: dict[str, Any] = {
+        "trial_number": record.trial_number,
+        "value": record.value,
+        "metric": record.metric,
+        "d_model": record.d_model,
+        "n_layers": record.n_layers,
+        "n_heads": record.n_heads,
+        "d_ff": record.d_ff,
+        "param_count": record.param_count,
+        "outcome": record.outcome,
+        "source": record.source,
+        "note": record.note,
+        "seed": record.config.seed,
+        "best_epoch": record.folds[0].best_epoch if len(record.folds) == 1 else None,
+        "best_step": record.folds[0].best_step if len(record.folds) == 1 else None,
+        "epochs": sum(fold.epochs for fold in record.folds),
+        "n_folds": len(record.folds),
+        "compile_s": round(record.compile_s, 3),
+        "wall_s": round(record.wall_s, 3),
+        "device": record.device,
+        "config_hash": record.config_hash,
+        "label_hash": record.folds[0].label_hash if record.folds else None,
+        "finished": record.finished,
+    }
+    for section in ("model", "optim", "train"):
+        row.update({f"{section}.{key}": value for key, value in getattr(record.config, section).model_dump().items()})
+    row.update({key: value for key, value in record.best.items() if key not in row})
+    return row
+
+
+def write_tables(study_folder: Path, records: list[TrialRecord], *, n_trials: int, metric: str, minimize: bool) -> None:
+    """Rewrite <study>_all_trials.json and <study>_best.json from the records.
+
+    Raises:
+        FintxError: a file can't be written.
+    """
+    name = study_folder.name
+    trials = [flat(record) for record in records]
+    head = {"study": name, "metric": metric, "n_trials": n_trials, "finished": len(trials)}
+    write_atomically(study_folder / f"{name}_all_trials.json", json.dumps({**head, "trials": trials}, indent=1) + "\n")
+    best = best_of(records, minimize=minimize)
+    if best is not None:
+        whole = {**head, **flat(best), "config": best.config.model_dump(mode="json")}
+        write_atomically(study_folder / f"{name}_best.json", json.dumps(whole, indent=1) + "\n")
+
+
+def write_results_csv(outputs: Path) -> None:
+    """Rewrite outputs/experiment_results.csv: a line per trial of every study, from their records alone.
+
+    Raises:
+        FintxError: the file can't be written, or a record is damaged.
+    """
+    text = io.StringIO()
+    writer = csv.DictWriter(text, _CSV_HEAD, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    for folder in study_folders(outputs):
+        for record in read_all(folder):
+            writer.writerow({**flat(record), "study": record.study})
+    write_atomically(outputs / "experiment_results.csv", text.getvalue())
+
+
+def study_folders(outputs: Path) -> list[Path]:
+    """Folders under outputs/ that hold a study, by name."""
+    return sorted(path.parent for path in outputs.glob("*/study.json"))
+
+
+# --- the sealed test part's log ---------------------------------------------------------------------------------------
+
+
+def log_opening(study_folder: Path, entry: dict[str, Any]) -> int:
+    """Append an opening of the sealed test part; call it before any test label is cut.
+
+    Returns:
+        How many times it has been opened, this one included.
+
+    Raises:
+        FintxError: the log can't be written; then nothing may be opened.
+    """
+    path = study_folder / "openings.jsonl"
+    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"opened": now, **entry}) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise FintxError(f"{path}: the opening can't be logged ({error.strerror}), so the test stays sealed") from error
+    return len(openings(study_folder))
+
+
+def openings(study_folder: Path) -> list[dict[str, Any]]:
+    """Every logged opening of the test part, oldest first."""
+    path = study_folder / "openings.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []

@@ -1,0 +1,55 @@
+"""How far is each study? Read from the records on disk alone, while it runs or long after."""
+
+from __future__ import annotations
+
+import datetime
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+from fintx.evaluate import metrics
+from fintx.study import lock, records
+from fintx.study.records import TrialRecord
+
+
+@dataclass(frozen=True)
+class StudyStatus:
+    """One line of `fintx status`."""
+
+    name: str
+    finished: int
+    n_trials: int
+    running: bool
+    failed: dict[str, int]
+    """Outcome → count, for outcomes that are no success."""
+    metric: str
+    best: TrialRecord | None
+    eta: datetime.timedelta | None
+    """Mean wall time of the finished trials × trials to go; none before the first."""
+    test_openings: int
+
+
+def read(study_folder: Path) -> StudyStatus:
+    """The status of the study in a folder.
+
+    Raises:
+        DamagedRecord: a file of the study can't be understood.
+    """
+    study = records.read_study(study_folder)
+    if study is None:
+        raise records.DamagedRecord(f"{study_folder}: holds no study (no study.json)")
+    spec = study.spec
+    finished = records.read_all(study_folder)
+    to_go = max(spec.study.n_trials - len(finished), 0)
+    mean_s = sum(record.wall_s for record in finished) / len(finished) if finished else None
+    return StudyStatus(
+        name=spec.study.name,
+        finished=len(finished),
+        n_trials=spec.study.n_trials,
+        running=lock.held(study_folder),
+        failed=dict(Counter(record.outcome for record in finished if record.outcome not in records.SUCCESSES)),
+        metric=spec.study.metric,
+        best=records.best_of(finished, minimize=metrics.MINIMIZE[spec.study.metric]),
+        eta=None if mean_s is None else datetime.timedelta(seconds=round(mean_s * to_go)),
+        test_openings=len(records.openings(study_folder)),
+    )

@@ -1,0 +1,178 @@
+"""How are results printed? One function per command; no computation beyond what a line of text needs."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from fintx.evaluate import metrics
+from fintx.study import records
+from fintx.study.evaluation import Evaluation
+from fintx.study.plan import DepthsAnswer, ShapeAnswer
+from fintx.study.runner import Summary
+from fintx.study.status import StudyStatus
+from fintx.terminal.words import count, duration, number, percent, shape_words, size
+
+_COMPARED = ("log_loss", "skill", "auc", "brier", "calibration_error")
+_COMPARED_REGRESSION = ("mse", "skill", "mae", "correlation")
+
+
+def table(title: str, heads: Sequence[str], rows: Iterable[Sequence[str]], *, left: Sequence[str] = ()) -> Table:
+    """A plain table: numbers to the right, the named columns to the left."""
+    made = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, header_style="dim")
+    for head in heads:
+        made.add_column(head, justify="left" if head in left or head == heads[0] else "right", no_wrap=head != "note")
+    for row in rows:
+        made.add_row(*row)
+    return made
+
+
+def print_summary(console: Console, summary: Summary) -> None:
+    """The end of a sweep: the best trial beside what it must beat, and where everything lies."""
+    spec, best = summary.spec, summary.best
+    failed = Counter(record.outcome for record in summary.records if record.value is None)
+    outcomes = "".join(f", {n} {outcome.replace('_', ' ')}" for outcome, n in failed.items())
+    console.rule(f"{spec.study.name}: {len(summary.records)} of {spec.study.n_trials} trials finished{outcomes}")
+    if spec.study.question:
+        _line(console, spec.study.question)
+    if best is None:
+        _line(console, "No trial succeeded yet: see each record's `outcome` and `detail`.")
+    else:
+        keys = _COMPARED_REGRESSION if spec.task.kind == "regression" else _COMPARED
+        rows = [[f"best trial ({best.trial_number})", *(number(best.best.get(key)) for key in keys)]]
+        rows += [
+            [name, *(number(held["metrics"].get(key)) for key in keys)] for name, held in summary.baselines.items()
+        ]
+        n = best.best.get("n")
+        console.print(table(f"On the same {number(n)} validation rows", ["", *keys], rows))
+        _line(console, _verdict(summary))
+        _line(console, f"Best shape: {shape_words(best.config.shape)} = {best.param_count:,} parameters")
+    folder = summary.folder
+    _line(console, f"Records    {folder}/trials/*/record.json   (tables: {folder.name}_all_trials.json, …_best.json)")
+    if best is not None:
+        _line(console, f"Checkpoint {records.trial_folder(folder, best.trial_number)}/checkpoint")
+    _line(console, f"All trials {folder.parent}/experiment_results.csv")
+    if best is not None:
+        _line(console, f"Next       just eval {folder}     just status")
+
+
+def _verdict(summary: Summary) -> str:
+    """Whether the winner beats the best baseline at all, and why that isn't yet proof."""
+    best, metric = summary.best, summary.spec.study.metric
+    assert best is not None and best.value is not None
+    sign = 1 if metrics.MINIMIZE[metric] else -1
+    scored = {n: held["metrics"].get(metric) for n, held in summary.baselines.items()}
+    rivals = {name: value for name, value in scored.items() if value is not None}
+    if not rivals:
+        return f"No baseline has a {metric}."
+    name = min(rivals, key=lambda rival: sign * rivals[rival])
+    gain = sign * (rivals[name] - best.value)
+    if gain <= 0:
+        return f"The best trial does NOT beat {name}: {metric} {best.value:.4f} against {rivals[name]:.4f}."
+    return (
+        f"The best trial is ahead of {name} by {gain:.4f} in {metric} "
+        f"(best of {len(summary.records)}, chosen on these rows: expect less on new days)."
+    )
+
+
+def print_status(console: Console, statuses: Sequence[StudyStatus]) -> None:
+    """One line per study."""
+    rows = []
+    for status in statuses:
+        best = status.best
+        rows.append(
+            [
+                status.name,
+                f"{status.finished}/{status.n_trials}",
+                "running" if status.running else "done" if status.finished >= status.n_trials else "stopped",
+                ", ".join(f"{n} {outcome}" for outcome, n in status.failed.items()) or "0",
+                f"{status.metric} {number(best.value)}" if best else "–",
+                percent(best.best.get("skill")) if best else "–",  # type: ignore[arg-type]
+                f"{shape_words(best.config.shape)} ({count(best.param_count)})" if best else "–",
+                duration(status.eta) if status.finished < status.n_trials else "–",
+                str(status.test_openings),
+            ]
+        )
+    heads = ["study", "finished", "state", "failed", "best", "skill", "best shape", "to go", "test opened"]
+    console.print(table("", heads, rows, left=("state", "failed", "best", "best shape")), soft_wrap=True)
+
+
+def print_evaluation(console: Console, result: Evaluation) -> None:
+    """Every metric, beside the recorded one where there is one."""
+    console.rule(f"{result.title}: {result.first_date} … {result.last_date}")
+    _line(console, f"{result.checkpoint}   {result.param_count:,} parameters")
+    for note in result.notes:
+        _line(console, f"Note: {note}")
+    heads = ["metric", "value"] + (["recorded", ""] if result.recorded else [])
+    rows = []
+    for key, value in result.metrics.items():
+        row = [key, number(value, 6)]
+        if result.recorded:
+            recorded = result.recorded.get(key)
+            row += [number(recorded, 6), "equal" if recorded == value else "DIFFERS"]
+        rows.append(row)
+    console.print(table("", heads, rows))
+    if len(result.per_asset) > 1:
+        keys = [key for key in ("n", *_COMPARED, *_COMPARED_REGRESSION) if key in next(iter(result.per_asset.values()))]
+        keys = list(dict.fromkeys(keys))
+        rows = [[asset, *(number(held.get(key)) for key in keys)] for asset, held in result.per_asset.items()]
+        console.print(table("Per asset", ["asset", *keys], rows))
+
+
+def print_params(console: Console, answer: ShapeAnswer | DepthsAnswer) -> None:
+    """Counts of one shape, or the depths that fit a budget."""
+    if isinstance(answer, DepthsAnswer):
+        budget = answer.budget
+        title = f"Depths inside {budget.low:,} … {budget.high:,} parameters"
+        heads = ["d_model", "d_ff / d_model", "d_ff", "n_layers", "parameters", "heads"]
+        rows = [
+            [str(width), f"{ratio:g}", str(round(width * ratio)), f"{low} … {high}", f"{n_low:,} … {n_high:,}",
+             " ".join(map(str, answer.head_counts[width]))]
+            for width, ratio, low, n_low, high, n_high in answer.rows
+        ]  # fmt: skip
+        console.print(table(title, heads, rows, left=("heads",)), soft_wrap=True)
+        return
+    counted = answer.count
+    _line(console, shape_words(answer.shape))
+    parts = [("embedding", counted.embedding), ("positions", counted.positions), ("blocks", counted.blocks)]
+    rows = [[name, f"{n:,}"] for name, n in [*parts, ("head", counted.head), ("total", counted.total)]]
+    console.print(table("", ["part", "parameters"], rows))
+    flops = answer.flops
+    _line(console, f"FLOPs per sample: {flops.forward:.3g} forward, {flops.backward:.3g} backward (multiply-add = 2)")
+    _line(console, f"Training state (parameters, gradients, AdamW): {size(answer.state_bytes)}")
+    _line(console, f"Head counts that divide d_model: {' '.join(map(str, answer.head_counts))}")
+    if answer.budget is not None:
+        budget = answer.budget
+        inside = budget.low <= counted.total <= budget.high
+        verdict = "fits" if inside else "is OUTSIDE"
+        _line(console, f"{count(counted.total)} {verdict} the budget {budget.low:,} … {budget.high:,}")
+
+
+def print_ingest(console: Console, result: Any) -> None:
+    """What an import kept, dropped and repaired."""
+    entry = result.entry
+    kept = "kept as a new version" if result.is_new else "is known already; nothing written"
+    _line(console, f"{entry.name}: {entry.rows:,} bars {entry.first_date} … {entry.last_date}, {kept}")
+    _line(console, f"version {entry.version[:16]}")
+    for words in result.notes:
+        _line(console, f"  {words}")
+
+
+def print_data(console: Console, raw: Sequence[Any], processed: Sequence[Any]) -> None:
+    """What is ingested, oldest first."""
+    for title, entries in (("Raw bars", raw), ("Processed features", processed)):
+        rows = [
+            [e.name, e.version[:12], f"{e.rows:,}", str(e.first_date), str(e.last_date), e.created] for e in entries
+        ]
+        if rows:
+            console.print(table(title, ["name", "version", "rows", "first", "last", "created"], rows))
+        else:
+            _line(console, f"{title}: none")
+
+
+def _line(console: Console, text: str) -> None:
+    console.print(text, highlight=False, soft_wrap=True, markup=False)

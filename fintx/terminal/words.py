@@ -1,0 +1,56 @@
+"""How are numbers and shapes put into words? The same everywhere that a person reads them."""
+
+from __future__ import annotations
+
+import datetime
+
+from fintx.config import Shape
+
+
+def number(value: float | int | None, digits: int = 4) -> str:
+    """.4321, or "–" where there is none; whole numbers with thousands separators."""
+    if value is None:
+        return "–"
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:.{digits}f}"
+
+
+def percent(value: float | None) -> str:
+    """12.3 %, or "–"."""
+    return "–" if value is None else f"{100 * value:.1f} %"
+
+
+def count(value: float) -> str:
+    """199.0M, 2.1B, 48.1K, 912: three or four leading digits and a suffix."""
+    for size, suffix in ((1e9, "B"), (1e6, "M"), (1e3, "K")):
+        if value >= size:
+            return f"{value / size:.1f}{suffix}"
+    return str(round(value))
+
+
+def duration(seconds: float | datetime.timedelta | None) -> str:
+    """4 s, 3 min 20 s, 2 h 5 min, 3 d 4 h; "–" where there is none."""
+    if seconds is None:
+        return "–"
+    whole = round(seconds.total_seconds() if isinstance(seconds, datetime.timedelta) else seconds)
+    units = (("d", 86_400), ("h", 3_600), ("min", 60), ("s", 1))
+    parts = []
+    for name, size in units:
+        if whole >= size:
+            parts.append(f"{whole // size} {name}")
+            whole %= size
+    return " ".join(parts[:2]) or "0 s"
+
+
+def size(n_bytes: float) -> str:
+    """2.3 GiB, 45 MiB."""
+    for unit, scale in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if n_bytes >= scale:
+            return f"{n_bytes / scale:.1f} {unit}"
+    return f"{round(n_bytes)} B"
+
+
+def shape_words(shape: Shape) -> str:
+    """d_model 768 · 28 layers · 12 heads · d_ff 3072."""
+    return f"d_model {shape.d_model} · {shape.n_layers} layers · {shape.n_heads} heads · d_ff {shape.d_ff}"

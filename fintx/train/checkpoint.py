@@ -1,0 +1,249 @@
+"""How does a trained model reach the disk, and come back as exactly what it was, or not at all?
+
+    <folder>/params/           Orbax's own files
+    <folder>/checkpoint.json   format, the whole resolved config, and what the caller adds (hashes, metrics, …)
+    <folder>/SHA256SUMS        sha256 of every other file, and of itself; `sha256sum -c` reads it too
+
+Orbax commits atomically but does not checksum arrays: a flipped bit loads as wrong weights without a word. So a folder
+is a checkpoint once SHA256SUMS stands in it, and `load` verifies all of it before it believes any. A save is prepared
+in a hidden folder beside its place and renamed at the end; what else a folder will hold one day (the training state) is
+one more entry of `items`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from pydantic import ValidationError
+
+from fintx.config import TrialConfig
+from fintx.model import transformer
+from fintx.types import FintxError, Params
+
+FORMAT = 1
+_SUMS, _DESCRIPTION, _PARAMS = "SHA256SUMS", "checkpoint.json", "params"
+_FULL = ("no space left", "disk quota exceeded", "file too large")
+
+
+class NotACheckpoint(FintxError):
+    """The path holds no finished checkpoint of fintx."""
+
+
+class CheckpointDamaged(FintxError):
+    """The path holds a checkpoint that is not, byte for byte, what was saved."""
+
+
+@dataclass(frozen=True)
+class Restored:
+    """A checkpoint in memory."""
+
+    params: Params
+    """Host arrays, as they were saved."""
+    config: TrialConfig
+    meta: dict[str, Any]
+
+
+def save(folder: Path, params: Params, *, config: TrialConfig, meta: dict[str, Any]) -> None:
+    """Write a checkpoint, replacing one that stands there; the folder appears whole or not at all.
+
+    Args:
+        params: the tree of `transformer.abstract_params` for the config and its resolved features.
+        meta: anything JSON can say; NaN it can't.
+
+    Raises:
+        FintxError: the disk is full or can't be written; the parameters are not those of the config.
+    """
+    folder = Path(folder).absolute()
+    if problem := _misfit(_shapes(params), config):
+        raise FintxError(f"the parameters to be saved in {folder} don't fit their config: {problem}")
+    description = {"format": FORMAT, "config": config.model_dump(mode="json"), "meta": meta}
+    text = json.dumps(description, indent=1, allow_nan=False)
+    staging = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
+    try:
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir(parents=True)
+        _write_arrays(staging, items={_PARAMS: params})
+        _write_text(staging / _DESCRIPTION, text)
+        _write_text(staging / _SUMS, _sums(staging))
+        _sync(staging)
+        _put_in_place(staging, folder)
+    except Exception as error:
+        if reason := _disk_trouble(error):
+            raise FintxError(f"could not save the checkpoint {folder}: {reason}; mend that and run again") from error
+        raise
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def load(folder: Path) -> Restored:
+    """Read a checkpoint back, on whatever device: verified first, host arrays, the saved bits.
+
+    Raises:
+        NotACheckpoint: nothing there, something else, a save that did not finish, or another format.
+        CheckpointDamaged: a file is missing or changed.
+    """
+    folder = Path(folder).absolute()
+    _verify(folder)
+    config, meta = _read_description(folder)
+    stored = _stored_shapes(folder / _PARAMS)
+    if problem := _misfit(stored, config):
+        raise CheckpointDamaged(f"{folder}: the parameters don't fit the config saved with them: {problem}")
+    return Restored(params=_read_arrays(folder / _PARAMS, config), config=config, meta=meta)
+
+
+def _write_arrays(staging: Path, *, items: dict[str, Params]) -> None:
+    import orbax.checkpoint as ocp  # 2 s: paid by those who save or load
+
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_compression=False)) as checkpointer:
+        for name, tree in items.items():
+            checkpointer.save(staging / name, args=ocp.args.PyTreeSave(jax.tree.map(np.asarray, tree)))
+
+
+def _read_arrays(folder: Path, config: TrialConfig) -> Params:
+    import orbax.checkpoint as ocp
+
+    abstract = _abstract(config)
+    as_saved = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), abstract)
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        return checkpointer.restore(folder, args=ocp.args.PyTreeRestore(item=abstract, restore_args=as_saved))
+
+
+def _stored_shapes(folder: Path) -> dict[str, tuple[tuple[int, ...], str]]:
+    import orbax.checkpoint as ocp
+
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        return _shapes(checkpointer.metadata(folder).item_metadata.tree)
+
+
+def _abstract(config: TrialConfig) -> Params:
+    return transformer.abstract_params(config.model, config.shape, len(config.data.features))
+
+
+def _shapes(tree: Params) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Path → shape and dtype."""
+    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+    return {
+        "/".join(str(part.key) for part in path): (tuple(leaf.shape), str(np.dtype(leaf.dtype)))
+        for path, leaf in leaves
+    }
+
+
+def _misfit(found: dict[str, tuple[tuple[int, ...], str]], config: TrialConfig) -> str:
+    """The first difference from what the config describes; empty: none. Orbax casts a wrong dtype in silence."""
+    wanted = _shapes(_abstract(config))
+    for path in sorted(wanted.keys() | found.keys()):
+        if wanted.get(path) != found.get(path):
+            return f"{path}: wanted {_words(wanted.get(path))}, got {_words(found.get(path))}"
+    return ""
+
+
+def _words(leaf: tuple[tuple[int, ...], str] | None) -> str:
+    return "nothing" if leaf is None else f"{leaf[1]}{list(leaf[0])}"
+
+
+def _sums(staging: Path) -> str:
+    """Lines of `sha256sum`, then a comment that holds the sum of the lines above it."""
+    lines = [f"{_sha256(path)}  {path.relative_to(staging).as_posix()}\n" for path in _files(staging)]
+    body = "".join(lines)
+    return f"{body}# {hashlib.sha256(body.encode()).hexdigest()}\n"
+
+
+def _verify(folder: Path) -> None:
+    if not folder.is_dir():
+        what = "a file" if folder.exists() else "not there"
+        raise NotACheckpoint(f"{folder} is {what}; wanted the folder of a checkpoint")
+    if not (folder / _SUMS).is_file():
+        raise NotACheckpoint(f"{folder} holds no {_SUMS}: it is no checkpoint of fintx, or its save did not finish")
+    for name, wanted in _read_sums(folder).items():
+        path = folder / name
+        if not path.is_file():
+            raise CheckpointDamaged(f"{folder}: {name} is missing; restore it from a copy, or train the trial again")
+        if _sha256(path) != wanted:
+            raise CheckpointDamaged(f"{folder}: {name} has changed since it was saved; train the trial again")
+
+
+def _read_sums(folder: Path) -> dict[str, str]:
+    """File name → sha256."""
+    body, mark, own = (folder / _SUMS).read_bytes().rpartition(b"# ")
+    if not mark or own != hashlib.sha256(body).hexdigest().encode() + b"\n":
+        raise CheckpointDamaged(f"{folder}: {_SUMS} has changed since it was saved; train the trial again")
+    lines = [line.split("  ", 1) for line in body.decode().splitlines()]
+    return {name: digest for digest, name in lines}
+
+
+def _read_description(folder: Path) -> tuple[TrialConfig, dict[str, Any]]:
+    try:
+        description = json.loads((folder / _DESCRIPTION).read_bytes())
+        if description["format"] != FORMAT:
+            raise NotACheckpoint(f"{folder} has format {description['format']}; this fintx reads format {FORMAT}")
+        config = TrialConfig.model_validate_json(json.dumps(description["config"]))
+        return config, description["meta"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        # pydantic prints a paragraph per problem; one line has to do.
+        problem = str(error.errors()[0]) if isinstance(error, ValidationError) else str(error)
+        raise NotACheckpoint(f"{folder}: this fintx can't read its {_DESCRIPTION}: {problem}") from error
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    return iter(sorted(path for path in folder.rglob("*") if path.is_file()))
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _write_text(path: Path, text: str) -> None:
+    """Whole or not at all: tmp + fsync + rename."""
+    partial = path.with_name(f".{path.name}.partial")
+    with partial.open("w", encoding="utf-8", newline="") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.rename(path)
+
+
+def _sync(folder: Path) -> None:
+    """Files and folders to the disk itself, so that a power cut after the rename finds them there."""
+    for path in [*folder.rglob("*"), folder]:
+        _fsync(path)
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _put_in_place(staging: Path, folder: Path) -> None:
+    old = folder.with_name(f".{folder.name}.replaced-{os.getpid()}")
+    if folder.exists():
+        folder.rename(old)  # a rename can't land on a folder that is not empty
+    staging.rename(folder)
+    _fsync(folder.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _disk_trouble(error: BaseException | None) -> str:
+    """The file system's complaint behind an error or its causes, in words; empty: it is about something else.
+
+    Orbax and tensorstore wrap it, so that the text may be all there is.
+    """
+    while error is not None:
+        if isinstance(error, OSError) and error.errno is not None:
+            return os.strerror(error.errno)
+        if found := [text for text in _FULL if text in str(error).lower()]:
+            return found[0]
+        error = error.__cause__ or error.__context__
+    return ""
