@@ -12,6 +12,7 @@ one more entry of `items`.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -42,7 +43,7 @@ class CheckpointDamaged(FintxError):
     """The path holds a checkpoint that is not, byte for byte, what was saved."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Restored:
     """A checkpoint in memory."""
 
@@ -71,6 +72,7 @@ def save(folder: Path, params: Params, *, config: TrialConfig, meta: dict[str, A
     try:
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir(parents=True)
+        _reserve(staging, sum(leaf.nbytes for leaf in jax.tree.leaves(params)))
         _write_arrays(staging, items={_PARAMS: params})
         _write_text(staging / _DESCRIPTION, text)
         _write_text(staging / _SUMS, _sums(staging))
@@ -98,6 +100,19 @@ def load(folder: Path) -> Restored:
     if problem := _misfit(stored, config):
         raise CheckpointDamaged(f"{folder}: the parameters don't fit the config saved with them: {problem}")
     return Restored(params=_read_arrays(folder / _PARAMS, config), config=config, meta=meta)
+
+
+def _reserve(staging: Path, n_bytes: int) -> None:
+    """Fail here, with an OSError, if the disk has no room: from Orbax's threads it comes with pages of tracebacks."""
+    needed = n_bytes + 2**20
+    if not hasattr(os, "posix_fallocate"):
+        if shutil.disk_usage(staging).free < needed:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return
+    path = staging / "reserved"
+    with path.open("wb") as file:
+        os.posix_fallocate(file.fileno(), 0, needed)
+    path.unlink()
 
 
 def _write_arrays(staging: Path, *, items: dict[str, Params]) -> None:

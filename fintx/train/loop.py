@@ -60,7 +60,7 @@ class Epoch:
     """Since `fit` began."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class FitResult:
     """What a trial came to."""
 

@@ -8,9 +8,9 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from fintx.data.windows import Dataset, Part, Scaling
 
 from fintx.config import DataConfig, ModelConfig, OptimConfig, Shape, SplitConfig, TaskConfig, TrainConfig, TrialConfig
-from fintx.data.windows import Dataset, Part, Scaling
 
 FEATURES = ("close_return_1", "range_1", "volume_ratio_20")
 BASE: dict[str, Any] = {

@@ -78,7 +78,10 @@ def test_update_is_adamw_by_hand(make_trial: Callable[..., TrialConfig]) -> None
     """Two steps in float64 NumPy: clip, moments with bias correction, decoupled decay of the matrix alone."""
     v = values(clip_norm=np.float32(0.5), weight_decay=np.float32(0.3))
     params = {"head": {"kernel": jnp.array([[1.0, -2.0]]), "bias": jnp.array([0.5])}}
-    gradients = [{"kernel": np.array([[3.0, 4.0]]), "bias": np.array([12.0])}, {"kernel": np.array([[0.1, 0.0]]), "bias": np.array([-0.2])}]  # fmt: skip
+    gradients = [
+        {"kernel": np.array([[3.0, 4.0]]), "bias": np.array([12.0])},
+        {"kernel": np.array([[0.1, 0.0]]), "bias": np.array([-0.2])},
+    ]
     with jax.numpy_dtype_promotion("standard"):
         transformation = optim.transformation(v, schedule="cosine")
         state = transformation.init(params)

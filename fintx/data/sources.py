@@ -1,0 +1,276 @@
+"""Where do bars come from? The embedded default, CSV and Parquet files, Yahoo; each ends as the same checked `Bars`."""
+
+from __future__ import annotations
+
+import datetime
+import functools
+import gzip
+import importlib.metadata
+import importlib.util
+import logging
+import re
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from fintx.data import manifest, tabular
+from fintx.data.bars import PRICES, Bars, make, problems, refuse
+from fintx.data.manifest import Entry
+from fintx.data.repair import repair as mend
+from fintx.types import FintxError
+
+EMBEDDED = "SPX"
+"""S&P 500 index, 1999–2018, that ships inside the `arch` package: needs no network and no import."""
+
+_SYMBOL = re.compile(r"[A-Za-z0-9^][A-Za-z0-9^._=-]{0,31}")
+_TRIES, _BACKOFF_S = 4, 2.0
+
+
+class DataNotFound(FintxError):
+    """No bars of that symbol or version."""
+
+
+@dataclass(frozen=True)
+class Imported:
+    """What came of an import."""
+
+    entry: Entry
+    is_new: bool
+    notes: tuple[str, ...]
+    """Dropped and repaired rows, in words."""
+
+
+def load(symbol: str, *, root: Path, version: str | None = None) -> Bars:
+    """Bars that were imported before, or the embedded ones.
+
+    Args:
+        root: the data folder.
+        version: a version or the beginning of one; none: the newest.
+
+    Raises:
+        DataNotFound: no such symbol or version, with the command that brings it in.
+        FintxError: its file is missing or changed.
+    """
+    kept = [entry for entry in manifest.entries(root, "raw") if entry.name == dataset_name(symbol)]
+    if version is not None:
+        matching = [entry for entry in kept if entry.version.startswith(version)]
+        if not matching and symbol == EMBEDDED and embedded().version.startswith(version):
+            return embedded()
+        if not matching:
+            there = ", ".join(entry.version[:12] for entry in kept) or "none"
+            raise DataNotFound(f"{symbol}: version {version[:12]} is not in {root} (there: {there}); import it again")
+        kept = matching
+    if kept:
+        return _read_snapshot(root, kept[-1], symbol)
+    if symbol == EMBEDDED:
+        return embedded()
+    known = sorted({entry.name.split(".OHLCV")[0] for entry in manifest.entries(root, "raw")} | {EMBEDDED})
+    raise DataNotFound(
+        f"data.assets/context: no bars of {symbol} in {root} (there: {', '.join(known)}); "
+        f"bring them in: just data import FILE.csv --symbol {symbol}, or: just data yahoo {symbol}"
+    )
+
+
+@functools.cache
+def embedded() -> Bars:
+    """The S&P 500 index of the `arch` package: 5,031 daily bars, 1999-01-04 … 2018-12-31."""
+    spec = importlib.util.find_spec("arch")
+    assert spec is not None and spec.origin is not None
+    # Read where it lies: importing arch takes 3 s, and every `fintx plan` would pay them.
+    path = Path(spec.origin).parent / "data" / "sp500" / "sp500.csv.gz"
+    table = tabular.parse_csv(gzip.decompress(path.read_bytes()).decode(), where="arch sp500")
+    return make(EMBEDDED, table.dates, **table.columns)
+
+
+def read_file(path: Path, symbol: str, *, today: datetime.date) -> Bars:
+    """Checked bars of a CSV or Parquet file, not kept anywhere; a partial bar of today is dropped.
+
+    Raises:
+        FintxError: the file is missing or has no such columns.
+        BadBars: rows break a rule.
+    """
+    return _checked(path, symbol, today=today, repair=False, calendar=None)[0]
+
+
+def import_file(
+    path: Path, symbol: str, *, root: Path, repair: bool = False, calendar: np.ndarray | None = None,
+    today: datetime.date,
+) -> Imported:  # fmt: skip
+    """Validate a file and keep an immutable snapshot of it.
+
+    Args:
+        repair: mend what can be mended (see `repair.repair`); the manifest says what was.
+        calendar: with repair: the asset's trading days, datetime64[D].
+
+    Raises:
+        FintxError: the file is missing, has no such columns, or can't be kept.
+        BadBars: rows break a rule.
+    """
+    bars, notes, repairs = _checked(path, symbol, today=today, repair=repair, calendar=calendar)
+    return _keep(bars, root=root, source=f"file {path.name}", notes=notes, repairs=repairs)
+
+
+def import_yahoo(
+    symbol: str,
+    *,
+    root: Path,
+    start: str | None = None,
+    today: datetime.date,
+    progress: Callable[[str], None],
+    download: Callable[[str, str | None], Any] | None = None,
+    wait: Callable[[float], None] = time.sleep,
+) -> Imported:
+    """Download daily bars from Yahoo, unadjusted with Adj Close beside, and keep a snapshot of them.
+
+    Args:
+        symbol: Yahoo's, such as ^VIX, which is kept as VIX.
+        start: first date, YYYY-MM-DD; none: all there is.
+        progress: told of each try.
+        download: (symbol, start) → a frame as yfinance gives it; none: yfinance.
+
+    Raises:
+        FintxError: yfinance is not installed, Yahoo can't be reached after several tries, or the symbol is unknown.
+        BadBars: rows break a rule.
+    """
+    download = download or _yfinance()
+    frame = _try_often(download, symbol, start, progress, wait)
+    name = symbol.lstrip("^")
+    table = tabular.from_frame(frame, where=f"Yahoo {symbol}")
+    bars, notes = _to_bars(table, name, today=today, where=f"Yahoo {symbol}")
+    if found := problems(bars):
+        raise refuse(bars, found, where=f"Yahoo {symbol}", mend="save them as CSV and import that with --repair")
+    return _keep(bars, root=root, source=f"Yahoo {symbol}", notes=notes, repairs=())
+
+
+def dataset_name(symbol: str) -> str:
+    """SPY → SPY.OHLCV.daily.
+
+    Raises:
+        FintxError: not a symbol (letters, digits and ^ . _ = -, at most 32).
+    """
+    if _SYMBOL.fullmatch(symbol) is None:
+        raise FintxError(f"--symbol {symbol[:40]!r}: wanted 1–32 letters, digits or ^ . _ = - such as SPY or BRK-B")
+    return f"{symbol}.OHLCV.daily"
+
+
+def _checked(
+    path: Path, symbol: str, *, today: datetime.date, repair: bool, calendar: np.ndarray | None
+) -> tuple[Bars, tuple[str, ...], tuple[str, ...]]:
+    dataset_name(symbol)
+    table = tabular.read(path)
+    bars, notes = _to_bars(table, symbol, today=today, where=str(path))
+    if repair:
+        mended = mend(bars, calendar=calendar, where=str(path))
+        return mended.bars, (*notes, *mended.repairs), mended.repairs
+    if found := problems(bars):
+        advice = "correct them, or mend them with --repair (and --calendar SYMBOL for its trading days)"
+        raise refuse(bars, found, where=str(path), lines=table.lines, mend=advice)
+    return bars, notes, ()
+
+
+def _to_bars(
+    table: tabular.Table, symbol: str, *, today: datetime.date, where: str
+) -> tuple[Bars, tuple[str, ...]]:  # fmt: skip
+    """Bars of a table, unchecked, less those of a day that is not over."""
+    columns = dict(table.columns)
+    notes = []
+    if "volume" not in columns:
+        columns["volume"] = np.zeros(len(table.dates))
+        notes.append("the source has no volume; it is kept as 0")
+    bars = make(symbol, table.dates, **columns)
+    partial = bars.dates >= np.datetime64(today)
+    if partial.any():
+        notes.append(f"{partial.sum()} bar(s) dated {bars.dates[partial][0]} or later dropped: that day is not over")
+        bars = bars.take(np.flatnonzero(~partial))
+        # take keeps the version of the whole; what is kept is the rest
+        bars = make(symbol, bars.dates, **{name: getattr(bars, name) for name in (*PRICES, "volume", "adj_close")})
+    if len(bars) == 0:
+        raise FintxError(f"{where}: holds no complete bar; wanted daily rows before {today}")
+    return bars, tuple(notes)
+
+
+def _keep(
+    bars: Bars, *, root: Path, source: str, notes: tuple[str, ...], repairs: tuple[str, ...]
+) -> Imported:  # fmt: skip
+    columns = {"date": pa.array(bars.dates)} | {
+        name: pa.array(getattr(bars, name))
+        for name in (*PRICES, "volume", "adj_close")
+        if getattr(bars, name) is not None
+    }
+    entry, is_new = manifest.store(
+        root,
+        "raw",
+        dataset_name(bars.symbol),
+        pa.table(columns),
+        version=bars.version,
+        source=source,
+        repairs=repairs,
+        fintx_version=importlib.metadata.version("fintx"),
+    )
+    return Imported(entry, is_new, notes)
+
+
+def _read_snapshot(root: Path, entry: Entry, symbol: str) -> Bars:
+    path = root / entry.path
+    try:
+        table = pq.read_table(path)
+    except (OSError, pa.ArrowInvalid):
+        raise FintxError(f"{path}: a kept snapshot is missing or unreadable; run: just verify") from None
+    columns = {name: table[name].to_numpy() for name in table.column_names if name != "date"}
+    bars = make(symbol, table["date"].to_numpy(), **columns)
+    if bars.version != entry.version:
+        raise FintxError(f"{path}: is not the snapshot that was kept (its content has changed); run: just verify")
+    return bars
+
+
+# --- Yahoo ------------------------------------------------------------------------------------------------------------
+
+
+def _yfinance() -> Callable[[str, str | None], Any]:
+    try:
+        import yfinance
+    except ImportError:
+        raise FintxError(
+            "Yahoo needs the extra `yahoo`: give the command as uv run --extra yahoo just data yahoo SYMBOL"
+        ) from None
+
+    yfinance.config.debug.hide_exceptions = False
+    logging.getLogger("yfinance").setLevel(logging.CRITICAL)  # its errors are raised, and told once, by us
+
+    def download(symbol: str, start: str | None) -> Any:
+        span = {"period": "max"} if start is None else {"start": start}
+        return yfinance.Ticker(symbol).history(interval="1d", auto_adjust=False, actions=False, **span)
+
+    return download
+
+
+def _try_often(
+    download: Callable[[str, str | None], Any],
+    symbol: str,
+    start: str | None,
+    progress: Callable[[str], None],
+    wait: Callable[[float], None],
+) -> Any:
+    reason = ""
+    for attempt in range(_TRIES):
+        progress(f"Yahoo {symbol}: try {attempt + 1} of {_TRIES} …")
+        try:
+            frame = download(symbol, start)
+        except Exception as error:  # whatever a network library raises is the same to its user: no bars came
+            reason = next(iter(str(error).splitlines()), type(error).__name__)
+        else:
+            if frame is not None and len(frame):
+                return frame
+            reason = "it sent no bars"
+        if attempt + 1 < _TRIES:
+            wait(_BACKOFF_S * 2**attempt)
+    raise FintxError(
+        f"Yahoo {symbol}: no bars after {_TRIES} tries ({reason}); check the network and the symbol, "
+        "or import a CSV file: just data import FILE.csv --symbol NAME"
+    )

@@ -1,0 +1,246 @@
+"""Which days train, validate, test? By date across all assets at once, purged by the horizon; what can that show?"""
+
+from __future__ import annotations
+
+import datetime
+from dataclasses import dataclass
+
+import numpy as np
+
+from fintx.config import SplitConfig, TaskConfig
+from fintx.types import FintxError, Floats, Ints
+
+
+class BadSplit(FintxError):
+    """The split does not fit the data."""
+
+
+class TooFewSamples(FintxError):
+    """A part is too small to show anything."""
+
+
+@dataclass(frozen=True)
+class Fold:
+    """One train and one validation part, as bounds on dates; every bound called `before` is exclusive.
+
+    A row belongs to a part if its date lies in the part's days and the last day its label looks at lies before the
+    part's label bound. The purge follows: a label reaches h bars ahead, by its own asset's calendar.
+    """
+
+    train_first: np.datetime64
+    train_labels_before: np.datetime64
+    """First validation day, less the embargo."""
+    validation_first: np.datetime64
+    validation_before: np.datetime64
+    validation_labels_before: np.datetime64
+    """First test day, less the embargo; far in the future where nothing is sealed."""
+
+
+@dataclass(frozen=True)
+class Split:
+    """The folds, oldest first, and where the sealed test part begins."""
+
+    folds: tuple[Fold, ...]
+    test_first: np.datetime64 | None
+
+
+@dataclass(frozen=True)
+class PartRow:
+    """A line of the split table."""
+
+    part: str
+    """train, validation or test, with the fold where there are several."""
+    first: str
+    last: str
+    n: int
+    positives: int | None
+    """None for regression, and for the sealed test part."""
+    base_rate: float | None
+    """Mean label; None where sealed."""
+    n_effective: float
+    se_log_loss: float | None
+    se_auc: float | None
+
+
+_NEVER = np.datetime64("9999-12-31")
+
+
+def build(split: SplitConfig, *, horizon: int, dates: np.ndarray) -> Split:
+    """Turn a split's description into bounds on dates.
+
+    Args:
+        horizon: h; only to refuse data that are shorter than it.
+        dates: (D,) datetime64[D], the union of all assets' trading days, increasing.
+
+    Raises:
+        BadSplit: bounds outside the data, or a part without days.
+    """
+    if len(dates) <= horizon + 1:
+        raise BadSplit(
+            f"task.horizon = {horizon} needs more than {horizon + 1} trading days, the data have {len(dates)}; "
+            "shorten the horizon or widen data.start/end"
+        )
+    if split.kind == "walk_forward":
+        return _walk_forward(split, dates)
+    if split.kind == "fractions":
+        assert split.train is not None and split.validation is not None
+        validation = round(split.train * len(dates))
+        test = round((split.train + split.validation) * len(dates))
+        if not 0 < validation < test < len(dates):
+            raise BadSplit(
+                f"split.train = {split.train}, split.validation = {split.validation} leave a part of the "
+                f"{len(dates)} trading days empty; change them or widen data.start/end"
+            )
+    else:
+        validation = _place(split.validation_start, dates, "split.validation_start")
+        test = _place(split.test_start, dates, "split.test_start")
+        if test <= validation:
+            raise BadSplit(f"no trading day lies in [{split.validation_start}, {split.test_start}); move them apart")
+    bound = _embargoed(dates, test, split.embargo)
+    fold = Fold(dates[0], _embargoed(dates, validation, split.embargo), dates[validation], dates[test], bound)
+    return Split((fold,), dates[test])
+
+
+def _walk_forward(split: SplitConfig, dates: np.ndarray) -> Split:
+    assert split.n_folds is not None
+    begin = _place(split.validation_start, dates, "split.validation_start")
+    test = None if split.test_start is None else _place(split.test_start, dates, "split.test_start")
+    last_day = dates[-1] + 1 if test is None else dates[test]
+    if begin >= (len(dates) if test is None else test):
+        raise BadSplit(f"no trading day lies in [{split.validation_start}, {split.test_start}); move them apart")
+    span = (last_day - dates[begin]).astype(int)
+    edges = [dates[begin] + np.timedelta64(round(span * k / split.n_folds), "D") for k in range(split.n_folds)]
+    places = [int(np.searchsorted(dates, edge)) for edge in edges] + [len(dates) if test is None else test]
+    sealed_from = _NEVER if test is None else _embargoed(dates, test, split.embargo)
+    folds = []
+    for first, after in zip(places[:-1], places[1:], strict=True):
+        if first >= after:
+            raise BadSplit(f"split.n_folds = {split.n_folds}: a fold has no trading day; lower it")
+        oldest = 0 if split.window == "expanding" else first - begin
+        end = _NEVER if after == len(dates) else dates[after]
+        folds.append(Fold(dates[oldest], _embargoed(dates, first, split.embargo), dates[first], end, sealed_from))
+    return Split(tuple(folds), None if test is None else dates[test])
+
+
+def _place(day: datetime.date | None, dates: np.ndarray, key: str) -> int:
+    assert day is not None
+    place = int(np.searchsorted(dates, np.datetime64(day)))
+    if not 0 < place < len(dates):
+        raise BadSplit(f"{key} = {day} lies outside the data's {dates[0]} … {dates[-1]}; choose a day within")
+    return place
+
+
+def _embargoed(dates: np.ndarray, place: int, embargo: int) -> np.datetime64:
+    if place - embargo <= 0:
+        raise BadSplit(f"split.embargo = {embargo} leaves no day before {dates[place]}; lower it")
+    return dates[place - embargo]
+
+
+# --- what a part can show ---------------------------------------------------------------------------------------------
+
+
+def effective_n(rows: Ints, *, horizon: int) -> float:
+    """Σ of the average uniqueness of labels that overlap in time (López de Prado 2018, section 4.4).
+
+    A label of row r spans bars r + 1 … r + h; its uniqueness is the mean over its span of 1 / (labels there).
+
+    Args:
+        rows: (S,) bar indices of one asset. Assets' sums are added: what assets share between them is not counted.
+    """
+    if len(rows) == 0:
+        return 0.0
+    rows = np.sort(rows) - rows.min()
+    edges = np.zeros(rows[-1] + horizon + 2)
+    np.add.at(edges, rows + 1, 1)
+    np.add.at(edges, rows + horizon + 1, -1)
+    concurrent = np.maximum(np.cumsum(edges), 1)
+    cumulative = np.concatenate([[0.0], np.cumsum(1 / concurrent)])
+    return float(np.sum((cumulative[rows + horizon + 1] - cumulative[rows + 1]) / horizon))
+
+
+def se_auc(base_rate: float, n: float, *, auc: float = 0.7) -> float | None:
+    """Standard error of an AUC (Hanley & McNeil 1982, eq. 1–3); none where a class has less than one sample."""
+    positives, negatives = n * base_rate, n * (1 - base_rate)
+    if min(positives, negatives) < 1:
+        return None
+    q1, q2 = auc / (2 - auc), 2 * auc**2 / (1 + auc)
+    variance = auc * (1 - auc) + (positives - 1) * (q1 - auc**2) + (negatives - 1) * (q2 - auc**2)
+    return float(np.sqrt(variance / (positives * negatives)))
+
+
+def se_log_loss(base_rate: float, n: float) -> float | None:
+    """Standard error of the mean log loss of a useful forecaster, in nats.
+
+    The forecaster is calibrated, with logits normal about the base rate's with SD 1 (AUC ≈ .75). The base rate itself
+    won't do as a yardstick: its loss has no spread at all at one half. Var = E[p(1 − p) logit(p)²] + Var[H(p)], by
+    Gauss–Hermite quadrature.
+    """
+    if n <= 0 or not 0 < base_rate < 1:
+        return None
+    nodes, weights = np.polynomial.hermite_e.hermegauss(41)
+    weights = weights / weights.sum()
+    logits = np.log(base_rate / (1 - base_rate)) + nodes
+    p = 1 / (1 + np.exp(-logits))
+    entropy = -p * np.log(p) - (1 - p) * np.log(1 - p)
+    mean = np.sum(weights * entropy)
+    variance = np.sum(weights * (p * (1 - p) * logits**2 + (entropy - mean) ** 2))
+    return float(np.sqrt(variance / n))
+
+
+def describe_part(
+    part: str, task: TaskConfig, *, dates: np.ndarray, labels: Floats | None, n_effective: float
+) -> PartRow:
+    """A line of the split table.
+
+    Args:
+        labels: none for the sealed test part.
+    """
+    classes = task.kind != "regression" and labels is not None
+    rate = None if labels is None or len(labels) == 0 else float(np.mean(labels, dtype=np.float64))
+    return PartRow(
+        part=part,
+        first=str(dates.min()) if len(dates) else "–",
+        last=str(dates.max()) if len(dates) else "–",
+        n=len(dates),
+        positives=int(np.sum(labels)) if classes else None,  # type: ignore[arg-type]
+        base_rate=rate,
+        n_effective=n_effective,
+        se_log_loss=se_log_loss(rate, n_effective) if classes and rate is not None else None,
+        se_auc=se_auc(rate, n_effective) if classes and rate is not None else None,
+    )
+
+
+def check(split: SplitConfig, task: TaskConfig, rows: tuple[PartRow, ...]) -> None:
+    """Refuse parts that are too small: every train part, and the validation part (all folds' together).
+
+    Raises:
+        TooFewSamples: with the numbers and what to change.
+    """
+    complaints = []
+    validation = [row for row in rows if row.part.startswith("validation")]
+    for row in rows:
+        if row.part.startswith("train"):
+            complaints += _class_complaints(split, task, row.part, row.n, row.positives)
+    n = sum(row.n for row in validation)
+    positives = None if task.kind == "regression" else sum(row.positives or 0 for row in validation)
+    complaints += _class_complaints(split, task, "validation", n, positives)
+    effective = sum(row.n_effective for row in validation)
+    if effective < split.min_effective:
+        complaints.append(
+            f"validation has an effective sample size of {effective:.0f} ({n} labels that overlap over "
+            f"{task.horizon} days), below split.min_effective = {split.min_effective}"
+        )
+    if complaints:
+        mend = "give the part more days (split.*), use more data, shorten task.horizon, or lower that minimum knowingly"
+        raise TooFewSamples(f"{'; '.join(complaints)}: {mend}")
+
+
+def _class_complaints(split: SplitConfig, task: TaskConfig, part: str, n: int, positives: int | None) -> list[str]:
+    if positives is None:
+        few = n < split.min_positives
+        return [f"{part} has {n} samples, below split.min_positives = {split.min_positives}"] if few else []
+    return [
+        f"{part} has {count} {name} among {n} samples, below split.min_positives = {split.min_positives}"
+        for name, count in (("positives", positives), ("negatives", n - positives))
+        if count < split.min_positives
+    ]

@@ -1,0 +1,404 @@
+"""What does training see? Features of all assets in one array, and the rows that decide, per fold; sealed by design.
+
+`build` cuts every price at the first test day before a label or a feature is made of it: what it returns can't hold a
+label of the test part, nor a validation label that looks into it. `build_test` alone goes beyond.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from fintx.config import DataConfig, SplitConfig, TaskConfig
+from fintx.data import features, labels, manifest, sources, splits
+from fintx.data.bars import Bars
+from fintx.data.manifest import Entry
+from fintx.data.scaling import Drift, Scaling, drift, fit
+from fintx.data.splits import Fold, PartRow, Split
+from fintx.types import FintxError, Floats, Ints
+
+
+class NoWindows(FintxError):
+    """No row has a whole window of features and a label."""
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """Samples: the window of `rows[i]` ends at that row, `labels[i]` is its target."""
+
+    rows: Ints
+    """(S,) int32, index of the decision bar in `Dataset.features`."""
+    labels: Floats
+    """(S,) float32."""
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """One fold, for one context length. The window of row r is features[r − T + 1 : r + 1], inside one asset."""
+
+    features: Floats
+    """(rows, F) float32, scaled; 0 in rows that no window touches."""
+    feature_names: tuple[str, ...]
+    dates: np.ndarray
+    """(rows,) datetime64[D]."""
+    asset_ids: Ints
+    """(rows,) int32, index into `assets`."""
+    assets: tuple[str, ...]
+    close: Floats
+    """(rows,) float64, raw."""
+    train: Part
+    validation: Part
+    scaling: Scaling
+    data_hash: str
+    """Of raw features, dates and assets."""
+    label_hash: str
+    """Of every complete label before the test part: equal hashes mean the same question on the same days."""
+    split_hash: str
+    """Of which asset and day lies in which part."""
+
+
+@dataclass(frozen=True)
+class AssetRange:
+    """What is used of one symbol."""
+
+    symbol: str
+    bars: int
+    first: str
+    last: str
+    version: str
+
+
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """A study's data: its folds, and all that is said about them before it runs."""
+
+    data: DataConfig
+    """Resolved: features by name, versions pinned."""
+    folds: tuple[Dataset, ...]
+    split: Split
+    parts: tuple[PartRow, ...]
+    """The split table."""
+    drift: tuple[Drift, ...]
+    """Train against validation of the newest fold, per feature."""
+    label_words: str
+    ranges: tuple[AssetRange, ...]
+    dropped: dict[str, int]
+    """Reason → rows before the test part that are no sample."""
+    raw_features: Floats
+    """(rows, F) float64, unscaled."""
+
+
+def build(
+    data: DataConfig, task: TaskConfig, split: SplitConfig, *, context_length: int, root: Path
+) -> Prepared:  # fmt: skip
+    """Load bars, and make features, labels, splits and scaling of them; the test part stays sealed.
+
+    Args:
+        root: the data folder.
+
+    Raises:
+        FintxError: data that are missing, a split that doesn't fit them, too few samples, unknown features.
+    """
+    data, bars, context = _load(data, root)
+    bounds = splits.build(split, horizon=task.horizon, dates=_calendar(bars))
+    first = bounds.test_first
+    seen = _Stack.of([_before(b, first) for b in bars], _all_before(context, first), data.features, task)
+    usable = seen.whole_windows(context_length)
+    folds = tuple(_dataset(seen, fold, usable, data, context_length) for fold in bounds.folds)
+    parts = (*_part_rows(seen, folds, task), *_test_rows(bars, bounds, task))
+    _check_any(seen, usable, context_length)
+    splits.check(split, task, parts)
+    newest = folds[-1]
+    return Prepared(
+        data=data,
+        folds=folds,
+        split=bounds,
+        parts=parts,
+        drift=drift(seen.features, newest, seen.names),
+        label_words=labels.describe(task),
+        ranges=tuple(
+            AssetRange(b.symbol, len(b), str(b.dates[0]), str(b.dates[-1]), b.version)
+            for b in (*bars, *context.values())
+        ),
+        dropped=seen.dropped(usable),
+        raw_features=seen.features,
+    )
+
+
+def store_processed(prepared: Prepared, root: Path) -> Entry:
+    """Keep the raw features as an immutable processed snapshot; the same features again are a no-op.
+
+    Raises:
+        FintxError: it can't be written.
+    """
+    dataset, data = prepared.folds[0], prepared.data
+    columns: dict[str, Any] = {
+        "date": pa.array(dataset.dates),
+        "asset": pa.array(np.asarray(dataset.assets)[dataset.asset_ids]),
+    }
+    columns |= {name: prepared.raw_features[:, i] for i, name in enumerate(dataset.feature_names)}
+    parents = tuple(f"{sources.dataset_name(r.symbol)}@{r.version}" for r in prepared.ranges)
+    entry, _ = manifest.store(
+        root,
+        "processed",
+        _processed_name(data),
+        pa.table(columns),
+        version=dataset.data_hash,
+        source=f"features {', '.join(data.features)}",
+        parents=parents,
+        fintx_version=importlib.metadata.version("fintx"),
+    )
+    return entry
+
+
+def build_test(
+    data: DataConfig, task: TaskConfig, split: SplitConfig, *, context_length: int, root: Path, scaling: Scaling
+) -> tuple[Dataset, Part]:
+    """Open the sealed test part: the only function that cuts its labels. Log the opening before you call it.
+
+    Raises:
+        FintxError: the split has no test part, or it has no complete sample.
+    """
+    data, bars, context = _load(data, root)
+    bounds = splits.build(split, horizon=task.horizon, dates=_calendar(bars))
+    if bounds.test_first is None:
+        raise splits.BadSplit("this walk-forward split has no test part (no split.test_start): nothing is sealed")
+    whole = _Stack.of(bars, context, data.features, task)
+    chosen = whole.whole_windows(context_length) & (whole.dates >= bounds.test_first)
+    return _scaled(whole, np.flatnonzero(chosen), scaling, context_length)
+
+
+def build_foreign(
+    bars: Bars, context: Mapping[str, Bars], data: DataConfig, task: TaskConfig, *, scaling: Scaling,
+    context_length: int,
+) -> tuple[Dataset, Part]:  # fmt: skip
+    """Samples of other bars than the study's, all of them, under the study's features and scaling.
+
+    Raises:
+        FintxError: too few bars for one window with its future.
+    """
+    stack = _Stack.of([bars], context, data.features, task)
+    return _scaled(stack, np.flatnonzero(stack.whole_windows(context_length)), scaling, context_length)
+
+
+# --- stacking ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class _Stack:
+    """All assets' rows below each other, unscaled, with labels."""
+
+    names: tuple[str, ...]
+    features: Floats
+    dates: np.ndarray
+    asset_ids: Ints
+    bar: Ints
+    """Index of each row in its asset's own bars."""
+    assets: tuple[str, ...]
+    close: Floats
+    labels: Floats
+    label_ends: np.ndarray
+
+    @staticmethod
+    def of(bars: list[Bars], context: Mapping[str, Bars], names: tuple[str, ...], task: TaskConfig) -> _Stack:
+        return _Stack(
+            names=names,
+            features=np.concatenate([features.compute(names, b, context) for b in bars]),
+            dates=np.concatenate([b.dates for b in bars]),
+            asset_ids=np.concatenate([np.full(len(b), i, np.int32) for i, b in enumerate(bars)]),
+            bar=np.concatenate([np.arange(len(b)) for b in bars]),
+            assets=tuple(b.symbol for b in bars),
+            close=np.concatenate([b.close for b in bars]),
+            labels=np.concatenate([labels.cut(task, b) for b in bars]),
+            label_ends=np.concatenate([labels.ends(task, b) for b in bars]),
+        )
+
+    def whole_windows(self, context_length: int) -> np.ndarray:
+        """Rows with a label and T rows of finite features behind them, within their asset."""
+        return self._windows(context_length) & ~np.isnan(self.labels)
+
+    def _windows(self, context_length: int) -> np.ndarray:
+        finite = np.isfinite(self.features).all(axis=1)
+        run = np.concatenate([[0], np.cumsum(finite)])
+        first = np.maximum(np.arange(len(finite)) + 1 - context_length, 0)
+        complete = run[1:] - run[first] == context_length
+        return complete & (self.bar >= context_length - 1)
+
+    def dropped(self, usable: np.ndarray) -> dict[str, int]:
+        unlabelled = np.isnan(self.labels)
+        return {
+            "no whole window of features yet": int((~usable & ~unlabelled).sum()),
+            "future not complete before the test part or the data's end": int(unlabelled.sum()),
+        }
+
+
+def _load(data: DataConfig, root: Path) -> tuple[DataConfig, list[Bars], dict[str, Bars]]:
+    """The assets' and the context's bars within start … end, and the config with features and versions resolved."""
+    twice = {symbol for symbol in data.assets if data.assets.count(symbol) > 1}
+    if twice:
+        raise FintxError(f"data.assets: {', '.join(sorted(twice))} named twice; take one out")
+    names = features.resolve(data.features, context=data.context)
+    loaded = {s: sources.load(s, root=root, version=data.versions.get(s)) for s in (*data.assets, *data.context)}
+    bars = [loaded[symbol].between(data.start, data.end) for symbol in data.assets]
+    for b in bars:
+        if len(b) == 0:
+            whole = loaded[b.symbol]
+            raise FintxError(
+                f"data.start/end: no bar of {b.symbol} lies in {data.start or '…'} … {data.end or '…'} "
+                f"(it has {whole.dates[0]} … {whole.dates[-1]})"
+            )
+    # Context keeps its bars from before start: an indicator's warm-up costs the asset no day.
+    context = {symbol: loaded[symbol].between(None, data.end) for symbol in data.context}
+    versions = {symbol: b.version for symbol, b in loaded.items()}
+    return data.model_copy(update={"features": names, "versions": versions}), bars, context
+
+
+def _calendar(bars: list[Bars]) -> np.ndarray:
+    return np.unique(np.concatenate([b.dates for b in bars]))
+
+
+def _before(bars: Bars, day: np.datetime64 | None) -> Bars:
+    return bars if day is None else bars.take(np.flatnonzero(bars.dates < day))
+
+
+def _all_before(context: Mapping[str, Bars], day: np.datetime64 | None) -> dict[str, Bars]:
+    return {symbol: _before(bars, day) for symbol, bars in context.items()}
+
+
+def _check_any(stack: _Stack, usable: np.ndarray, context_length: int) -> None:
+    if not usable.any():
+        warm = int((~np.isfinite(stack.features).all(axis=1)).sum())
+        raise NoWindows(
+            f"no row has a window of {context_length} bars (model.context_length) with finite features "
+            f"({len(usable)} rows, {warm} of them without every feature); use more data, a shorter window, or features "
+            "that warm up sooner"
+        )
+
+
+# --- folds ------------------------------------------------------------------------------------------------------------
+
+
+def _dataset(stack: _Stack, fold: Fold, usable: np.ndarray, data: DataConfig, context_length: int) -> Dataset:
+    dates = stack.dates
+    train = usable & (dates >= fold.train_first) & (stack.label_ends < fold.train_labels_before)
+    validation = usable & (dates >= fold.validation_first) & (dates < fold.validation_before)
+    validation &= stack.label_ends < fold.validation_labels_before
+    train_rows, validation_rows = np.flatnonzero(train), np.flatnonzero(validation)
+    scaling = fit(stack.features, stack.asset_ids, stack.assets, train_rows, kind=data.scaling)
+    return Dataset(
+        features=scaling.apply(stack.features, stack.asset_ids, stack.assets),
+        feature_names=stack.names,
+        dates=dates,
+        asset_ids=stack.asset_ids,
+        assets=stack.assets,
+        close=stack.close,
+        train=_part(stack, train_rows),
+        validation=_part(stack, validation_rows),
+        scaling=scaling,
+        data_hash=_hash(stack.names, stack.assets, stack.features, dates.astype("<i8"), stack.asset_ids),
+        label_hash=_label_hash(stack),
+        split_hash=_hash(_membership(stack, train_rows), _membership(stack, validation_rows)),
+    )
+
+
+def _part(stack: _Stack, rows: np.ndarray) -> Part:
+    return Part(rows=rows.astype(np.int32), labels=stack.labels[rows].astype(np.float32))
+
+
+def _scaled(stack: _Stack, rows: np.ndarray, scaling: Scaling, context_length: int) -> tuple[Dataset, Part]:
+    if len(rows) == 0:
+        raise NoWindows(
+            f"{', '.join(stack.assets)}: no row has a window of {context_length} bars and a complete future among "
+            f"{len(stack.dates)} bars {stack.dates[0]} … {stack.dates[-1]}; give a longer history"
+        )
+    nothing = _part(stack, np.zeros(0, int))
+    dataset = Dataset(
+        features=scaling.apply(stack.features, stack.asset_ids, stack.assets),
+        feature_names=stack.names,
+        dates=stack.dates,
+        asset_ids=stack.asset_ids,
+        assets=stack.assets,
+        close=stack.close,
+        train=nothing,
+        validation=nothing,
+        scaling=scaling,
+        data_hash=_hash(
+            stack.names, stack.assets, stack.features, stack.dates.astype("<i8"), stack.asset_ids
+        ),
+        label_hash=_label_hash(stack),
+        split_hash=_hash(_membership(stack, rows)),
+    )  # fmt: skip
+    return dataset, _part(stack, rows)
+
+
+def _membership(stack: _Stack, rows: np.ndarray) -> tuple[str, ...]:
+    return tuple(
+        f"{stack.assets[i]} {day}" for i, day in zip(stack.asset_ids[rows], stack.dates[rows].astype(str), strict=True)
+    )
+
+
+def _label_hash(stack: _Stack) -> str:
+    known = np.flatnonzero(~np.isnan(stack.labels))
+    return _hash(_membership(stack, known), stack.labels[known])
+
+
+def _hash(*parts: tuple[str, ...] | np.ndarray) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        if isinstance(part, tuple):
+            digest.update("\n".join(part).encode() + b"\0")
+        else:
+            digest.update(np.ascontiguousarray(part).astype(part.dtype.newbyteorder("<")).tobytes())
+    return digest.hexdigest()
+
+
+# --- the split table --------------------------------------------------------------------------------------------------
+
+
+def _part_rows(stack: _Stack, folds: tuple[Dataset, ...], task: TaskConfig) -> list[PartRow]:
+    found = []
+    for index, fold in enumerate(folds):
+        for name, part in (("train", fold.train), ("validation", fold.validation)):
+            rows = part.rows
+            effective = sum(
+                splits.effective_n(stack.bar[rows[stack.asset_ids[rows] == i]], horizon=task.horizon)
+                for i in range(len(stack.assets))
+            )
+            label = name if len(folds) == 1 else f"{name} {index + 1}"
+            found.append(
+                splits.describe_part(
+                    label, task, dates=stack.dates[rows], labels=part.labels, n_effective=effective
+                )
+            )  # fmt: skip
+    return found
+
+
+def _test_rows(bars: list[Bars], bounds: Split, task: TaskConfig) -> list[PartRow]:
+    """The test part's days, counted without a look at a price."""
+    if bounds.test_first is None:
+        return []
+    days = [b.dates[b.dates >= bounds.test_first] for b in bars]
+    effective = sum(
+        splits.effective_n(np.arange(max(len(d) - task.horizon, 0)), horizon=task.horizon) for d in days
+    )  # fmt: skip
+    samples = np.concatenate([d[: max(len(d) - task.horizon, 0)] for d in days])
+    return [splits.describe_part("test", task, dates=samples, labels=None, n_effective=effective)]
+
+
+def _processed_name(data: DataConfig) -> str:
+    symbols = [*data.assets, *data.context]
+    who = "+".join(symbols) if len(symbols) <= 4 else f"{symbols[0]}+{len(symbols) - 1}"
+    for name in features.SETS:
+        try:
+            if features.resolve((name,), context=data.context) == data.features:
+                return f"{who}.{name}.daily"
+        except features.UnknownFeature:
+            continue
+    return f"{who}.{_hash(data.features)[:8]}.daily"

@@ -1,0 +1,49 @@
+"""How are dropout masks drawn? By a counter-based hash of (key, index): far cheaper than threefry per element.
+
+Keys are threefry (derived by `fold_in`, independent by construction); what is cheap is only the spreading of one key
+over a mask. Masks need independence across elements, layers, steps and members, no cryptographic strength. Drawing
+them by `jax.random.bernoulli` doubles the compile time and a third of the step time of these small models.
+"""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, PRNGKeyArray
+
+_GOLDEN = 0x9E3779B9
+"""2³² / golden ratio, odd: neighbouring indices land far apart (Knuth, TAOCP vol. 3, 6.4: Fibonacci hashing)."""
+
+
+def dropout(x: Float[Array, "..."], rate: Float[Array, ""] | float, key: PRNGKeyArray | None) -> Float[Array, "..."]:
+    """Zero each element with probability `rate` and scale the rest by 1 / (1 − rate) (Srivastava et al. 2014).
+
+    Args:
+        rate: in [0, 1); may be traced, so that trials of different rates share one program.
+        key: none: x as it is (evaluation).
+    """
+    if key is None:
+        return x
+    rate = jnp.asarray(rate, jnp.float32)
+    scale = (1 / (1 - rate)).astype(x.dtype)
+    return jnp.where(keep_mask(key, x.shape, rate), x * scale, jnp.zeros((), x.dtype))
+
+
+def keep_mask(key: PRNGKeyArray, shape: tuple[int, ...], rate: Float[Array, ""]) -> Bool[Array, "..."]:
+    """True with probability 1 − rate, to a resolution of 2⁻³²; a pure function of key and index."""
+    low, high = jax.random.key_data(key)[..., 0], jax.random.key_data(key)[..., -1]
+    index = jax.lax.iota(jnp.uint32, math.prod(shape)).reshape(shape)
+    bits = _mix((index * jnp.uint32(_GOLDEN) + low) ^ high)
+    return bits >= (rate * 4294967296.0).astype(jnp.uint32)
+
+
+def _mix(x: Array) -> Array:
+    """Two multiply–xorshift rounds that avalanche 32 bits: lowbias32 of C. Wellons, "Prospecting for hash functions".
+
+    https://nullprogram.com/blog/2018/07/31/
+    """
+    x = (x ^ (x >> jnp.uint32(16))) * jnp.uint32(0x7FEB352D)
+    x = (x ^ (x >> jnp.uint32(15))) * jnp.uint32(0x846CA68B)
+    return x ^ (x >> jnp.uint32(16))
