@@ -27,6 +27,7 @@ _SPELLINGS = {
     "volume": ("volume", "vol"),
 }
 _REQUIRED = ("dates", "open", "high", "low", "close")
+_SLASHED = re.compile(r"(\d{1,2})/(\d{1,2})/(\d{4})")
 _DATE = re.compile(r"(\d{4})-?(\d{2})-?(\d{2})(?:[T ].*)?")
 
 
@@ -113,7 +114,7 @@ def parse_csv(text: str, *, where: str) -> Table:
     found = _match(header, where=where)
     place = {name: header.index(given) for name, given in found.items()}
     cells = {name: [row[i] if i < len(row) else "" for _, row in rows] for name, i in place.items()}
-    dates = np.array([_date(cell) for cell in cells.pop("dates")], "datetime64[D]")
+    dates = _dates(cells.pop("dates"))
     columns = {name: np.array([_number(cell) for cell in column]) for name, column in cells.items()}
     return Table(dates, columns, np.array([number for number, _ in rows], int))
 
@@ -134,6 +135,19 @@ def _header(rows: list[tuple[int, list[str]]]) -> tuple[list[str], list[tuple[in
     if first[0] == "Price" and len(rows) > 2 and rows[1][1][0].strip() == "Ticker":
         return ["Date", *first[1:]], rows[3:]
     return first, rows[1:]
+
+
+def _dates(texts: Sequence[str]) -> np.ndarray:
+    """Dates of a column: 2024-01-31, 20240131 or, where the column shows which number is the month, 1/31/2024."""
+    slashed = [match.groups() if (match := _SLASHED.fullmatch(text.strip())) else None for text in texts]
+    if not any(slashed):
+        return np.array([_date(text) for text in texts], "datetime64[D]")
+    months = [max((int(parts[place]) for parts in slashed if parts), default=0) for place in (0, 1)]
+    if min(months) > 12 or max(months) <= 12:  # no month there, or no telling which: no date can be read
+        return np.full(len(texts), np.datetime64("NaT"), "datetime64[D]")
+    month = int(np.argmin(months))
+    iso = [f"{p[2]}-{p[month]:0>2}-{p[1 - month]:0>2}" if p else "" for p in slashed]
+    return np.array([_date(text) for text in iso], "datetime64[D]")
 
 
 def _date(text: str) -> np.datetime64:
@@ -179,5 +193,5 @@ def _parquet_dates(column: pa.ChunkedArray, where: str) -> np.ndarray:
     if pa.types.is_date(column.type):
         return column.cast(pa.date32()).to_numpy().astype("datetime64[D]")
     if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
-        return np.array([_date(text or "") for text in column.to_pylist()], "datetime64[D]")
+        return _dates([text or "" for text in column.to_pylist()])
     raise FintxError(f"{where} holds {column.type}; wanted dates, timestamps or text like 2024-01-31")

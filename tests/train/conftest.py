@@ -8,9 +8,10 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from fintx.data.windows import Dataset, Part, Scaling
 
 from fintx.config import DataConfig, ModelConfig, OptimConfig, Shape, SplitConfig, TaskConfig, TrainConfig, TrialConfig
+from fintx.data.scaling import Scaling
+from fintx.data.windows import Dataset, Part
 
 FEATURES = ("close_return_1", "range_1", "volume_ratio_20")
 BASE: dict[str, Any] = {
@@ -72,7 +73,7 @@ def dataset(
         close=np.ones(n_rows),
         train=Part(rows=train, labels=labels[train].astype(np.float32)),
         validation=Part(rows=validation, labels=labels[validation].astype(np.float32)),
-        scaling=Scaling(mean={}, std={}),
+        scaling=Scaling(mean={}, std={}, pooled_mean=np.zeros(3), pooled_std=np.ones(3)),
         data_hash="",
         label_hash="",
         split_hash="",
