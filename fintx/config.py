@@ -13,7 +13,7 @@ import math
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
 
 PositiveInt = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)]
@@ -338,6 +338,16 @@ class Choices(_Config):
     choices: Annotated[tuple[bool | int | float | str, ...], Field(min_length=1)]
 
 
+def _range_or_choices(value: Any) -> str:
+    has_choices = "choices" in value if isinstance(value, dict) else isinstance(value, Choices)
+    return "choices" if has_choices else "range"
+
+
+Searched = Annotated[
+    Annotated[FloatRange, Tag("range")] | Annotated[Choices, Tag("choices")], Discriminator(_range_or_choices)
+]
+
+
 class QueueEntry(_Config):
     """A hand-picked shape to run before the search, with any training values it fixes by dotted path."""
 
@@ -367,7 +377,7 @@ class StudySpec(_Config):
     model: ModelConfig = ModelConfig()
     optim: OptimConfig = OptimConfig()
     train: TrainConfig = TrainConfig()
-    space: dict[str, FloatRange | Choices] = {}
+    space: dict[str, Searched] = {}
     """Dotted path into TrialConfig (model, optim, train) → what to search."""
     queue: tuple[QueueEntry, ...] = ()
 

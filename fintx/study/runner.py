@@ -306,9 +306,8 @@ class _Worker:
     # --- one trial ---
 
     def _run_trial(self, trial: FrozenTrial) -> TrialRecord | None:
-        config = self.space.trial_config(
-            self.spec, self.spec.data, trial.params, derive_seed(self.spec.study.seed, _TRIAL, trial.number)
-        )
+        seed = derive_seed(self.spec.study.seed, _TRIAL, trial.number)
+        config = self.space.trial_config(self.spec, trial.params, seed=seed)
         source = "queue" if "entry" in trial.user_attrs else "sampler"
         self.notify(TrialStarted(trial.number, config.shape, source, trial.user_attrs.get("note", "")))
         started = environment.now()

@@ -204,7 +204,7 @@ class _Run:
         """Copy the epoch's parameters to the host if its metric is the best so far."""
         new, old = self.last[self.metric], self.best.get(self.metric)
         assert new is not None
-        if old is not None and (new >= old if metrics.MINIMIZE[self.metric] else new <= old):
+        if old is not None and not metrics.better(self.metric, new, old):
             return
         self.best, self.best_epoch, self.outputs = self.last, self.epoch, outputs
         self.best_is_collapsed = self.collapsed_in_a_row > 0

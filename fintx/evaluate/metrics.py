@@ -1,0 +1,291 @@
+"""How good are predictions? Every metric of a task's kind at once, from logits; NumPy in, plain numbers out.
+
+The ranking metrics are written out rather than taken from scikit-learn: every command imports this module, and that
+import alone takes seconds. Tests hold them equal to scikit-learn's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from fintx.types import Floats, Ints
+
+Kind = Literal["threshold", "direction", "regression"]
+Metrics = dict[str, float | int | None]
+"""Name → number. An int is a count, which adds up over folds; None: undefined on these samples."""
+
+MINIMIZE: dict[str, bool] = {
+    "log_loss": True,
+    "brier": True,
+    "auc": False,
+    "average_precision": False,
+    "mse": True,
+    "mae": True,
+}
+"""What a study may decide by, and whether less is better."""
+
+KINDS: dict[str, tuple[Kind, ...]] = {
+    metric: ("regression",) if metric in ("mse", "mae") else ("threshold", "direction") for metric in MINIMIZE
+}
+"""Which kinds of task have the metric."""
+
+SKILLS: dict[str, str] = {"log_loss": "skill", "brier": "brier_skill", "mse": "skill", "mae": "mae_skill"}
+"""Loss → the key of its skill, 1 − loss / loss of the training prior."""
+
+CALIBRATION_BINS = 10
+
+
+def evaluate(kind: Kind, outputs: Floats, targets: Floats, *, prior: float) -> Metrics:
+    """All metrics of a set of predictions.
+
+    Args:
+        outputs: (S,) logits, or predicted log returns for regression.
+        targets: (S,) 0 or 1, or log returns.
+        prior: mean training label: what a forecaster without inputs would say. Skill is measured against it.
+
+    Returns:
+        Name → number; None where a metric is undefined (AUC with one class), never NaN.
+
+    Raises:
+        ValueError: no samples, different lengths, outputs or targets that are not finite, classes other than 0 and 1,
+            or a base rate of 0 or 1 as the prior.
+    """
+    outputs, targets = _checked(kind, outputs, targets)
+    if kind == "regression":
+        if not np.isfinite(prior):
+            raise ValueError(f"the prior must be a finite mean training label, got {prior}")
+        return _regression(outputs, targets, prior)
+    return _classification(outputs, targets, prior)
+
+
+def per_asset(
+    kind: Kind, outputs: Floats, targets: Floats, asset_ids: Ints, assets: Sequence[str], *, prior: float
+) -> dict[str, Metrics]:
+    """`evaluate` of each asset's own samples, against the one pooled prior; assets without any are left out.
+
+    Args:
+        asset_ids: (S,) index into assets.
+    """
+    masks = {asset: asset_ids == i for i, asset in enumerate(assets)}
+    return {
+        asset: evaluate(kind, outputs[mask], targets[mask], prior=prior) for asset, mask in masks.items() if mask.any()
+    }
+
+
+def per_sample_loss(kind: Kind, outputs: Floats, targets: Floats) -> Floats:
+    """(S,) float64: what the study's own loss comes to row by row.
+
+    Classification: log loss in nats, ln(1 + e^(∓logit)), exact for any logit and never clamped. Regression: the
+    squared error.
+
+    Raises:
+        ValueError: as `evaluate`, for outputs and targets.
+    """
+    return _loss(kind, *_checked(kind, outputs, targets))
+
+
+def prior_output(kind: Kind, prior: float) -> np.float32:
+    """What a model that knows the training prior alone puts out for every row; float32, as every model's output is.
+
+    Raises:
+        ValueError: a base rate that is not strictly between 0 and 1.
+    """
+    if kind == "regression":
+        return np.float32(prior)
+    if not 0 < prior < 1:
+        raise ValueError(f"the training base rate must lie between 0 and 1, got {prior}: train on rows of both classes")
+    return np.float32(np.log(prior) - np.log1p(-prior))
+
+
+def better(metric: str, a: float | None, b: float | None) -> bool:
+    """Is a strictly better than b? An undefined value is worse than any number."""
+    if a is None or b is None:
+        return a is not None
+    return a < b if MINIMIZE[metric] else a > b
+
+
+# --- classification ---------------------------------------------------------------------------------------------------
+
+
+def _classification(logits: Floats, targets: Floats, prior: float) -> Metrics:
+    # The prior is scored as the constant output it is, rounding included: its own skill is exactly 0.
+    constant = np.full(len(targets), prior_output("threshold", prior), np.float64)
+    p, prior_p = _sigmoid(logits), _sigmoid(constant)
+    log_loss = float(_loss("threshold", logits, targets).mean())
+    prior_log_loss = float(_loss("threshold", constant, targets).mean())
+    brier, prior_brier = float(np.square(p - targets).mean()), float(np.square(prior_p - targets).mean())
+    truth, n, positives = targets > 0.5, len(targets), int(targets.sum())
+    return {
+        "log_loss": log_loss,
+        "skill": _skill(log_loss, prior_log_loss),
+        "brier": brier,
+        "brier_skill": _skill(brier, prior_brier),
+        "auc": auc(logits, targets),
+        "average_precision": average_precision(logits, targets),
+        "calibration_error": calibration_error(logits, targets),
+        **_decisions(logits >= 0, truth, "half"),
+        **_decisions(logits >= constant, truth, "base_rate"),
+        **_spread(p),
+        "base_rate": positives / n,
+        "prior": float(prior),
+        "prior_log_loss": prior_log_loss,
+        "prior_brier": prior_brier,
+        "positives": positives,
+        "n": n,
+    }
+
+
+def _decisions(said: np.ndarray, truth: np.ndarray, at: str) -> Metrics:
+    """Confusion counts, precision and recall of saying yes."""
+    tp, fp = int((said & truth).sum()), int((said & ~truth).sum())
+    fn, tn = int((~said & truth).sum()), int((~said & ~truth).sum())
+    return {
+        f"precision_at_{at}": tp / (tp + fp) if tp + fp else None,
+        f"recall_at_{at}": tp / (tp + fn) if tp + fn else None,
+        f"tp_at_{at}": tp,
+        f"fp_at_{at}": fp,
+        f"fn_at_{at}": fn,
+        f"tn_at_{at}": tn,
+    }
+
+
+def auc(scores: Floats, targets: Floats) -> float | None:
+    """Area under the ROC curve: P(score of a positive > of a negative) + ½ P(equal); none unless both classes are there.
+
+    The Mann–Whitney statistic (Hanley & McNeil 1982), by trapezia between the distinct scores.
+    """
+    ranked = _Ranking.of(scores, targets)
+    if ranked.positives == 0 or ranked.positives == len(scores):
+        return None
+    # Hits at a score beat the misses below it and draw with its own.
+    wins = np.sum(np.diff(ranked.misses, prepend=0) * (2 * ranked.hits - np.diff(ranked.hits, prepend=0)))
+    return int(wins) / (2 * ranked.positives * (len(scores) - ranked.positives))
+
+
+def average_precision(scores: Floats, targets: Floats) -> float | None:
+    """Σ (recall step) × precision over the distinct scores, highest first; none without positives."""
+    ranked = _Ranking.of(scores, targets)
+    if ranked.positives == 0:
+        return None
+    recall_steps = np.diff(ranked.hits, prepend=0) / ranked.positives
+    return float(np.sum(recall_steps * ranked.hits / (ranked.hits + ranked.misses)))
+
+
+@dataclass(frozen=True, eq=False)
+class _Ranking:
+    """Per distinct score, highest first: positives and negatives that score it or more."""
+
+    hits: Ints
+    misses: Ints
+    positives: int
+
+    @staticmethod
+    def of(scores: Floats, targets: Floats) -> _Ranking:
+        order = np.argsort(-scores, kind="stable")
+        hits = np.cumsum(targets[order] > 0.5)
+        last_of_its_score = np.append(scores[order][1:] != scores[order][:-1], True)
+        misses = np.arange(1, len(scores) + 1) - hits
+        return _Ranking(hits[last_of_its_score], misses[last_of_its_score], int(hits[-1]))
+
+
+def calibration_error(logits: Floats, targets: Floats) -> float:
+    """Expected calibration error: |share of positives − mean probability| over 10 bins of equal mass, weighted by size.
+
+    Equal mass rather than equal width (Nguyen & O'Connor 2015): rare outcomes crowd into few equal-width bins. Rows
+    with equal logits share a bin, the one of their mean rank: the result does not depend on the order of rows, and of
+    a constant prediction it is |base rate − p|. It is biased upwards, by about √(p(1 − p) · 2 · bins / (π n)).
+    """
+    p, n = _sigmoid(logits), len(logits)
+    _, place, counts = np.unique(logits, return_inverse=True, return_counts=True)
+    middle = np.cumsum(counts) - counts / 2
+    bins = (middle * CALIBRATION_BINS / n).astype(int)[place]
+    gaps = np.bincount(bins, weights=targets - p, minlength=CALIBRATION_BINS)
+    return float(np.abs(gaps).sum() / n)
+
+
+# --- regression -------------------------------------------------------------------------------------------------------
+
+
+def _regression(predicted: Floats, targets: Floats, prior: float) -> Metrics:
+    constant = float(prior_output("regression", prior))
+    mse, prior_mse = float(np.square(predicted - targets).mean()), float(np.square(constant - targets).mean())
+    mae, prior_mae = float(np.abs(predicted - targets).mean()), float(np.abs(constant - targets).mean())
+    return {
+        "mse": mse,
+        "skill": _skill(mse, prior_mse),
+        "mae": mae,
+        "mae_skill": _skill(mae, prior_mae),
+        "correlation": correlation(predicted, targets),
+        "sign_accuracy": _sign_accuracy(predicted, targets),
+        **_spread(predicted),
+        "target_spread": float(targets.std()),
+        "prior": float(prior),
+        "prior_mse": prior_mse,
+        "prior_mae": prior_mae,
+        "n": len(targets),
+    }
+
+
+def correlation(predicted: Floats, targets: Floats) -> float | None:
+    """Pearson's; none where either is constant."""
+    centred = []
+    for values in (predicted, targets):
+        # Rounding leaves the SD of a constant at 1e-17 or so, not at 0: ask whether it varies beyond that.
+        if np.ptp(values) <= 1e-12 * np.abs(values).max():
+            return None
+        moved = values - values.mean()
+        centred.append(moved / np.abs(moved).max())
+    a, b = centred
+    return float(np.clip(np.dot(a, b) / np.sqrt(np.dot(a, a) * np.dot(b, b)), -1, 1))
+
+
+def _sign_accuracy(predicted: Floats, targets: Floats) -> float | None:
+    """Share of right signs where both have one; none where there are no such rows."""
+    signed = (predicted != 0) & (targets != 0)
+    return float(((predicted > 0) == (targets > 0))[signed].mean()) if signed.any() else None
+
+
+# --- shared -----------------------------------------------------------------------------------------------------------
+
+
+def _checked(kind: Kind, outputs: Floats, targets: Floats) -> tuple[Floats, Floats]:
+    outputs, targets = np.asarray(outputs, np.float64), np.asarray(targets, np.float64)
+    if outputs.shape != targets.shape or outputs.ndim != 1 or len(outputs) == 0:
+        raise ValueError(
+            f"wanted (S,) outputs and as many targets, S > 0; got shapes {outputs.shape} and {targets.shape}"
+        )
+    for name, values in (("outputs", outputs), ("targets", targets)):
+        if bad := int((~np.isfinite(values)).sum()):
+            raise ValueError(f"{name} must be finite; {bad} of {len(values)} are not")
+    if kind != "regression" and not np.isin(targets, (0.0, 1.0)).all():
+        raise ValueError(f'targets of a "{kind}" task must be 0 or 1, got {targets.min():g} … {targets.max():g}')
+    return outputs, targets
+
+
+def _loss(kind: Kind, outputs: Floats, targets: Floats) -> Floats:
+    if kind == "regression":
+        return np.square(outputs - targets)
+    return np.logaddexp(0.0, (1 - 2 * targets) * outputs)
+
+
+def _sigmoid(logits: Floats) -> Floats:
+    return np.exp(-np.logaddexp(0.0, -logits))
+
+
+def _skill(loss: float, prior_loss: float) -> float | None:
+    """None where the prior is never wrong, so that nothing could improve on it."""
+    return 1 - loss / prior_loss if prior_loss > 0 else None
+
+
+def _spread(predictions: Floats) -> Metrics:
+    """Extent of probabilities, or of predicted log returns; spread is their SD."""
+    return {
+        "prediction_min": float(predictions.min()),
+        "prediction_max": float(predictions.max()),
+        "prediction_mean": float(predictions.mean()),
+        "prediction_spread": float(predictions.std()),
+    }
