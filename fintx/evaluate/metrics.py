@@ -77,10 +77,9 @@ def per_asset(
 
 
 def per_sample_loss(kind: Kind, outputs: Floats, targets: Floats) -> Floats:
-    """(S,) float64: what the study's own loss comes to row by row.
+    """(S,) float64, whose mean is log_loss, or mse for regression.
 
-    Classification: log loss in nats, ln(1 + e^(∓logit)), exact for any logit and never clamped. Regression: the
-    squared error.
+    Log loss in nats is ln(1 + e^(∓logit)), computed so for any logit and never clamped.
 
     Raises:
         ValueError: as `evaluate`, for outputs and targets.
@@ -154,9 +153,9 @@ def _decisions(said: np.ndarray, truth: np.ndarray, at: str) -> Metrics:
 
 
 def auc(scores: Floats, targets: Floats) -> float | None:
-    """Area under the ROC curve: P(score of a positive > of a negative) + ½ P(equal); none unless both classes are there.
+    """Area under the ROC curve: P(score of a positive > of a negative) + ½ P(equal); none where a class is missing.
 
-    The Mann–Whitney statistic (Hanley & McNeil 1982), by trapezia between the distinct scores.
+    The Mann–Whitney statistic (Hanley & McNeil 1982), counted in whole numbers.
     """
     ranked = _Ranking.of(scores, targets)
     if ranked.positives == 0 or ranked.positives == len(scores):
@@ -197,7 +196,8 @@ def calibration_error(logits: Floats, targets: Floats) -> float:
 
     Equal mass rather than equal width (Nguyen & O'Connor 2015): rare outcomes crowd into few equal-width bins. Rows
     with equal logits share a bin, the one of their mean rank: the result does not depend on the order of rows, and of
-    a constant prediction it is |base rate − p|. It is biased upwards, by about √(p(1 − p) · 2 · bins / (π n)).
+    a constant prediction it is |base rate − p|. Of calibrated predictions that differ it is not 0 but, by chance alone,
+    about √(2 · bins · p(1 − p) / (π n)); on this bias see Roelofs et al. 2022.
     """
     p, n = _sigmoid(logits), len(logits)
     _, place, counts = np.unique(logits, return_inverse=True, return_counts=True)
@@ -233,7 +233,7 @@ def _regression(predicted: Floats, targets: Floats, prior: float) -> Metrics:
 def correlation(predicted: Floats, targets: Floats) -> float | None:
     """Pearson's; none where either is constant."""
     centred = []
-    for values in (predicted, targets):
+    for values in (np.asarray(predicted, np.float64), np.asarray(targets, np.float64)):
         # Rounding leaves the SD of a constant at 1e-17 or so, not at 0: ask whether it varies beyond that.
         if np.ptp(values) <= 1e-12 * np.abs(values).max():
             return None
@@ -273,7 +273,7 @@ def _loss(kind: Kind, outputs: Floats, targets: Floats) -> Floats:
 
 
 def _sigmoid(logits: Floats) -> Floats:
-    return np.exp(-np.logaddexp(0.0, -logits))
+    return np.exp(-np.logaddexp(0.0, -np.asarray(logits, np.float64)))
 
 
 def _skill(loss: float, prior_loss: float) -> float | None:

@@ -28,6 +28,8 @@ from fintx.types import FintxError
 
 _EFFICIENCY = 0.35
 """Share of this machine's matmul rate that a train step reaches (small matmuls, elementwise work, dropout)."""
+_LAYER_S = 5e-4
+"""Per layer and step beside the matmuls: loop turns, small kernels."""
 _COMPILE_S = 8.0
 """Trace, lower and compile one shape."""
 
@@ -111,7 +113,9 @@ def _estimate(
     for shape in typical:
         flops = sizes.flops(spec.model, shape, n_features)
         epoch = n_train * (flops.forward + flops.backward) + n_validation * flops.forward
-        seconds.append(_COMPILE_S + spec.train.max_epochs * epoch / (rate * _EFFICIENCY))
+        steps = n_train / spec.train.batch_size
+        epoch_s = epoch / (rate * _EFFICIENCY) + steps * shape.n_layers * _LAYER_S
+        seconds.append(_COMPILE_S + spec.train.max_epochs * epoch_s)
     memory = [sizes.memory(spec.model, shape, n_features, batch_size=spec.train.batch_size) for shape in typical]
     return Estimate(
         matmul_gflops=rate / 1e9,
@@ -123,8 +127,8 @@ def _estimate(
 
 
 def _matmul_rate(dtype: str) -> float:
-    """Best of five 2048² products on the default device, in FLOP/s."""
-    size = 2048
+    """Best of five 1024² products on the default device, in FLOP/s."""
+    size = 1024
     a = jnp.ones((size, size), dtype)
     product = jax.jit(jnp.matmul)
     product(a, a).block_until_ready()

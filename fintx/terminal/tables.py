@@ -9,10 +9,13 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from fintx.config import Shape
+from fintx.data.scaling import Drift
+from fintx.data.splits import PartRow
 from fintx.evaluate import metrics
 from fintx.study import records
 from fintx.study.evaluation import Evaluation
-from fintx.study.plan import DepthsAnswer, ShapeAnswer
+from fintx.study.plan import DepthsAnswer, Plan, ShapeAnswer
 from fintx.study.runner import Summary
 from fintx.study.status import StudyStatus
 from fintx.terminal.words import count, duration, number, percent, shape_words, size
@@ -29,6 +32,15 @@ def table(title: str, heads: Sequence[str], rows: Iterable[Sequence[str]], *, le
     for row in rows:
         made.add_row(*row)
     return made
+
+
+def show(console: Console, made: Table) -> None:
+    """Print a table whole: a number cut off to fit a narrow terminal is worse than a line that wraps."""
+    before = console.width
+    needed = console.measure(made, options=console.options.update(max_width=1_000)).maximum
+    console.width = max(before, needed)
+    console.print(made)
+    console.width = before
 
 
 def print_summary(console: Console, summary: Summary) -> None:
@@ -48,7 +60,7 @@ def print_summary(console: Console, summary: Summary) -> None:
             [name, *(number(held["metrics"].get(key)) for key in keys)] for name, held in summary.baselines.items()
         ]
         n = best.best.get("n")
-        console.print(table(f"On the same {number(n)} validation rows", ["", *keys], rows))
+        show(console, table(f"On the same {number(n)} validation rows", ["", *keys], rows))
         _line(console, _verdict(summary))
         _line(console, f"Best shape: {shape_words(best.config.shape)} = {best.param_count:,} parameters")
     folder = summary.folder
@@ -98,7 +110,7 @@ def print_status(console: Console, statuses: Sequence[StudyStatus]) -> None:
             ]
         )
     heads = ["study", "finished", "state", "failed", "best", "skill", "best shape", "to go", "test opened"]
-    console.print(table("", heads, rows, left=("state", "failed", "best", "best shape")), soft_wrap=True)
+    show(console, table("", heads, rows, left=("state", "failed", "best", "best shape")))
 
 
 def print_evaluation(console: Console, result: Evaluation) -> None:
@@ -115,12 +127,12 @@ def print_evaluation(console: Console, result: Evaluation) -> None:
             recorded = result.recorded.get(key)
             row += [number(recorded, 6), "equal" if recorded == value else "DIFFERS"]
         rows.append(row)
-    console.print(table("", heads, rows))
+    show(console, table("", heads, rows))
     if len(result.per_asset) > 1:
         keys = [key for key in ("n", *_COMPARED, *_COMPARED_REGRESSION) if key in next(iter(result.per_asset.values()))]
         keys = list(dict.fromkeys(keys))
         rows = [[asset, *(number(held.get(key)) for key in keys)] for asset, held in result.per_asset.items()]
-        console.print(table("Per asset", ["asset", *keys], rows))
+        show(console, table("Per asset", ["asset", *keys], rows))
 
 
 def print_params(console: Console, answer: ShapeAnswer | DepthsAnswer) -> None:
@@ -134,13 +146,13 @@ def print_params(console: Console, answer: ShapeAnswer | DepthsAnswer) -> None:
              " ".join(map(str, answer.head_counts[width]))]
             for width, ratio, low, n_low, high, n_high in answer.rows
         ]  # fmt: skip
-        console.print(table(title, heads, rows, left=("heads",)), soft_wrap=True)
+        show(console, table(title, heads, rows, left=("heads",)))
         return
     counted = answer.count
     _line(console, shape_words(answer.shape))
     parts = [("embedding", counted.embedding), ("positions", counted.positions), ("blocks", counted.blocks)]
     rows = [[name, f"{n:,}"] for name, n in [*parts, ("head", counted.head), ("total", counted.total)]]
-    console.print(table("", ["part", "parameters"], rows))
+    show(console, table("", ["part", "parameters"], rows))
     flops = answer.flops
     _line(console, f"FLOPs per sample: {flops.forward:.3g} forward, {flops.backward:.3g} backward (multiply-add = 2)")
     _line(console, f"Training state (parameters, gradients, AdamW): {size(answer.state_bytes)}")
@@ -169,10 +181,98 @@ def print_data(console: Console, raw: Sequence[Any], processed: Sequence[Any]) -
             [e.name, e.version[:12], f"{e.rows:,}", str(e.first_date), str(e.last_date), e.created] for e in entries
         ]
         if rows:
-            console.print(table(title, ["name", "version", "rows", "first", "last", "created"], rows))
+            show(console, table(title, ["name", "version", "rows", "first", "last", "created"], rows))
         else:
             _line(console, f"{title}: none")
 
 
 def _line(console: Console, text: str) -> None:
     console.print(text, highlight=False, soft_wrap=True, markup=False)
+
+
+def print_plan(console: Console, plan: Plan) -> None:
+    """Everything that a sweep file would run, and on what."""
+    spec, prepared = plan.spec, plan.prepared
+    console.rule(f"{spec.study.name}: the plan (nothing is run, nothing is written)")
+    console.print(plan.resolved, highlight=False, markup=False, soft_wrap=True, style="dim")
+    rows = [[r.symbol, f"{r.bars:,}", r.first, r.last, r.version[:12]] for r in prepared.ranges]
+    show(console, table("Data", ["symbol", "bars", "first", "last", "version"], rows))
+    _line(console, f"{len(spec.data.features)} features per bar; dropped rows: {_counts(prepared.dropped)}\n")
+    _line(console, f"Label: {prepared.label_words}")
+    show(console, _split_table(prepared.parts))
+    _line(console, "effective n: overlapping labels counted by their average uniqueness; the SEs use it (AUC at .7)\n")
+    show(console, _drift_table(prepared.drift))
+    _print_shapes(console, plan)
+    _print_queue(console, plan)
+    _print_estimate(console, plan)
+
+
+def _counts(held: dict[str, int]) -> str:
+    return "; ".join(f"{n:,} {reason}" for reason, n in held.items())
+
+
+def _split_table(parts: Sequence[PartRow]) -> Table:
+    heads = ["part", "first", "last", "n", "positives", "base rate", "effective n", "SE log loss", "SE AUC"]
+    rows = [
+        [
+            part.part, part.first, part.last, f"{part.n:,}",
+            "sealed" if part.base_rate is None else number(part.positives),
+            "sealed" if part.base_rate is None else number(part.base_rate),
+            f"{part.n_effective:,.0f}", number(part.se_log_loss), number(part.se_auc, 3),
+        ]
+        for part in parts
+    ]  # fmt: skip
+    return table("Split", heads, rows)
+
+
+def _drift_table(drifts: Sequence[Drift]) -> Table:
+    moved = sorted(drifts, key=lambda d: (not d.left_the_range, -d.outside, -abs(d.shift)))
+    warned = sum(d.left_the_range for d in drifts)
+    title = f"Drift, train to validation: {warned} of {len(drifts)} inputs have left their training range"
+    heads = ["feature", "train mean", "SD", "validation mean", "SD", "shift (SDs)", "outside", ""]
+    rows = [
+        [d.feature, f"{d.train_mean:.4g}", f"{d.train_std:.3g}", f"{d.validation_mean:.4g}", f"{d.validation_std:.3g}",
+         f"{d.shift:+.2f}", percent(d.outside), "LEFT ITS RANGE" if d.left_the_range else ""]
+        for d in moved
+    ]  # fmt: skip
+    return table(title, heads, rows)
+
+
+def _print_shapes(console: Console, plan: Plan) -> None:
+    """Widths and ratios with their depths; exact counts at both ends."""
+    budget = plan.spec.budget
+    groups: dict[tuple[int, int], list[tuple[Shape, int]]] = {}
+    for shape, total in plan.shapes:
+        groups.setdefault((shape.d_model, shape.d_ff), []).append((shape, total))
+    rows = []
+    for (d_model, d_ff), members in groups.items():
+        depths = sorted({shape.n_layers for shape, _ in members})
+        totals = [total for _, total in members]
+        heads = sorted({shape.n_heads for shape, _ in members})
+        span = f"{depths[0]} … {depths[-1]}" if len(depths) > 1 else str(depths[0])
+        sizes = f"{min(totals):,} … {max(totals):,}" if len(depths) > 1 else f"{totals[0]:,}"
+        rows.append([str(d_model), str(d_ff), span, " ".join(map(str, heads)), sizes, str(len(members))])
+    title = f"\n{len(plan.shapes):,} feasible shapes inside {budget.low:,} … {budget.high:,} parameters"
+    show(console, table(title, ["d_model", "d_ff", "n_layers", "heads", "parameters", "shapes"], rows, left=("heads",)))
+
+
+def _print_queue(console: Console, plan: Plan) -> None:
+    n_trials, queued = plan.spec.study.n_trials, len(plan.queue)
+    _line(console, f"\n{n_trials} trials: {queued} queued, {n_trials - queued} from the sampler")
+    rows = [[row.identity, shape_words(row.shape), f"{row.param_count:,}", row.note] for row in plan.queue]
+    if rows:
+        show(console, table("Queue", ["id", "shape", "parameters", "note"], rows, left=("shape", "note")))
+
+
+def _print_estimate(console: Console, plan: Plan) -> None:
+    guess = plan.estimate
+    low, middle, high = map(duration, guess.trial_s)
+    _line(
+        console, f"\nOn this machine ({guess.matmul_gflops:,.0f} GFLOP/s in matrix products), at most, all epochs run:"
+    )
+    _line(console, f"  a trial {low} (smallest shape), {middle} (median), {high} (largest)")
+    _line(console, f"  the study {duration(guess.study_s)}; early stopping often halves it")
+    few, much = map(size, guess.memory_bytes)
+    _line(console, f"  memory {few} … {much} per trial, of {size(guess.available_bytes)} here")
+    if guess.memory_bytes[1] > guess.available_bytes:
+        _line(console, "  WARNING: the largest shapes don't fit into this machine's memory")

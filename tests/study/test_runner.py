@@ -139,7 +139,7 @@ def test_a_folder_of_foreign_files_is_refused(spec, tmp_path):
 
 def test_the_queue_runs_first_in_order_and_counts(tiny_file, tmp_path):
     entries = [
-        {"d_model": 8, "n_layers": 1, "n_heads": 2, "d_ff": 16, "note": "shallow"},
+        {"d_model": 8, "n_layers": 2, "n_heads": 2, "d_ff": 16, "note": "wide heads"},
         {"d_model": 8, "n_layers": 2, "n_heads": 1, "d_ff": 16, "values": {"optim.learning_rate": 0.005}},
     ]
     spec = sweepfile.load(tiny_file)
@@ -151,6 +151,6 @@ def test_the_queue_runs_first_in_order_and_counts(tiny_file, tmp_path):
     summary = run(queued, tmp_path, notify=events.append)
     assert [record.source for record in summary.records] == ["queue", "queue", "sampler"]
     assert [record.config.shape for record in summary.records[:2]] == shapes
-    assert summary.records[0].note == "shallow"
+    assert summary.records[0].note == "wide heads"
     assert summary.records[1].config.optim.learning_rate == 0.005
     assert len([event for event in events if isinstance(event, TrialFinished)]) == 3

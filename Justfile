@@ -1,0 +1,50 @@
+set positional-arguments
+
+[private]
+default:
+    @just --list --unsorted
+
+# run studies: sweep FILE… (the same command again continues)
+[no-exit-message]
+sweep *args:
+    @fintx sweep "$@"
+
+# print what a sweep file would run, and run nothing: plan FILE
+[no-exit-message]
+plan *args:
+    @fintx plan "$@"
+
+# how far is every study, and what is its best trial
+[no-exit-message]
+status *args:
+    @fintx status "$@"
+
+# restore a checkpoint and report its metrics: eval PATH [--test | --data FILE]
+[no-exit-message]
+eval *args:
+    @fintx eval "$@"
+
+# bring in and list price histories: data import FILE --symbol SPY | data yahoo SPY ^VIX | data list
+[no-exit-message]
+data *args:
+    @fintx data "$@"
+
+# check every kept file against its manifest
+[no-exit-message]
+verify *args:
+    @fintx verify "$@"
+
+# count a shape's parameters, or list the depths that fit a budget: params --budget 200M --d-model 1024
+[no-exit-message]
+params *args:
+    @fintx params "$@"
+
+# run the quick tests (those marked slow: just test -m slow)
+[no-exit-message]
+test *args:
+    @pytest -m "not slow" "$@"
+
+# format, lint, types, then the quick tests
+[no-exit-message]
+check:
+    @ruff format --check . && ruff check . && mypy && pytest -m "not slow"
