@@ -1,5 +1,8 @@
 set positional-arguments
 
+# just lies in the same environment as fintx, whoever calls it from wherever
+export PATH := parent_directory(just_executable()) + ":" + env("PATH")
+
 [private]
 default:
     @just --list --unsorted

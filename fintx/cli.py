@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import os
 import signal
 import sys
 import tempfile
@@ -83,7 +84,7 @@ def sweep(
 
     console = Console()
     specs = [sweepfile.load(file, overrides=overrides) for file in files]
-    with _stop_on_signal(console) as should_stop:
+    with _stop_on_signal() as should_stop:
         for spec in specs:
             summary = live.run(spec, console, outputs=outputs, data_root=data_dir, should_stop=should_stop)
             tables.print_summary(console, summary)
@@ -94,7 +95,7 @@ def sweep(
 
 
 @contextlib.contextmanager
-def _stop_on_signal(console: Console) -> Iterator[Callable[[], bool]]:
+def _stop_on_signal() -> Iterator[Callable[[], bool]]:
     """First SIGINT or SIGTERM: finish the epoch and stop; the second: stop at once."""
     asked = False
 
@@ -103,7 +104,8 @@ def _stop_on_signal(console: Console) -> Iterator[Callable[[], bool]]:
         if asked:
             raise KeyboardInterrupt
         asked = True
-        console.print("stopping after this epoch … (once more: stop at once)")
+        # Not through rich: a handler may run in the middle of any of its calls, even of its import.
+        os.write(sys.stderr.fileno(), "fintx: stopping after this epoch … (once more: stop at once)\n".encode())
 
     before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

@@ -293,13 +293,13 @@ class BudgetConfig(_Config):
 class LayerRange(_Config):
     """Every whole number from low to high."""
 
-    low: PositiveInt
-    high: PositiveInt
+    low: PositiveInt = 2
+    high: PositiveInt = 256
 
     @model_validator(mode="after")
     def _ordered(self) -> LayerRange:
         if self.low > self.high:
-            raise ValueError(f"low = {self.low} is above high = {self.high}")
+            raise ValueError(f"wanted low up to high, got low = {self.low} and high = {self.high}")
         return self
 
 
@@ -310,7 +310,7 @@ class ArchitectureConfig(_Config):
     """Candidate shapes; those inside the budget are the feasible set that `fintx plan` prints."""
 
     d_model: Candidates = (256, 384, 512, 768, 1024, 1536, 2048)
-    n_layers: LayerRange = LayerRange(low=2, high=256)
+    n_layers: LayerRange = LayerRange()
     n_heads: Candidates = (2, 4, 8, 12, 16, 24, 32)
     d_ff_ratio: Annotated[tuple[PositiveFloat, ...], Field(min_length=1)] = (2.0, 4.0)
     """d_ff / d_model; the product is rounded to a whole number."""
@@ -326,9 +326,9 @@ class FloatRange(_Config):
     @model_validator(mode="after")
     def _ordered(self) -> FloatRange:
         if self.low >= self.high:
-            raise ValueError(f"low = {self.low} must be below high = {self.high}")
+            raise ValueError(f"wanted low below high, got low = {self.low:g} and high = {self.high:g}")
         if self.log and self.low <= 0:
-            raise ValueError(f"log = true needs low above 0, got {self.low}")
+            raise ValueError(f"wanted low above 0 with log = true, got low = {self.low:g}")
         return self
 
 

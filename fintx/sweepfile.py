@@ -93,7 +93,7 @@ def _pairs(table: dict[str, Any]) -> list[str]:
 
 
 def _key(key: str) -> str:
-    return key if re.fullmatch(r"[A-Za-z0-9_-]+", key) else json.dumps(key, ensure_ascii=False)
+    return key if re.fullmatch(r"[A-Za-z0-9_-]+", key) else _text(key)
 
 
 def _value(value: Any) -> str:
@@ -101,6 +101,11 @@ def _value(value: Any) -> str:
         return "{ " + ", ".join(_pairs(value)) + " }" if value else "{}"
     if isinstance(value, list):
         return "[" + ", ".join(_value(item) for item in value) + "]"
+    return _text(value) if isinstance(value, str) else json.dumps(value)
+
+
+def _text(value: str) -> str:
+    """A TOML basic string: JSON's escapes, and DEL, which TOML forbids and JSON lets through."""
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
@@ -204,7 +209,7 @@ def _flatten_dotted(tree: dict[str, Any]) -> None:
 
 
 def _joined(table: dict[str, Any]) -> dict[str, Any]:
-    flat = {}
+    flat: dict[str, Any] = {}
     for key, value in table.items():
         nested = isinstance(value, dict) and key in ("model", "optim", "train")
         flat |= {f"{key}.{k}": v for k, v in value.items()} if nested else {key: value}

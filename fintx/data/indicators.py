@@ -17,12 +17,14 @@ MAX_AGE_DAYS = 5
 def lagged(x: Floats, k: int) -> Floats:
     """x[t − k]; NaN for the first k rows."""
     shifted = np.full(len(x), np.nan)
-    shifted[k:] = x[: len(x) - k]
+    shifted[k:] = x[: max(len(x) - k, 0)]
     return shifted
 
 
 def rolling(x: Floats, n: int) -> Floats:
     """(T, n) of the last n values up to and with each row; NaN rows while there are fewer."""
+    if len(x) == 0:
+        return np.empty((0, n))
     padded = np.concatenate([np.full(n - 1, np.nan), x])
     return np.lib.stride_tricks.sliding_window_view(padded, n)
 
@@ -116,6 +118,8 @@ def weekly(dates: np.ndarray, close: Floats, indicator) -> Floats:
     A week (Monday to Sunday) is over at the first bar of a later one: on a Friday nobody knows without a holiday
     calendar that it was the week's last. So a day never sees its own week.
     """
+    if len(dates) == 0:
+        return np.empty(0)
     week = (dates.astype("datetime64[D]").astype(np.int64) + 3) // 7  # 1970-01-01 was a Thursday
     ends = np.flatnonzero(np.append(week[1:] != week[:-1], True))
     values = indicator(np.ascontiguousarray(close[ends]))
@@ -125,6 +129,8 @@ def weekly(dates: np.ndarray, close: Floats, indicator) -> Floats:
 
 def as_of(dates: np.ndarray, source_dates: np.ndarray, values: Floats) -> Floats:
     """The newest value dated at or before each date, at most MAX_AGE_DAYS old; else NaN."""
+    if len(source_dates) == 0:
+        return np.full(len(dates), np.nan)
     place = np.searchsorted(source_dates, dates, side="right") - 1
     there = place >= 0
     place = np.maximum(place, 0)

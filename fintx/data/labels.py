@@ -39,7 +39,7 @@ def cut(task: TaskConfig, bars: Bars) -> Floats:
 def ends(task: TaskConfig, bars: Bars) -> np.ndarray:
     """(T,) datetime64[D]: the last day that each label looks at; NaT where the future is incomplete."""
     last = np.full(len(bars), np.datetime64("NaT"), "datetime64[D]")
-    last[: len(bars) - task.horizon] = bars.dates[task.horizon :]
+    last[: max(len(bars) - task.horizon, 0)] = bars.dates[task.horizon :]
     return last
 
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 
 from fintx.types import Floats, Ints
 
-if TYPE_CHECKING:
-    from fintx.data.windows import Dataset
+MIN_ROWS = 30
+"""An asset with fewer training rows takes the pooled figures: the SD of a handful of rows may be next to nothing."""
 
 OUTSIDE_SHARE, SHIFT = 0.05, 1.0
 """More than this share of validation rows beyond the training range, or a mean that moved by more training SDs."""
@@ -66,7 +66,7 @@ def fit(
 
     Args:
         features: (all rows, F) float64, raw.
-        rows: the training rows; an asset without any takes the pooled figures.
+        rows: the training rows; an asset with fewer than MIN_ROWS of them takes the pooled figures.
     """
     n_features = features.shape[1]
     if kind == "none" or len(rows) == 0:
@@ -75,7 +75,7 @@ def fit(
     mean, std = {}, {}
     for i, symbol in enumerate(assets):
         own = rows[asset_ids[rows] == i]
-        if len(own):
+        if len(own) >= min(MIN_ROWS, len(rows)):
             mean[symbol], std[symbol] = _moments(features[own])
     pooled_mean, pooled_std = _moments(features[rows])
     return Scaling(mean, std, pooled_mean, pooled_std)
@@ -108,23 +108,31 @@ class Drift:
         return self.outside > OUTSIDE_SHARE or abs(self.shift) > SHIFT
 
 
-def drift(features: Floats, dataset: Dataset, names: Sequence[str]) -> tuple[Drift, ...]:
+def drift(
+    features: Floats, asset_ids: Ints, *, train: Ints, validation: Ints, names: Sequence[str]
+) -> tuple[Drift, ...]:
     """Compare raw features of the train and the validation rows, within each asset."""
-    train, validation = dataset.train.rows, dataset.validation.rows
     if len(train) == 0 or len(validation) == 0:
         return ()
     shift = np.zeros(features.shape[1])
     outside = np.zeros(features.shape[1])
-    for i in range(len(dataset.assets)):
-        a, b = (features[rows[dataset.asset_ids[rows] == i]] for rows in (train, validation))
+    for i in np.unique(asset_ids):
+        a, b = (features[rows[asset_ids[rows] == i]] for rows in (train, validation))
         if len(a) == 0 or len(b) == 0:
             continue
         mean, std = _moments(a)
         shift += (b.mean(axis=0) - mean) / std * len(b) / len(validation)
         outside += ((b < a.min(axis=0)) | (b > a.max(axis=0))).sum(axis=0) / len(validation)
-    whole = [(features[rows].mean(axis=0), features[rows].std(axis=0)) for rows in (train, validation)]
+    before, after = features[train], features[validation]
     return tuple(
-        Drift(name, *(float(whole[part][moment][i]) for part in (0, 1) for moment in (0, 1)), float(shift[i]),
-              float(outside[i]))
+        Drift(
+            feature=name,
+            train_mean=float(before[:, i].mean()),
+            train_std=float(before[:, i].std()),
+            validation_mean=float(after[:, i].mean()),
+            validation_std=float(after[:, i].std()),
+            shift=float(shift[i]),
+            outside=float(outside[i]),
+        )
         for i, name in enumerate(names)
-    )  # fmt: skip
+    )

@@ -6,6 +6,7 @@ label of the test part, nor a validation label that looks into it. `build_test` 
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.metadata
 from collections.abc import Mapping
@@ -111,9 +112,9 @@ def build(
     first = bounds.test_first
     seen = _Stack.of([_before(b, first) for b in bars], _all_before(context, first), data.features, task)
     usable = seen.whole_windows(context_length)
-    folds = tuple(_dataset(seen, fold, usable, data, context_length) for fold in bounds.folds)
+    _check_any(seen, usable, task, context_length)
+    folds = tuple(_dataset(seen, fold, usable, data) for fold in bounds.folds)
     parts = (*_part_rows(seen, folds, task), *_test_rows(bars, bounds, task))
-    _check_any(seen, usable, context_length)
     splits.check(split, task, parts)
     newest = folds[-1]
     return Prepared(
@@ -121,7 +122,13 @@ def build(
         folds=folds,
         split=bounds,
         parts=parts,
-        drift=drift(seen.features, newest, seen.names),
+        drift=drift(
+            seen.features,
+            seen.asset_ids,
+            train=newest.train.rows,
+            validation=newest.validation.rows,
+            names=seen.names,
+        ),
         label_words=labels.describe(task),
         ranges=tuple(
             AssetRange(b.symbol, len(b), str(b.dates[0]), str(b.dates[-1]), b.version)
@@ -172,7 +179,7 @@ def build_test(
         raise splits.BadSplit("this walk-forward split has no test part (no split.test_start): nothing is sealed")
     whole = _Stack.of(bars, context, data.features, task)
     chosen = whole.whole_windows(context_length) & (whole.dates >= bounds.test_first)
-    return _scaled(whole, np.flatnonzero(chosen), scaling, context_length)
+    return _scaled(whole, np.flatnonzero(chosen), scaling, f"the test part, from {bounds.test_first}", context_length)
 
 
 def build_foreign(
@@ -185,7 +192,8 @@ def build_foreign(
         FintxError: too few bars for one window with its future.
     """
     stack = _Stack.of([bars], context, data.features, task)
-    return _scaled(stack, np.flatnonzero(stack.whole_windows(context_length)), scaling, context_length)
+    chosen = stack.whole_windows(context_length)
+    return _scaled(stack, np.flatnonzero(chosen), scaling, bars.symbol, context_length)
 
 
 # --- stacking ---------------------------------------------------------------------------------------------------------
@@ -222,14 +230,34 @@ class _Stack:
 
     def whole_windows(self, context_length: int) -> np.ndarray:
         """Rows with a label and T rows of finite features behind them, within their asset."""
-        return self._windows(context_length) & ~np.isnan(self.labels)
-
-    def _windows(self, context_length: int) -> np.ndarray:
         finite = np.isfinite(self.features).all(axis=1)
         run = np.concatenate([[0], np.cumsum(finite)])
         first = np.maximum(np.arange(len(finite)) + 1 - context_length, 0)
         complete = run[1:] - run[first] == context_length
-        return complete & (self.bar >= context_length - 1)
+        return complete & (self.bar >= context_length - 1) & ~np.isnan(self.labels)
+
+    @functools.cached_property
+    def keys(self) -> np.ndarray:
+        """(rows,) asset and day as text, for hashes."""
+        return np.char.add(np.char.add(np.asarray(self.assets)[self.asset_ids], " "), self.dates.astype(str))
+
+    @functools.cached_property
+    def data_hash(self) -> str:
+        return _hash(self.names, self.assets, self.features, self.dates.astype("<i8"), self.asset_ids)
+
+    @functools.cached_property
+    def label_hash(self) -> str:
+        known = np.flatnonzero(~np.isnan(self.labels))
+        return _hash(self.membership(known), self.labels[known])
+
+    def membership(self, rows: np.ndarray) -> tuple[str, ...]:
+        return tuple(self.keys[rows].tolist())
+
+    def never_known(self) -> str:
+        """Words on features without a single value (their context begins later, say); empty if there are none."""
+        never = np.asarray(self.names)[~np.isfinite(self.features).any(axis=0)]
+        shown = [*never[:5], *([f"and {len(never) - 5} more"] if len(never) > 5 else [])]
+        return f"; never known here: {', '.join(shown)}" if shown else ""
 
     def dropped(self, usable: np.ndarray) -> dict[str, int]:
         unlabelled = np.isnan(self.labels)
@@ -272,81 +300,67 @@ def _all_before(context: Mapping[str, Bars], day: np.datetime64 | None) -> dict[
     return {symbol: _before(bars, day) for symbol, bars in context.items()}
 
 
-def _check_any(stack: _Stack, usable: np.ndarray, context_length: int) -> None:
+def _check_any(stack: _Stack, usable: np.ndarray, task: TaskConfig, context_length: int) -> None:
+    if np.isnan(stack.labels).all():
+        raise NoWindows(
+            f"no bar has {task.horizon} days (task.horizon) of future before the test part or the data's end "
+            f"({len(usable)} bars); shorten the horizon, or give more data or an earlier start of the parts"
+        )
     if not usable.any():
         warm = int((~np.isfinite(stack.features).all(axis=1)).sum())
         raise NoWindows(
             f"no row has a window of {context_length} bars (model.context_length) with finite features "
             f"({len(usable)} rows, {warm} of them without every feature); use more data, a shorter window, or features "
-            "that warm up sooner"
+            f"that warm up sooner{stack.never_known()}"
         )
 
 
 # --- folds ------------------------------------------------------------------------------------------------------------
 
 
-def _dataset(stack: _Stack, fold: Fold, usable: np.ndarray, data: DataConfig, context_length: int) -> Dataset:
+def _dataset(stack: _Stack, fold: Fold, usable: np.ndarray, data: DataConfig) -> Dataset:
     dates = stack.dates
     train = usable & (dates >= fold.train_first) & (stack.label_ends < fold.train_labels_before)
     validation = usable & (dates >= fold.validation_first) & (dates < fold.validation_before)
     validation &= stack.label_ends < fold.validation_labels_before
-    train_rows, validation_rows = np.flatnonzero(train), np.flatnonzero(validation)
-    scaling = fit(stack.features, stack.asset_ids, stack.assets, train_rows, kind=data.scaling)
-    return Dataset(
-        features=scaling.apply(stack.features, stack.asset_ids, stack.assets),
-        feature_names=stack.names,
-        dates=dates,
-        asset_ids=stack.asset_ids,
-        assets=stack.assets,
-        close=stack.close,
-        train=_part(stack, train_rows),
-        validation=_part(stack, validation_rows),
-        scaling=scaling,
-        data_hash=_hash(stack.names, stack.assets, stack.features, dates.astype("<i8"), stack.asset_ids),
-        label_hash=_label_hash(stack),
-        split_hash=_hash(_membership(stack, train_rows), _membership(stack, validation_rows)),
-    )
+    rows = (np.flatnonzero(train), np.flatnonzero(validation))
+    scaling = fit(stack.features, stack.asset_ids, stack.assets, rows[0], kind=data.scaling)
+    return _assemble(stack, scaling, *rows, split_hash=_hash(*map(stack.membership, rows)))
 
 
-def _part(stack: _Stack, rows: np.ndarray) -> Part:
-    return Part(rows=rows.astype(np.int32), labels=stack.labels[rows].astype(np.float32))
-
-
-def _scaled(stack: _Stack, rows: np.ndarray, scaling: Scaling, context_length: int) -> tuple[Dataset, Part]:
+def _scaled(
+    stack: _Stack, rows: np.ndarray, scaling: Scaling, where: str, context_length: int
+) -> tuple[Dataset, Part]:  # fmt: skip
     if len(rows) == 0:
         raise NoWindows(
-            f"{', '.join(stack.assets)}: no row has a window of {context_length} bars and a complete future among "
-            f"{len(stack.dates)} bars {stack.dates[0]} … {stack.dates[-1]}; give a longer history"
+            f"{where}: no row has a window of {context_length} bars with every feature, and a complete future, among "
+            f"{len(stack.dates)} bars; give a longer history{stack.never_known()}"
         )
-    nothing = _part(stack, np.zeros(0, int))
-    dataset = Dataset(
+    none = np.zeros(0, int)
+    return _assemble(stack, scaling, none, none, split_hash=_hash(stack.membership(rows))), _part(stack, rows)
+
+
+def _assemble(
+    stack: _Stack, scaling: Scaling, train: np.ndarray, validation: np.ndarray, *, split_hash: str
+) -> Dataset:  # fmt: skip
+    return Dataset(
         features=scaling.apply(stack.features, stack.asset_ids, stack.assets),
         feature_names=stack.names,
         dates=stack.dates,
         asset_ids=stack.asset_ids,
         assets=stack.assets,
         close=stack.close,
-        train=nothing,
-        validation=nothing,
+        train=_part(stack, train),
+        validation=_part(stack, validation),
         scaling=scaling,
-        data_hash=_hash(
-            stack.names, stack.assets, stack.features, stack.dates.astype("<i8"), stack.asset_ids
-        ),
-        label_hash=_label_hash(stack),
-        split_hash=_hash(_membership(stack, rows)),
-    )  # fmt: skip
-    return dataset, _part(stack, rows)
-
-
-def _membership(stack: _Stack, rows: np.ndarray) -> tuple[str, ...]:
-    return tuple(
-        f"{stack.assets[i]} {day}" for i, day in zip(stack.asset_ids[rows], stack.dates[rows].astype(str), strict=True)
+        data_hash=stack.data_hash,
+        label_hash=stack.label_hash,
+        split_hash=split_hash,
     )
 
 
-def _label_hash(stack: _Stack) -> str:
-    known = np.flatnonzero(~np.isnan(stack.labels))
-    return _hash(_membership(stack, known), stack.labels[known])
+def _part(stack: _Stack, rows: np.ndarray) -> Part:
+    return Part(rows=rows.astype(np.int32), labels=stack.labels[rows].astype(np.float32))
 
 
 def _hash(*parts: tuple[str, ...] | np.ndarray) -> str:

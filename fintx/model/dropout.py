@@ -11,13 +11,15 @@ import math
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Float32, PRNGKeyArray
 
 _GOLDEN = 0x9E3779B9
 """2³² / golden ratio, odd: neighbouring indices land far apart (Knuth, TAOCP vol. 3, 6.4: Fibonacci hashing)."""
 
 
-def dropout(x: Float[Array, "..."], rate: Float[Array, ""] | float, key: PRNGKeyArray | None) -> Float[Array, "..."]:
+def dropout(
+    x: Float32[Array, "..."], rate: Float[Array, ""] | float, key: PRNGKeyArray | None
+) -> Float32[Array, "..."]:
     """Zero each element with probability `rate` and scale the rest by 1 / (1 − rate) (Srivastava et al. 2014).
 
     Args:
@@ -27,8 +29,8 @@ def dropout(x: Float[Array, "..."], rate: Float[Array, ""] | float, key: PRNGKey
     if key is None:
         return x
     rate = jnp.asarray(rate, jnp.float32)
-    scale = (1 / (1 - rate)).astype(x.dtype)
-    return jnp.where(keep_mask(key, x.shape, rate), x * scale, jnp.zeros((), x.dtype))
+    scale = 1 / (1 - rate)
+    return jnp.where(keep_mask(key, x.shape, rate), x * scale, jnp.float32(0))
 
 
 def keep_mask(key: PRNGKeyArray, shape: tuple[int, ...], rate: Float[Array, ""]) -> Bool[Array, "..."]:

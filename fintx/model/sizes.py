@@ -37,7 +37,10 @@ class Count:
 
 @dataclass(frozen=True)
 class Flops:
-    """Floating-point operations per sample: matmuls alone, a multiply-add is 2; backward is twice the forward."""
+    """Floating-point operations per sample: matmuls alone, a multiply-add is 2; backward is twice the forward.
+
+    What is done again to save memory (rematerialisation) is not counted: this is the model's work, as MFU wants it.
+    """
 
     forward: float
 
@@ -66,7 +69,8 @@ def count(model: ModelConfig, shape: Shape, n_features: int) -> Count:
 class _Polynomial:
     """n(d, f) = a + b·d + c·d² + e·f + g·d·f: every axis of a parameter is a multiple of d_model or of d_ff, or fixed.
 
-    So five abstract evaluations fix a part's count for every shape, exactly, and counting a shape costs nothing.
+    So five abstract evaluations fix a part's count for every shape, exactly, and counting a shape costs nothing. A
+    sixth, unlike the others, catches a model that has outgrown this form.
     """
 
     a: int
@@ -80,6 +84,7 @@ class _Polynomial:
 
 
 _POINTS = ((1, 1), (2, 1), (3, 1), (1, 2), (2, 2))
+_PROBE = (7, 5)
 
 
 @functools.lru_cache(maxsize=64)
@@ -94,6 +99,8 @@ def _polynomials(model: ModelConfig, n_features: int) -> dict[str, _Polynomial]:
         e = n12 - n11 - g
         b = n21 - n11 - 3 * c - g
         found[part] = _Polynomial(n11 - b - c - e - g, b, c, e, g)
+    probe = _counted(model, *_PROBE, n_features)
+    assert probe == {part: polynomial(*_PROBE) for part, polynomial in found.items()}, "not a + bd + cd² + ef + gdf"
     return found
 
 
@@ -130,16 +137,37 @@ def state_bytes(model: ModelConfig, shape: Shape, n_features: int) -> int:
 
 
 def memory(model: ModelConfig, shape: Shape, n_features: int, *, batch_size: int) -> int:
-    """A train step's bytes: state, the activations that the backward pass keeps, and one block's working set.
+    """Roughly a train step's bytes: state, what the backward pass keeps of every layer, and one block's working set.
 
-    Kept per layer and token: the residual stream and the four matmul outputs (3d + d + d_ff + d); the block at work
-    holds about twice that again, and its attention weights three times over.
+    Kept per layer and token: the residual stream (float32) and the linear layers' outputs (3d + d + d_ff + d, in the
+    compute dtype); the block at work holds about twice that again, and its attention weights three times over.
     """
     n, width = transformer.n_patches(model), 2 if model.compute_dtype == "bfloat16" else 4
     tokens = batch_size * n
-    kept = tokens * (6 * shape.d_model + shape.d_ff) * width
+    kept = tokens * (4 * shape.d_model + width * (5 * shape.d_model + shape.d_ff))
     weights = 3 * batch_size * shape.n_heads * n * n * 4
     return state_bytes(model, shape, n_features) + shape.n_layers * kept + 2 * kept + weights
+
+
+def head_counts(d_model: int) -> tuple[int, ...]:
+    """Every valid n_heads: the divisors of d_model."""
+    return tuple(heads for heads in range(1, d_model + 1) if d_model % heads == 0)
+
+
+def depths_for(
+    budget: BudgetConfig, models: Sequence[ModelConfig], n_features: int, *, d_model: int, d_ff: int
+) -> range:
+    """The depths, from 1 up, at which a width fits the budget with every model variant; maybe none.
+
+    A count is linear in depth, so they are an interval. Heads don't matter.
+    """
+    low, high = 1, budget.high
+    for model in models:
+        one = count(model, Shape(d_model=d_model, n_layers=1, n_heads=1, d_ff=d_ff), n_features)
+        rest = one.total - one.blocks
+        low = max(low, -((rest - budget.low) // one.blocks))
+        high = min(high, (budget.high - rest) // one.blocks)
+    return range(low, max(low, high + 1))
 
 
 def feasible(
@@ -159,64 +187,53 @@ def feasible(
     Raises:
         InfeasibleBudget: none fits; says which bound to change.
     """
-    found = set()
-    for d_model in architecture.d_model:
-        heads = [h for h in architecture.n_heads if d_model % h == 0]
-        for ratio in architecture.d_ff_ratio:
-            d_ff = round(ratio * d_model)
-            for n_layers in _depths(architecture, budget, models, d_model, d_ff, n_features):
-                for n_heads in heads:
-                    found.add((d_model, d_ff, n_layers, n_heads))
+    found: set[tuple[int, int, int, int]] = set()
+    for d_model, d_ff in _widths(architecture):
+        fitting = depths_for(budget, models, n_features, d_model=d_model, d_ff=d_ff)
+        low, high = max(fitting.start, architecture.n_layers.low), min(fitting.stop, architecture.n_layers.high + 1)
+        heads = [n_heads for n_heads in architecture.n_heads if d_model % n_heads == 0]
+        found.update((d_model, d_ff, n_layers, n_heads) for n_layers in range(low, high) for n_heads in heads)
     for shape in extra:
         if all(budget.low <= count(model, shape, n_features).total <= budget.high for model in models):
             found.add((shape.d_model, shape.d_ff, shape.n_layers, shape.n_heads))
     if not found:
-        raise InfeasibleBudget(_why_infeasible(architecture, budget, models[0], n_features))
+        raise InfeasibleBudget(_why_infeasible(architecture, budget, models, n_features))
+    # `model_construct`: what pydantic would check of each holds by construction.
     return tuple(
         Shape.model_construct(d_model=d_model, n_layers=n_layers, n_heads=n_heads, d_ff=d_ff)
         for d_model, d_ff, n_layers, n_heads in sorted(found)
     )
 
 
-def _depths(
-    architecture: ArchitectureConfig,
-    budget: BudgetConfig,
-    models: Sequence[ModelConfig],
-    d_model: int,
-    d_ff: int,
-    n_features: int,
-) -> range:
-    """The depths that fit: a count is linear in depth, so they are an interval."""
-    low, high = architecture.n_layers.low, architecture.n_layers.high
-    for model in models:
-        one = count(model, Shape.model_construct(d_model=d_model, n_layers=1, n_heads=1, d_ff=d_ff), n_features)
-        rest = one.total - one.blocks
-        low = max(low, -((rest - budget.low) // one.blocks))
-        high = min(high, (budget.high - rest) // one.blocks)
-    return range(low, high + 1)
+def _widths(architecture: ArchitectureConfig) -> list[tuple[int, int]]:
+    """(d_model, d_ff) of all candidates; a ratio that rounds to no feed-forward at all makes none."""
+    pairs = [(d_model, round(ratio * d_model)) for d_model in architecture.d_model for ratio in architecture.d_ff_ratio]
+    return [(d_model, d_ff) for d_model, d_ff in pairs if d_ff >= 1]
 
 
 def _why_infeasible(
-    architecture: ArchitectureConfig, budget: BudgetConfig, model: ModelConfig, n_features: int
-) -> str:  # fmt: skip
+    architecture: ArchitectureConfig, budget: BudgetConfig, models: Sequence[ModelConfig], n_features: int
+) -> str:
     """One line: how far off the candidates are, and the bound that would mend it."""
     where = f"no candidate shape holds {budget.low:,} … {budget.high:,} parameters (budget.parameters ± tolerance)"
-    divisible = [d for d in architecture.d_model if any(d % h == 0 for h in architecture.n_heads)]
-    if not divisible:
+    widths = [(d, f) for d, f in _widths(architecture) if any(d % heads == 0 for heads in architecture.n_heads)]
+    if not widths:
         return f"{where}: no architecture.n_heads divides an architecture.d_model; add 1 or 2 to n_heads"
-    ends = []
-    for n_layers in (architecture.n_layers.low, architecture.n_layers.high):
-        for d_model in divisible:
-            for ratio in architecture.d_ff_ratio:
-                shape = Shape(d_model=d_model, n_layers=n_layers, n_heads=1, d_ff=round(ratio * d_model))
-                ends.append(count(model, shape, n_features).total)
-    smallest, largest = min(ends), max(ends)
+    ends = [
+        [
+            count(model, Shape(d_model=d_model, n_layers=n_layers, n_heads=1, d_ff=d_ff), n_features).total
+            for model in models
+        ]
+        for n_layers in (architecture.n_layers.low, architecture.n_layers.high)
+        for d_model, d_ff in widths
+    ]
+    smallest, largest = min(max(totals) for totals in ends), max(min(totals) for totals in ends)
     if smallest > budget.high:
         mend = "lower architecture.d_model or n_layers.low, or raise budget.parameters"
         return f"{where}: the smallest candidate holds {smallest:,}; {mend}"
     if largest < budget.low:
         mend = "raise architecture.n_layers.high or d_model, or lower budget.parameters"
         return f"{where}: the largest candidate holds {largest:,}; {mend}"
-    return (
-        f"{where}: candidates hold {smallest:,} … {largest:,} but step over it; add d_model values or widen tolerance"
-    )
+    variants = f" with each of the {len(models)} searched model variants" if len(models) > 1 else ""
+    mend = "add d_model values or raise budget.tolerance"
+    return f"{where}: candidates hold {smallest:,} … {largest:,} but none lies inside{variants}; {mend}"

@@ -213,7 +213,7 @@ def _evaluation(
         recorded=recorded,
         per_asset={
             asset: records.mean_metrics([s.per_asset[asset] for s in scored if asset in s.per_asset])
-            for asset in scored[0].per_asset
+            for asset in dict.fromkeys(asset for s in scored for asset in s.per_asset)
         },
         first_date=min(s.first_date for s in scored),
         last_date=max(s.last_date for s in scored),

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 
-from fintx.config import Choices, FloatRange, ModelConfig, Shape, StudySpec, TrialConfig
+from fintx.config import Choices, FloatRange, ModelConfig, OptimConfig, Shape, StudySpec, TrainConfig, TrialConfig
 from fintx.model import sizes
 from fintx.sweepchecks import SECTIONS, field_kind
 from fintx.types import Floats
@@ -83,8 +83,15 @@ class SearchSpace:
             section, _, key = path.partition(".")
             tree[section][key] = params[path]
         return TrialConfig(
-            data=spec.data, task=spec.task, split=spec.split, shape=self.decode(params), seed=seed, **tree
-        )  # type: ignore[arg-type]
+            data=spec.data,
+            task=spec.task,
+            split=spec.split,
+            shape=self.decode(params),
+            model=ModelConfig(**tree["model"]),
+            optim=OptimConfig(**tree["optim"]),
+            train=TrainConfig(**tree["train"]),
+            seed=seed,
+        )
 
 
 def model_variants(spec: StudySpec) -> tuple[ModelConfig, ...]:

@@ -112,6 +112,13 @@ def test_a_constant_predictions_calibration_error_is_its_distance_from_the_base_
     assert metrics.calibration_error(np.zeros(1000), labels) == pytest.approx(0.2, abs=1e-12)
 
 
+def test_equal_predictions_share_the_bin_of_their_mean_rank():
+    """20 rows are 2 a bin: ranks 1 … 3 share one logit and bin 1, so rank 0 is alone in bin 0 and nothing cancels."""
+    logits = 1e-9 * np.array([0, 1, 1, 1, *range(4, 20)])
+    labels = np.array([1.0, 0, 0, 0, *[0, 1] * 8])
+    assert metrics.calibration_error(logits, labels) == pytest.approx((0.5 + 1.5) / 20, abs=1e-7)
+
+
 def test_calibration_error_of_calibrated_predictions_is_the_stated_chance_level():
     rng = np.random.default_rng(3)
     n, found = 1000, []
@@ -237,6 +244,7 @@ def test_extreme_logits_have_their_exact_loss():
     found = metrics.evaluate(CLASSIFICATION, logits, labels, prior=0.5)
     assert found["log_loss"] == pytest.approx((2e4 + math.log(2)) / 5)
     assert (found["prediction_min"], found["prediction_max"]) == (0.0, 1.0)
+    assert (found["tp_at_half"], found["fp_at_half"]) == (2, 1)  # a logit of 0 is p = .5, which is said yes
 
 
 def test_a_small_loss_is_not_rounded_away():

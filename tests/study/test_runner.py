@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 
 import jax
-import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
@@ -53,9 +52,8 @@ def test_recorded_metrics_follow_from_the_recorded_predictions(tiny_study):
     for record in records.read_all(tiny_study):
         table = pq.read_table(records.trial_folder(tiny_study, record.trial_number) / "predictions.parquet")
         assert table.column_names == list(records.PREDICTION_COLUMNS)
-        prior = record.folds[0].best["prior"] if "prior" in record.folds[0].best else None
         outputs, labels = table["output"].to_numpy(), table["label"].to_numpy()
-        again = metrics.evaluate("threshold", outputs, labels, prior=prior or float(np.mean(labels)))
+        again = metrics.evaluate("threshold", outputs, labels, prior=record.folds[0].best["prior"])
         for key in ("log_loss", "brier", "auc"):
             assert again[key] == record.folds[0].best[key]
         assert record.value == record.folds[0].best["log_loss"]

@@ -1,0 +1,161 @@
+"""Coordinates of shape and back: every shape that is proposed lies inside the budget, and none is out of reach."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import optuna
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fintx.config import (
+    ArchitectureConfig,
+    BudgetConfig,
+    Choices,
+    FloatRange,
+    LayerRange,
+    QueueEntry,
+    StudySpec,
+    TaskConfig,
+)
+from fintx.model import sizes
+from fintx.study import queue
+from fintx.study.space import AXES, SearchSpace
+
+TASK = TaskConfig(kind="threshold", horizon=3, price="high", threshold=0.01)
+N_FEATURES = 25
+
+
+def make_spec(parameters="2M", **changes) -> StudySpec:
+    base = dict(
+        study={"name": "s"},
+        task=TASK,
+        budget=BudgetConfig(parameters=parameters),
+        architecture=ArchitectureConfig(d_model=(32, 64, 96, 128, 192, 256)),
+        space={
+            "optim.learning_rate": FloatRange(low=1e-4, high=1e-3, log=True),
+            "train.batch_size": Choices(choices=(32, 64)),
+            "train.patience": FloatRange(low=2, high=9),
+        },
+    )
+    return StudySpec(**{**base, **changes})
+
+
+ENTRY = QueueEntry(d_model=80, n_layers=30, n_heads=5, d_ff=240, values={"train.batch_size": 64.0})
+
+
+@pytest.fixture(scope="module")
+def space():
+    return SearchSpace.build(make_spec(queue=(ENTRY,)), n_features=N_FEATURES)
+
+
+def test_every_feasible_shape_decodes_from_its_own_coordinates(space):
+    assert len(space.shapes) > 300
+    assert all(space.decode(space.encode(shape)) == shape for shape in space.shapes)
+
+
+def test_coordinates_lie_inside_their_distributions(space):
+    for shape in space.shapes:
+        for name, value in space.encode(shape).items():
+            assert space.distributions[name].low <= value <= space.distributions[name].high
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.tuples(*[st.floats(0, 1)] * 3))
+def test_any_proposal_has_a_size_inside_the_budget(position):
+    spec = make_spec()
+    space = SearchSpace.build(spec, n_features=N_FEATURES)
+    params = {
+        name: space.distributions[name].low + x * (space.distributions[name].high - space.distributions[name].low)
+        for name, x in zip(AXES, position, strict=True)
+    }
+    shape = space.decode(params)
+    assert spec.budget.low <= sizes.count(spec.model, shape, N_FEATURES).total <= spec.budget.high
+    assert shape.d_model % shape.n_heads == 0
+
+
+def test_equal_coordinates_are_told_apart():
+    """(64, L) and (72, L') of one aspect ratio can both fit; each must stay reachable."""
+    architecture = ArchitectureConfig(
+        d_model=(60, 64, 66, 72), n_layers=LayerRange(low=2, high=60), n_heads=(2,), d_ff_ratio=(4.0,)
+    )
+    space = SearchSpace.build(
+        make_spec(architecture=architecture, budget=BudgetConfig(parameters="1M", tolerance=0.4)), n_features=N_FEATURES
+    )
+    ratios = [shape.d_model / shape.n_layers for shape in space.shapes]
+    assert len(set(ratios)) < len(ratios), "the case holds no tie"
+    assert all(space.decode(space.encode(shape)) == shape for shape in space.shapes)
+
+
+def test_an_axis_of_one_value_is_dropped():
+    architecture = ArchitectureConfig(d_model=(64, 128), n_heads=(4,), d_ff_ratio=(4.0,))
+    space = SearchSpace.build(make_spec(architecture=architecture), n_features=N_FEATURES)
+    assert [name for name in AXES if name in space.distributions] == ["shape.aspect"]
+    assert all(space.decode(space.encode(shape)) == shape for shape in space.shapes)
+
+
+def test_searched_values_reach_the_config_in_their_own_type(space):
+    params = {
+        **space.encode(space.shapes[7]), "optim.learning_rate": 5e-4, "train.batch_size": 64, "train.patience": 4
+    }  # fmt: skip
+    config = space.trial_config(space.spec, params, seed=11)
+    assert (config.optim.learning_rate, config.train.batch_size, config.train.patience) == (5e-4, 64, 4)
+    assert config.shape == space.shapes[7] and config.seed == 11
+    assert isinstance(space.distributions["train.patience"], optuna.distributions.IntDistribution)
+    assert config == space.trial_config(space.spec, dict(reversed(params.items())), seed=11)
+
+
+def test_a_searched_geometry_keeps_every_combination_inside_the_budget():
+    spec = make_spec(
+        space={
+            "model.context_length": Choices(choices=(40, 120)),
+            "model.revin": Choices(choices=(True, False)),
+        },
+        budget=BudgetConfig(parameters="2M", tolerance=0.02),
+    )
+    space = SearchSpace.build(spec, n_features=N_FEATURES)
+    for shape, length, revin in itertools.product(space.shapes[::7], (40, 120), (True, False)):
+        model = spec.model.model_copy(update={"context_length": length, "revin": revin})
+        assert spec.budget.low <= sizes.count(model, shape, N_FEATURES).total <= spec.budget.high
+
+
+def test_the_sampler_can_drive_it(space):
+    study = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=0, n_startup_trials=5))
+    for _ in range(12):
+        trial = study.ask(space.distributions)
+        config = space.trial_config(space.spec, trial.params, seed=0)
+        study.tell(trial, float(np.log2(config.shape.d_model)))
+    assert len({tuple(trial.params.items()) for trial in study.trials}) == 12
+
+
+# --- the queue --------------------------------------------------------------------------------------------------------
+
+
+def test_a_queued_shape_joins_the_feasible_set_and_is_what_runs(space):
+    study = optuna.create_study()
+    study.enqueue_trial(queue.params_for(ENTRY, space))
+    trial = study.ask(space.distributions)
+    config = space.trial_config(space.spec, trial.params, seed=0)
+    assert config.shape == ENTRY.shape
+    assert config.train.batch_size == 64 and isinstance(config.train.batch_size, int)
+
+
+def test_an_entrys_identity_is_its_content():
+    same = ENTRY.model_copy(update={"note": "again", "values": {"train.batch_size": 64}})
+    other = ENTRY.model_copy(update={"n_heads": 10})
+    flag = ENTRY.model_copy(update={"values": {"train.batch_size": True}})
+    assert queue.identity(same) == queue.identity(ENTRY)
+    assert len({queue.identity(entry) for entry in (ENTRY, other, flag)}) == 3
+
+
+def test_all_entries_outside_the_budget_are_named_at_once():
+    big = ENTRY.model_copy(update={"n_layers": 90})
+    small = ENTRY.model_copy(update={"n_layers": 1})
+    with pytest.raises(queue.QueueError) as caught:
+        queue.validate(make_spec(queue=(big, ENTRY, small, ENTRY)), n_features=N_FEATURES)
+    first, second, third = str(caught.value).splitlines()
+    assert first.startswith("queue[0]: d_model 80, n_layers 90") and "outside the budget 1,500,000 … 2,500,000" in first
+    assert second.startswith("queue[2]:")
+    assert third == "queue[3]: is the same as queue[1]; take one out"

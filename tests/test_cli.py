@@ -1,0 +1,270 @@
+"""The commands as a user gives them: real processes, exit codes, one line per mistake, nothing half-written."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from fintx import cli
+
+ROOT = Path(__file__).resolve().parents[1]
+FINTX = Path(sys.executable).with_name("fintx")
+ENVIRONMENT = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}  # without simulated devices
+
+
+@dataclass(frozen=True)
+class Done:
+    """What a command printed."""
+
+    stdout: str
+    stderr: str
+
+
+def fintx(*arguments: object, cwd: Path = ROOT, code: int = 0) -> Done:
+    """Run `fintx …` as its entry point does, in this process: a new one would import JAX for each of a hundred."""
+    out, err, found = io.StringIO(), io.StringIO(), 0
+    argv, sys.argv = sys.argv, ["fintx", *map(str, arguments)]
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), contextlib.chdir(cwd):
+            cli.main()
+    except SystemExit as exit_:
+        found = exit_.code or 0
+    finally:
+        sys.argv = argv
+    assert found == code, (found, out.getvalue()[-2000:], err.getvalue()[-2000:])
+    return Done(out.getvalue(), err.getvalue())
+
+
+def process(*arguments: object, cwd: Path = ROOT, code: int = 0) -> subprocess.CompletedProcess[str]:
+    """Run `fintx …` as a user's shell does."""
+    done = subprocess.run(
+        [FINTX, *map(str, arguments)], cwd=cwd, capture_output=True, text=True, env=ENVIRONMENT, timeout=300
+    )
+    assert done.returncode == code, (done.returncode, done.stdout[-2000:], done.stderr[-2000:])
+    return done
+
+
+def mistake(*arguments: object, cwd: Path = ROOT) -> str:
+    """What a user's mistake prints: to stderr, with exit code 2 and no traceback."""
+    done = fintx(*arguments, cwd=cwd, code=2)
+    assert "Traceback" not in done.stderr and "bug of fintx" not in done.stderr
+    return done.stderr
+
+
+def test_params_counts_a_shape():
+    shown = fintx(
+        "params", "--d-model", 768, "--n-layers", 28, "--n-heads", 12, "--d-ff", 3072, "--budget", "200M"
+    ).stdout  # fmt: skip
+    assert f"{198_679_297 - 7_680:,}" in shown
+    assert "fits the budget 150,000,000 … 250,000,000" in shown
+    assert re.search(r"Head counts that divide d_model: 1 2 3 4 6 8 12 16 24 32", shown)
+
+
+def test_params_lists_depths_for_a_budget():
+    shown = fintx("params", "--budget", "200M", "--d-model", 1024).stdout
+    assert "12 … 19" in shown and "18 … 29" in shown
+    assert "no depth of d_model 9999" in mistake("params", "--budget", "2M", "--d-model", 9999)
+    assert "give a whole shape" in mistake("params", "--d-model", 9)
+    assert "n_heads = 5 does not divide" in mistake(
+        "params", "--d-model", 64, "--n-layers", 2, "--n-heads", 5, "--d-ff", 64
+    )
+    assert "write a count like" in mistake("params", "--budget", "lots")
+
+
+@pytest.mark.parametrize("name", ["2M_h1", "200M_h3", "2B_h5", "demo"])
+def test_plan_tells_everything_and_writes_nothing(name, tmp_path):
+    shown = fintx("plan", ROOT / "sweeps" / f"{name}.toml", cwd=tmp_path).stdout
+    for part in (
+        "[study]",
+        "Data",
+        "Label: 1 if",
+        "Split",
+        "sealed",
+        "Drift",
+        "feasible shapes inside",
+        "trials:",
+        "GiB",
+    ):
+        assert part in shown, part
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_installed_command_plans_and_refuses_like_any_program(tmp_path):
+    assert "feasible shapes" in process("plan", ROOT / "sweeps" / "demo.toml", cwd=tmp_path).stdout
+    refused = process("plan", tmp_path / "nowhere.toml", code=2)
+    assert refused.stderr.startswith("fintx: ") and refused.stdout == ""
+
+
+def test_status_of_the_finished_study(tiny_study):
+    shown = fintx("status", "--outputs", tiny_study.parent).stdout
+    assert re.search(r"tiny\s+3/3\s+done\s+0\s+log_loss 0\.\d{4}", shown)
+
+
+def test_eval_repeats_the_recorded_metrics_exactly(tiny_study):
+    data = tiny_study.parents[1] / "data"
+    shown = fintx("eval", tiny_study, "--data-dir", data).stdout
+    best = json.loads((tiny_study / "tiny_best.json").read_text())
+    assert f"trial {best['trial_number']} of tiny" in shown
+    assert "DIFFERS" not in shown and shown.count("equal") > 10
+    one = tiny_study / "trials" / f"{best['trial_number']:04d}"
+    for path in (one, one / "checkpoint", one / "checkpoint" / "fold_0"):
+        assert "equal" in fintx("eval", path, "--data-dir", data).stdout
+
+
+def test_eval_test_opens_the_seal_says_so_and_logs_it(tiny_study, tmp_path):
+    study = Path(shutil.copytree(tiny_study, tmp_path / "outputs" / "tiny"))
+    data = tiny_study.parents[1] / "data"
+    first = fintx("eval", study, "--test", "--data-dir", data).stdout
+    assert "the sealed test part was opened; opening number 1" in first
+    assert "opening number 2" in fintx("eval", study, "--test", "--data-dir", data).stdout
+    assert len((study / "openings.jsonl").read_text().splitlines()) == 2
+    assert re.search(r"tiny.*\s2$", fintx("status", "--outputs", study.parent).stdout.rstrip())
+
+
+def csv_rows(bars) -> list[str]:
+    columns = (bars.dates, bars.open, bars.high, bars.low, bars.close, bars.volume)
+    return [",".join(map(str, row)) for row in zip(*columns, strict=True)]
+
+
+def test_eval_on_another_file(tiny_study, tmp_path):
+    from fintx.data import sources
+
+    file = tmp_path / "later.csv"
+    rows = csv_rows(sources.embedded())[-400:]
+    file.write_text("Date,Open,High,Low,Close,Volume\n" + "\n".join(rows) + "\n")
+    shown = fintx("eval", tiny_study, "--data", file, "--symbol", "NEW").stdout
+    assert "NEW was not trained on" in shown and "log_loss" in shown
+    same = fintx("eval", tiny_study, "--data", file, "--symbol", "SPX").stdout
+    assert "not trained on" not in same
+    short = tmp_path / "short.csv"
+    short.write_text("Date,Open,High,Low,Close,Volume\n" + "\n".join(rows[:12]) + "\n")
+    assert "no row has a window of 20 bars" in mistake("eval", tiny_study, "--data", short)
+    lacking = tmp_path / "lacking.csv"
+    lacking.write_text("Date,Open,Close\n2020-01-02,1,1\n")
+    assert "has no column high, low" in mistake("eval", tiny_study, "--data", lacking)
+    assert "exclude each other" in mistake("eval", tiny_study, "--data", file, "--test")
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncate", "missing", "foreign"])
+def test_a_damaged_checkpoint_is_refused(damage, tiny_study, tmp_path):
+    study = Path(shutil.copytree(tiny_study, tmp_path / "outputs" / "tiny"))
+    best = json.loads((study / "tiny_best.json").read_text())["trial_number"]
+    folder = study / "trials" / f"{best:04d}" / "checkpoint" / "fold_0"
+    largest = max((path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+    if damage == "flip":
+        content = bytearray(largest.read_bytes())
+        content[len(content) // 2] ^= 1
+        largest.write_bytes(content)
+    elif damage == "truncate":
+        largest.write_bytes(largest.read_bytes()[:-7])
+    elif damage == "missing":
+        largest.unlink()
+    else:
+        shutil.rmtree(folder)
+        folder.mkdir()
+        (folder / "model.pt").write_text("torch")
+    said = mistake("eval", study, "--data-dir", tiny_study.parents[1] / "data")
+    assert str(folder) in said.replace("\n", "")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("sweep", "sweeps/nowhere.toml"), "is not there"),
+        (("sweep", "sweeps/dem.toml"), "did you mean sweeps/demo.toml"),
+        (("plan", "sweeps/demo.toml", "--set", "data.assets=['QQQ']"), "no bars of QQQ"),
+        (("plan", "sweeps/demo.toml", "--set", "data.features=['rsi']"), 'did you mean rsi_14'),
+        (("plan", "sweeps/demo.toml", "--set", "data.features=['vix8']"), "needs VIX"),
+        (("plan", "sweeps/demo.toml", "--set", "task.horizon=6000"), "task.horizon = 6000 needs more than"),
+        (("plan", "sweeps/demo.toml", "--set", "data.start=2018-11-01"), "no row has a window"),
+        (("plan", "sweeps/demo.toml", "--set", "data.start=2016-06-01"), "below split.min_"),
+        (("plan", "sweeps/demo.toml", "--set", "data.start=2030-01-01"), "no bar of SPX lies in"),
+        (("plan", "sweeps/demo.toml", "--set", "budget.parameters=100"), "the smallest candidate holds"),
+        (("eval", "outputs/nowhere"), "is not there"),
+        (("eval", "sweeps"), "holds no checkpoint"),
+        (("data", "import", "nowhere.csv", "--symbol", "X"), "is not there"),
+        (("data", "import", "README.md", "--symbol", "../../x"), "wanted 1–32 letters"),
+        (("status", "--outputs", "nowhere"), "holds no study yet"),
+    ],
+)  # fmt: skip
+def test_a_users_mistake_is_one_line_and_exit_code_2(arguments, words, tmp_path):
+    fixed = [ROOT / a if str(a).startswith(("sweeps", "README")) else a for a in arguments]
+    said = mistake(*fixed, cwd=tmp_path).replace("\n", " ").replace(f"{ROOT}/", "")
+    assert said.startswith("fintx: ") and words in said, said
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+
+
+def test_a_queue_entry_outside_the_budget_is_named(tmp_path):
+    file = tmp_path / "q.toml"
+    text = (ROOT / "sweeps" / "demo.toml").read_text()
+    file.write_text(text + "\n[[queue]]\nd_model = 64\nn_layers = 40\nn_heads = 2\nd_ff = 256\n")
+    assert re.search(r"queue\[0\]: d_model 64, n_layers 40.*outside the budget 22,500", mistake("plan", file))
+
+
+def test_a_second_run_learns_that_the_first_is_running(tiny_study):
+    from fintx.study import lock
+
+    with lock.hold(tiny_study):
+        file = tiny_study.parents[1] / "again.toml"
+        shutil.copy(next(iter(tiny_study.parents[1].parent.glob("sweeps*/tiny.toml"))), file)
+        said = mistake("sweep", file, "--outputs", tiny_study.parent, "--data-dir", tiny_study.parents[1] / "data")
+    assert f"is being run by process {os.getpid()}" in said
+
+
+def test_sigint_stops_cleanly_and_the_same_command_continues(tiny_file, tmp_path):
+    outputs, data = tmp_path / "outputs", tmp_path / "data"
+    arguments = ["sweep", tiny_file, "--outputs", outputs, "--data-dir", data, "--set", "study.n_trials=1"]
+    endless = ["--set", "train.max_epochs=1000000", "--set", "train.patience=1000000"]
+    running = subprocess.Popen(
+        [FINTX, *map(str, [*arguments, *endless])], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env=ENVIRONMENT,
+    )  # fmt: skip
+    journal = outputs / "tiny" / "journal.log"
+    deadline = time.monotonic() + 120
+    while not (journal.is_file() and "optim.learning_rate" in journal.read_text()):
+        assert running.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    running.send_signal(signal.SIGINT)
+    out, err = running.communicate(timeout=120)
+    assert running.returncode == 75, (out, err)
+    assert "give the same command again" in out and "Traceback" not in err
+    assert not list((outputs / "tiny" / "trials").glob("*/record.json"))
+    assert re.search(r"tiny\s+0/1\s+stopped", fintx("status", "--outputs", outputs).stdout)
+    assert "holds another study" in mistake(*arguments)
+    (outputs / "tiny" / "study.json").write_text((outputs / "tiny" / "study.json").read_text().replace("1000000", "3"))
+    shown = fintx(*arguments, "--set", "train.patience=3").stdout
+    assert "trial 0 (sampler)" in shown and "1 of 1 trials finished" in shown
+
+
+def test_import_verify_and_list(tmp_path):
+    from fintx.data import sources
+
+    rows = csv_rows(sources.embedded())
+    file = tmp_path / "a b.csv"
+    file.write_text("Date,Open,High,Low,Close,Volume\n" + "\n".join(rows) + "\n")
+    data = tmp_path / "data"
+    first = fintx("data", "import", file, "--symbol", "ABC", "--data-dir", data).stdout
+    assert "ABC.OHLCV.daily: 5,031 bars 1999-01-04 … 2018-12-31, kept as a new version" in first
+    assert (
+        "is known already; nothing written"
+        in fintx("data", "import", file, "--symbol", "ABC", "--data-dir", data).stdout
+    )
+    assert "ABC.OHLCV.daily" in fintx("data", "list", "--data-dir", data).stdout
+    assert "unchanged" in fintx("verify", "--data-dir", data).stdout
+    snapshot = next((data / "raw").rglob("*.parquet"))
+    snapshot.write_bytes(snapshot.read_bytes() + b"x")
+    (snapshot.parent / "stranger.parquet").write_text("x")
+    shown = fintx("verify", "--data-dir", data, code=1).stdout
+    assert "changed: raw/ABC.OHLCV.daily/" in shown and "orphaned: raw/ABC.OHLCV.daily/stranger.parquet" in shown

@@ -1,0 +1,143 @@
+"""The house stands: a module imports only from rooms below its own, and each library has one door."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "fintx"
+
+FLOORS = [
+    {"cli"},
+    {"terminal"},
+    {"report"},
+    {"study"},
+    {"train"},
+    {"evaluate"},
+    {"model", "data"},
+    {"sweepfile", "sweepchecks", "toml_lines"},
+    {"config"},
+    {"types"},
+]
+"""Rooms from the roof down; two on one floor don't import each other, but sweepfile's own helpers."""
+
+DOORS = {
+    "flax": ("fintx/model/transformer.py",),
+    "orbax": ("fintx/train/checkpoint.py",),
+    "optuna": ("fintx/study/",),
+    "tomllib": ("fintx/sweepfile.py",),
+    "optax": ("fintx/train/",),
+    "matplotlib": ("fintx/report/figures.py",),
+    "typer": ("fintx/cli.py",),
+    "rich": ("fintx/cli.py", "fintx/terminal/"),
+    "talib": ("fintx/data/",),
+    "yfinance": ("fintx/data/sources.py",),
+}
+
+NO_JAX = ("fintx/types.py", "fintx/config.py", "fintx/sweep", "fintx/toml_lines.py", "fintx/data/", "fintx/evaluate/")
+
+
+def modules() -> list[str]:
+    return sorted(path.relative_to(ROOT).as_posix() for path in PACKAGE.rglob("*.py"))
+
+
+def imports(source: str) -> set[str]:
+    """Dotted names a module imports anywhere; `from a import b` counts as a.b and as a."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def floor(room: str) -> int:
+    return next(i for i, rooms in enumerate(FLOORS) if room in rooms)
+
+
+def room_of(path: str) -> str:
+    return path.removeprefix("fintx/").partition("/")[0].removesuffix(".py")
+
+
+def broken_rules(path: str, source: str) -> list[str]:
+    """Every rule that a module breaks."""
+    room, found = room_of(path), []
+    for name in sorted(imports(source)):
+        package, _, rest = name.partition(".")
+        if package == "fintx" and rest and room != "__init__":
+            other = rest.partition(".")[0]
+            if other in set().union(*FLOORS) and other != room:
+                helpers = FLOORS[floor("sweepfile")]
+                allowed = floor(other) > floor(room) or {room, other} <= helpers
+                if not allowed:
+                    found.append(f"{path}: imports from {other}, a room that is not below its own")
+        doors = DOORS.get(package)
+        if doors and not path.startswith(doors):
+            found.append(f"{path}: imports {package}, whose door is {doors[0]}")
+        if package in ("jax", "jaxtyping") and path.startswith(NO_JAX):
+            found.append(f"{path}: imports {package} upstream of a dataset")
+    tree = ast.parse(source)
+    if any(isinstance(n, ast.Attribute) and n.attr in ("environ", "getenv") for n in ast.walk(tree)):
+        found.append(f"{path}: reads the environment")
+    return list(dict.fromkeys(found))
+
+
+@pytest.mark.parametrize("path", modules())
+def test_a_module_keeps_to_its_room(path):
+    assert broken_rules(path, (ROOT / path).read_text()) == []
+
+
+@pytest.mark.parametrize(
+    ("path", "source"),
+    [
+        ("fintx/data/x.py", "from fintx.model import transformer"),
+        ("fintx/data/x.py", "import jax.numpy as jnp"),
+        ("fintx/model/x.py", "from fintx.study.runner import run"),
+        ("fintx/config.py", "from fintx import sweepfile"),
+        ("fintx/study/x.py", "def f():\n    import flax"),
+        ("fintx/model/x.py", "import optuna"),
+        ("fintx/train/x.py", "import os\nos.environ['A']"),
+    ],
+)
+def test_a_planted_violation_is_seen(path, source):
+    assert len(broken_rules(path, source)) == 1
+
+
+def test_no_cycles_within_a_room():
+    graph = {
+        path.removesuffix(".py").replace("/", "."): imports((ROOT / path).read_text()) for path in modules()
+    }  # fmt: skip
+    graph = {name: {other for other in used if other in graph and other != name} for name, used in graph.items()}
+    done: set[str] = set()
+
+    def visit(name: str, above: tuple[str, ...]) -> None:
+        assert name not in above, " → ".join((*above, name))
+        if name not in done:
+            for other in graph[name]:
+                visit(other, (*above, name))
+            done.add(name)
+
+    for name in graph:
+        visit(name, ())
+
+
+def test_sub_packages_export_nothing():
+    inits = [path for path in PACKAGE.rglob("__init__.py") if path.parent != PACKAGE]
+    assert len(inits) >= 7
+    assert all(path.read_text() == "" for path in inits)
+
+
+def test_reading_a_sweep_file_loads_neither_jax_nor_optuna():
+    code = (
+        "import sys; from pathlib import Path; from fintx import sweepfile; "
+        "sweepfile.load(Path('sweeps/demo.toml')); from fintx.data import windows; "
+        "print(*({'jax', 'optuna', 'flax'} & sys.modules.keys()))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.strip() == "" and done.returncode == 0, (done.stdout, done.stderr)
