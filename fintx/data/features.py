@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import talib
@@ -153,15 +153,20 @@ def _annual_vol(bars: Bars) -> Floats:
     return np.maximum(ind.realized_vol(bars.close, 21) * np.sqrt(_TRADING_DAYS), 1e-4)
 
 
+def _with(value: Any, function: Callable[[Bars, Any], Floats]) -> Callable[[Bars, Floats], Floats]:
+    """A feature's function with its span (or column) bound, whatever the loop variable becomes."""
+    return lambda bars, _: function(bars, value)
+
+
 def _price_levels() -> dict[str, Feature]:
     found = {
-        name: Feature(f"{name}, as traded", lambda b, _, name=name: getattr(b, name).copy())
+        name: Feature(f"{name}, as traded", _with(name, lambda b, column: getattr(b, column).copy()))
         for name in ("open", "high", "low", "close", "volume")
     }
     for n in (9, 10, 20, 25, 90):
-        found[f"dema_{n}"] = Feature(f"double EMA of the close, {n} days", lambda b, _, n=n: ind.dema(b.close, n))
+        found[f"dema_{n}"] = Feature(f"double EMA of the close, {n} days", _with(n, lambda b, n: ind.dema(b.close, n)))
     for n in (12, 50, 100, 200):
-        found[f"sma_{n}"] = Feature(f"mean close of {n} days", lambda b, _, n=n: ind.rolling_mean(b.close, n))
+        found[f"sma_{n}"] = Feature(f"mean close of {n} days", _with(n, lambda b, n: ind.rolling_mean(b.close, n)))
     found["vwap_20"] = Feature(
         "volume-weighted typical price, 20 days", lambda b, _: ind.vwap(b.high, b.low, b.close, b.volume, 20)
     )
@@ -195,12 +200,12 @@ def _oscillators() -> dict[str, Feature]:
 
 def _stationary() -> dict[str, Feature]:
     found = {
-        f"log_return_{k}": Feature(f"log return of {k} days", lambda b, _, k=k: ind.log_return(b.close, k))
+        f"log_return_{k}": Feature(f"log return of {k} days", _with(k, lambda b, k: ind.log_return(b.close, k)))
         for k in (1, 2, 5, 10, 21, 63)
     }
     for n in (5, 21, 63):
         found[f"realized_vol_{n}"] = Feature(
-            f"realised volatility per day, {n} days", lambda b, _, n=n: ind.realized_vol(b.close, n)
+            f"realised volatility per day, {n} days", _with(n, lambda b, n: ind.realized_vol(b.close, n))
         )
     found["parkinson_vol_21"] = Feature(
         "Parkinson volatility per day, 21 days", lambda b, _: ind.parkinson_vol(b.high, b.low, 21)
@@ -214,7 +219,7 @@ def _stationary() -> dict[str, Feature]:
     found["gap"] = Feature("ln(open / close before); refused for an index whose open is that close", _gap)
     for n in (20, 50, 200):
         found[f"sma_distance_{n}"] = Feature(
-            f"ln(close / mean close of {n} days)", lambda b, _, n=n: np.log(b.close / ind.rolling_mean(b.close, n))
+            f"ln(close / mean close of {n} days)", _with(n, lambda b, n: np.log(b.close / ind.rolling_mean(b.close, n)))
         )
     found["rsi_14_centered"] = Feature("RSI of 14 days, −1 … 1", lambda b, _: ind.rsi(b.close, 14) / 50 - 1)
     found["weekly_rsi_14_centered"] = Feature(
@@ -228,7 +233,7 @@ def _stationary() -> dict[str, Feature]:
     )
     for n in (20, 63):
         found[f"volume_ratio_{n}"] = Feature(
-            f"ln(volume / its mean of {n} days)", lambda b, _, n=n: ind.volume_ratio(b.volume, n)
+            f"ln(volume / its mean of {n} days)", _with(n, lambda b, n: ind.volume_ratio(b.volume, n))
         )
     found["weekday_sin"] = Feature("day of the week on a circle", lambda b, _: _cycle(_weekday(b), 7, np.sin))
     found["weekday_cos"] = Feature("day of the week on a circle", lambda b, _: _cycle(_weekday(b), 7, np.cos))

@@ -235,11 +235,16 @@ def read(path: Path) -> TrialRecord:
         raise DamagedRecord(f"{path}: is no trial record ({where}: {first['msg']}); restore it from a copy") from None
 
 
-def best_of(records: list[TrialRecord], *, minimize: bool) -> TrialRecord | None:
-    """The best successful trial; the earlier of two equal ones."""
-    scored = [record for record in records if record.value is not None]
+def ranked(records: list[TrialRecord], *, minimize: bool) -> list[TrialRecord]:
+    """The successful trials, best first; of two equal ones the earlier."""
+    scored = [(record.value, record) for record in records if record.value is not None]
     sign = 1 if minimize else -1
-    return min(scored, key=lambda record: (sign * record.value, record.trial_number), default=None)  # type: ignore[operator]
+    return [record for _, record in sorted(scored, key=lambda pair: (sign * pair[0], pair[1].trial_number))]
+
+
+def best_of(records: list[TrialRecord], *, minimize: bool) -> TrialRecord | None:
+    """The best successful trial, or none."""
+    return next(iter(ranked(records, minimize=minimize)), None)
 
 
 # --- the study's own file ---------------------------------------------------------------------------------------------

@@ -8,7 +8,6 @@ command may be stopped anywhere and given again.
 from __future__ import annotations
 
 import functools
-import json
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,21 +16,20 @@ from typing import Any
 
 import numpy as np
 import optuna
-import pyarrow as pa
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 from optuna.trial import FrozenTrial, TrialState
 
 import fintx
-from fintx.config import Shape, StudySpec, TrialConfig, config_hash
-from fintx.data import sources, windows
+from fintx.config import Shape, StudySpec
+from fintx.data import windows
 from fintx.data.windows import Dataset
-from fintx.evaluate import baselines, metrics
-from fintx.study import environment, queue, records
+from fintx.evaluate import metrics
+from fintx.study import environment, queue, records, trial
 from fintx.study.lock import hold
-from fintx.study.records import FoldRecord, StudyFile, TrialRecord
+from fintx.study.records import StudyFile, TrialRecord
 from fintx.study.space import SearchSpace
-from fintx.train import checkpoint, loop
+from fintx.train import loop
 from fintx.types import FintxError
 
 _WORST = 1e9
@@ -119,7 +117,7 @@ def run(
         _begin(folder, spec, known)
         windows.store_processed(prepared, data_root)
         worker = _Worker(folder, outputs, spec, space, lambda length: prepare(length).folds, notify, should_stop)
-        beaten = ensure_baselines(folder, prepared.folds, spec, data_root)
+        beaten = trial.ensure_baselines(folder, prepared.folds, spec, data_root)
         interrupted = not worker.work()
         worker.write_tables()
     finished = tuple(records.read_all(folder))
@@ -172,42 +170,6 @@ def _begin(folder: Path, spec: StudySpec, known: StudyFile | None) -> None:
     records.write_study(folder, known.model_copy(update={"spec": spec}))
 
 
-def ensure_baselines(folder: Path, folds: tuple[Dataset, ...], spec: StudySpec, data_root: Path) -> dict[str, Any]:
-    """Fit what must be beaten on the very same rows, once per study; later runs read it back.
-
-    Returns:
-        name → {"words", "metrics" (mean over folds), "folds" (metrics of each)}.
-    """
-    path = folder / "baselines.json"
-    if path.is_file():
-        return json.loads(path.read_text())
-    loaded = {
-        symbol: sources.load(symbol, root=data_root, version=spec.data.versions.get(symbol))
-        for symbol in (*spec.data.assets, *spec.data.context)
-    }
-    context = {symbol: loaded[symbol] for symbol in spec.data.context}
-    bars = {symbol: loaded[symbol] for symbol in spec.data.assets}
-    per_fold = [baselines.for_dataset(fold, spec.task, bars, context) for fold in folds]
-    result = {
-        first.name: {
-            "words": first.words,
-            "metrics": records.mean_metrics([fold[index].metrics for fold in per_fold]),
-            "folds": [fold[index].metrics for fold in per_fold],
-        }
-        for index, first in enumerate(per_fold[0])
-    }
-    outputs = [
-        _prediction_table(fold, index, baseline.outputs).append_column(
-            "baseline", pa.array([baseline.name] * len(fold.validation.rows))
-        )
-        for index, fold in enumerate(folds)
-        for baseline in per_fold[index]
-    ]
-    records.write_predictions(folder, pa.concat_tables(outputs), name="baselines.parquet")
-    records.write_atomically(path, json.dumps(result, indent=1) + "\n")
-    return result
-
-
 @dataclass(frozen=True)
 class _Worker:
     folder: Path
@@ -230,8 +192,7 @@ class _Worker:
         while len(finished) < self.spec.study.n_trials:
             if self.should_stop():
                 return False
-            trial = self._next_trial(study, finished)
-            record = self._run_trial(trial)
+            record = self._run_trial(self._next_trial(study, finished))
             if record is None:
                 return False
             finished[record.trial_number] = record
@@ -266,9 +227,9 @@ class _Worker:
         )
 
     def _tell_unheard(self, study: optuna.Study, finished: dict[int, TrialRecord]) -> None:
-        for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-            if trial.number in finished:
-                self._tell(study, finished[trial.number])
+        for frozen in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+            if frozen.number in finished:
+                self._tell(study, finished[frozen.number])
 
     def _tell(self, study: optuna.Study, record: TrialRecord) -> None:
         worst = _WORST if self.minimize else -_WORST
@@ -277,14 +238,14 @@ class _Worker:
     def _next_trial(self, study: optuna.Study, finished: dict[int, TrialRecord]) -> FrozenTrial:
         """Unfinished work first, then the queue in order, then the sampler."""
         trials = study.get_trials(deepcopy=False)
-        for trial in trials:
-            if trial.state == TrialState.RUNNING and trial.number not in finished:
-                if trial.params.keys() == self.space.distributions.keys():
-                    return trial
-                study.tell(trial.number, state=TrialState.FAIL)  # killed between asking and sampling: holds nothing
+        for frozen in trials:
+            if frozen.state == TrialState.RUNNING and frozen.number not in finished:
+                if frozen.params.keys() == self.space.distributions.keys():
+                    return frozen
+                study.tell(frozen.number, state=TrialState.FAIL)  # killed between asking and sampling: holds nothing
         trials = study.get_trials(deepcopy=False)
-        if not any(trial.state == TrialState.WAITING for trial in trials):
-            taken = {trial.user_attrs.get("entry") for trial in trials if trial.state != TrialState.FAIL}
+        if not any(frozen.state == TrialState.WAITING for frozen in trials):
+            taken = {frozen.user_attrs.get("entry") for frozen in trials if frozen.state != TrialState.FAIL}
             self._enqueue_next(study, taken)
         # A sampler made anew from (seed, trials so far) goes on where it stopped: a stopped study asks what an
         # uninterrupted one would have asked, instead of replaying its start-up samples.
@@ -303,78 +264,27 @@ class _Worker:
                 study.enqueue_trial(queue.params_for(entry, self.space), user_attrs=attributes)
                 return
 
-    # --- one trial ---
-
-    def _run_trial(self, trial: FrozenTrial) -> TrialRecord | None:
-        seed = derive_seed(self.spec.study.seed, _TRIAL, trial.number)
-        config = self.space.trial_config(self.spec, trial.params, seed=seed)
-        source = "queue" if "entry" in trial.user_attrs else "sampler"
-        self.notify(TrialStarted(trial.number, config.shape, source, trial.user_attrs.get("note", "")))
-        started = environment.now()
+    def _run_trial(self, frozen: FrozenTrial) -> TrialRecord | None:
+        seed = derive_seed(self.spec.study.seed, _TRIAL, frozen.number)
+        config = self.space.trial_config(self.spec, frozen.params, seed=seed)
+        asked = trial.Asked(
+            number=frozen.number,
+            params=dict(frozen.params),
+            entry=frozen.user_attrs.get("entry"),
+            note=frozen.user_attrs.get("note", ""),
+        )
+        self.notify(TrialStarted(asked.number, config.shape, asked.source, asked.note))
         folds = self.folds(config.model.context_length)
-        fits = []
-        for index, dataset in enumerate(folds):
-            fit = loop.fit(
-                config,
-                dataset,
-                metric=self.spec.study.metric,
-                on_epoch=lambda epoch, index=index: self.notify(EpochDone(trial.number, index, len(folds), epoch)),
-                should_stop=self.should_stop,
-            )
-            if fit.outcome == "interrupted":
-                return None
-            fits.append(fit)
-            if fit.outcome not in records.SUCCESSES:
-                break
-        record = self._record(trial, config, fits, folds, started=started)
-        where = records.trial_folder(self.folder, trial.number)
-        shutil.rmtree(where, ignore_errors=True)
-        records.write_predictions(where, _predictions(fits, folds))
-        if record.value is not None:
-            for index, (fit, dataset) in enumerate(zip(fits, folds, strict=True)):
-                meta = checkpoint_meta(self.spec, record, dataset, fold=index)
-                checkpoint.save(where / "checkpoint" / f"fold_{index}", fit.params, config=config, meta=meta)
-        records.append(self.folder, record)
-        return record
 
-    def _record(
-        self, trial: FrozenTrial, config: TrialConfig, fits: list[loop.FitResult], folds: tuple[Dataset, ...], started
-    ) -> TrialRecord:
-        kept = tuple(_fold_record(self.spec, fit, fold) for fit, fold in zip(fits, folds, strict=False))
-        outcome = fits[-1].outcome
-        value = records.mean_metrics([fold.best for fold in kept]).get(self.spec.study.metric)
-        entry = trial.user_attrs.get("entry")
-        return TrialRecord(
-            study=self.spec.study.name,
-            trial_number=trial.number,
-            config=config,
-            config_hash=config_hash(config),
-            budget=self.spec.budget,
-            source="queue" if entry else "sampler",
-            entry=entry,
-            note=trial.user_attrs.get("note", ""),
-            params=dict(trial.params),
-            **config.shape.model_dump(),
-            param_count=fits[0].param_count,
-            seeds={"study": self.spec.study.seed, "trial": config.seed},
-            metric=self.spec.study.metric,
-            value=value if outcome in records.SUCCESSES else None,
-            outcome=outcome,
-            detail=fits[-1].detail,
-            folds=kept,
-            libraries=environment.libraries(),
-            device=environment.device(),
-            git_commit=environment.git_commit(),
-            started=started,
-            finished=environment.now(),
-            compile_s=sum(fit.compile_s for fit in fits),
-            wall_s=sum(fit.wall_s for fit in fits),
+        def on_epoch(fold: int, epoch: loop.Epoch) -> None:
+            self.notify(EpochDone(asked.number, fold, len(folds), epoch))
+
+        return trial.run(
+            self.spec, asked, config, folds, study_folder=self.folder, on_epoch=on_epoch, should_stop=self.should_stop
         )
 
     def _keep_best_checkpoints(self, finished: list[TrialRecord]) -> None:
-        sign = 1 if self.minimize else -1
-        scored = sorted((r for r in finished if r.value is not None), key=lambda r: (sign * r.value, r.trial_number))
-        for record in scored[self.spec.study.keep_checkpoints :]:
+        for record in records.ranked(finished, minimize=self.minimize)[self.spec.study.keep_checkpoints :]:
             where = records.trial_folder(self.folder, record.trial_number) / "checkpoint"
             shutil.rmtree(where, ignore_errors=True)
 
@@ -382,77 +292,3 @@ class _Worker:
 def derive_seed(seed: int, stream: int, number: int) -> int:
     """The number-th seed of one of a study's streams: 31 bits, spread by NumPy's SeedSequence."""
     return int(np.random.SeedSequence([seed, stream, number]).generate_state(1)[0] >> 1)
-
-
-def checkpoint_meta(spec: StudySpec, record: TrialRecord, dataset: Dataset, *, fold: int) -> dict[str, Any]:
-    """What a checkpoint holds beside weights and config, so that its path alone is enough to evaluate it."""
-    return {
-        "study": spec.study.name,
-        "trial_number": record.trial_number,
-        "fold": fold,
-        "metric": record.metric,
-        "best": record.folds[fold].best,
-        "feature_names": list(dataset.feature_names),
-        "param_count": record.param_count,
-        "prior": train_prior(dataset),
-        "scaling": dataset.scaling.to_json(),
-        "data_hash": dataset.data_hash,
-        "label_hash": dataset.label_hash,
-        "split_hash": dataset.split_hash,
-        "libraries": record.libraries,
-    }
-
-
-def train_prior(dataset: Dataset) -> float:
-    """Mean training label: the base rate, or the mean log return."""
-    return float(np.mean(dataset.train.labels, dtype=np.float64))
-
-
-def _fold_record(spec: StudySpec, fit: loop.FitResult, dataset: Dataset) -> FoldRecord:
-    part = dataset.validation
-    per_asset: dict[str, dict[str, Any]] = {}
-    if fit.outputs is not None and np.isfinite(fit.outputs).all():
-        ids = dataset.asset_ids[part.rows]
-        per_asset = metrics.per_asset(
-            spec.task.kind, fit.outputs, part.labels, ids, dataset.assets, prior=train_prior(dataset)
-        )
-    return FoldRecord(
-        outcome=fit.outcome,
-        best=fit.best,
-        last=fit.last,
-        per_asset=per_asset,
-        best_epoch=fit.best_epoch,
-        best_step=fit.best_step,
-        epochs=fit.epochs,
-        steps=fit.steps,
-        curve=tuple(fit.curve),
-        data_hash=dataset.data_hash,
-        label_hash=dataset.label_hash,
-        split_hash=dataset.split_hash,
-        n_train=len(dataset.train.rows),
-        n_validation=len(part.rows),
-        compile_s=fit.compile_s,
-        wall_s=fit.wall_s,
-    )
-
-
-def _predictions(fits: list[loop.FitResult], folds: tuple[Dataset, ...]) -> pa.Table:
-    """One row per validation sample of every fold that has outputs."""
-    parts = [
-        _prediction_table(dataset, index, fit.outputs)
-        for index, (fit, dataset) in enumerate(zip(fits, folds, strict=False))
-        if fit.outputs is not None
-    ]
-    return pa.concat_tables(parts) if parts else pa.table({name: [] for name in records.PREDICTION_COLUMNS})
-
-
-def _prediction_table(dataset: Dataset, fold: int, outputs: np.ndarray) -> pa.Table:
-    rows = dataset.validation.rows
-    columns = (
-        np.full(len(rows), fold, np.int32),
-        dataset.dates[rows].astype("datetime64[D]"),
-        np.asarray(dataset.assets)[dataset.asset_ids[rows]],
-        dataset.validation.labels.astype(np.float32),
-        np.asarray(outputs, np.float32),
-    )
-    return pa.table([pa.array(column) for column in columns], names=list(records.PREDICTION_COLUMNS))

@@ -1,87 +1,81 @@
-"""Markets for the data tests: random walks on ragged calendars, the real files, and a way to prepare them."""
+"""Bars for every machine: a seeded random walk on weekdays with holidays, and the real SPY and VIX where they lie."""
 
 from __future__ import annotations
 
 import datetime
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from unittest import mock
 
 import numpy as np
 import pytest
 
-from fintx.config import DataConfig, SplitConfig, TaskConfig
 from fintx.data import bars as bars_module
-from fintx.data import sources, windows
+from fintx.data import sources
 from fintx.data.bars import Bars
-from fintx.data.windows import Prepared
 
-TODAY = datetime.date(2026, 11, 24)
-
-
-class Loader:
-    """`sources.load` over a dict of bars: nothing is read from disk, nothing written."""
-
-    def __init__(self, bars: Mapping[str, Bars]) -> None:
-        self.bars = bars
-
-    def __call__(self, symbol: str, *, root: Path, version: str | None = None) -> Bars:
-        bars = self.bars[symbol]
-        assert version is None or bars.version.startswith(version)
-        return bars
+TODAY = datetime.date(2026, 11, 1)
 
 
-@pytest.fixture(scope="session")
-def serve() -> Callable[[Mapping[str, Bars]], object]:
-    """`with serve(bars):` makes fintx load those bars, by symbol."""
-    return lambda bars: mock.patch.object(sources, "load", Loader(bars))
+def walk(symbol: str = "AAA", n: int = 800, *, seed: int = 0, first: str = "2010-01-04") -> Bars:
+    """n bars that keep every rule; one weekday in fifty is a holiday, so weeks are ragged."""
+    rng = np.random.default_rng([seed, *symbol.encode()])
+    days = np.arange(np.datetime64(first), np.datetime64(first) + 2 * n + 30)
+    weekdays = days[(days.astype(int) + 3) % 7 < 5]
+    dates = weekdays[rng.random(len(weekdays)) > 0.02][:n]
+    volatility = 0.012 * np.exp(0.5 * np.sin(np.arange(n) / 40))
+    close = 50 * np.exp(np.cumsum(rng.normal(0.0002, volatility)))
+    open_ = np.r_[50.0, close[:-1]] * np.exp(rng.normal(0, 0.3 * volatility))
+    high = np.maximum(open_, close) * np.exp(np.abs(rng.normal(0, 0.4 * volatility)))
+    low = np.minimum(open_, close) * np.exp(-np.abs(rng.normal(0, 0.4 * volatility)))
+    volume = np.round(1e6 * np.exp(rng.normal(0, 0.4, n)))
+    return bars_module.make(
+        symbol, dates, open=open_, high=high, low=low, close=close, volume=volume, adj_close=0.9 * close
+    )
 
 
-@pytest.fixture(scope="session")
-def prepare(serve) -> Callable[..., Prepared]:
-    """`windows.build` over a dict of bars; symbols in upper case letters alone are assets, VIX is context."""
-
-    def build(
-        bars: Mapping[str, Bars],
-        task: TaskConfig,
-        split: SplitConfig,
-        *,
-        features: tuple[str, ...] = ("log_return_1", "log_return_5", "range"),
-        context_length: int = 8,
-        scaling: str = "standardize",
-    ) -> Prepared:
-        assets = tuple(symbol for symbol in bars if symbol != "VIX")
-        context = ("VIX",) if "VIX" in bars else ()
-        data = DataConfig(assets=assets, context=context, features=features, scaling=scaling)
-        with serve(bars):
-            return windows.build(data, task, split, context_length=context_length, root=Path("nowhere"))
-
-    return build
+def csv_text(bars: Bars) -> str:
+    """As Yahoo spells it, every digit kept."""
+    adjusted = bars.close if bars.adj_close is None else bars.adj_close
+    columns = (bars.dates.astype(str), bars.open, bars.high, bars.low, bars.close, adjusted, bars.volume)
+    rows = [",".join(str(cell) for cell in row) for row in zip(*columns, strict=True)]
+    return "\n".join(["Date,Open,High,Low,Close,Adj Close,Volume", *rows, ""])
 
 
-@pytest.fixture(scope="session")
-def make_bars() -> Callable[..., Bars]:
-    """A random walk on weekdays; `missing` of them, drawn by the seed, are not traded."""
+def keep(root: Path, *many: Bars) -> Path:
+    """Import bars into the data folder `root`, by way of a CSV file; returns root."""
+    root.mkdir(parents=True, exist_ok=True)
+    for bars in many:
+        file = root / f"{bars.symbol}.csv"
+        file.write_text(csv_text(bars))
+        sources.import_file(file, bars.symbol, root=root, today=TODAY)
+    return root
 
-    def make(symbol: str, n: int, *, seed: int, first: str = "2000-01-03", missing: float = 0.0) -> Bars:
-        rng = np.random.default_rng(seed)
-        days = np.busday_offset(first, np.arange(n), roll="forward")
-        days = days[rng.random(n) >= missing]
-        close = 50 * np.exp(np.cumsum(rng.normal(scale=0.012, size=len(days))))
-        open_ = close * np.exp(rng.normal(scale=0.004, size=len(days)))
-        high = np.maximum(open_, close) * np.exp(np.abs(rng.normal(scale=0.004, size=len(days))))
-        low = np.minimum(open_, close) * np.exp(-np.abs(rng.normal(scale=0.004, size=len(days))))
-        volume = rng.integers(1_000, 9_000, len(days)).astype(float)
-        return bars_module.make(symbol, days, open=open_, high=high, low=low, close=close, volume=volume)
 
-    return make
+@dataclass(frozen=True)
+class Help:
+    """The functions above, for test modules (which can't import a conftest)."""
+
+    walk: Callable[..., Bars] = walk
+    csv_text: Callable[[Bars], str] = csv_text
+    keep: Callable[..., Path] = keep
+    today: datetime.date = TODAY
 
 
 @pytest.fixture(scope="session")
-def real(shared_data: Path) -> Callable[..., dict[str, Bars]]:
-    """Bars of the named files of real market data."""
+def help() -> Help:
+    return Help()
 
-    def read(*symbols: str) -> dict[str, Bars]:
-        return {s: sources.read_file(shared_data / f"{s}.csv", s, today=TODAY) for s in symbols}
 
-    return read
+@pytest.fixture(scope="session")
+def synthetic() -> tuple[Bars, dict[str, Bars]]:
+    """An asset, and a VIX of other days and another walk."""
+    return walk(), {"VIX": walk("VIX", 900, seed=1, first="2009-11-02")}
+
+
+@pytest.fixture(scope="session")
+def spy_and_vix(shared_data: Path) -> tuple[Bars, dict[str, Bars]]:
+    """The last twelve years or so of SPY, and VIX."""
+    spy = sources.read_file(shared_data / "SPY.csv", "SPY", today=TODAY)
+    vix = sources.read_file(shared_data / "VIX.csv", "VIX", today=TODAY)
+    return spy.take(np.arange(len(spy) - 3000, len(spy))), {"VIX": vix}
