@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import errno
 import os
 import signal
 import sys
@@ -51,10 +52,17 @@ def main() -> None:
         _complain("stopped at once; nothing finished is lost, the same command continues")
         sys.exit(STOPPED)
     except Exception as error:
-        _complain(
-            f"{type(error).__name__}: {_first_line(error)}; this is a bug of fintx, please report {_keep_trace()}"
-        )
+        if isinstance(error, OSError) and error.errno in _DISK:
+            where = f"{error.filename}: " if error.filename else ""
+            _complain(f"{where}{os.strerror(error.errno)}; mend that, and the same command continues")
+            sys.exit(2)
+        what = f"{type(error).__name__}: {_first_line(error)}"
+        _complain(f"{what}; this is a bug of fintx, please report {_keep_trace()}")
         sys.exit(1)
+
+
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
+"""What a full or forbidden disk says, whichever library wrote to it."""
 
 
 def _complain(text: str) -> None:

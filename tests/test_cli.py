@@ -151,6 +151,9 @@ def test_eval_on_another_file(tiny_study, tmp_path):
     short = tmp_path / "short.csv"
     short.write_text("Date,Open,High,Low,Close,Volume\n" + "\n".join(rows[:12]) + "\n")
     assert "no row has a window of 20 bars" in mistake("eval", tiny_study, "--data", short)
+    mute = tmp_path / "mute.csv"
+    mute.write_text("\n".join(row.rpartition(",")[0] for row in ["Date,Open,High,Low,Close,Volume", *rows]) + "\n")
+    assert "log_loss" in fintx("eval", tiny_study, "--data", mute).stdout, "no input of this study needs volume"
     lacking = tmp_path / "lacking.csv"
     lacking.write_text("Date,Open,Close\n2020-01-02,1,1\n")
     assert "has no column high, low" in mistake("eval", tiny_study, "--data", lacking)
@@ -246,6 +249,25 @@ def test_sigint_stops_cleanly_and_the_same_command_continues(tiny_file, tmp_path
     (outputs / "tiny" / "study.json").write_text((outputs / "tiny" / "study.json").read_text().replace("1000000", "3"))
     shown = fintx(*arguments, "--set", "train.patience=3").stdout
     assert "trial 0 (sampler)" in shown and "1 of 1 trials finished" in shown
+
+
+def test_a_full_disk_is_said_and_the_same_command_continues(tiny_file, tmp_path):
+    """A file-size limit stands for a full disk: the kernel refuses every write beyond it."""
+    outputs, data = tmp_path / "outputs", tmp_path / "data"
+    arguments = ["sweep", tiny_file, "--outputs", outputs, "--data-dir", data, "--set", "study.n_trials=1"]
+    limited = (
+        "import resource, runpy, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (1024, resource.getrlimit(resource.RLIMIT_FSIZE)[1])); "
+        "sys.argv[0] = 'fintx'; from fintx.cli import main; main()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", limited, *map(str, arguments)], capture_output=True, text=True, env=ENVIRONMENT
+    )
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+    assert "File too large" in done.stderr.replace("\n", " "), done.stderr
+    assert not list(outputs.rglob("record.json"))
+    assert "1 of 1 trials finished" in fintx(*arguments).stdout
+    assert fintx("verify", "--data-dir", data)
 
 
 def test_import_verify_and_list(tmp_path):

@@ -21,6 +21,8 @@ from fintx.types import FintxError, Floats
 VIX = "VIX"
 """The context symbol that the vix_… features read."""
 _TRADING_DAYS = 252
+MAX_UNOPENED = 0.2
+"""A source whose opens equal the close before on more days than this has no gaps to speak of."""
 
 
 class UnknownFeature(FintxError):
@@ -37,12 +39,13 @@ class Feature:
     needs: Literal["asset", "VIX"] = "asset"
 
 
-def resolve(names: tuple[str, ...], *, context: tuple[str, ...]) -> tuple[str, ...]:
+def resolve(names: tuple[str, ...], *, context: tuple[str, ...], gaps: bool = False) -> tuple[str, ...]:
     """Expand sets, in order.
 
     Args:
         names: features, sets, or SYM:feature for a feature of a context symbol's own bars.
         context: the context symbols at hand.
+        gaps: whether every asset's opens are prices of their own (`has_gaps`): then `stationary` takes `gap` along.
 
     Raises:
         UnknownFeature: unknown names with the nearest valid ones, missing series, or a feature named twice.
@@ -50,7 +53,8 @@ def resolve(names: tuple[str, ...], *, context: tuple[str, ...]) -> tuple[str, .
     found: list[str] = []
     for name in names:
         if name == "stationary":
-            found += SETS["stationary"] + (SETS["stationary_vix"] if VIX in context else ())
+            found += SETS["stationary"] + (("gap",) if gaps else ())
+            found += SETS["stationary_vix"] if VIX in context else ()
         elif name in SETS:
             found += SETS[name]
         else:
@@ -110,15 +114,23 @@ def compute(names: tuple[str, ...], bars: Bars, context: Mapping[str, Bars]) -> 
 # --- what there is ----------------------------------------------------------------------------------------------------
 
 
+def has_gaps(bars: Bars) -> bool:
+    """Whether opens are prices of their own: an index's first print often is the close before."""
+    return _unopened(bars) <= MAX_UNOPENED
+
+
+def _unopened(bars: Bars) -> float:
+    """Share of days whose open equals the close before."""
+    return float(np.mean(bars.open[1:] == bars.close[:-1])) if len(bars) > 1 else 0.0
+
+
 def _gap(bars: Bars, _: Floats) -> Floats:
-    before = ind.lagged(bars.close, 1)
-    same = float(np.mean(bars.open[1:] == before[1:])) if len(bars) > 1 else 0.0
-    if same > 0.2:
+    if not has_gaps(bars):
         raise FintxError(
-            f'data.features: "gap" means nothing for {bars.symbol}: its open equals the close before on {same:.0%} of '
-            "days (an index's first print); take it out"
+            f'data.features: "gap" means nothing for {bars.symbol}: its open equals the close before on '
+            f"{_unopened(bars):.0%} of days (an index's first print); take it out"
         )
-    return np.log(bars.open / before)
+    return np.log(bars.open / ind.lagged(bars.close, 1))
 
 
 def _close_in_range(bars: Bars, _: Floats) -> Floats:
@@ -296,4 +308,5 @@ SETS: dict[str, tuple[str, ...]] = {
     "vix8": tuple(_of_vix())[:8],
 }
 """a20, a25 and vix8 are those of the earlier PyTorch study, for comparison; levels drift, so `stationary` is the
-default. With VIX in the context `stationary` brings `stationary_vix` along."""
+default. `stationary` takes `gap` along where opens are prices of their own, and `stationary_vix` where VIX is in the
+context."""

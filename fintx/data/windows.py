@@ -272,7 +272,7 @@ def _load(data: DataConfig, root: Path) -> tuple[DataConfig, list[Bars], dict[st
     twice = {symbol for symbol in data.assets if data.assets.count(symbol) > 1}
     if twice:
         raise FintxError(f"data.assets: {', '.join(sorted(twice))} named twice; take one out")
-    names = features.resolve(data.features, context=data.context)
+    features.resolve(data.features, context=data.context)  # a misspelt name is told before missing data are
     loaded = {s: sources.load(s, root=root, version=data.versions.get(s)) for s in (*data.assets, *data.context)}
     bars = [loaded[symbol].between(data.start, data.end) for symbol in data.assets]
     for b in bars:
@@ -282,6 +282,8 @@ def _load(data: DataConfig, root: Path) -> tuple[DataConfig, list[Bars], dict[st
                 f"data.start/end: no bar of {b.symbol} lies in {data.start or '…'} … {data.end or '…'} "
                 f"(it has {whole.dates[0]} … {whole.dates[-1]})"
             )
+    gaps = all(features.has_gaps(b) for b in bars)
+    names = features.resolve(data.features, context=data.context, gaps=gaps)
     # Context keeps its bars from before start: an indicator's warm-up costs the asset no day.
     context = {symbol: loaded[symbol].between(None, data.end) for symbol in data.context}
     versions = {symbol: b.version for symbol, b in loaded.items()}
@@ -411,7 +413,8 @@ def _processed_name(data: DataConfig) -> str:
     who = "+".join(symbols) if len(symbols) <= 4 else f"{symbols[0]}+{len(symbols) - 1}"
     for name in features.SETS:
         try:
-            if features.resolve((name,), context=data.context) == data.features:
+            sets = {features.resolve((name,), context=data.context, gaps=gaps) for gaps in (False, True)}
+            if data.features in sets:
                 return f"{who}.{name}.daily"
         except features.UnknownFeature:
             continue

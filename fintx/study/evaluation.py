@@ -17,6 +17,8 @@ from fintx.study.records import Metrics
 from fintx.train import checkpoint, loop
 from fintx.types import FintxError
 
+_OF_VOLUME = ("obv", "adosc_3_10", "vwap_20")
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -102,6 +104,9 @@ def on_file(path: Path, file: Path, *, symbol: str | None, data_root: Path) -> E
     config, meta = restored.config, restored.meta
     name = symbol or file.stem
     bars = sources.read_file(file, name, today=datetime.date.today())
+    without = [name for name in config.data.features if "volume" in name or name in _OF_VOLUME]
+    if without and not bars.volume.any():
+        raise FintxError(f"{file}: has no column volume, which the model's inputs {', '.join(without)} need")
     context = {
         context_symbol: sources.load(
             context_symbol, root=data_root, version=config.data.versions.get(context_symbol)

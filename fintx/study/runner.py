@@ -43,6 +43,14 @@ class StudyConflict(FintxError):
 
 
 @dataclass(frozen=True)
+class StudyReady:
+    """Data, label and split stand; no trial has begun."""
+
+    prepared: windows.Prepared
+    n_shapes: int
+
+
+@dataclass(frozen=True)
 class TrialStarted:
     """A trial is about to be fitted."""
 
@@ -70,7 +78,7 @@ class TrialFinished:
     records: tuple[TrialRecord, ...]
 
 
-Event = TrialStarted | EpochDone | TrialFinished
+Event = StudyReady | TrialStarted | EpochDone | TrialFinished
 
 
 @dataclass(frozen=True)
@@ -115,6 +123,7 @@ def run(
     queue.validate(spec, n_features=len(spec.data.features))
     with hold(folder):
         _begin(folder, spec, known)
+        notify(StudyReady(prepared, len(space.shapes)))
         windows.store_processed(prepared, data_root)
         worker = _Worker(folder, outputs, spec, space, lambda length: prepare(length).folds, notify, should_stop)
         beaten = trial.ensure_baselines(folder, prepared.folds, spec, data_root)

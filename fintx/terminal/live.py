@@ -16,7 +16,8 @@ from fintx.config import StudySpec
 from fintx.evaluate import metrics
 from fintx.study import records, runner
 from fintx.study.records import TrialRecord
-from fintx.study.runner import EpochDone, Event, Summary, TrialFinished, TrialStarted
+from fintx.study.runner import EpochDone, Event, StudyReady, Summary, TrialFinished, TrialStarted
+from fintx.terminal.tables import show_data
 from fintx.terminal.words import count, duration, number, shape_words
 
 _SHOWN = 8
@@ -57,6 +58,9 @@ class StudyView:
     def notify(self, event: Event) -> None:
         """Take an event of the runner."""
         match event:
+            case StudyReady():
+                show_data(self._console, event.prepared)
+                self._console.print(f"{event.n_shapes:,} feasible shapes, {self._spec.study.n_trials} trials")
             case TrialStarted():
                 self._start_trial(event)
             case EpochDone():

@@ -12,6 +12,7 @@ from rich.table import Table
 from fintx.config import Shape
 from fintx.data.scaling import Drift
 from fintx.data.splits import PartRow
+from fintx.data.windows import Prepared
 from fintx.evaluate import metrics
 from fintx.study import records
 from fintx.study.evaluation import Evaluation
@@ -195,16 +196,22 @@ def print_plan(console: Console, plan: Plan) -> None:
     spec, prepared = plan.spec, plan.prepared
     console.rule(f"{spec.study.name}: the plan (nothing is run, nothing is written)")
     console.print(plan.resolved, highlight=False, markup=False, soft_wrap=True, style="dim")
-    rows = [[r.symbol, f"{r.bars:,}", r.first, r.last, r.version[:12]] for r in prepared.ranges]
-    show(console, table("Data", ["symbol", "bars", "first", "last", "version"], rows))
-    _line(console, f"{len(spec.data.features)} features per bar; dropped rows: {_counts(prepared.dropped)}\n")
-    _line(console, f"Label: {prepared.label_words}")
-    show(console, _split_table(prepared.parts))
-    _line(console, "effective n: overlapping labels counted by their average uniqueness; the SEs use it (AUC at .7)\n")
+    show_data(console, prepared)
     show(console, _drift_table(prepared.drift))
     _print_shapes(console, plan)
     _print_queue(console, plan)
     _print_estimate(console, plan)
+
+
+def show_data(console: Console, prepared: Prepared) -> None:
+    """Data range, label in words, and the split with its base rates and what its validation part can show."""
+    rows = [[r.symbol, f"{r.bars:,}", r.first, r.last, r.version[:12]] for r in prepared.ranges]
+    show(console, table("Data", ["symbol", "bars", "first", "last", "version"], rows))
+    n_features = len(prepared.data.features)
+    _line(console, f"{n_features} features per bar; dropped rows: {_counts(prepared.dropped)}\n")
+    _line(console, f"Label: {prepared.label_words}")
+    show(console, _split_table(prepared.parts))
+    _line(console, "effective n: overlapping labels counted by their average uniqueness; the SEs use it (AUC at .7)\n")
 
 
 def _counts(held: dict[str, int]) -> str:
