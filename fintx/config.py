@@ -162,7 +162,7 @@ class ModelConfig(_Config):
     revin: bool = False
     """Normalise every feature within its window, with a learned scale and shift (RevIN, Kim et al. 2022)."""
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of matmuls and activations; parameters, softmax, norms and losses are always float32."""
+    """Of matmul operands and what the backward pass keeps; all else, the residual stream too, is float32."""
 
     @model_validator(mode="after")
     def _patch_fits_window(self) -> ModelConfig:

@@ -107,8 +107,7 @@ def build(
     Raises:
         FintxError: data that are missing, a split that doesn't fit them, too few samples, unknown features.
     """
-    data, bars, context = _load(data, root)
-    bounds = splits.build(split, horizon=task.horizon, dates=_calendar(bars))
+    data, bars, context, bounds = _load(data, task, split, root)
     first = bounds.test_first
     seen = _Stack.of([_before(b, first) for b in bars], _all_before(context, first), data.features, task)
     usable = seen.whole_windows(context_length)
@@ -173,8 +172,7 @@ def build_test(
     Raises:
         FintxError: the split has no test part, or it has no complete sample.
     """
-    data, bars, context = _load(data, root)
-    bounds = splits.build(split, horizon=task.horizon, dates=_calendar(bars))
+    data, bars, context, bounds = _load(data, task, split, root)
     if bounds.test_first is None:
         raise splits.BadSplit("this walk-forward split has no test part (no split.test_start): nothing is sealed")
     whole = _Stack.of(bars, context, data.features, task)
@@ -267,27 +265,32 @@ class _Stack:
         }
 
 
-def _load(data: DataConfig, root: Path) -> tuple[DataConfig, list[Bars], dict[str, Bars]]:
-    """The assets' and the context's bars within start … end, and the config with features and versions resolved."""
+def _load(
+    data: DataConfig, task: TaskConfig, split: SplitConfig, root: Path
+) -> tuple[DataConfig, list[Bars], dict[str, Bars], Split]:
+    """The assets' and the context's bars within start … end, the config with features and versions resolved, and the
+    bounds of the parts."""
     twice = {symbol for symbol in data.assets if data.assets.count(symbol) > 1}
     if twice:
         raise FintxError(f"data.assets: {', '.join(sorted(twice))} named twice; take one out")
     features.resolve(data.features, context=data.context)  # a misspelt name is told before missing data are
     loaded = {s: sources.load(s, root=root, version=data.versions.get(s)) for s in (*data.assets, *data.context)}
     bars = [loaded[symbol].between(data.start, data.end) for symbol in data.assets]
-    for b in bars:
+    # Context keeps its bars from before start: an indicator's warm-up costs the asset no day.
+    context = {symbol: loaded[symbol].between(None, data.end) for symbol in data.context}
+    for b in (*bars, *context.values()):
         if len(b) == 0:
             whole = loaded[b.symbol]
             raise FintxError(
                 f"data.start/end: no bar of {b.symbol} lies in {data.start or '…'} … {data.end or '…'} "
                 f"(it has {whole.dates[0]} … {whole.dates[-1]})"
             )
-    gaps = all(features.has_gaps(b) for b in bars)
+    bounds = splits.build(split, horizon=task.horizon, dates=_calendar(bars))
+    # Which features `stationary` holds is decided before the test part too: its prices choose nothing.
+    gaps = all(features.has_gaps(_before(b, bounds.test_first)) for b in bars)
     names = features.resolve(data.features, context=data.context, gaps=gaps)
-    # Context keeps its bars from before start: an indicator's warm-up costs the asset no day.
-    context = {symbol: loaded[symbol].between(None, data.end) for symbol in data.context}
     versions = {symbol: b.version for symbol, b in loaded.items()}
-    return data.model_copy(update={"features": names, "versions": versions}), bars, context
+    return data.model_copy(update={"features": names, "versions": versions}), bars, context, bounds
 
 
 def _calendar(bars: list[Bars]) -> np.ndarray:

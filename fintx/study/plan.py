@@ -14,7 +14,6 @@ from fintx import sweepfile
 from fintx.config import (
     ArchitectureConfig,
     BudgetConfig,
-    LayerRange,
     ModelConfig,
     Shape,
     StudySpec,
@@ -190,7 +189,7 @@ def params_question(
             count=sizes.count(model, shape, n_features),
             flops=sizes.flops(model, shape, n_features),
             state_bytes=sizes.state_bytes(model, shape, n_features),
-            head_counts=_divisors(shape.d_model),
+            head_counts=sizes.head_counts(shape.d_model),
             budget=wanted,
         )
     if wanted is None:
@@ -206,31 +205,18 @@ def _depths(model: ModelConfig, budget: BudgetConfig, d_model: int | None, n_fea
     rows = []
     for width in widths:
         for ratio in candidates.d_ff_ratio:
-            architecture = candidates.model_copy(
-                update={
-                    "d_model": (width,),
-                    "d_ff_ratio": (ratio,),
-                    "n_heads": (1,),
-                    "n_layers": LayerRange(low=1, high=100_000),
-                }
-            )
-            try:
-                shapes = sizes.feasible(architecture, budget, (model,), n_features)
-            except sizes.InfeasibleBudget:
-                continue
-            first, last = shapes[0], shapes[-1]
-            counts = [sizes.count(model, shape, n_features).total for shape in (first, last)]
-            rows.append((width, ratio, first.n_layers, counts[0], last.n_layers, counts[1]))
+            d_ff = round(ratio * width)
+            depths = sizes.depths_for(budget, (model,), n_features, d_model=width, d_ff=d_ff)
+            if depths:
+                ends = [Shape(d_model=width, n_layers=n, n_heads=1, d_ff=d_ff) for n in (depths[0], depths[-1])]
+                first, last = (sizes.count(model, shape, n_features).total for shape in ends)
+                rows.append((width, ratio, depths[0], first, depths[-1], last))
     if not rows:
         raise FintxError(
             f"params: no depth of d_model {', '.join(map(str, widths))} holds {budget.low:,} … {budget.high:,} "
             "parameters; try another --d-model, --budget or --tolerance"
         )
-    return DepthsAnswer(budget, tuple(rows), {width: _divisors(width) for width in {row[0] for row in rows}})
-
-
-def _divisors(n: int) -> tuple[int, ...]:
-    return tuple(k for k in range(1, n + 1) if n % k == 0)
+    return DepthsAnswer(budget, tuple(rows), {width: sizes.head_counts(width) for width in {row[0] for row in rows}})
 
 
 def _plain(error: ValueError) -> str:

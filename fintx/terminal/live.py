@@ -20,6 +20,8 @@ from fintx.study.runner import EpochDone, Event, StudyReady, Summary, TrialFinis
 from fintx.terminal.tables import show_data
 from fintx.terminal.words import count, duration, number, shape_words
 
+_SAY_EVERY_S = 30
+"""Without a terminal: how long a trial may run without a line."""
 _SHOWN = 8
 """Newest trials in the live table."""
 
@@ -31,7 +33,7 @@ class StudyView:
         self._spec = spec
         self._console = console
         self._minimize = metrics.MINIMIZE[spec.study.metric]
-        self._began = time.monotonic()
+        self._began = self._last_said = time.monotonic()
         self._finished_before = finished
         self._records: tuple[TrialRecord, ...] = ()
         self._current = ""
@@ -69,6 +71,7 @@ class StudyView:
                 self._finish_trial(event)
 
     def _say(self, line: str) -> None:
+        self._last_said = time.monotonic()
         if not self._console.is_terminal:
             self._console.print(line, highlight=False, soft_wrap=True)
 
@@ -83,6 +86,8 @@ class StudyView:
         fold = f", fold {event.fold + 1}/{event.n_folds}" if event.n_folds > 1 else ""
         words = f"{self._current}{fold}: {metric} {number(epoch.metrics.get(metric))}, best {number(epoch.best)}"
         self._progress.update(self._trial_bar, completed=epoch.epoch, total=epoch.max_epochs, words=words)
+        if time.monotonic() - self._last_said > _SAY_EVERY_S:
+            self._say(f"  epoch {epoch.epoch}/{epoch.max_epochs} of {words}, {duration(epoch.seconds)}")
 
     def _finish_trial(self, event: TrialFinished) -> None:
         self._records = event.records

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -83,11 +82,9 @@ def test_json_gives_equal_numbers_back():
     assert back.to_json() == held.to_json()
 
 
-def drift_of(features) -> dict[str, scaling.Drift]:
-    dataset = SimpleNamespace(
-        train=SimpleNamespace(rows=TRAIN), validation=SimpleNamespace(rows=VALIDATION), asset_ids=IDS, assets=ASSETS
-    )
-    return {line.feature: line for line in scaling.drift(features, dataset, ("a", "b", "c"))}
+def drift_of(features, *, validation=VALIDATION) -> dict[str, scaling.Drift]:
+    lines = scaling.drift(features, IDS, train=TRAIN, validation=validation, names=("a", "b", "c"))
+    return {line.feature: line for line in lines}
 
 
 def test_no_drift_where_there_is_none():
@@ -107,9 +104,6 @@ def test_a_mean_that_moved_and_values_beyond_the_training_range_are_flagged():
 def test_assets_of_other_levels_are_no_drift():
     """BBB has twice AAA's level; with more of BBB in validation the pooled mean moves, no asset's does."""
     few = np.concatenate([np.arange(120, 130), np.arange(320, 400)])
-    dataset = SimpleNamespace(
-        train=SimpleNamespace(rows=TRAIN), validation=SimpleNamespace(rows=few), asset_ids=IDS, assets=ASSETS
-    )
-    lines = scaling.drift(FEATURES, dataset, ("a", "b", "c"))
-    assert abs(lines[0].validation_mean - lines[0].train_mean) > 0.3
-    assert all(abs(line.shift) < 0.5 and line.outside < 0.05 for line in lines)
+    lines = drift_of(FEATURES, validation=few)
+    assert abs(lines["a"].validation_mean - lines["a"].train_mean) > 0.3
+    assert all(abs(line.shift) < 0.5 and line.outside < 0.05 for line in lines.values())

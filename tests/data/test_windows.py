@@ -27,11 +27,12 @@ TASKS = {
     "regression": TaskConfig(kind="regression", horizon=5),
 }
 DATES = SplitConfig(
-    kind="dates", validation_start=datetime.date(2012, 1, 2), test_start=datetime.date(2012, 9, 3), embargo=3
-)
+    kind="dates", validation_start=datetime.date(2012, 1, 2), test_start=datetime.date(2012, 9, 3), embargo=3,
+    min_effective=20,
+)  # fmt: skip
 SPLITS = {
     "dates": DATES,
-    "fractions": SplitConfig(kind="fractions", train=0.6, validation=0.2),
+    "fractions": SplitConfig(kind="fractions", train=0.6, validation=0.2, min_effective=20),
     "expanding": SplitConfig(
         kind="walk_forward", validation_start=datetime.date(2011, 9, 1), test_start=datetime.date(2012, 9, 3),
         n_folds=3, window="expanding",
@@ -52,7 +53,7 @@ def held(help) -> dict[str, Bars]:
     return {
         "AAA": help.walk("AAA"),
         "BBB": help.walk("BBB", seed=3),
-        "LATE": help.walk("LATE", 400, first="2011-08-01"),
+        "LATE": help.walk("LATE", 500, first="2011-02-01"),
         "GONE": help.walk("GONE", 400),
         "VIX": help.walk("VIX", 900, first="2009-11-02"),
     }
@@ -318,11 +319,11 @@ def test_a_panel_of_four_real_stocks(shared_data, help, tmp_path):
         assets=symbols, context=("VIX",), features=("stationary", "gap"), start=datetime.date(2012, 1, 1)
     )  # fmt: skip
     split = SplitConfig(
-        kind="dates", validation_start=datetime.date(2020, 1, 2), test_start=datetime.date(2022, 1, 3)
+        kind="dates", validation_start=datetime.date(2018, 1, 2), test_start=datetime.date(2020, 1, 2)
     )  # fmt: skip
     fold = build(data, tmp_path, split=split).folds[0]
     assert_windows_inside_assets(fold)
-    assert np.bincount(fold.asset_ids[fold.validation.rows]).tolist() == [505 - TASK.horizon] * 4
+    assert np.bincount(fold.asset_ids[fold.validation.rows]).tolist() == [503 - TASK.horizon] * 4
     assert_order_of_assets_is_nothing(data, tmp_path, split=split)
 
 
@@ -398,7 +399,7 @@ def split_at(validation: str, test: str, **more) -> SplitConfig:
             BadSplit,
             "task.horizon = 4 needs more than 5 trading days, the data have 3",
         ),
-        ({"data": ONE.model_copy(update={"assets": ("NOPE",)})}, sources.DataNotFound, "no bars of NOPE in .* there: A"),
+        ({"data": ONE.model_copy(update={"assets": ("NOPE",)})}, sources.DataNotFound, "no bars of NOPE in .*there: AAA, BBB"),
         ({"context_length": 5000}, NoWindows, "no row has a window of 5000 bars .model.context_length"),
         ({"data": ONE.model_copy(update={"features": ("nope",)})}, features.UnknownFeature, '"nope" is no feature'),
     ],
