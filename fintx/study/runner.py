@@ -26,6 +26,7 @@ from fintx.data import windows
 from fintx.data.windows import Dataset
 from fintx.evaluate import metrics
 from fintx.study import environment, queue, records, trial
+from fintx.study.lead import Lead, over_baselines
 from fintx.study.lock import hold
 from fintx.study.records import StudyFile, TrialRecord
 from fintx.study.space import SearchSpace
@@ -90,6 +91,8 @@ class Summary:
     records: tuple[TrialRecord, ...]
     best: TrialRecord | None
     baselines: dict[str, Any]
+    lead: Lead | None
+    """Of the best trial over the best baseline."""
     interrupted: bool
 
 
@@ -131,7 +134,9 @@ def run(
         worker.write_tables()
     finished = tuple(records.read_all(folder))
     best = records.best_of(list(finished), minimize=metrics.MINIMIZE[spec.study.metric])
-    return Summary(folder, spec, finished, best, beaten, interrupted)
+    effective = sum(part.n_effective for part in prepared.parts if part.part.startswith("validation"))
+    lead = over_baselines(folder, spec, best, beaten, n_effective=effective) if best else None
+    return Summary(folder, spec, finished, best, beaten, lead, interrupted)
 
 
 def _prepare(spec: StudySpec, data_root: Path, context_length: int) -> windows.Prepared:

@@ -13,7 +13,6 @@ from fintx.config import Shape
 from fintx.data.scaling import Drift
 from fintx.data.splits import PartRow
 from fintx.data.windows import Prepared
-from fintx.evaluate import metrics
 from fintx.study import records
 from fintx.study.evaluation import Evaluation
 from fintx.study.plan import DepthsAnswer, Plan, ShapeAnswer
@@ -74,21 +73,20 @@ def print_summary(console: Console, summary: Summary) -> None:
 
 
 def _verdict(summary: Summary) -> str:
-    """Whether the winner beats the best baseline at all, and why that isn't yet proof."""
-    best, metric = summary.best, summary.spec.study.metric
-    assert best is not None and best.value is not None
-    sign = 1 if metrics.MINIMIZE[metric] else -1
-    scored = {n: held["metrics"].get(metric) for n, held in summary.baselines.items()}
-    rivals = {name: value for name, value in scored.items() if value is not None}
-    if not rivals:
+    """Whether the winner beats the best baseline by more than noise, and why even that isn't yet proof."""
+    lead, metric, best = summary.lead, summary.spec.study.metric, summary.best
+    if lead is None or best is None:
         return f"No baseline has a {metric}."
-    name = min(rivals, key=lambda rival: sign * rivals[rival])
-    gain = sign * (rivals[name] - best.value)
-    if gain <= 0:
-        return f"The best trial does NOT beat {name}: {metric} {best.value:.4f} against {rivals[name]:.4f}."
+    side = "lower" if lead.gain > 0 else "higher"
+    figures = f"mean loss {abs(lead.gain):.4f} {side}, standard error {lead.se:.4f}"
+    if lead.gain <= 0:
+        return f"The best trial does NOT beat {lead.baseline} ({figures})."
+    if lead.gain < 2 * lead.se:
+        return f"The best trial can't be told from {lead.baseline} ({figures})."
+    n = len(summary.records)
     return (
-        f"The best trial is ahead of {name} by {gain:.4f} in {metric} "
-        f"(best of {len(summary.records)}, chosen on these rows: expect less on new days)."
+        f"The best trial is ahead of {lead.baseline} ({figures}), "
+        f"but it is the best of {n}, chosen on these very rows: expect less on new days."
     )
 
 

@@ -125,6 +125,23 @@ def test_no_label_or_feature_is_made_of_a_bar_of_the_test_part(kind, root, monke
     assert all(fold.dates.max() < prepared.split.test_first for fold in prepared.folds)
 
 
+def test_the_choice_of_features_knows_nothing_of_the_test_part(held, help, tmp_path):
+    """`stationary` takes `gap` along where opens are prices of their own: up to the seal, that is."""
+    bars = held["AAA"]
+    later = np.arange(len(bars)) >= 400
+    open_ = np.where(later, np.r_[bars.open[0], bars.close[:-1]], bars.open)
+    stale = replace(
+        bars, open=open_, high=np.where(later, 9 * bars.high, bars.high), low=np.where(later, 0.1, bars.low)
+    )  # fmt: skip
+    data, split = DataConfig(assets=("AAA",)), SPLITS["fractions"].model_copy(update={"train": 0.35, "validation": 0.1})
+    split = split.model_copy(update={"min_effective": 1, "min_positives": 1})
+    assert not features.has_gaps(stale)
+    roots = [help.keep(tmp_path / "true", bars), help.keep(tmp_path / "false", stale)]
+    true, false = (build(data, root, split=split) for root in roots)
+    assert "gap" in true.data.features
+    assert_same(true.folds[0], false.folds[0])
+
+
 def test_the_watch_above_sees_the_opening_of_the_seal(root, monkeypatch):
     seen = []
     true_cut = labels.cut
@@ -316,7 +333,7 @@ def test_a_panel_of_four_real_stocks(shared_data, help, tmp_path):
     for symbol in (*symbols, "VIX"):
         sources.import_file(shared_data / f"{symbol}.csv", symbol, root=tmp_path, today=help.today)
     data = DataConfig(
-        assets=symbols, context=("VIX",), features=("stationary", "gap"), start=datetime.date(2012, 1, 1)
+        assets=symbols, context=("VIX",), features=("stationary",), start=datetime.date(2012, 1, 1)
     )  # fmt: skip
     split = SplitConfig(
         kind="dates", validation_start=datetime.date(2018, 1, 2), test_start=datetime.date(2020, 1, 2)
@@ -346,7 +363,7 @@ def test_the_config_handed_back_pins_versions_and_names_features(root, help, hel
     data = DataConfig(assets=("AAA",), features=("stationary",))
     help.keep(tmp_path, held["AAA"])
     first = build(data, tmp_path)
-    assert first.data.features == features.SETS["stationary"]
+    assert first.data.features == (*features.SETS["stationary"], "gap")
     help.keep(tmp_path, replace(held["AAA"], volume=held["AAA"].volume + 1))  # a newer version
     again = build(first.data, tmp_path)
     assert_same(first.folds[0], again.folds[0])
