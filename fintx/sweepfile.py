@@ -1,7 +1,8 @@
 """What does a sweep file ask for? TOML → StudySpec, with every error at once: file, line, key, wanted, got, nearest.
 
 The only reader of TOML. A file may extend one base: its tables merge over the base's key by key, values are replaced
-whole, and a table that names another `kind` than the base's replaces it.
+whole, and a table that names another `kind` than the base's replaces it. Every key keeps the place where it was
+written, through merging and `--set`.
 """
 
 from __future__ import annotations
@@ -11,38 +12,47 @@ import difflib
 import json
 import re
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
-from fintx.config import Choices, FloatRange, LayerRange, QueueEntry, StudySpec
-from fintx.sweepchecks import cross_checks
+from fintx.config import StudySpec
+from fintx.sweepchecks import SECTIONS, cross_checks
+from fintx.sweepwords import got, one_line, say, shortened
 from fintx.toml_lines import Path as KeyPath
 from fintx.toml_lines import locate
 from fintx.types import FintxError
 
 _LARGEST = 2**20
-_LONG_KEY = re.compile(r"""(?<![\w"'-])(?:[\w"'-]++[ \t]*+\.[ \t]*+){32}""")
+_DEEPEST = 16
+_MOST_PROBLEMS = 100
+_LONG_KEY = re.compile(r"""(?:(?:[\w-]++|"(?:[^"\\\n]|\\.)*+"|'[^'\n]*+')[ \t]*+\.[ \t]*+){32}""")
+
+_BASE, _OWN = 0, 1
 
 
 class SweepFileError(FintxError):
     """Everything that is wrong with a sweep file, one line per problem."""
 
+    def __init__(self, text: str):
+        super().__init__("\n".join(one_line(line) for line in text.split("\n")))
+
+
+class _Place(NamedTuple):
+    rank: int
+    """0: the base; 1: the file; 2 and up: --set, in order."""
+    words: str
+
 
 @dataclass(frozen=True)
 class _Source:
-    """A parsed file: its tree, and where each key stands."""
+    """A parsed text: its tree, with the dotted paths of [space] and [[queue]] joined, and where each key stands."""
 
-    name: str
     tree: dict[str, Any]
-    lines: dict[KeyPath, int]
-
-    def place(self, path: KeyPath) -> str | None:
-        """FILE:LINE of the key, if it stands here."""
-        return f"{self.name}:{self.lines[path]}" if path in self.lines else None
+    places: dict[KeyPath, _Place]
 
 
 def load(path: Path, *, overrides: Sequence[str] = ()) -> StudySpec:
@@ -51,32 +61,29 @@ def load(path: Path, *, overrides: Sequence[str] = ()) -> StudySpec:
     Raises:
         SweepFileError: all problems, one line each: FILE:LINE: key: what is wrong.
     """
-    own = _parse(path)
-    sources = [own]
-    tree = dict(own.tree)
-    if "extends" in tree:
-        base = _base(path, own, tree.pop("extends"))
-        sources.append(base)
-        tree = _merge(base.tree, tree)
-    sources = [*(_override(text, tree) for text in overrides), *sources]
-    problems = _Problems(sources, tree, default=str(path))
-    _flatten_dotted(tree)
-    try:
-        spec = StudySpec.model_validate_json(json.dumps(tree, default=_plain))
-    except ValidationError as error:
-        for each in error.errors():
-            problems.add(*_translate(each, tree))
-        raise SweepFileError(problems.text()) from None
-    for key_path, words in cross_checks(spec):
+    source = _parse(path, rank=_OWN)
+    if "extends" in source.tree:
+        base = _base(path, source)
+        del source.tree["extends"]
+        source = _merge(base, source)
+    for rank, text in enumerate(overrides, start=_OWN + 1):
+        source = _override(source, text, rank=rank)
+    problems = _Problems(source.places, default=str(path))
+    _searched_and_fixed(source, problems)
+    spec, broken = _validate(source.tree, problems)
+    for key_path, words in cross_checks(spec, broken=broken):
         problems.add(key_path, words)
-    if problems.lines:
+    if problems.found:
         raise SweepFileError(problems.text())
     return spec
 
 
 def dump(spec: StudySpec) -> str:
-    """A spec as TOML text that loads back equal."""
+    """A loaded spec as TOML text that loads back equal; what [space] searches is left out of its section."""
     tree = json.loads(spec.model_dump_json(exclude_none=True))
+    for path in spec.space:
+        section, _, key = path.partition(".")
+        tree[section].pop(key, None)
     lines = []
     for section, content in tree.items():
         if section == "queue":
@@ -112,11 +119,13 @@ def _text(value: str) -> str:
 # --- reading ----------------------------------------------------------------------------------------------------------
 
 
-def _parse(path: Path) -> _Source:
+def _parse(path: Path, *, rank: int) -> _Source:
     try:
-        if path.stat().st_size > _LARGEST:
+        with path.open("rb") as file:
+            content = file.read(_LARGEST + 1)
+        if len(content) > _LARGEST:
             raise SweepFileError(f"{path}: is larger than 1 MiB; a sweep file holds one question")
-        text = path.read_bytes().decode("utf-8").replace("\r\n", "\n")
+        text = content.decode("utf-8").removeprefix("\ufeff").replace("\r\n", "\n")
     except FileNotFoundError:
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.toml")], n=2)
         hint = f"; did you mean {' or '.join(str(path.parent / name) for name in near)}?" if near else ""
@@ -126,17 +135,20 @@ def _parse(path: Path) -> _Source:
         raise SweepFileError(f"{path}:{line}: is no UTF-8 text (byte {error.start})") from None
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
-        raise SweepFileError(f"{path}: can't be read: {reason}") from None
-    return _parse_text(str(path), text)
+        raise SweepFileError(f"{shortened(str(path))}: can't be read: {reason}") from None
+    tree, lines = _parse_text(str(path), text)
+    places = {_joined_path(key_path, tree): _Place(rank, f"{path}:{line}") for key_path, line in lines.items()}
+    _refuse_monsters(tree, places, default=str(path))
+    return _Source(_joined(tree), places)
 
 
-def _parse_text(name: str, text: str) -> _Source:
+def _parse_text(name: str, text: str) -> tuple[dict[str, Any], dict[KeyPath, int]]:
+    """The tree and the line of every key."""
     if match := _LONG_KEY.search(text):
         line = text.count("\n", 0, match.start()) + 1
         raise SweepFileError(f"{name}:{line}: a key of more than 32 parts; keys have two, such as optim.learning_rate")
     try:
-        tree = tomllib.loads(text)
-        return _Source(name, tree, locate(text))
+        return tomllib.loads(text), locate(text)
     except tomllib.TOMLDecodeError as error:
         match = re.search(r" \(at line (\d+), column (\d+)\)$", str(error))
         where = f"{name}:{match[1]}" if match else f"{name}:{text.count(chr(10)) + 1}"
@@ -144,219 +156,249 @@ def _parse_text(name: str, text: str) -> _Source:
         raise SweepFileError(f"{where}: is not valid TOML: {words[:1].lower()}{words[1:200]}") from None
     except RecursionError:
         raise SweepFileError(f"{name}: is nested too deeply; a sweep file has sections of keys") from None
-    except ValueError as error:  # such as an integer of 5,000 digits, or a date that does not exist
-        raise SweepFileError(f"{name}: is not valid TOML: {str(error)[:200]}") from None
+    except ValueError as error:  # an integer of more digits than Python reads
+        number = re.search(r"\d[\d_]{4000,}", text)
+        where = f"{name}:{text.count(chr(10), 0, number.start()) + 1}" if number else name
+        raise SweepFileError(f"{where}: is not valid TOML: {shortened(str(error))}") from None
 
 
-def _base(path: Path, own: _Source, given: Any) -> _Source:
-    where = own.place(("extends",))
+def _refuse_monsters(tree: dict[str, Any], places: dict[KeyPath, _Place], *, default: str) -> None:
+    """No sweep file is nested deeply or holds an integer of more than TOML's 64 bits; later steps may rely on it."""
+    pending: list[tuple[KeyPath, Any]] = [((), tree)]
+    problems = _Problems(places, default=default)
+    while pending:
+        path, value = pending.pop()
+        if len(path) > _DEEPEST:
+            problems.add(_joined_path(path, tree)[:4], "is nested too deeply; a sweep file has sections of keys")
+        elif isinstance(value, dict | list):
+            children = value.items() if isinstance(value, dict) else enumerate(value)
+            pending += [((*path, key), child) for key, child in children]
+        elif isinstance(value, int) and not -(2**63) <= value < 2**63:
+            problems.add(_joined_path(path, tree), "wanted a whole number of 64 bits, got a larger one")
+    if problems.found:
+        raise SweepFileError(problems.text())
+
+
+def _base(path: Path, own: _Source) -> _Source:
+    where, given = own.places[("extends",)].words, own.tree["extends"]
     if not isinstance(given, str) or not given:
-        raise SweepFileError(f"{where}: extends: wanted the name of a file beside this one, got {_got(given)}")
+        raise SweepFileError(f"{where}: extends: wanted the name of a file beside this one, got {got(given)}")
     base_path = path.parent / given
-    if not base_path.is_file():
-        raise SweepFileError(f"{where}: extends: {base_path} is not there")
-    base = _parse(base_path)
+    try:
+        found = base_path.is_file()
+    except (OSError, ValueError):  # a name that no file can have
+        found = False
+    if not found:
+        raise SweepFileError(f"{where}: extends: {path.parent / shortened(given)} is not there")
+    base = _parse(base_path, rank=_BASE)
     if "extends" in base.tree:
-        raise SweepFileError(f"{base.place(('extends',))}: extends: a base can't extend another; one level is all")
+        raise SweepFileError(
+            f"{base.places[('extends',)].words}: extends: a base can't extend another; one level is all"
+        )
     return base
 
 
-def _merge(base: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
-    merged = dict(base)
-    for section, content in own.items():
-        below = base.get(section)
-        both = isinstance(content, dict) and isinstance(below, dict)
-        if both and ("kind" not in content or content["kind"] == below.get("kind")):  # type: ignore[union-attr]
-            merged[section] = {**below, **content}  # type: ignore[dict-item]
-        else:
-            merged[section] = content
-    return merged
-
-
-def _override(text: str, tree: dict[str, Any]) -> _Source:
-    """Apply one --set key=value to the tree."""
-    key, equals, value = text.partition("=")
-    if not equals or not key.strip():
-        raise SweepFileError(f"--set {text}: wanted section.key=value, such as study.n_trials=3")
-    try:
-        parsed = tomllib.loads(f"{key} = {value}")
-    except (tomllib.TOMLDecodeError, RecursionError, ValueError):
-        try:  # a bare word is a string
-            parsed = tomllib.loads(f"{key} = {json.dumps(value.strip())}")
-        except (tomllib.TOMLDecodeError, RecursionError, ValueError):
-            raise SweepFileError(f"--set {text}: {key.strip()} is no key; wanted section.key=value") from None
-    lines: dict[KeyPath, int] = {}
-    _graft(tree, parsed, (), lines)
-    return _Source(f"--set {text}", parsed, lines)
-
-
-def _graft(tree: dict[str, Any], parsed: dict[str, Any], path: KeyPath, lines: dict[KeyPath, int]) -> None:
-    for key, value in parsed.items():
-        lines[(*path, key)] = 1
-        if isinstance(value, dict) and isinstance(tree.get(key), dict) and not {"low", "choices"} & value.keys():
-            tree[key] = dict(tree[key])
-            _graft(tree[key], value, (*path, key), lines)
-        else:
-            tree[key] = value
-
-
-def _flatten_dotted(tree: dict[str, Any]) -> None:
+def _joined(tree: dict[str, Any]) -> dict[str, Any]:
     """In [space] and [[queue]] a dotted path may be written with or without quotes: both mean the path."""
+    joined = dict(tree)
     if isinstance(space := tree.get("space"), dict):
-        tree["space"] = _joined(space)
+        joined["space"] = _join_table(space)
     if isinstance(queue := tree.get("queue"), list):
-        tree["queue"] = [_queue_entry(entry) if isinstance(entry, dict) else entry for entry in queue]
+        joined["queue"] = [_queue_entry(entry) if isinstance(entry, dict) else entry for entry in queue]
+    return joined
 
 
-def _joined(table: dict[str, Any]) -> dict[str, Any]:
+def _join_table(table: dict[str, Any]) -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in table.items():
-        nested = isinstance(value, dict) and key in ("model", "optim", "train")
-        flat |= {f"{key}.{k}": v for k, v in value.items()} if nested else {key: value}
+        flat |= {f"{key}.{k}": v for k, v in value.items()} if _is_group(key, value) else {key: value}
     return flat
 
 
 def _queue_entry(entry: dict[str, Any]) -> dict[str, Any]:
-    flat = _joined(entry)
+    explicit = entry.get("values")
+    flat = _join_table({key: value for key, value in entry.items() if key != "values"})
+    own = {key: value for key, value in flat.items() if "." not in key}
     values = {key: value for key, value in flat.items() if "." in key}
-    return {**{key: value for key, value in flat.items() if "." not in key}, **({"values": values} if values else {})}
+    if isinstance(explicit, dict):
+        values = {**_join_table(explicit), **values}
+    elif explicit is not None:
+        values = explicit
+    return {**own, "values": values} if values or explicit is not None else own
+
+
+def _is_group(key: str | int, value: Any) -> bool:
+    """Is it half of a dotted path, such as optim of optim.learning_rate?"""
+    return isinstance(value, dict) and (
+        key in SECTIONS or bool(value) and all(isinstance(v, dict) for v in value.values())
+    )
+
+
+def _joined_path(path: KeyPath, tree: dict[str, Any]) -> KeyPath:
+    """A path as it stands in the text → as it stands in the joined tree."""
+    head = {"space": 1, "queue": 2}.get(str(path[0]), 0) if path else 0
+    if not head or len(path) <= head:
+        return path
+    table: Any = tree
+    for part in path[:head]:
+        if not isinstance(table, dict | list):
+            return path
+        table = table[part]  # type: ignore[index, call-overload]
+    start, rest = path[:head], path[head:]
+    if path[0] == "queue" and rest[0] == "values" and isinstance(table, dict) and len(rest) > 1:
+        start, rest, table = (*start, "values"), rest[1:], table["values"]
+    if len(rest) > 1 and isinstance(table, dict) and _is_group(rest[0], table.get(rest[0])):  # type: ignore[arg-type]
+        rest = (f"{rest[0]}.{rest[1]}", *rest[2:])
+    if path[0] == "queue" and start[-1] != "values" and "." in str(rest[0]):
+        start = (*start, "values")
+    return (*start, *rest)
+
+
+# --- merging ----------------------------------------------------------------------------------------------------------
+
+
+def _merge(base: _Source, own: _Source) -> _Source:
+    """The file over its base; a replaced value takes its places along."""
+    tree = dict(base.tree)
+    replaced: set[KeyPath] = set()
+    for section, content in own.tree.items():
+        below = base.tree.get(section)
+        both = isinstance(content, dict) and isinstance(below, dict)
+        if both and ("kind" not in content or content["kind"] == below.get("kind")):  # type: ignore[union-attr]
+            tree[section] = {**below, **content}  # type: ignore[dict-item]
+            replaced |= {(section, key) for key in content}
+        else:
+            tree[section] = content
+            replaced.add((section,))
+    kept = {path: at for path, at in base.places.items() if path[:1] not in replaced and path[:2] not in replaced}
+    return _Source(tree, {**kept, **own.places})
+
+
+def _override(source: _Source, text: str, *, rank: int) -> _Source:
+    """One --set key=value over all before it: tables are entered along the key's dots, the value replaces what is there.
+
+    Raises:
+        SweepFileError: no key, no value, or more than one.
+    """
+    shown = f"--set {shortened(text)}"
+    key, _, value = text.partition("=")
+    # A bare word is a string.
+    for attempt in (value, json.dumps(value.strip())):
+        try:
+            parsed, _ = _parse_text(shown, f"{key.strip()} = {attempt}")
+            path = _only_path(tomllib.loads(f"{key.strip()} = 0"), parsed)
+            break
+        except SweepFileError:
+            continue
+    else:
+        raise SweepFileError(f"{shown}: wanted section.key=value, such as study.n_trials=3")
+    if path == ("extends",):
+        raise SweepFileError(f"{shown}: extends: a base is named in the file alone")
+    place = _Place(rank, shown)
+    _refuse_monsters(parsed, {path[:1]: place}, default=shown)
+    path, parsed = _joined_path(path, parsed), _joined(parsed)
+    tree = dict(source.tree)
+    inside = tree
+    for part in path[:-1]:
+        below = inside.get(part)  # type: ignore[call-overload]
+        inside[part] = dict(below) if isinstance(below, dict) else {}  # type: ignore[index]
+        inside, parsed = inside[part], parsed[part]  # type: ignore[index]
+    inside[path[-1]] = parsed[path[-1]]  # type: ignore[index]
+    kept = {at: where for at, where in source.places.items() if at[: len(path)] != path}
+    return _Source(tree, {**kept, path: place})
+
+
+def _only_path(keys: dict[str, Any], parsed: dict[str, Any]) -> KeyPath:
+    """The one key path of an override."""
+    path: KeyPath = ()
+    inside: Any = keys
+    while isinstance(inside, dict):
+        if len(inside) != 1 or not isinstance(parsed, dict) or parsed.keys() != inside.keys():
+            raise SweepFileError("more than one key")
+        key = next(iter(inside))
+        path, inside, parsed = (*path, key), inside[key], parsed[key]
+    return path
+
+
+# --- checking ---------------------------------------------------------------------------------------------------------
+
+
+class _Problems:
+    """Collects lines, each with the place of the key or of the nearest table around it."""
+
+    def __init__(self, places: dict[KeyPath, _Place], *, default: str):
+        self._places = places
+        self._default = default
+        self.found: dict[str, None] = {}
+
+    def add(self, path: KeyPath, words: str) -> None:
+        shown = ".".join(f"[{part}]" if isinstance(part, int) else shortened(part) for part in path).replace(".[", "[")
+        self.found[f"{self._place(path)}: {shown + ': ' if shown else ''}{words}"] = None
+
+    def text(self) -> str:
+        lines = list(self.found)
+        more = [f"… and {len(lines) - _MOST_PROBLEMS} problems more"] if len(lines) > _MOST_PROBLEMS else []
+        return "\n".join([*lines[:_MOST_PROBLEMS], *more])
+
+    def _place(self, path: KeyPath) -> str:
+        around = (path[:length] for length in range(len(path), 0, -1))
+        return next((self._places[each].words for each in around if each in self._places), self._default)
+
+
+def _searched_and_fixed(source: _Source, problems: _Problems) -> None:
+    """A search wins over a value of the base's; beside or above it a value would be silently without effect."""
+    space = source.tree.get("space")
+    for path in space if isinstance(space, dict) else ():
+        section, _, key = path.partition(".")
+        fixed = source.places.get((section, key))
+        if section not in SECTIONS or fixed is None:
+            continue
+        searched = source.places[("space", path)]
+        if fixed.rank >= searched.rank:
+            mend = f'set space."{path}"={{choices=[…]}}' if fixed.rank > _OWN else "take one of the two out"
+            problems.add((section, key), f"is searched ({searched.words}), so a value here has no effect; {mend}")
+        source.tree[section] = {name: value for name, value in source.tree[section].items() if name != key}
+
+
+def _validate(tree: dict[str, Any], problems: _Problems) -> tuple[StudySpec, Container[str]]:
+    """The spec, or one whose broken sections and entries are filled in so that the rest can be checked."""
+    try:
+        return _spec(tree), ()
+    except ValidationError as error:
+        errors = error.errors()
+    for each in errors[:_MOST_PROBLEMS]:
+        if said := say(each, tree):
+            problems.add(*said)
+    broken, mended = set(), dict(tree)
+    for each in errors:
+        section, *rest = each["loc"]
+        name = f"space.{rest[0]}" if section == "space" and rest else str(section)
+        broken.add(name)
+        if section == "space" and rest:
+            mended["space"] = {path: searched for path, searched in mended["space"].items() if path != rest[0]}
+        elif section == "queue" and rest:
+            mended["queue"] = [_FILLING["queue"] if i == rest[0] else entry for i, entry in enumerate(mended["queue"])]
+        elif section in _FILLING and section != "queue":
+            mended[str(section)] = _FILLING[str(section)]
+        else:
+            mended.pop(str(section), None)
+    return _spec(mended), broken
+
+
+_FILLING: dict[str, Any] = {
+    "study": {"name": "x"},
+    "task": {"kind": "threshold", "price": "high", "threshold": 0.01, "horizon": 1},
+    "budget": {"parameters": 1},
+    "queue": {"d_model": 1, "n_layers": 1, "n_heads": 1, "d_ff": 1},
+}
+"""Valid stand-ins for what has no default."""
+
+
+def _spec(tree: dict[str, Any]) -> StudySpec:
+    return StudySpec.model_validate_json(json.dumps(tree, default=_plain))
 
 
 def _plain(value: Any) -> str:
     if isinstance(value, datetime.date | datetime.time):
         return value.isoformat()
     raise TypeError(f"TOML gave a {type(value).__name__}")
-
-
-# --- saying what is wrong ---------------------------------------------------------------------------------------------
-
-
-class _Problems:
-    """Collects lines, each with the place of the key or of the nearest table around it."""
-
-    def __init__(self, sources: Sequence[_Source], tree: dict[str, Any], *, default: str):
-        self._sources = sources
-        self._tree = tree
-        self._default = default
-        self.lines: list[str] = []
-
-    def add(self, path: KeyPath, words: str) -> None:
-        shown = ".".join(f"[{part}]" if isinstance(part, int) else part for part in path).replace(".[", "[")
-        line = f"{self._place(path)}: {shown + ': ' if shown else ''}{words}"
-        if line not in self.lines:
-            self.lines.append(line)
-
-    def text(self) -> str:
-        return "\n".join(self.lines)
-
-    def _place(self, path: KeyPath) -> str:
-        for length in range(len(path), 0, -1):
-            for spelled in _spellings(path[:length]):
-                for source in self._sources:
-                    if place := source.place(spelled):
-                        return place.removesuffix(":1") if place.startswith("--set ") else place
-        return self._default
-
-
-def _spellings(path: KeyPath) -> list[KeyPath]:
-    """How a path may stand in the text: ("space", "optim.x") also as ("space", "optim", "x"); values without it."""
-    written = tuple(part for part in path if part != "values") if path[:1] == ("queue",) else path
-    split = tuple(piece for part in written for piece in (part.split(".") if isinstance(part, str) else (part,)))
-    return [written, split]
-
-
-def _translate(error: Any, tree: dict[str, Any]) -> tuple[KeyPath, str]:
-    """A pydantic error as (key path, plain words)."""
-    kind, given, context = error["type"], error.get("input"), error.get("ctx", {})
-    path = _real_path(error["loc"], tree, keep_last=kind in ("missing", "extra_forbidden"))
-    if kind == "extra_forbidden":
-        valid = _valid_keys(path[:-1], tree)
-        return path, f"unknown {'section' if len(path) == 1 else 'key'}{nearest(str(path[-1]), valid)}"
-    if kind == "missing":
-        return path, f"is missing; wanted {_wanted(path)}"
-    if kind == "value_error":
-        return path, f"{str(context.get('error', error['msg']))}, got {_got(given)}" if _is_scalar(given) else str(
-            context.get("error", error["msg"])
-        )
-    hint = nearest(given, _literals(context)) if kind == "literal_error" and isinstance(given, str) else ""
-    return path, f"wanted {_expectation(kind, context)}, got {_got(given)}{hint}"
-
-
-def _expectation(kind: str, context: dict[str, Any]) -> str:
-    plain = {
-        "int_type": "a whole number", "int_from_float": "a whole number", "int_parsing": "a whole number",
-        "float_type": "a number", "float_parsing": "a number", "finite_number": "a finite number",
-        "string_type": "text in quotes", "bool_type": "true or false", "bool_parsing": "true or false",
-        "tuple_type": "a list", "list_type": "a list", "dict_type": "a table", "model_type": "a table",
-        "model_attributes_type": "a table", "date_type": "a date like 2024-01-31", "date_parsing":
-        "a date like 2024-01-31", "date_from_datetime_parsing": "a date like 2024-01-31",
-        "date_from_datetime_inexact": "a date without a time", "too_short": "a list with an entry at least",
-        "union_tag_not_found": "a table with low and high, or with choices",
-    }  # fmt: skip
-    if kind in plain:
-        return plain[kind]
-    bounds = {"greater_than": ">", "greater_than_equal": "≥", "less_than": "<", "less_than_equal": "≤"}
-    if kind in bounds:
-        limit = next(iter(context.values()))
-        return f"a value {bounds[kind]} {limit:g}"
-    if kind == "literal_error":
-        return str(context["expected"]).replace("'", '"')
-    if kind == "string_pattern_mismatch":
-        return f"text of the form {context['pattern']}"
-    return kind.replace("_", " ")
-
-
-def _literals(context: dict[str, Any]) -> list[str]:
-    return re.findall(r"'([^']*)'", str(context.get("expected", "")))
-
-
-def nearest(given: str, valid: Sequence[str]) -> str:
-    """'; did you mean "x"?', or what there is, or nothing where nothing is known."""
-    near = difflib.get_close_matches(given, valid, n=1, cutoff=0.5)
-    if near:
-        return f'; did you mean "{near[0]}"?'
-    return f"; known: {', '.join(valid)}" if valid else ""
-
-
-def _got(given: Any) -> str:
-    if isinstance(given, dict):
-        return f"a table ({', '.join(map(str, given)) or 'empty'})"
-    text = json.dumps(given, default=str, ensure_ascii=False)
-    return text if len(text) <= 60 else text[:57] + "…"
-
-
-def _is_scalar(given: Any) -> bool:
-    return not isinstance(given, dict | list | BaseModel)
-
-
-def _wanted(path: KeyPath) -> str:
-    return f"a [{path[0]}] section" if len(path) == 1 else "a value"
-
-
-def _real_path(location: Sequence[int | str], tree: Any, *, keep_last: bool) -> KeyPath:
-    """A pydantic location without what stands in no file: union tags and type names."""
-    path: list[int | str] = []
-    parts = list(location)
-    last = parts.pop() if keep_last else None
-    for part in parts:
-        inside = (isinstance(tree, dict) and part in tree) or (
-            isinstance(tree, list) and isinstance(part, int) and part < len(tree)
-        )
-        if inside:
-            path.append(part)
-            tree = tree[part]
-    return (*path, last) if last is not None else tuple(path)
-
-
-def _valid_keys(parent: KeyPath, tree: dict[str, Any]) -> list[str]:
-    if not parent:
-        return [*StudySpec.model_fields, "extends"]
-    if parent[0] == "queue":
-        return list(QueueEntry.model_fields)
-    if parent[0] == "space":
-        held = tree["space"].get(parent[1], {}) if len(parent) > 1 else {}
-        return list((Choices if "choices" in held else FloatRange).model_fields)
-    if parent == ("architecture", "n_layers"):
-        return list(LayerRange.model_fields)
-    section = StudySpec.model_fields[str(parent[0])].annotation
-    return list(section.model_fields) if isinstance(section, type) and issubclass(section, BaseModel) else []

@@ -13,6 +13,7 @@ from jaxtyping import install_import_hook
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_disable_most_optimizations", True)  # tests compile far more than they run
 
 install_import_hook(["fintx.model", "fintx.train"], "beartype.beartype")
 

@@ -39,13 +39,14 @@ class Feature:
     needs: Literal["asset", "VIX"] = "asset"
 
 
-def resolve(names: tuple[str, ...], *, context: tuple[str, ...], gaps: bool = False) -> tuple[str, ...]:
+def resolve(names: tuple[str, ...], *, context: tuple[str, ...], gaps: bool | None = None) -> tuple[str, ...]:
     """Expand sets, in order.
 
     Args:
         names: features, sets, or SYM:feature for a feature of a context symbol's own bars.
         context: the context symbols at hand.
-        gaps: whether every asset's opens are prices of their own (`has_gaps`): then `stationary` takes `gap` along.
+        gaps: whether every asset's opens are prices of their own (`has_gaps`): then `stationary` takes `gap` along,
+            and where they are not `gap` is refused. None: not known yet.
 
     Raises:
         UnknownFeature: unknown names with the nearest valid ones, missing series, or a feature named twice.
@@ -61,6 +62,11 @@ def resolve(names: tuple[str, ...], *, context: tuple[str, ...], gaps: bool = Fa
             found.append(name)
     for name in found:
         _check(name, context)
+    if gaps is False and "gap" in found:
+        raise UnknownFeature(
+            'data.features: "gap" means nothing for assets whose open equals the close before on more than '
+            f"{MAX_UNOPENED:.0%} of days (an index's first print); take it out"
+        )
     twice = sorted({name for name in found if found.count(name) > 1})
     if twice:
         raise UnknownFeature(f"data.features: {', '.join(twice)} named twice (a set may hold it); take one out")
@@ -92,8 +98,7 @@ def compute(names: tuple[str, ...], bars: Bars, context: Mapping[str, Bars]) -> 
         (T, F) float64; NaN while a feature warms up, or where its context has no value of the last days.
 
     Raises:
-        UnknownFeature: a name that `resolve` would refuse.
-        FintxError: a feature that makes no sense on these bars.
+        UnknownFeature: an unknown name, or one whose context is missing.
     """
     vix = np.full(len(bars), np.nan)
     if VIX in context:
@@ -116,21 +121,8 @@ def compute(names: tuple[str, ...], bars: Bars, context: Mapping[str, Bars]) -> 
 
 def has_gaps(bars: Bars) -> bool:
     """Whether opens are prices of their own: an index's first print often is the close before."""
-    return _unopened(bars) <= MAX_UNOPENED
-
-
-def _unopened(bars: Bars) -> float:
-    """Share of days whose open equals the close before."""
-    return float(np.mean(bars.open[1:] == bars.close[:-1])) if len(bars) > 1 else 0.0
-
-
-def _gap(bars: Bars, _: Floats) -> Floats:
-    if not has_gaps(bars):
-        raise FintxError(
-            f'data.features: "gap" means nothing for {bars.symbol}: its open equals the close before on '
-            f"{_unopened(bars):.0%} of days (an index's first print); take it out"
-        )
-    return np.log(bars.open / ind.lagged(bars.close, 1))
+    unopened = float(np.mean(bars.open[1:] == bars.close[:-1])) if len(bars) > 1 else 0.0
+    return unopened <= MAX_UNOPENED
 
 
 def _close_in_range(bars: Bars, _: Floats) -> Floats:
@@ -228,7 +220,10 @@ def _stationary() -> dict[str, Feature]:
     )
     found["range"] = Feature("ln(high / low)", lambda b, _: np.log(b.high / b.low))
     found["close_in_range"] = Feature("where the close lies in the day's range, 0 … 1", _close_in_range)
-    found["gap"] = Feature("ln(open / close before); refused for an index whose open is that close", _gap)
+    found["gap"] = Feature(
+        "ln(open / close before); refused for an index whose open is that close",
+        lambda b, _: np.log(b.open / ind.lagged(b.close, 1)),
+    )
     for n in (20, 50, 200):
         found[f"sma_distance_{n}"] = Feature(
             f"ln(close / mean close of {n} days)", _with(n, lambda b, n: np.log(b.close / ind.rolling_mean(b.close, n)))

@@ -79,7 +79,7 @@ def store(
         version: hash of the content.
 
     Returns:
-        The entry, and whether it is new; content that is known already is not written again.
+        The entry, and whether it was written; content that is known already and there is not written again.
 
     Raises:
         FintxError: the disk is full or can't be written; nothing is half-written then.
@@ -88,11 +88,17 @@ def store(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with _locked(folder):
-            for known in entries(root, kind):
-                if (known.name, known.version) == (name, version):
-                    return known, False
+            kept = [known for known in entries(root, kind) if (known.name, known.version) == (name, version)]
+            if kept and (root / kept[-1].path).exists():
+                return kept[-1], False
             entry = _write(root, kind, name, table, version, source, parents, repairs, fintx_version)
-            _append_line(folder / "manifest.jsonl", entry.model_dump_json())
+            if kept and kept[-1].sha256 == entry.sha256:
+                return kept[-1], True  # a snapshot that went missing is back
+            try:
+                _append_line(folder / "manifest.jsonl", entry.model_dump_json())
+            except OSError:
+                (root / entry.path).unlink(missing_ok=True)
+                raise
             return entry, True
     except OSError as error:
         reason = error.strerror or str(error)
@@ -108,11 +114,9 @@ def entries(root: Path, kind: Kind) -> list[Entry]:
     path = root / kind / "manifest.jsonl"
     if not path.is_file():
         return []
-    text = path.read_text(encoding="utf-8")
     found = []
-    for number, line in enumerate(text.splitlines(), 1):
-        if number == text.count("\n") + 1:
-            break  # no newline at its end: a writer was cut off, its snapshot is not kept yet
+    # What follows the last newline was cut off while it was written: its snapshot is not kept yet.
+    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
         try:
             found.append(Entry.model_validate_json(line))
         except ValidationError:
@@ -142,15 +146,15 @@ def verify(root: Path) -> list[str]:
         except DamagedManifest as error:
             problems.append(f"damaged: {error}")
             continue
-        known = {entry.path for entry in kept}
-        for entry in kept:
+        newest = {entry.path: entry for entry in kept}
+        for entry in newest.values():
             path = root / entry.path
             if not path.is_file():
                 problems.append(f"missing: {entry.path} ({entry.name}, {entry.rows} rows)")
             elif file_sha256(path) != entry.sha256:
                 problems.append(f"changed: {entry.path} ({entry.name}) is not the file that was kept")
-        for path in sorted(folder.rglob("*.parquet")):
-            if path.relative_to(root).as_posix() not in known:
+        for path in sorted([*folder.rglob("*.parquet"), *folder.rglob("*.tmp")]):
+            if path.relative_to(root).as_posix() not in newest:
                 problems.append(f"orphaned: {path.relative_to(root).as_posix()} is in no manifest")
     return problems
 

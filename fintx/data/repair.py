@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fintx.data.bars import PRICES, Bars, make, problems, refuse
+from fintx.data.bars import PRICES, BadBars, Bars, make, problems, refuse
 from fintx.types import Floats
 
 _NAMED = 40
@@ -37,6 +37,9 @@ def repair(bars: Bars, *, calendar: np.ndarray | None, where: str) -> Repaired:
             low: nothing that could be mended without inventing prices.
     """
     notes: list[str] = []
+    undated = [problem for problem in problems(bars) if np.isnat(bars.dates[problem.row])]
+    if undated:
+        raise refuse(bars, undated, where=where, mend="not even --repair can mend these; correct the file")
     bars = _sorted_unique(bars, notes, where)
     if calendar is not None:
         bars = _on_calendar(bars, calendar.astype("datetime64[D]"), notes, where)
@@ -79,7 +82,7 @@ def _on_calendar(bars: Bars, calendar: np.ndarray, notes: list[str], where: str)
     before, after = bars.dates < calendar[0], bars.dates > calendar[-1]
     foreign = ~np.isin(bars.dates, calendar) & ~before & ~after
     if (foreign | before | after).all():
-        raise refuse(bars, [], where=f"{where}: shares no day with the calendar", mend="choose another --calendar")
+        raise BadBars(f"{where}: shares no day with the calendar; choose another --calendar")
     _note(notes, "days on which the asset did not trade dropped", bars.dates[foreign])
     _note(notes, "days outside the calendar's range dropped", bars.dates[before | after])
     bars = bars.take(np.flatnonzero(~(foreign | before | after)))
@@ -88,12 +91,13 @@ def _on_calendar(bars: Bars, calendar: np.ndarray, notes: list[str], where: str)
     days = np.union1d(bars.dates, missing)
     source = np.searchsorted(bars.dates, days, side="right") - 1
     filled = np.isin(days, missing)
-    if (filled[1:] & filled[:-1]).any():
-        gap = days[1:][filled[1:] & filled[:-1]]
-        raise refuse(
-            bars, [], where=f"{where}: no bars around {gap[0]} ({len(gap)} such days)",
-            mend="only single missing days are filled; get a complete file",
-        )  # fmt: skip
+    beside = np.concatenate([[False], filled, [False]])
+    gap = days[filled & (beside[:-2] | beside[2:])]
+    if len(gap):
+        raise BadBars(
+            f"{where}: has no bars on {len(gap)} trading days that lie side by side, the first {gap[0]}; "
+            "only single missing days are filled; get a complete file"
+        )
     _note(notes, "single missing days filled with the bar before, flat at its close", missing)
     close = bars.close[source]
     return make(

@@ -113,7 +113,8 @@ def import_file(
         BadBars: rows break a rule.
     """
     bars, notes, repairs = _checked(path, symbol, today=today, repair=repair, calendar=calendar)
-    return _keep(bars, root=root, source=f"file {path.name}", notes=notes, repairs=repairs)
+    name = path.name.encode("utf-8", "replace").decode()  # a file's name may hold bytes that are no text
+    return _keep(bars, root=root, source=f"file {name}", notes=notes, repairs=repairs)
 
 
 def import_yahoo(
@@ -138,14 +139,15 @@ def import_yahoo(
         FintxError: yfinance is not installed, Yahoo can't be reached after several tries, or the symbol is unknown.
         BadBars: rows break a rule.
     """
-    download = download or _yfinance()
-    frame = _try_often(download, symbol, start, progress, wait)
     name = symbol.lstrip("^")
-    table = tabular.from_frame(frame, where=f"Yahoo {symbol}")
-    bars, notes = _to_bars(table, name, today=today, where=f"Yahoo {symbol}")
+    dataset_name(name)
+    where = f"Yahoo {symbol}"
+    frame = _try_often(download or _yfinance(), symbol, start, progress, wait)
+    table, notes = _complete_days(tabular.from_frame(frame, where=where), today=today, where=where)
+    bars = _to_bars(table, name)
     if found := problems(bars):
-        raise refuse(bars, found, where=f"Yahoo {symbol}", mend="save them as CSV and import that with --repair")
-    return _keep(bars, root=root, source=f"Yahoo {symbol}", notes=notes, repairs=())
+        raise refuse(bars, found, where=where, mend="save them as CSV and import that with --repair")
+    return _keep(bars, root=root, source=where, notes=notes, repairs=())
 
 
 def dataset_name(symbol: str) -> str:
@@ -163,8 +165,8 @@ def _checked(
     path: Path, symbol: str, *, today: datetime.date, repair: bool, calendar: np.ndarray | None
 ) -> tuple[Bars, tuple[str, ...], tuple[str, ...]]:
     dataset_name(symbol)
-    table = tabular.read(path)
-    bars, notes = _to_bars(table, symbol, today=today, where=str(path))
+    table, notes = _complete_days(tabular.read(path), today=today, where=str(path))
+    bars = _to_bars(table, symbol)
     if repair:
         mended = mend(bars, calendar=calendar, where=str(path))
         return mended.bars, (*notes, *mended.repairs), mended.repairs
@@ -174,25 +176,33 @@ def _checked(
     return bars, notes, ()
 
 
-def _to_bars(
-    table: tabular.Table, symbol: str, *, today: datetime.date, where: str
-) -> tuple[Bars, tuple[str, ...]]:  # fmt: skip
-    """Bars of a table, unchecked, less those of a day that is not over."""
-    columns = dict(table.columns)
-    notes = []
-    if "volume" not in columns:
-        columns["volume"] = np.zeros(len(table.dates))
-        notes.append("the source has no volume; it is kept as 0")
-    bars = make(symbol, table.dates, **columns)
-    partial = bars.dates >= np.datetime64(today)
+def _complete_days(
+    table: tabular.Table, *, today: datetime.date, where: str
+) -> tuple[tabular.Table, tuple[str, ...]]:  # fmt: skip
+    """The table less the bar of a day that is not over, and notes on what is left out or unknown.
+
+    Such a bar is the file's newest row: the last, or the first of a file that begins with the newest. The date of any
+    other row that lies ahead is a mistake, left in its place for the rules to find.
+    """
+    notes = [] if "volume" in table.columns else ["the source has no volume; it is kept as 0"]
+    ahead = table.dates >= np.datetime64(today)
+    partial = np.logical_and.accumulate(ahead[::-1])[::-1]
+    past = table.dates[~ahead]
+    if len(past) > 1 and past[0] > past[-1]:
+        partial |= np.logical_and.accumulate(ahead)
     if partial.any():
-        notes.append(f"{partial.sum()} bar(s) dated {bars.dates[partial][0]} or later dropped: that day is not over")
-        bars = bars.take(np.flatnonzero(~partial))
-        # take keeps the version of the whole; what is kept is the rest
-        bars = make(symbol, bars.dates, **{name: getattr(bars, name) for name in (*PRICES, "volume", "adj_close")})
-    if len(bars) == 0:
+        first = table.dates[partial].min()
+        notes.append(f"{partial.sum()} bar(s) dated {first} or later dropped: that day is not over")
+        columns = {name: column[~partial] for name, column in table.columns.items()}
+        table = tabular.Table(table.dates[~partial], columns, table.lines[~partial])
+    if len(table.dates) == 0:
         raise FintxError(f"{where}: holds no complete bar; wanted daily rows before {today}")
-    return bars, tuple(notes)
+    return table, tuple(notes)
+
+
+def _to_bars(table: tabular.Table, symbol: str) -> Bars:
+    """Bars of a table, unchecked."""
+    return make(symbol, table.dates, **{"volume": np.zeros(len(table.dates))} | table.columns)
 
 
 def _keep(

@@ -28,6 +28,7 @@ _SPELLINGS = {
 }
 _REQUIRED = ("dates", "open", "high", "low", "close")
 _SLASHED = re.compile(r"(\d{1,2})/(\d{1,2})/(\d{4})")
+_THOUSANDS = re.compile(r"\s*-?\d{1,3}(,\d{3})+(\.\d*)?\s*")
 _DATE = re.compile(r"(\d{4})-?(\d{2})-?(\d{2})(?:[T ].*)?")
 
 
@@ -59,24 +60,29 @@ def read(path: Path) -> Table:
 
 def from_frame(frame: Any, *, where: str) -> Table:
     """Read a pandas frame as yfinance gives it: a date index, columns one level or (price, symbol)."""
-    names = [column[0] if isinstance(column, tuple) else column for column in frame.columns]
-    columns = {str(name): frame.iloc[:, i].to_numpy(np.float64) for i, name in enumerate(names)}
+    names = [str(column[0] if isinstance(column, tuple) else column) for column in frame.columns]
+    found = _match(names, where=where, needs_date=False)
     index = frame.index
     naive = index.tz_localize(None) if getattr(index, "tz", None) is not None else index
     dates = naive.to_numpy().astype("datetime64[D]")
-    found = _match(list(columns), where=where, needs_date=False)
-    values = {name: columns[given] for name, given in found.items()}
+    values = {name: frame.iloc[:, names.index(given)].to_numpy(np.float64) for name, given in found.items()}
     return Table(dates, values, np.arange(1, len(dates) + 1))
 
 
 def _match(names: Sequence[str], *, where: str, needs_date: bool = True) -> dict[str, str]:
     """fintx's column name → the file's."""
-    plain = {re.sub(r"[^a-z0-9]", "", name.lower()): name for name in reversed(names)}
+    plain: dict[str, list[str]] = {}
+    for name in names:
+        plain.setdefault(re.sub(r"[^a-z0-9]", "", name.lower()), []).append(name)
     found = {}
     for wanted, spellings in _SPELLINGS.items():
-        given = next((plain[spelling] for spelling in spellings if spelling in plain), None)
-        if given is not None:
-            found[wanted] = given
+        given = next((plain[spelling] for spelling in spellings if spelling in plain), [])
+        if len(given) > 1:
+            raise FintxError(
+                f"{where}: has {len(given)} columns {given[0]} (several symbols in one file?); "
+                "wanted one Date, Open, High, Low, Close: save each symbol in a file of its own"
+            )
+        found |= {wanted: name for name in given}
     missing = [name.removesuffix("s") for name in _REQUIRED if name not in found and (needs_date or name != "dates")]
     if missing:
         raise FintxError(
@@ -115,7 +121,9 @@ def parse_csv(text: str, *, where: str) -> Table:
     place = {name: header.index(given) for name, given in found.items()}
     cells = {name: [row[i] if i < len(row) else "" for _, row in rows] for name, i in place.items()}
     dates = _dates(cells.pop("dates"))
-    columns = {name: np.array([_number(cell) for cell in column]) for name, column in cells.items()}
+    # Where semicolons part the columns a comma may be the decimal point: such numbers are refused, not guessed.
+    commas = _delimiter(text) == ","
+    columns = {name: np.array([_number(cell, commas) for cell in column]) for name, column in cells.items()}
     return Table(dates, columns, np.array([number for number, _ in rows], int))
 
 
@@ -159,9 +167,12 @@ def _date(text: str) -> np.datetime64:
         return np.datetime64("NaT")
 
 
-def _number(text: str) -> float:
+def _number(text: str, commas: bool) -> float:
+    """NaN where the text is no number; with `commas` 1,234,500.5 is one."""
+    if commas and _THOUSANDS.fullmatch(text):
+        text = text.replace(",", "")
     try:
-        return float(text.replace(",", "") if "," in text else text)
+        return float("nan" if "_" in text else text)
     except ValueError:
         return float("nan")
 

@@ -6,8 +6,6 @@ label of the test part, nor a validation label that looks into it. `build_test` 
 
 from __future__ import annotations
 
-import functools
-import hashlib
 import importlib.metadata
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -23,6 +21,7 @@ from fintx.data.bars import Bars
 from fintx.data.manifest import Entry
 from fintx.data.scaling import Drift, Scaling, drift, fit
 from fintx.data.splits import Fold, PartRow, Split
+from fintx.data.stack import Stack, content_hash
 from fintx.types import FintxError, Floats, Ints
 
 
@@ -109,7 +108,7 @@ def build(
     """
     data, bars, context, bounds = _load(data, task, split, root)
     first = bounds.test_first
-    seen = _Stack.of([_before(b, first) for b in bars], _all_before(context, first), data.features, task)
+    seen = Stack.of([_before(b, first) for b in bars], _all_before(context, first), data.features, task)
     usable = seen.whole_windows(context_length)
     _check_any(seen, usable, task, context_length)
     folds = tuple(_dataset(seen, fold, usable, data) for fold in bounds.folds)
@@ -175,7 +174,7 @@ def build_test(
     data, bars, context, bounds = _load(data, task, split, root)
     if bounds.test_first is None:
         raise splits.BadSplit("this walk-forward split has no test part (no split.test_start): nothing is sealed")
-    whole = _Stack.of(bars, context, data.features, task)
+    whole = Stack.of(bars, context, data.features, task)
     chosen = whole.whole_windows(context_length) & (whole.dates >= bounds.test_first)
     return _scaled(whole, np.flatnonzero(chosen), scaling, f"the test part, from {bounds.test_first}", context_length)
 
@@ -189,80 +188,12 @@ def build_foreign(
     Raises:
         FintxError: too few bars for one window with its future.
     """
-    stack = _Stack.of([bars], context, data.features, task)
+    stack = Stack.of([bars], context, data.features, task)
     chosen = stack.whole_windows(context_length)
     return _scaled(stack, np.flatnonzero(chosen), scaling, bars.symbol, context_length)
 
 
-# --- stacking ---------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, eq=False)
-class _Stack:
-    """All assets' rows below each other, unscaled, with labels."""
-
-    names: tuple[str, ...]
-    features: Floats
-    dates: np.ndarray
-    asset_ids: Ints
-    bar: Ints
-    """Index of each row in its asset's own bars."""
-    assets: tuple[str, ...]
-    close: Floats
-    labels: Floats
-    label_ends: np.ndarray
-
-    @staticmethod
-    def of(bars: list[Bars], context: Mapping[str, Bars], names: tuple[str, ...], task: TaskConfig) -> _Stack:
-        return _Stack(
-            names=names,
-            features=np.concatenate([features.compute(names, b, context) for b in bars]),
-            dates=np.concatenate([b.dates for b in bars]),
-            asset_ids=np.concatenate([np.full(len(b), i, np.int32) for i, b in enumerate(bars)]),
-            bar=np.concatenate([np.arange(len(b)) for b in bars]),
-            assets=tuple(b.symbol for b in bars),
-            close=np.concatenate([b.close for b in bars]),
-            labels=np.concatenate([labels.cut(task, b) for b in bars]),
-            label_ends=np.concatenate([labels.ends(task, b) for b in bars]),
-        )
-
-    def whole_windows(self, context_length: int) -> np.ndarray:
-        """Rows with a label and T rows of finite features behind them, within their asset."""
-        finite = np.isfinite(self.features).all(axis=1)
-        run = np.concatenate([[0], np.cumsum(finite)])
-        first = np.maximum(np.arange(len(finite)) + 1 - context_length, 0)
-        complete = run[1:] - run[first] == context_length
-        return complete & (self.bar >= context_length - 1) & ~np.isnan(self.labels)
-
-    @functools.cached_property
-    def keys(self) -> np.ndarray:
-        """(rows,) asset and day as text, for hashes."""
-        return np.char.add(np.char.add(np.asarray(self.assets)[self.asset_ids], " "), self.dates.astype(str))
-
-    @functools.cached_property
-    def data_hash(self) -> str:
-        return _hash(self.names, self.assets, self.features, self.dates.astype("<i8"), self.asset_ids)
-
-    @functools.cached_property
-    def label_hash(self) -> str:
-        known = np.flatnonzero(~np.isnan(self.labels))
-        return _hash(self.membership(known), self.labels[known])
-
-    def membership(self, rows: np.ndarray) -> tuple[str, ...]:
-        return tuple(self.keys[rows].tolist())
-
-    def never_known(self) -> str:
-        """Words on features without a single value (their context begins later, say); empty if there are none."""
-        never = np.asarray(self.names)[~np.isfinite(self.features).any(axis=0)]
-        shown = [*never[:5], *([f"and {len(never) - 5} more"] if len(never) > 5 else [])]
-        return f"; never known here: {', '.join(shown)}" if shown else ""
-
-    def dropped(self, usable: np.ndarray) -> dict[str, int]:
-        unlabelled = np.isnan(self.labels)
-        return {
-            "no whole window of features yet": int((~usable & ~unlabelled).sum()),
-            "future not complete before the test part or the data's end": int(unlabelled.sum()),
-        }
+# --- loading ----------------------------------------------------------------------------------------------------------
 
 
 def _load(
@@ -305,7 +236,7 @@ def _all_before(context: Mapping[str, Bars], day: np.datetime64 | None) -> dict[
     return {symbol: _before(bars, day) for symbol, bars in context.items()}
 
 
-def _check_any(stack: _Stack, usable: np.ndarray, task: TaskConfig, context_length: int) -> None:
+def _check_any(stack: Stack, usable: np.ndarray, task: TaskConfig, context_length: int) -> None:
     if np.isnan(stack.labels).all():
         raise NoWindows(
             f"no bar has {task.horizon} days (task.horizon) of future before the test part or the data's end "
@@ -323,18 +254,18 @@ def _check_any(stack: _Stack, usable: np.ndarray, task: TaskConfig, context_leng
 # --- folds ------------------------------------------------------------------------------------------------------------
 
 
-def _dataset(stack: _Stack, fold: Fold, usable: np.ndarray, data: DataConfig) -> Dataset:
+def _dataset(stack: Stack, fold: Fold, usable: np.ndarray, data: DataConfig) -> Dataset:
     dates = stack.dates
     train = usable & (dates >= fold.train_first) & (stack.label_ends < fold.train_labels_before)
     validation = usable & (dates >= fold.validation_first) & (dates < fold.validation_before)
     validation &= stack.label_ends < fold.validation_labels_before
     rows = (np.flatnonzero(train), np.flatnonzero(validation))
     scaling = fit(stack.features, stack.asset_ids, stack.assets, rows[0], kind=data.scaling)
-    return _assemble(stack, scaling, *rows, split_hash=_hash(*map(stack.membership, rows)))
+    return _assemble(stack, scaling, *rows, split_hash=content_hash(*map(stack.membership, rows)))
 
 
 def _scaled(
-    stack: _Stack, rows: np.ndarray, scaling: Scaling, where: str, context_length: int
+    stack: Stack, rows: np.ndarray, scaling: Scaling, where: str, context_length: int
 ) -> tuple[Dataset, Part]:  # fmt: skip
     if len(rows) == 0:
         raise NoWindows(
@@ -342,11 +273,11 @@ def _scaled(
             f"{len(stack.dates)} bars; give a longer history{stack.never_known()}"
         )
     none = np.zeros(0, int)
-    return _assemble(stack, scaling, none, none, split_hash=_hash(stack.membership(rows))), _part(stack, rows)
+    return _assemble(stack, scaling, none, none, split_hash=content_hash(stack.membership(rows))), _part(stack, rows)
 
 
 def _assemble(
-    stack: _Stack, scaling: Scaling, train: np.ndarray, validation: np.ndarray, *, split_hash: str
+    stack: Stack, scaling: Scaling, train: np.ndarray, validation: np.ndarray, *, split_hash: str
 ) -> Dataset:  # fmt: skip
     return Dataset(
         features=scaling.apply(stack.features, stack.asset_ids, stack.assets),
@@ -364,24 +295,14 @@ def _assemble(
     )
 
 
-def _part(stack: _Stack, rows: np.ndarray) -> Part:
+def _part(stack: Stack, rows: np.ndarray) -> Part:
     return Part(rows=rows.astype(np.int32), labels=stack.labels[rows].astype(np.float32))
-
-
-def _hash(*parts: tuple[str, ...] | np.ndarray) -> str:
-    digest = hashlib.sha256()
-    for part in parts:
-        if isinstance(part, tuple):
-            digest.update("\n".join(part).encode() + b"\0")
-        else:
-            digest.update(np.ascontiguousarray(part).astype(part.dtype.newbyteorder("<")).tobytes())
-    return digest.hexdigest()
 
 
 # --- the split table --------------------------------------------------------------------------------------------------
 
 
-def _part_rows(stack: _Stack, folds: tuple[Dataset, ...], task: TaskConfig) -> list[PartRow]:
+def _part_rows(stack: Stack, folds: tuple[Dataset, ...], task: TaskConfig) -> list[PartRow]:
     found = []
     for index, fold in enumerate(folds):
         for name, part in (("train", fold.train), ("validation", fold.validation)):
@@ -421,4 +342,4 @@ def _processed_name(data: DataConfig) -> str:
                 return f"{who}.{name}.daily"
         except features.UnknownFeature:
             continue
-    return f"{who}.{_hash(data.features)[:8]}.daily"
+    return f"{who}.{content_hash(data.features)[:8]}.daily"

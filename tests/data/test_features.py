@@ -13,7 +13,7 @@ from fintx.data import features, sources
 from fintx.data import indicators as ind
 from fintx.data.bars import Bars
 from fintx.data.features import FEATURES, SETS, Feature, UnknownFeature
-from fintx.types import FintxError, Floats
+from fintx.types import Floats
 
 EVERY = [*FEATURES, "VIX:log_return_1", "VIX:weekly_rsi_14"]
 STATIONARY = [*SETS["stationary"], *SETS["stationary_vix"], "gap"]
@@ -109,10 +109,6 @@ def test_a_market_that_stands_still_gives_finite_values(name, synthetic):
     still = {column: np.full(len(bars), 40.0) for column in ("open", "high", "low", "close")}
     flat = replace(bars, **still, volume=np.zeros(len(bars)))
     vix = {"VIX": replace(context["VIX"], close=np.full(len(context["VIX"]), 15.0))}
-    if name == "gap":
-        with pytest.raises(FintxError, match='"gap" means nothing for AAA: its open equals the close before on 100%'):
-            one(name, flat, vix)
-        return
     values = one(name, flat, vix)
     assert np.isfinite(values[MAX_WARM_UP:]).all()
     assert not np.isinf(values).any()
@@ -122,7 +118,7 @@ def test_a_market_that_stands_still_gives_finite_values(name, synthetic):
 def test_a_history_shorter_than_the_warm_up_is_all_nan_and_no_crash(n_bars, synthetic):
     bars, context = synthetic
     short = bars.take(np.arange(n_bars))
-    names = tuple(name for name in EVERY if name != "gap")
+    names = tuple(EVERY)
     values = features.compute(names, short, {"VIX": until(context["VIX"], short.dates[-1])})
     assert values.shape == (n_bars, len(names))
     assert np.isnan(values[:, names.index("sma_200")]).all()
@@ -199,9 +195,16 @@ def test_resolve_refuses(names, context, words):
         features.resolve(names, context=context)
 
 
-def test_gap_is_refused_on_the_embedded_index():
-    with pytest.raises(FintxError, match='"gap" means nothing for SPX'):
-        features.compute(("gap",), sources.embedded(), {})
+def test_gap_is_refused_where_opens_are_the_close_before():
+    assert not features.has_gaps(sources.embedded())
+    with pytest.raises(UnknownFeature, match='"gap" means nothing'):
+        features.resolve(("gap",), context=(), gaps=False)
+    assert features.resolve(("gap",), context=(), gaps=True) == ("gap",)
+
+
+def test_stationary_takes_gap_along_where_the_source_has_it():
+    with_gaps = features.resolve(("stationary",), context=(), gaps=True)
+    assert set(with_gaps) - set(features.resolve(("stationary",), context=(), gaps=False)) == {"gap"}
 
 
 def test_a_context_feature_is_that_feature_of_the_context_joined_as_of_each_day(synthetic):

@@ -98,17 +98,21 @@ def keyed(dataset: Dataset, part: Part) -> dict[tuple[str, np.datetime64], float
 # --- who is in which part ---------------------------------------------------------------------------------------------
 
 
-def counted_by_hand(task: TaskConfig, embargo: int, fold: splits.Fold, test_first, *, warm_up: int) -> list[set]:
+def counted_by_hand(task: TaskConfig, split: SplitConfig, fold: splits.Fold, test_first, *, warm_up: int) -> list[set]:
     """(asset, day) of the train and of the validation part."""
-    union = sorted({day for b in PANEL.values() for day in b.dates})
+    union, embargo = sorted({day for b in PANEL.values() for day in b.dates}), split.embargo
     train_until = union[union.index(fold.validation_first) - embargo]
+    # A rolling fold trains on as many days of the union as lie before the first fold.
+    rolled = 0
+    if split.window == "rolling":
+        rolled = sum(np.datetime64(split.validation_start) <= day < fold.validation_first for day in union)
     sealed_until = np.datetime64("2100-01-01") if test_first is None else union[union.index(test_first) - embargo]
     train, validation = set(), set()
     for symbol, b in PANEL.items():
         days = [day for day in b.dates if test_first is None or day < test_first]
         for t, day in enumerate(days[: -task.horizon]):
             reached = days[t + task.horizon]
-            if t >= warm_up and fold.train_first <= day and reached < train_until:
+            if t >= warm_up and union[rolled] <= day and reached < train_until:
                 train.add((symbol, day))
             if t >= warm_up and fold.validation_first <= day < fold.validation_before and reached < sealed_until:
                 validation.add((symbol, day))
@@ -122,7 +126,7 @@ def test_parts_hold_exactly_the_rows_of_an_independent_count(split, horizon):
     prepared = prepare(PANEL, task, split, features=("log_return_5",), context_length=8)
     for fold, dataset in zip(prepared.split.folds, prepared.folds, strict=True):
         # The return of 5 days is known from bar 5 on, so the first whole window of 8 ends at bar 12.
-        expected = counted_by_hand(task, split.embargo, fold, prepared.split.test_first, warm_up=12)
+        expected = counted_by_hand(task, split, fold, prepared.split.test_first, warm_up=12)
         assert [set(keyed(dataset, part)) for part in (dataset.train, dataset.validation)] == expected
         assert min(map(len, expected)) > 20, "the case shows nothing"
 
@@ -266,7 +270,7 @@ def modules_that(refers: str) -> set[str]:
 
 def test_eval_alone_opens_the_test_part_and_windows_alone_cuts_labels():
     assert modules_that("build_test") == {"study/evaluation.py"}
-    assert modules_that("fintx.data.labels") == {"data/windows.py"}
+    assert modules_that("fintx.data.labels") == {"data/stack.py", "data/windows.py"}
 
 
 # --- hashes -----------------------------------------------------------------------------------------------------------

@@ -390,7 +390,10 @@ def test_foreign_bars_take_the_studys_features_and_scaling(root, held, help):
 
 
 def split_at(validation: str, test: str, **more) -> SplitConfig:
-    dates = {"validation_start": datetime.date.fromisoformat(validation), "test_start": datetime.date.fromisoformat(test)}
+    dates = {
+        "validation_start": datetime.date.fromisoformat(validation),
+        "test_start": datetime.date.fromisoformat(test),
+    }
     return SplitConfig(kind="dates", **dates, **more)
 
 
@@ -416,7 +419,11 @@ def split_at(validation: str, test: str, **more) -> SplitConfig:
             BadSplit,
             "task.horizon = 4 needs more than 5 trading days, the data have 3",
         ),
-        ({"data": ONE.model_copy(update={"assets": ("NOPE",)})}, sources.DataNotFound, "no bars of NOPE in .*there: AAA, BBB"),
+        (
+            {"data": ONE.model_copy(update={"assets": ("NOPE",)})},
+            sources.DataNotFound,
+            "no bars of NOPE in .*there: AAA, BBB",
+        ),
         ({"context_length": 5000}, NoWindows, "no row has a window of 5000 bars .model.context_length"),
         ({"data": ONE.model_copy(update={"features": ("nope",)})}, features.UnknownFeature, '"nope" is no feature'),
     ],

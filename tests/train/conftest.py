@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
-import jax
 import numpy as np
 import pytest
 
@@ -22,15 +21,6 @@ BASE: dict[str, Any] = {
     "train.batch_size": 16,
     "train.max_epochs": 3,
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _quick_compiles() -> Iterator[None]:
-    """Halve the time of compiling, which is most of the time of these tests."""
-    before = jax.config.values["jax_disable_most_optimizations"]
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
 
 
 def trial(changes: dict[str, Any] | None = None) -> TrialConfig:
