@@ -20,7 +20,7 @@ FLOORS = [
     {"train"},
     {"evaluate"},
     {"model", "data"},
-    {"sweepfile", "sweepchecks", "toml_lines"},
+    {"sweepfile", "sweepchecks", "sweepwords", "toml_lines", "toml_writer"},
     {"config"},
     {"types"},
 ]

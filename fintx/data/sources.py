@@ -57,7 +57,8 @@ def load(symbol: str, *, root: Path, version: str | None = None) -> Bars:
         DataNotFound: no such symbol or version, with the command that brings it in.
         FintxError: its file is missing or changed.
     """
-    kept = [entry for entry in manifest.entries(root, "raw") if entry.name == dataset_name(symbol)]
+    name = dataset_name(symbol)
+    kept = [entry for entry in manifest.entries(root, "raw") if entry.name == name]
     if version is not None:
         matching = [entry for entry in kept if entry.version.startswith(version)]
         if not matching and symbol == EMBEDDED and embedded().version.startswith(version):

@@ -82,7 +82,8 @@ def _match(names: Sequence[str], *, where: str, needs_date: bool = True) -> dict
                 f"{where}: has {len(given)} columns {given[0]} (several symbols in one file?); "
                 "wanted one Date, Open, High, Low, Close: save each symbol in a file of its own"
             )
-        found |= {wanted: name for name in given}
+        if given:
+            found[wanted] = given[0]
     missing = [name.removesuffix("s") for name in _REQUIRED if name not in found and (needs_date or name != "dates")]
     if missing:
         raise FintxError(

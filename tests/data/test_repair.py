@@ -1,4 +1,4 @@
-"""Repair invents nothing but a day: what it does is told with dates, what it can't do is refused, and it does it once."""
+"""Repair invents nothing but a day: what it does is told with dates, and what it can't do is refused."""
 
 from __future__ import annotations
 
@@ -54,7 +54,9 @@ def test_a_single_missing_day_is_filled_flat_at_the_close_before(bars):
 
 
 def test_two_missing_days_in_a_row_are_refused(bars):
-    with pytest.raises(BadBars, match=f"no bars on 2 trading days .*the first {bars.dates[7]}; only single missing days"):
+    with pytest.raises(
+        BadBars, match=f"no bars on 2 trading days .*the first {bars.dates[7]}; only single missing days"
+    ):
         mend(without(bars, 7, 8), bars.dates)
 
 

@@ -49,7 +49,14 @@ def test_the_embedded_bars_are_those_that_arch_gives():
     theirs = json.loads(out.stdout)
     bars = sources.embedded()
     assert bars.dates.astype(str).tolist() == theirs["dates"]
-    names = {"Open": "open", "High": "high", "Low": "low", "Close": "close", "Adj Close": "adj_close", "Volume": "volume"}
+    names = {
+        "Open": "open",
+        "High": "high",
+        "Low": "low",
+        "Close": "close",
+        "Adj Close": "adj_close",
+        "Volume": "volume",
+    }
     for i, given_ in enumerate(theirs["columns"]):
         np.testing.assert_array_equal(getattr(bars, names[given_]), np.array(theirs["values"])[:, i])
     assert set(theirs["columns"]) == set(names)
@@ -121,7 +128,9 @@ def test_other_spellings_of_the_same_bars_are_the_same_version(help, tmp_path):
 
 def test_what_is_not_there_is_told_with_the_command_that_brings_it(help, tmp_path):
     help.keep(tmp_path, help.walk("AAA", 60))
-    with pytest.raises(DataNotFound, match=r"no bars of SPY in .*there: AAA, SPX.*just data import FILE.csv --symbol SPY"):
+    with pytest.raises(
+        DataNotFound, match=r"no bars of SPY in .*there: AAA, SPX.*just data import FILE.csv --symbol SPY"
+    ):
         sources.load("SPY", root=tmp_path)
     with pytest.raises(DataNotFound, match="AAA: version ffff is not in .*; import it again"):
         sources.load("AAA", root=tmp_path, version="ffff")
@@ -385,7 +394,9 @@ def test_a_download_that_never_comes_is_one_clear_line(answer, reason, help, tmp
 def test_broken_bars_of_yahoo_are_refused(help, tmp_path):
     frame = yahoo_frame(help.walk("AAA", 60))
     frame.iloc[5, 1] = np.nan
-    with pytest.raises(BadBars, match="Yahoo AAA: 1 of 60 rows break a rule; save them as CSV .*\n  row 6, .*: high is"):
+    with pytest.raises(
+        BadBars, match="Yahoo AAA: 1 of 60 rows break a rule; save them as CSV .*\n  row 6, .*: high is"
+    ):
         sources.import_yahoo("AAA", root=tmp_path, today=help.today, progress=print, download=lambda s, t: frame)
 
 

@@ -1,4 +1,4 @@
-"""The test part is sealed, windows stay inside their asset, and each sample is the right window with the right label."""
+"""The test part is sealed, windows stay inside their asset, and a sample is the right window with the right label."""
 
 from __future__ import annotations
 
@@ -313,6 +313,14 @@ def test_no_window_crosses_from_one_asset_into_another(root):
     assert set(fold.asset_ids[fold.train.rows]) == {0, 1, 2, 3}
     # GONE has no bar in the validation days
     assert set(fold.asset_ids[fold.validation.rows]) == {0, 1, 2}
+
+
+def test_no_window_crosses_where_features_need_no_warm_up(root):
+    """Where every row is finite from an asset's first bar on, the asset's border alone stops a window."""
+    fold = build(PANEL.model_copy(update={"features": ("range", "weekday_sin")}), root).folds[0]
+    assert_windows_inside_assets(fold)
+    firsts = [int(np.flatnonzero(fold.asset_ids == i)[0]) for i in range(4)]
+    assert {first + T - 1 for first in firsts} <= set(fold.train.rows.tolist())
 
 
 def test_the_order_of_assets_changes_nothing_for_any_of_them(root):
