@@ -29,7 +29,7 @@ def parse_parameters(value: Any) -> Any:
     """'200M' → 200_000_000; an int passes. Suffixes K, M, B; anything else is left for the type check to refuse."""
     if not isinstance(value, str):
         return value
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)([KMB]?)", value.strip().upper())
+    match = re.fullmatch(r"(\d{1,15}(?:\.\d{1,15})?)([KMB]?)", value.strip().upper())
     if match is None:
         raise ValueError('write a count like "200M", "1.5B" or 2000000')
     return round(float(match[1]) * _SUFFIXES[match[2]])

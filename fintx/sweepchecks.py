@@ -5,12 +5,14 @@ from __future__ import annotations
 import difflib
 import itertools
 import typing
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Container, Iterator, Sequence
 from typing import Any, Literal
 
 from pydantic import BaseModel, ValidationError
 
 from fintx.config import Choices, FloatRange, StudySpec, check_loss
+from fintx.sweepwords import expectation, got
 from fintx.toml_lines import Path as KeyPath
 
 SECTIONS = ("model", "optim", "train")
@@ -20,13 +22,41 @@ _CLASSIFICATION = ("log_loss", "brier", "auc", "average_precision")
 _REGRESSION = ("mse", "mae")
 
 
-def cross_checks(spec: StudySpec) -> Iterator[tuple[KeyPath, str]]:
-    """Every misfit between parts, as (key path, what is wrong and how to mend it)."""
-    yield from _task(spec)
+def cross_checks(spec: StudySpec, *, broken: Container[str] = ()) -> Iterator[tuple[KeyPath, str]]:
+    """Every misfit between parts, as (key path, what is wrong and how to mend it).
+
+    Args:
+        broken: sections, and "space.PATH" entries, that are known to be wrong and were filled in: nothing is said of
+            what depends on them.
+    """
+    if "data" not in broken:
+        yield from _data(spec)
+    if not any(section in broken for section in ("study", "task", "train", *_LOSS_SPACE)):
+        yield from _task(spec)
     for path, searched in spec.space.items():
         yield from _searched(spec, path, searched)
-    yield from _geometry(spec)
-    yield from _queue(spec)
+    if not any(part in broken for part in ("model", "space.model.context_length", "space.model.patch_length")):
+        yield from _geometry(spec)
+    yield from _queue(spec, broken)
+
+
+def _data(spec: StudySpec) -> Iterator[tuple[KeyPath, str]]:
+    for key in ("assets", "context"):
+        for symbol in _repeated(getattr(spec.data, key)):
+            yield ("data", key), f"{symbol} stands twice; take one out"
+    start, end = spec.data.start, spec.data.end
+    if start and end and start > end:
+        yield ("data", "start"), f"wanted a date up to data.end = {end}, got {start}"
+
+
+def _repeated(values: Sequence[Any]) -> list[Any]:
+    """Values that stand more than once; true is not 1."""
+    counts = Counter((isinstance(value, bool), value) for value in values)
+    return [value for (_, value), count in counts.items() if count > 1]
+
+
+_LOSS_KEYS = ("loss", "label_smoothing", "class_weight")
+_LOSS_SPACE = tuple(f"space.train.{key}" for key in _LOSS_KEYS)
 
 
 def _task(spec: StudySpec) -> Iterator[tuple[KeyPath, str]]:
@@ -34,14 +64,19 @@ def _task(spec: StudySpec) -> Iterator[tuple[KeyPath, str]]:
     if spec.study.metric not in fitting:
         wanted = " or ".join(f'"{metric}"' for metric in fitting)
         yield ("study", "metric"), f'"{spec.study.metric}" does not fit task.kind = "{spec.task.kind}"; wanted {wanted}'
-    searched = spec.space.get("train.loss")
-    losses = searched.choices if isinstance(searched, Choices) else (spec.train.loss,)
-    for loss in losses:
-        try:
-            check_loss(spec.task, spec.train.model_copy(update={"loss": loss}))
-        except ValueError as error:
-            yield ("space", "train.loss") if searched else ("train", "loss"), str(error)
-            return
+    for key in _LOSS_KEYS:
+        searched = spec.space.get(f"train.{key}")
+        fixed = (getattr(spec.train, key),)
+        values = fixed if searched is None else getattr(searched, "choices", (getattr(searched, "high", None),))
+        for value in values:
+            # Beside the one key, everything fits: so each misfit is told once, at its own key.
+            loss = "mse" if spec.task.kind == "regression" else "bce"
+            others = {"loss": loss, "label_smoothing": 0.0, "class_weight": "none"}
+            try:
+                check_loss(spec.task, spec.train.model_copy(update={**others, key: value}))
+            except ValueError as error:
+                yield ("space", f"train.{key}") if searched else ("train", key), str(error)
+                break
 
 
 def _searched(spec: StudySpec, path: str, searched: FloatRange | Choices) -> Iterator[tuple[KeyPath, str]]:
@@ -68,6 +103,8 @@ def _searched(spec: StudySpec, path: str, searched: FloatRange | Choices) -> Ite
     else:
         for index, value in enumerate(searched.choices):
             yield from _value(section, key, value, (*where, "choices", index))
+        for value in _repeated(searched.choices):
+            yield (*where, "choices"), f"{got(value)} stands twice; take one out"
 
 
 def field_kind(section: type[BaseModel], key: str) -> Literal["int", "float", "choice"]:
@@ -85,43 +122,45 @@ def _value(section: BaseModel, key: str, value: Any, where: KeyPath) -> Iterator
     try:
         type(section).model_validate(tree)
     except ValidationError as error:
-        own = [each for each in error.errors() if each["loc"] == (key,)]
-        if own:
-            message = own[0]["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
-            yield where, f"wanted {message.replace(chr(39), chr(34))}, got {value!r}".replace("'", '"')
+        for each in error.errors():
+            if each["loc"] == (key,):
+                wanted = expectation(each["type"], each.get("ctx", {}), (type(section).__name__, key))
+                yield where, f"wanted {wanted}, got {got(value)}"
 
 
 def _geometry(spec: StudySpec) -> Iterator[tuple[KeyPath, str]]:
-    """Every searched window must hold a patch."""
+    """What shapes a window or the model is a list of choices, and every searched window holds a patch."""
+    reasons = dict.fromkeys(("context_length", "patch_length"), "each length is a dataset or a program of its own")
+    reasons |= dict.fromkeys(("stride", "revin"), "each value changes the model's parameters")
+    ranges = [key for key in reasons if isinstance(spec.space.get(f"model.{key}"), FloatRange)]
+    for key in ranges:
+        if key != "revin":  # no number: said already
+            yield ("space", f"model.{key}"), f"wanted choices: {reasons[key]}"
     keys = ("context_length", "patch_length")
-    choices = []
-    for key in keys:
-        searched = spec.space.get(f"model.{key}")
-        if isinstance(searched, FloatRange):
-            message = "wanted choices: each window length is a dataset and a program of its own"
-            yield ("space", f"model.{key}"), message
-            return
-        choices.append(searched.choices if searched else (getattr(spec.model, key),))
+    if set(keys) & set(ranges):
+        return
+    choices = [
+        searched.choices if isinstance(searched := spec.space.get(f"model.{key}"), Choices) else (fixed,)
+        for key, fixed in ((key, getattr(spec.model, key)) for key in keys)
+    ]
     for context_length, patch_length in itertools.product(*choices):
         if isinstance(context_length, int) and isinstance(patch_length, int) and patch_length > context_length:
             where = next(key for key in keys if f"model.{key}" in spec.space)
             words = f"patch_length = {patch_length} is longer than context_length = {context_length}"
             yield ("space", f"model.{where}"), f"{words}; every pair must fit"
             return
-    for key in ("stride", "revin"):
-        if isinstance(spec.space.get(f"model.{key}"), FloatRange):
-            yield ("space", f"model.{key}"), "wanted choices: each value changes the model's parameters"
 
 
-def _queue(spec: StudySpec) -> Iterator[tuple[KeyPath, str]]:
-    if len(spec.queue) > spec.study.n_trials:
+def _queue(spec: StudySpec, broken: Container[str]) -> Iterator[tuple[KeyPath, str]]:
+    if len(spec.queue) > spec.study.n_trials and "study" not in broken:
         words = f"{spec.study.n_trials} is fewer than the {len(spec.queue)} queue entries, which count toward it"
         yield ("study", "n_trials"), f"{words}; raise it"
     for index, entry in enumerate(spec.queue):
         if entry.d_model % entry.n_heads:
             yield ("queue", index, "n_heads"), f"{entry.n_heads} heads don't divide d_model = {entry.d_model}"
         for path, value in entry.values.items():
-            yield from _queued_value(spec, ("queue", index, "values", path), path, value)
+            if "space" not in broken and f"space.{path}" not in broken:
+                yield from _queued_value(spec, ("queue", index, "values", path), path, value)
 
 
 def _queued_value(spec: StudySpec, where: KeyPath, path: str, value: Any) -> Iterator[tuple[KeyPath, str]]:
@@ -131,11 +170,18 @@ def _queued_value(spec: StudySpec, where: KeyPath, path: str, value: Any) -> Ite
         hint = f'did you mean "{near[0]}"?' if near else f"searched: {', '.join(spec.space) or 'nothing'}"
         yield where, f"is not in [space], so an entry can't set it; {hint}"
     elif isinstance(searched, Choices):
-        if not any(
-            value == choice and isinstance(value, bool) == isinstance(choice, bool) for choice in searched.choices
-        ):
-            yield where, f"wanted one of {', '.join(map(repr, searched.choices))}, got {value!r}"
-    elif isinstance(value, bool) or not isinstance(value, int | float):
-        yield where, f"wanted a number in {searched.low:g} … {searched.high:g}, got {value!r}"
-    elif not searched.low <= value <= searched.high:
-        yield where, f"wanted a value in {searched.low:g} … {searched.high:g}, got {value:g}"
+        if (isinstance(value, bool), value) not in [(isinstance(each, bool), each) for each in searched.choices]:
+            yield where, f"wanted one of {', '.join(map(got, searched.choices))}, got {got(value)}"
+    else:
+        whole = _is_whole(spec, path)
+        low, high = (int(end) if whole else f"{end:g}" for end in (searched.low, searched.high))
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not is_number or not searched.low <= value <= searched.high or (whole and value != int(value)):
+            kind = "a whole number" if whole else "a number"
+            yield where, f"wanted {kind} in {low} … {high}, got {got(value)}"
+
+
+def _is_whole(spec: StudySpec, path: str) -> bool:
+    section, _, key = path.partition(".")
+    fields = type(getattr(spec, section)).model_fields if section in SECTIONS else {}
+    return key in fields and field_kind(type(getattr(spec, section)), key) == "int"

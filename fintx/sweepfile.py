@@ -12,13 +12,14 @@ import difflib
 import json
 import re
 import tomllib
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from pydantic import ValidationError
 
+from fintx import toml_writer
 from fintx.config import StudySpec
 from fintx.sweepchecks import SECTIONS, cross_checks
 from fintx.sweepwords import got, one_line, say, shortened
@@ -29,7 +30,7 @@ from fintx.types import FintxError
 _LARGEST = 2**20
 _DEEPEST = 16
 _MOST_PROBLEMS = 100
-_LONG_KEY = re.compile(r"""(?:(?:[\w-]++|"(?:[^"\\\n]|\\.)*+"|'[^'\n]*+')[ \t]*+\.[ \t]*+){32}""")
+_LONG_KEY = re.compile(r"""(?<![\w-])(?:(?:[\w-]++|"(?:[^"\\\n]|\\.){0,200}+"|'[^'\n]{0,200}+')[ \t]*+\.[ \t]*+){32}""")
 
 _BASE, _OWN = 0, 1
 
@@ -89,31 +90,10 @@ def dump(spec: StudySpec) -> str:
         if section == "queue":
             for entry in content:
                 values = entry.pop("values", {})
-                lines += ["", "[[queue]]", *_pairs({**entry, **values})]
+                lines += ["", "[[queue]]", *toml_writer.pairs({**entry, **values})]
         else:
-            lines += ["", f"[{section}]", *_pairs(content)]
+            lines += ["", f"[{section}]", *toml_writer.pairs(content)]
     return "\n".join(lines).strip() + "\n"
-
-
-def _pairs(table: dict[str, Any]) -> list[str]:
-    return [f"{_key(key)} = {_value(value)}" for key, value in table.items()]
-
-
-def _key(key: str) -> str:
-    return key if re.fullmatch(r"[A-Za-z0-9_-]+", key) else _text(key)
-
-
-def _value(value: Any) -> str:
-    if isinstance(value, dict):
-        return "{ " + ", ".join(_pairs(value)) + " }" if value else "{}"
-    if isinstance(value, list):
-        return "[" + ", ".join(_value(item) for item in value) + "]"
-    return _text(value) if isinstance(value, str) else json.dumps(value)
-
-
-def _text(value: str) -> str:
-    """A TOML basic string: JSON's escapes, and DEL, which TOML forbids and JSON lets through."""
-    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------
@@ -237,21 +217,24 @@ def _is_group(key: str | int, value: Any) -> bool:
 def _joined_path(path: KeyPath, tree: dict[str, Any]) -> KeyPath:
     """A path as it stands in the text → as it stands in the joined tree."""
     head = {"space": 1, "queue": 2}.get(str(path[0]), 0) if path else 0
-    if not head or len(path) <= head:
-        return path
-    table: Any = tree
-    for part in path[:head]:
-        if not isinstance(table, dict | list):
-            return path
-        table = table[part]  # type: ignore[index, call-overload]
+    if path[:1] == ("queue",) and path[2:3] == ("values",):
+        head = 3
     start, rest = path[:head], path[head:]
-    if path[0] == "queue" and rest[0] == "values" and isinstance(table, dict) and len(rest) > 1:
-        start, rest, table = (*start, "values"), rest[1:], table["values"]
-    if len(rest) > 1 and isinstance(table, dict) and _is_group(rest[0], table.get(rest[0])):  # type: ignore[arg-type]
+    if not head or not rest:
+        return path
+    if len(rest) > 1 and _is_group(rest[0], _held(tree, (*start, rest[0]))):
         rest = (f"{rest[0]}.{rest[1]}", *rest[2:])
-    if path[0] == "queue" and start[-1] != "values" and "." in str(rest[0]):
+    if head == 2 and "." in str(rest[0]):
         start = (*start, "values")
     return (*start, *rest)
+
+
+def _held(tree: Any, path: KeyPath) -> Any:
+    """What stands at a path; None where the text spells a key in another way than the tree."""
+    for part in path:
+        inside = part in tree if isinstance(tree, dict) else isinstance(tree, list) and isinstance(part, int)
+        tree = tree[part] if inside else None
+    return tree
 
 
 # --- merging ----------------------------------------------------------------------------------------------------------
@@ -275,15 +258,14 @@ def _merge(base: _Source, own: _Source) -> _Source:
 
 
 def _override(source: _Source, text: str, *, rank: int) -> _Source:
-    """One --set key=value over all before it: tables are entered along the key's dots, the value replaces what is there.
+    """One --set key=value over all before it: tables are entered along the key's dots, the value replaces the old one.
 
     Raises:
         SweepFileError: no key, no value, or more than one.
     """
-    shown = f"--set {shortened(text)}"
-    key, _, value = text.partition("=")
-    # A bare word is a string.
-    for attempt in (value, json.dumps(value.strip())):
+    shown = f"--set {one_line(shortened(text))}"
+    key, equals, value = text.partition("=")
+    for attempt in (value, json.dumps(value.strip())) if equals else ():  # a bare word is a string
         try:
             parsed, _ = _parse_text(shown, f"{key.strip()} = {attempt}")
             path = _only_path(tomllib.loads(f"{key.strip()} = 0"), parsed)
@@ -297,15 +279,26 @@ def _override(source: _Source, text: str, *, rank: int) -> _Source:
     place = _Place(rank, shown)
     _refuse_monsters(parsed, {path[:1]: place}, default=shown)
     path, parsed = _joined_path(path, parsed), _joined(parsed)
+    values = {path: _held(parsed, path)}
+    if values[path] is None:  # half a dotted path, space.optim={…}: each whole path in it is set
+        values = {("space", key): searched for key, searched in parsed["space"].items()}
+    for each, content in values.items():
+        source = _set(source, each, content, place)
+    return source
+
+
+def _set(source: _Source, path: KeyPath, content: Any, place: _Place) -> _Source:
     tree = dict(source.tree)
-    inside = tree
-    for part in path[:-1]:
-        below = inside.get(part)  # type: ignore[call-overload]
-        inside[part] = dict(below) if isinstance(below, dict) else {}  # type: ignore[index]
-        inside, parsed = inside[part], parsed[part]  # type: ignore[index]
-    inside[path[-1]] = parsed[path[-1]]  # type: ignore[index]
-    kept = {at: where for at, where in source.places.items() if at[: len(path)] != path}
-    return _Source(tree, {**kept, path: place})
+    inside, changed = tree, path
+    for depth, part in enumerate(map(str, path[:-1]), start=1):
+        below = inside.get(part)
+        if not isinstance(below, dict):  # the table is the command line's too
+            changed = min(changed, path[:depth], key=len)
+        inside[part] = dict(below) if isinstance(below, dict) else {}
+        inside = inside[part]
+    inside[str(path[-1])] = content
+    kept = {at: where for at, where in source.places.items() if at[: len(changed)] != changed}
+    return _Source(tree, {**kept, changed: place, path: place})
 
 
 def _only_path(keys: dict[str, Any], parsed: dict[str, Any]) -> KeyPath:
@@ -330,15 +323,18 @@ class _Problems:
         self._places = places
         self._default = default
         self.found: dict[str, None] = {}
+        self.uncounted = 0
 
     def add(self, path: KeyPath, words: str) -> None:
-        shown = ".".join(f"[{part}]" if isinstance(part, int) else shortened(part) for part in path).replace(".[", "[")
-        self.found[f"{self._place(path)}: {shown + ': ' if shown else ''}{words}"] = None
+        written = tuple(part for part in path if part != "values") if path[:1] == ("queue",) else path
+        parts = [f"[{part}]" if isinstance(part, int) else shortened(part) for part in written]
+        shown = ".".join(parts).replace(".[", "[")
+        self.found[one_line(f"{self._place(path)}: {shown + ': ' if shown else ''}{words}")] = None
 
     def text(self) -> str:
         lines = list(self.found)
-        more = [f"… and {len(lines) - _MOST_PROBLEMS} problems more"] if len(lines) > _MOST_PROBLEMS else []
-        return "\n".join([*lines[:_MOST_PROBLEMS], *more])
+        more = max(0, len(lines) - _MOST_PROBLEMS) + self.uncounted
+        return "\n".join([*lines[:_MOST_PROBLEMS], *([f"… and {more} problems more"] if more else [])])
 
     def _place(self, path: KeyPath) -> str:
         around = (path[:length] for length in range(len(path), 0, -1))
@@ -353,7 +349,7 @@ def _searched_and_fixed(source: _Source, problems: _Problems) -> None:
         fixed = source.places.get((section, key))
         if section not in SECTIONS or fixed is None:
             continue
-        searched = source.places[("space", path)]
+        searched = source.places.get(("space", path), source.places[("space",)])
         if fixed.rank >= searched.rank:
             mend = f'set space."{path}"={{choices=[…]}}' if fixed.rank > _OWN else "take one of the two out"
             problems.add((section, key), f"is searched ({searched.words}), so a value here has no effect; {mend}")
@@ -366,32 +362,31 @@ def _validate(tree: dict[str, Any], problems: _Problems) -> tuple[StudySpec, Con
         return _spec(tree), ()
     except ValidationError as error:
         errors = error.errors()
+    problems.uncounted = len(errors[_MOST_PROBLEMS:])
     for each in errors[:_MOST_PROBLEMS]:
         if said := say(each, tree):
             problems.add(*said)
-    broken, mended = set(), dict(tree)
-    for each in errors:
-        section, *rest = each["loc"]
-        name = f"space.{rest[0]}" if section == "space" and rest else str(section)
-        broken.add(name)
-        if section == "space" and rest:
-            mended["space"] = {path: searched for path, searched in mended["space"].items() if path != rest[0]}
-        elif section == "queue" and rest:
-            mended["queue"] = [_FILLING["queue"] if i == rest[0] else entry for i, entry in enumerate(mended["queue"])]
-        elif section in _FILLING and section != "queue":
-            mended[str(section)] = _FILLING[str(section)]
-        else:
-            mended.pop(str(section), None)
-    return _spec(mended), broken
+    assert problems.found
+    entries = {each["loc"][:2] for each in errors if each["loc"][0] in ("space", "queue") and len(each["loc"]) > 1}
+    sections = {str(each["loc"][0]) for each in errors if each["loc"][:2] not in entries}
+    mended = {section: content for section, content in tree.items() if section not in sections}
+    mended |= {section: content for section, content in _STAND_INS.items() if section in sections}
+    if "space" in mended:
+        kept = {path: searched for path, searched in mended["space"].items() if ("space", path) not in entries}
+        mended["space"] = kept
+    if "queue" in mended:
+        queue = enumerate(mended["queue"])
+        mended["queue"] = [_ENTRY if ("queue", index) in entries else entry for index, entry in queue]
+    return _spec(mended), sections | {f"space.{path}" for section, path in entries if section == "space"}
 
 
-_FILLING: dict[str, Any] = {
+_STAND_INS: dict[str, Any] = {
     "study": {"name": "x"},
     "task": {"kind": "threshold", "price": "high", "threshold": 0.01, "horizon": 1},
     "budget": {"parameters": 1},
-    "queue": {"d_model": 1, "n_layers": 1, "n_heads": 1, "d_ff": 1},
 }
-"""Valid stand-ins for what has no default."""
+"""For broken sections that have no default."""
+_ENTRY = {"d_model": 1, "n_layers": 1, "n_heads": 1, "d_ff": 1}
 
 
 def _spec(tree: dict[str, Any]) -> StudySpec:

@@ -25,6 +25,7 @@ _PLAIN = {
     "date_from_datetime_inexact": "a date without a time", "too_short": "a list with an entry at least",
     "union_tag_not_found": "a table with low and high, or with choices",
 }  # fmt: skip
+_SECTIONS = tuple(name for name in StudySpec.model_fields if name not in ("space", "queue"))
 _BOUNDS = {"greater_than": ">", "greater_than_equal": "≥", "less_than": "<", "less_than_equal": "≤"}
 _PATTERNS = {
     ("study", "name"): 'a folder name of letters, digits, ".", "_" and "-" (a letter or digit first, 64 at most)',
@@ -70,7 +71,7 @@ def expectation(kind: str, context: Mapping[str, Any], path: KeyPath) -> str:
     if kind == "literal_error":
         return str(context["expected"]).replace("'", '"')
     if kind == "string_pattern_mismatch":
-        return _PATTERNS.get(path[:2], f"text of the form {context['pattern']}")  # type: ignore[call-overload]
+        return next((words for key, words in _PATTERNS.items() if key == path[:2]), f"text like {context['pattern']}")
     return kind.replace("_", " ")
 
 
@@ -87,7 +88,7 @@ def got(given: Any) -> str:
     if isinstance(given, dict):
         text = f"a table ({', '.join(map(str, given)) or 'empty'})"
     else:
-        text = json.dumps(given, default=str, ensure_ascii=False)
+        text = str(given) if isinstance(given, float) else json.dumps(given, default=str, ensure_ascii=False)
     return shortened(text)
 
 
@@ -105,7 +106,9 @@ def _unknown(path: KeyPath, tree: Mapping[str, Any]) -> str:
     valid = _valid_keys(path[:-1], tree)
     if path[0] == "space" and valid == list(Choices.model_fields) and path[-1] in FloatRange.model_fields:
         return "can't stand beside choices; wanted either low and high, or choices"
-    return f"unknown {'section' if len(path) == 1 else 'key'}{nearest(str(path[-1]), valid)}"
+    elsewhere = [f"{section}.{path[-1]}" for section in _SECTIONS if path[-1] in _valid_keys((section,), tree)]
+    hint = f'; did you mean "{elsewhere[0]}"?' if elsewhere and len(path) <= 2 else nearest(str(path[-1]), valid)
+    return f"unknown {'section' if len(path) == 1 else 'key'}{hint}"
 
 
 def _literals(context: Mapping[str, Any]) -> list[str]:

@@ -65,6 +65,7 @@ class _Locator:
             if table in self._elements:
                 table = (*table, self._elements[table])
         end, self._at = self._at, start
+        self._found.pop(table, None)  # its own header tells more than that of a table inside it
         self._note(table, len(table))
         self._at = end
         self._skip(_SPACE)

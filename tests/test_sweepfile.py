@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import re
 import time
 import tomllib
@@ -13,8 +14,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fintx import sweepfile
-from fintx.config import FloatRange, StudySpec
+from fintx import sweepfile, toml_writer
+from fintx.config import Choices, FloatRange, StudySpec
 from fintx.sweepfile import SweepFileError
 from fintx.toml_lines import locate
 from fintx.types import FintxError
@@ -52,7 +53,7 @@ note = "deep"
 
 def write(tmp_path: Path, text: str, name: str = "x.toml") -> Path:
     path = tmp_path / name
-    path.write_text(text)
+    path.write_text(text, encoding="utf-8")
     return path
 
 
@@ -95,12 +96,9 @@ def leaves(tree: Any, path: tuple = ()) -> list[tuple]:
     return [path]
 
 
-def mutated(tree: dict, path: tuple, change) -> dict:
-    tree = copy.deepcopy(tree)
-    inner = tree
-    for key in path[:-1]:
-        inner = inner[key]
-    change(inner, path[-1])
+def inside(tree: dict, path: tuple) -> Any:
+    for key in path:
+        tree = tree[key]
     return tree
 
 
@@ -118,63 +116,56 @@ def out_of_range(table: dict, key: str) -> None:
     table[key] = -(10**12)
 
 
+def bool_for_number(table: dict, key: str) -> None:
+    table[key] = True
+
+
+def nan_for_number(table: dict, key: str) -> None:
+    table[key] = float("nan")
+
+
 def as_toml(tree: dict) -> str:
-    lines = []
-    for key, value in tree.items():
-        if not isinstance(value, dict):
-            lines.append(f"{key} = {sweepfile._value(value)}")
+    lines = toml_writer.pairs({key: value for key, value in tree.items() if not isinstance(value, dict)})
     for key, value in tree.items():
         if isinstance(value, dict):
-            lines += [
-                "",
-                f"[{sweepfile._key(key)}]",
-                *(f"{sweepfile._key(k)} = {sweepfile._value(v)}" for k, v in value.items()),
-            ]
-    return "\n".join(lines) + "\n"
+            lines += ["", f"[{toml_writer.key(key)}]", *toml_writer.pairs(value)]
+    return "\n".join(lines).replace("NaN", "nan") + "\n"
 
 
 def cases():
     for name in SHIPPED:
         tree = tomllib.loads((SWEEPS / name).read_text())
         for path in leaves(tree):
-            for change in (typo, wrong_type, out_of_range):
+            number = isinstance(inside(tree, path), int | float) and not isinstance(inside(tree, path), bool)
+            for change in (typo, wrong_type, out_of_range, *((bool_for_number, nan_for_number) if number else ())):
                 yield pytest.param(name, path, change, id=f"{name}:{'.'.join(path)}:{change.__name__}")
 
 
-# Free text takes any text, and a misspelt set name is refused when features are resolved, where the data are known.
-_TEXT = {("study", "question")}
+@pytest.fixture(scope="module")
+def sweeps_copy(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sweeps")
+    for name in SHIPPED:
+        (folder / name).write_text((SWEEPS / name).read_text())
+    return folder
 
 
 @pytest.mark.parametrize(("name", "path", "change"), list(cases()))
-def test_a_mutated_key_is_named_with_file_line_and_mend(name, path, change, tmp_path):
+def test_a_mutated_key_is_named_with_file_line_and_mend(name, path, change, sweeps_copy):
     tree = tomllib.loads((SWEEPS / name).read_text())
-    for other in SHIPPED:
-        (tmp_path / other).write_text((SWEEPS / other).read_text())
-    before = copy.deepcopy(tree)
-    broken = mutated(tree, path, change)
+    broken = copy.deepcopy(tree)
+    change(inside(broken, path[:-1]), path[-1])
     text = as_toml(broken)
-    file = write(tmp_path, text, name)
+    file = write(sweeps_copy, text, f"mutated_{name}")
     found = problems(file)
-    key = (
-        next(k for k in (_table(broken, path[:-1])) if k not in _table(before, path[:-1]))
-        if change is typo
-        else path[-1]
-    )
+    key = path[-1]
+    if change is typo:
+        key = next(iter(inside(broken, path[:-1]).keys() - inside(tree, path[:-1]).keys()))
     line = locate(text)[(*path[:-1], key)]
-    own = [each for each in found if each.startswith(f"{file}:{line}: ")]
+    own = [each for each in found if each.startswith(f"{file}:{line}: ") and key in each]
     assert own, (line, found)
-    assert any(key in each for each in own), own
-    if change is typo and path[0] not in ("space",) or change is typo and len(path) > 2:
-        assert any(f'did you mean "{path[-1]}"' in each for each in own), own
-    elif change is not typo:
-        assert any("wanted" in each or "got" in each for each in own), own
-    assert all("\n" not in each and "pydantic" not in each for each in found)
-
-
-def _table(tree: dict, path: tuple) -> dict:
-    for key in path:
-        tree = tree[key]
-    return tree
+    wanted = f'did you mean "{path[-1]}"?' if change is typo else "got "
+    assert any(wanted in each for each in own), own
+    assert all(re.match(r".+?(:\d+)?: \S.*", each) and "Input should" not in each for each in found)
 
 
 # --- single mistakes --------------------------------------------------------------------------------------------------
@@ -184,10 +175,10 @@ def _table(tree: dict, path: tuple) -> dict:
     ("old", "new", "line", "words"),
     [
         ('name = "x"', "", 2, "study.name: is missing"),
-        ('name = "x"', 'name = "../../x"', 3, "study.name: wanted text of the form"),
-        ('name = "x"', 'name = ""', 3, "study.name: wanted text of the form"),
-        ('name = "x"', f'name = "{"x" * 600}"', 3, "study.name: wanted text of the form"),
-        ('name = "x"', 'name = "a\\nb"', 3, "study.name: wanted text of the form"),
+        ('name = "x"', 'name = "../../x"', 3, "study.name: wanted a folder name of letters"),
+        ('name = "x"', 'name = ""', 3, "study.name: wanted a folder name of letters"),
+        ('name = "x"', f'name = "{"x" * 600}"', 3, "study.name: wanted a folder name of letters"),
+        ('name = "x"', 'name = "a\\nb"', 3, "study.name: wanted a folder name of letters"),
         ("horizon = 3", "horizon = true", 9, "task.horizon: wanted a whole number, got true"),
         ("horizon = 3", "horizon = 3.0", 9, "task.horizon: wanted a whole number, got 3.0"),
         ("horizon = 3", "horizon = 0", 9, "task.horizon: wanted a value ≥ 1, got 0"),
@@ -202,10 +193,38 @@ def _table(tree: dict, path: tuple) -> dict:
         ("choices = [32, 64]", "choices = [32, 0]", 16, "space.train.batch_size.choices[1]: wanted"),
         ("choices = [32, 64]", "low = 1.5, high = 3", 16, "wanted whole numbers"),
         ("n_heads = 2", "n_heads = 3", 21, "3 heads don't divide d_model = 64"),
-        ('rate" = 3e-4', 'rate" = 3e-2', 24, "wanted a value in 0.0001 … 0.001, got 0.03"),
+        ('rate" = 3e-4', 'rate" = 3e-2', 24, "wanted a number in 0.0001 … 0.001, got 0.03"),
         ('"optim.learning_rate" = 3e-4', '"optim.learning_rat" = 3e-4', 24, 'did you mean "optim.learning_rate"?'),
         ('note = "deep"', 'nota = "deep"', 23, 'did you mean "note"?'),
         ("[budget]", "[budgets]", 11, 'did you mean "budget"?'),
+        ("horizon = 3", "horizon = 0x" + "F" * 9000, 9, "task.horizon: wanted a whole number of 64 bits"),
+        ("horizon = 3", f"horizon = {'[' * 60}{']' * 60}", 9, "task.horizon[0][0]: is nested too deeply"),
+        ('parameters = "2M"', f'parameters = "{"9" * 400}"', 12, "write a count like"),
+        ('parameters = "2M"', "parameters = true", 12, "wanted a whole number, got true"),
+        ('parameters = "2M"', 'parameter = "2M"', 12, 'unknown key; did you mean "parameters"?'),
+        ("horizon = 3", "horizon = 3\nn_trials = 9", 10, 'unknown key; did you mean "study.n_trials"?'),
+        ("log = true", "log = 1", 15, "space.optim.learning_rate.log: wanted true or false, got 1"),
+        ("log = true", "choices = [1.0]", 15, "wanted either low and high, or choices"),
+        ("low = 1e-4", "low = true", 15, "space.optim.learning_rate.low: wanted a number, got true"),
+        ("low = 1e-4", "low = inf", 15, "space.optim.learning_rate.low: wanted a finite number, got inf"),
+        ("{ low = 1e-4, high = 1e-3, log = true }", "{}", 15, "space.optim.learning_rate.low: is missing"),
+        ("{ low = 1e-4, high = 1e-3, log = true }", "3e-4", 15, "wanted a table, got 0.0003"),
+        ("[32, 64]", "[32, 32]", 16, "space.train.batch_size.choices: 32 stands twice"),
+        ("[32, 64]", "[32, true]", 16, "space.train.batch_size.choices[1]: wanted a whole number, got true"),
+        ("[32, 64]", "[32, [64]]", 16, "choices[1]: wanted true, false, a number or text, got [64]"),
+        ("[32, 64]", "[]", 16, "wanted a list with an entry at least, got []"),
+        (
+            '"train.batch_size" = { choices = [32',
+            '"model.context_length" = { choices = [8',
+            16,
+            "patch_length = 10 is longer than context_length = 8",
+        ),
+        ('"train.batch_size" = { choices = [32, 64] }', '"model.stride" = { low = 2, high = 9 }', 16, "wanted choices"),
+        ('rate" = 3e-4', 'rate" = true', 24, "queue[0].optim.learning_rate: wanted a number in 0.0001 … 0.001"),
+        ('"optim.learning_rate" = 3e-4', '"train.batch_size" = 48', 24, "wanted one of 32, 64, got 48"),
+        ('"optim.learning_rate" = 3e-4', '"train.batch_size" = true', 24, "wanted one of 32, 64, got true"),
+        ("d_ff = 256", "", 18, "queue[0].d_ff: is missing"),
+        ("d_ff = 256", "d_ff = 256\nd_fff = 1", 23, 'unknown key; did you mean "d_ff"?'),
     ],
 )  # fmt: skip
 def test_a_mistake_is_one_line_at_its_place(old, new, line, words, tmp_path):
@@ -213,6 +232,67 @@ def test_a_mistake_is_one_line_at_its_place(old, new, line, words, tmp_path):
     path = write(tmp_path, GOOD.replace(old, new, 1))
     found = problems(path)
     assert any(each.startswith(f"{path}:{line}: ") and words in each for each in found), found
+
+
+def test_a_whole_number_is_asked_of_a_queued_whole_number(tmp_path):
+    text = GOOD.replace('"train.batch_size" = { choices = [32, 64] }', '"train.patience" = { low = 2, high = 9 }')
+    for value, words in (("4.5", "got 4.5"), ("nan", "got nan"), ('"4"', 'got "4"'), ("10", "got 10")):
+        found = problems(write(tmp_path, text.replace('"optim.learning_rate" = 3e-4', f'"train.patience" = {value}')))
+        assert found == [f"{tmp_path}/x.toml:24: queue[0].train.patience: wanted a whole number in 2 … 9, {words}"]
+    spec = sweepfile.load(write(tmp_path, text.replace('"optim.learning_rate" = 3e-4', '"train.patience" = 4.0')))
+    assert spec.queue[0].values == {"train.patience": 4.0}
+
+
+def test_more_queue_entries_than_trials_are_refused(tmp_path):
+    found = problems(write(tmp_path, GOOD + GOOD[GOOD.index("[[queue]]") :].replace("48", "40")), "study.n_trials=1")
+    assert len(found) == 1 and found[0].startswith("--set study.n_trials=1: study.n_trials: 1 is fewer than the 2")
+
+
+def test_repeated_symbols_and_dates_in_reverse_are_refused(tmp_path):
+    data = '[data]\nassets = ["SPX", "SPX"]\nstart = 2020-01-02\nend = 2020-01-01\n'
+    first, second = problems(write(tmp_path, data + GOOD))
+    assert first.endswith(":2: data.assets: SPX stands twice; take one out")
+    assert second.endswith(":3: data.start: wanted a date up to data.end = 2020-01-01, got 2020-01-02")
+
+
+@pytest.mark.parametrize(
+    "dates", ["2008-01-31", '"2008-01-31"'], ids=["a TOML date", "a date in quotes"]
+)  # fmt: skip
+def test_dates_may_be_written_either_way(dates, tmp_path):
+    spec = sweepfile.load(write(tmp_path, f"[data]\nstart = {dates}\n{GOOD}"))
+    assert spec.data.start.isoformat() == "2008-01-31"
+    assert sweepfile.load(write(tmp_path, sweepfile.dump(spec))) == spec
+
+
+@pytest.mark.parametrize("wrong", ["07:30:00", "2008-01-31T07:30:00", "20080131", '"31.1.2008"', "true"])
+def test_no_date_is_refused(wrong, tmp_path):
+    found = problems(write(tmp_path, f"[data]\nstart = {wrong}\n{GOOD}"))
+    assert len(found) == 1 and ":2: data.start: wanted a date like 2024-01-31, got" in found[0]
+
+
+def test_mistakes_of_type_hide_none_between_parts(tmp_path):
+    text = GOOD.replace("horizon = 3", "horizon = -3").replace('"train.batch_size"', '"train.batchsize"')
+    text = text.replace("n_heads = 2", "n_heads = 3") + "[data]\nassets = ['SPX', 'SPX']\n"
+    found = problems(write(tmp_path, text))
+    assert [int(re.match(r".*?:(\d+): ", each)[1]) for each in found] == [9, 26, 16, 21]
+
+
+def test_nothing_is_said_of_what_depends_on_a_broken_part(tmp_path):
+    """A misspelt [space] entry makes no queue entry wrong, nor a misspelt metric the task."""
+    text = GOOD.replace("log = true }", "log = 3 }").replace('name = "x"', 'name = "x"\nmetric = "auk"')
+    found = problems(write(tmp_path, text))
+    assert len(found) == 2 and 'did you mean "auc"?' in found[0] and "learning_rate.log" in found[1]
+
+
+def test_a_thousand_mistakes_are_counted_not_shown(tmp_path):
+    found = problems(write(tmp_path, GOOD + "[train]\n" + "\n".join(f"wrong_{i} = 1" for i in range(1000))))
+    assert len(found) == 101 and found[-1] == "… and 900 problems more"
+    assert all("unknown key" in each for each in found[:-1])
+
+
+def test_a_key_cannot_write_to_the_terminal(tmp_path):
+    found = problems(write(tmp_path, GOOD + '[train]\n"a\\nb\\u001b[31m" = 1\n'))
+    assert len(found) == 1 and found[0].isprintable() and "a\\nb\\x1b[31m: unknown key" in found[0]
 
 
 def test_all_mistakes_are_told_at_once(tmp_path):
@@ -234,6 +314,31 @@ def test_metric_and_loss_must_fit_the_task(tmp_path):
     assert any("study.metric" in each for each in found) and any("train.loss" in each for each in found)
 
 
+@pytest.mark.parametrize(
+    "searched", ["label_smoothing = { low = 0.0, high = 0.2 }", 'class_weight = { choices = ["none", "balanced"] }',
+                 'loss = { choices = ["mse", "bce"] }'],
+)  # fmt: skip
+def test_what_regression_takes_no_search_may_give_it(searched, tmp_path):
+    key = searched.partition(" ")[0]
+    text = f"""[study]
+name = "x"
+metric = "mse"
+[task]
+kind = "regression"
+horizon = 3
+[budget]
+parameters = "2M"
+[train]
+loss = "huber"
+[space]
+train.{searched}
+"""
+    if key == "loss":
+        text = text.replace('[train]\nloss = "huber"\n', "\n\n")
+    (found,) = problems(write(tmp_path, text))
+    assert found.startswith(f"{tmp_path}/x.toml:12: space.train.{key}: train.{key}")
+
+
 # --- inheritance and overrides ----------------------------------------------------------------------------------------
 
 
@@ -244,6 +349,59 @@ def test_a_mistake_in_the_base_is_placed_in_the_base(tmp_path):
     mended = write(tmp_path, 'extends = "base.toml"\n[task]\nhorizon = 2\n')
     spec = sweepfile.load(mended)
     assert (spec.task.horizon, spec.task.threshold, spec.study.name) == (2, 0.01, "x")
+
+
+@pytest.mark.parametrize(
+    ("own", "where"),
+    [
+        ('[space]\n"optim.learning_rate" = { low = 1e-2 }', "x.toml:3: space.optim.learning_rate.high: is missing"),
+        ('[task]\nkind = "direction"', "x.toml:2: task.horizon: is missing"),
+        ("[task]\nprice = 3", "x.toml:3: task.price: wanted"),
+        ('[budget]\nparameters = "2M"', "base.toml:9: task.horizon: wanted"),
+        ("[space]\noptim.learning_rate.low = 1.0", "x.toml:3: space.optim.learning_rate.high: is missing"),
+    ],
+    ids=["replaced value", "replaced table", "own value", "inherited value", "dotted"],
+)
+def test_a_mistake_is_placed_in_the_file_that_makes_it(own, where, tmp_path):
+    write(tmp_path, GOOD.replace("horizon = 3", "horizon = -3"), "base.toml")
+    found = problems(write(tmp_path, f'extends = "base.toml"\n{own}\n'))
+    assert any(each.startswith(f"{tmp_path}/{where}") for each in found), found
+
+
+def test_dotted_paths_without_quotes_merge_like_quoted_ones(tmp_path):
+    unquoted = GOOD.replace('"optim.learning_rate" =', "optim.learning_rate =").replace('"train.', "train.")
+    base = write(tmp_path, unquoted.replace('batch_size"', "batch_size"), "base.toml")
+    assert sweepfile.load(base) == sweepfile.load(write(tmp_path, GOOD))
+    child = 'extends = "base.toml"\n[space]\noptim.weight_decay = { low = 0.0, high = 0.1 }\n'
+    assert set(sweepfile.load(write(tmp_path, child)).space) == {
+        "optim.learning_rate", "optim.weight_decay", "train.batch_size"
+    }  # fmt: skip
+    found = problems(write(tmp_path, child.replace("optim", "optimm")))
+    assert found == [
+        f'{tmp_path}/x.toml:3: space.optimm.weight_decay: unknown path; did you mean "optim.weight_decay"?'
+    ]
+
+
+def test_a_value_that_is_also_searched_is_never_silently_without_effect(tmp_path):
+    both = write(tmp_path, GOOD + "[optim]\nlearning_rate = 2e-4\n")
+    assert problems(both) == [
+        f"{both}:26: optim.learning_rate: is searched ({both}:15), so a value here has no effect; "
+        "take one of the two out"
+    ]
+    plain = write(tmp_path, GOOD)
+    (found,) = problems(plain, "optim.learning_rate=2e-4")
+    assert found.startswith("--set optim.learning_rate=2e-4: optim.learning_rate: is searched") and "choices" in found
+    fixed = sweepfile.load(plain, overrides=['space."optim.learning_rate"={choices=[3e-4]}', "queue=[]"])
+    assert fixed.space["optim.learning_rate"] == Choices(choices=(3e-4,))
+
+
+def test_a_search_wins_over_the_bases_value(tmp_path):
+    write(tmp_path, GOOD + "[model]\ndropout = 0.33\n", "base.toml")
+    child = write(tmp_path, 'extends = "base.toml"\n[space]\n"model.dropout" = { low = 0.0, high = 0.5 }\n')
+    spec = sweepfile.load(child)
+    assert "model.dropout" in spec.space and spec.model.dropout == 0.1
+    assert sweepfile.load(write(tmp_path, sweepfile.dump(spec), "dumped.toml")) == spec
+    assert "dropout = 0.33" not in sweepfile.dump(spec)
 
 
 def test_values_replace_and_another_kind_replaces_its_table(tmp_path):
@@ -283,7 +441,57 @@ def test_overrides_win_and_their_mistakes_are_theirs(tmp_path):
     searched = sweepfile.load(path, overrides=['space."model.dropout"={low=0.0, high=0.3}']).space["model.dropout"]
     assert searched == FloatRange(low=0.0, high=0.3)
     assert problems(path, "study.n_trials=many")[0].startswith("--set study.n_trials=many: study.n_trials: wanted")
-    assert "wanted section.key=value" in problems(path, "nonsense")[0]
+
+
+@pytest.mark.parametrize("spelled", ['space."optim.learning_rate".low=2e-4', "space.optim.learning_rate.low=2e-4"])
+def test_an_override_enters_tables_and_replaces_one_value(spelled, tmp_path):
+    spec = sweepfile.load(write(tmp_path, GOOD), overrides=[spelled])
+    assert spec.space["optim.learning_rate"] == FloatRange(low=2e-4, high=1e-3, log=True)
+    assert "train.batch_size" in spec.space
+
+
+def test_an_override_of_half_a_path_sets_the_paths_in_it(tmp_path):
+    override = "space.optim={learning_rate={low=2e-4, high=1e-3}, weight_decay={low=0.0, high=0.1}}"
+    spec = sweepfile.load(write(tmp_path, GOOD), overrides=[override])
+    assert set(spec.space) == {"optim.learning_rate", "optim.weight_decay", "train.batch_size"}
+    assert spec.space["optim.learning_rate"].low == 2e-4
+
+
+def test_an_override_of_a_table_replaces_it(tmp_path):
+    file = write(tmp_path, GOOD + '[split]\nkind = "fractions"\ntrain = 0.5\nvalidation = 0.2\n')
+    dates = 'split={kind="dates", validation_start=2010-01-01, test_start=2015-01-01}'
+    assert sweepfile.load(file, overrides=[dates]).split.train is None
+    assert sweepfile.load(file, overrides=["space={}", "queue=[]"]).space == {}
+    again = sweepfile.load(file, overrides=["split.train=0.6", "split.train=0.7"])
+    assert (again.split.train, again.split.validation) == (0.7, 0.2)
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("nonsense", "wanted section.key=value"),
+        ("=3", "wanted section.key=value"),
+        ("[study]=3", "wanted section.key=value"),
+        ("a=1,b=2", "a: unknown section"),
+        ("study.n_trials=3\n[train]\nseed=1", "study.n_trials: wanted a whole number"),
+        ("x." * 20_000 + "y=1", "wanted section.key=value"),
+        ("study.n_trials=" + "9" * 6000, "study.n_trials: wanted"),
+        ('extends="base.toml"', "extends: a base is named in the file alone"),
+        ("n_trials=3", 'unknown section; did you mean "study.n_trials"?'),
+        ("study.name.x=3", "study.name: wanted text in quotes, got a table (x)"),
+        ("queue.d_model=3", "queue: wanted a list, got a table (d_model)"),
+        ("space.optim.learning_rate={low=5.0,high=1.0}", "space.optim.learning_rate: wanted low below high"),
+        ('split.kind="walk_forward"', "split: kind"),
+        ('data.versions={"^VIX"=3}', "data.versions.^VIX: wanted text in quotes"),
+        ("model.dropout=1e999", "model.dropout: wanted a finite number, got inf"),
+    ],
+)
+def test_a_mistaken_override_is_shown_itself(override, words, tmp_path):
+    began = time.monotonic()
+    found = problems(write(tmp_path, GOOD), override)
+    assert len(found) == 1 and found[0].startswith("--set ") and len(found[0]) < 400
+    assert words in found[0], found
+    assert time.monotonic() - began < 2
 
 
 # --- hostile texts ----------------------------------------------------------------------------------------------------
@@ -300,14 +508,37 @@ def test_overrides_win_and_their_mistakes_are_theirs(tmp_path):
         "d = 2024-13-45",
         "n = " + "9" * 5_000,
         "\x00",
+        '"!" . ' * 20_000 + "y = 1",
+        "[" + "'a b'." * 20_000 + "y]",
+        "q = 0x" + "F" * 100_000,
+        "a = " + "[" * 200 + "]" * 200,
+        'extends = "' + "x" * 5000 + '"',
+        'extends = "\\u0000"',
+        '[queue]\n"\\u0061" = { x = 1 }',
     ],
-    ids=["deep arrays", "20,000-part key", "deep tables", "torn header", "twice", "no date", "5,000 digits", "nul"],
+    ids=[
+        "deep arrays",
+        "20,000-part key",
+        "deep tables",
+        "torn header",
+        "twice",
+        "no date",
+        "5,000 digits",
+        "nul",
+        "20,000 quoted parts",
+        "20,000-part header",
+        "100,000 hex digits",
+        "200 arrays",
+        "long base",
+        "nul in base",
+        "escaped key in a table that is no list",
+    ],
 )
 def test_hostile_toml_is_refused_in_one_line_and_soon(text, tmp_path):
     began = time.monotonic()
     found = problems(write(tmp_path, text))
-    assert len(found) == 1 and len(found[0]) < 600
-    assert time.monotonic() - began < 5
+    assert len(found) <= 4 and all(len(each) < 600 for each in found)
+    assert time.monotonic() - began < 2
 
 
 def test_large_binary_missing_and_folder_are_refused(tmp_path):
@@ -320,6 +551,14 @@ def test_large_binary_missing_and_folder_are_refused(tmp_path):
     (tmp_path / "demo.toml").write_text("")
     assert "did you mean" in problems(tmp_path / "dmo.toml")[0]
     assert "can't be read" in problems(tmp_path)[0]
+    assert "can't be read" in problems(tmp_path / ("x" * 5000))[0]
+    assert "larger than 1 MiB" in problems(Path("/dev/zero"))[0]
+
+
+def test_a_byte_order_mark_and_windows_line_ends_are_read(tmp_path):
+    path = tmp_path / "windows.toml"
+    path.write_bytes(b"\xef\xbb\xbf" + GOOD.replace("\n", "\r\n").encode())
+    assert sweepfile.load(path) == sweepfile.load(write(tmp_path, GOOD))
 
 
 @settings(max_examples=150, deadline=None)
@@ -336,42 +575,80 @@ def test_any_text_gives_a_spec_or_a_plain_error(text):
             assert str(error)
 
 
-# --- line numbers -----------------------------------------------------------------------------------------------------
-
-_scalars = st.one_of(
-    st.integers(), st.booleans(), st.text(max_size=8), st.floats(allow_nan=False, allow_infinity=False)
+_wild = st.one_of(
+    st.sampled_from(["", "SPX", "2M", "high", "bce", "optim.eps", "2020-01-01", "x.toml", "../y", True, False]),
+    st.integers(-3, 70),
+    st.integers(),
+    st.floats(),
+    st.lists(st.integers(0, 99), max_size=3),
+    st.fixed_dictionaries({"low": st.floats(), "high": st.integers()}),
+    st.fixed_dictionaries({"choices": st.lists(st.sampled_from([1, 1.0, True, "bce", "none", 64]), max_size=3)}),
+    st.just({"a": {"b": {"c": 1}}}),
 )
-_values = st.recursive(
-    _scalars,
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
-    max_leaves=8,
+_spots = st.sampled_from(
+    [(section, key) for section in StudySpec.model_fields for key in (
+        "name", "kind", "horizon", "price", "threshold", "metric", "n_trials", "parameters", "tolerance", "d_model",
+        "n_layers", "d_ff_ratio", "assets", "start", "end", "features", "train", "validation", "test_start", "loss",
+        "context_length", "patch_length", "revin", "dropout", "learning_rate", "label_smoothing", "low", "",
+        "optim.learning_rate", "train.loss", "train.patience", "model.patch_length", "model.revin", "model",
+    )]
+)  # fmt: skip
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.tuples(_spots, _wild), max_size=4), st.booleans())
+def test_wild_values_give_a_spec_that_round_trips_or_placed_errors(tmp_path_factory, changes, by_override):
+    folder = tmp_path_factory.mktemp("wild")
+    tree = tomllib.loads(GOOD)
+    overrides = []
+    for (section, key), value in changes:
+        text = _toml(value)
+        if by_override:
+            overrides.append(f"{section}.{toml_writer.key(key)}={text}")
+        elif isinstance(tree.setdefault(section, {}), dict):
+            tree[section][key] = tomllib.loads(f"x = {text}")["x"]
+        else:
+            tree[section] = [{**tree[section][0], key: tomllib.loads(f"x = {text}")["x"]}]
+    lines = [*as_lines({k: v for k, v in tree.items() if k != "queue"})]
+    for entry in tree["queue"]:
+        lines += ["[[queue]]", *map(_finite, toml_writer.pairs(entry))]
+    file = write(folder, "\n".join(lines) if not by_override else GOOD)
+    try:
+        spec = sweepfile.load(file, overrides=overrides)
+    except SweepFileError as error:
+        assert all(re.match(rf"({re.escape(str(file))}(:\d+)?|--set .+): \S", line) for line in str(error).splitlines())
+    else:
+        assert sweepfile.load(write(folder, sweepfile.dump(spec), "again.toml")) == spec
+
+
+def as_lines(tree: dict) -> list[str]:
+    return as_toml(tree).replace("-Infinity", "-inf").replace("Infinity", "inf").splitlines()
+
+
+def _finite(text: str) -> str:
+    return text.replace("NaN", "nan").replace("Infinity", "inf")
+
+
+def _toml(value: Any) -> str:
+    return _finite(toml_writer.value(value))
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    question=st.text(max_size=40),
+    note=st.text(max_size=40),
+    rate=st.floats(1e-300, 1e300),
+    eps=st.floats(min_value=1e-300, max_value=1e300),
+    seed=st.integers(0, 2**31 - 1),
+    versions=st.dictionaries(st.text(max_size=6), st.text(max_size=6), max_size=3),
 )
-
-
-@settings(max_examples=150, deadline=None)
-@given(st.dictionaries(st.text(max_size=6), st.dictionaries(st.text(max_size=6), _values, max_size=4), max_size=4))
-def test_the_locator_finds_every_key_that_tomllib_finds(tree):
-    lines, expected = [], {}
-    for section, content in tree.items():
-        lines += ["", "# [comment]", f"[{sweepfile._key(section)}]"]
-        expected[(spelled(section),)] = len(lines)
-        for key, value in content.items():
-            lines.append(f"{sweepfile._key(key)} = {sweepfile._value(value)}  # x = 1")
-            expected[(spelled(section), spelled(key))] = len(lines)
-    text = "\n".join(lines) + "\n"
-    assert tomllib.loads(text) == tree
-    found = locate(text)
-    assert {path: found.get(path) for path in expected} == expected
-
-
-def spelled(key: str) -> str:
-    """A key as it stands in the text, without quotes: the locator decodes no escapes."""
-    return sweepfile._key(key)[1:-1] if sweepfile._key(key) != key else key
-
-
-def test_lines_of_array_tables_dotted_keys_and_long_strings():
-    text = '[[queue]]\nd = 1\n[[queue]]\nd = 2\na.b = """\n[x]\n"""\nc = [\n 1,\n {z = 2},\n]\n'
-    found = locate(text)
-    assert found[("queue", 0, "d")] == 2 and found[("queue", 1, "d")] == 4
-    assert found[("queue", 1, "a", "b")] == 5
-    assert found[("queue", 1, "c", 1, "z")] == 10
+def test_a_dumped_spec_loads_back_equal(tmp_path_factory, question, note, rate, eps, seed, versions):
+    folder = tmp_path_factory.mktemp("dumped")
+    tree = sweepfile.load(write(folder, GOOD)).model_dump(mode="json")
+    tree["study"] |= {"question": question, "seed": seed}
+    tree["data"]["versions"] = versions
+    tree["optim"]["eps"] = eps
+    tree["queue"][0] |= {"note": note, "values": {"optim.learning_rate": rate}}
+    tree["space"]["optim.learning_rate"] = {"low": 1e-300, "high": 1e300, "log": True}
+    spec = StudySpec.model_validate_json(json.dumps(tree))
+    assert sweepfile.load(write(folder, sweepfile.dump(spec), "again.toml")) == spec

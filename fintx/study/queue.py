@@ -56,8 +56,7 @@ def params_for(entry: QueueEntry, space: SearchSpace) -> dict[str, Any]:
     """What the sampler is told of an entry: its shape's coordinates and its values; the rest it samples itself."""
     values = {}
     for path, value in entry.values.items():
+        # In the distribution's own type: the very choice, so that 1.0 for 1 is no other category; 4 for 4.0.
         distribution = space.distributions[path]
-        choices = getattr(distribution, "choices", None)
-        # The very choice, so that 1.0 for 1 is no other category.
-        values[path] = value if choices is None else next(choice for choice in choices if choice == value)
+        values[path] = distribution.to_external_repr(distribution.to_internal_repr(value))
     return {**space.encode(entry.shape), **values}

@@ -51,7 +51,7 @@ class SearchSpace:
         distributions: dict[str, BaseDistribution] = {}
         for axis, name in enumerate(AXES):
             low, high = float(coordinates[:, axis].min()), float(coordinates[:, axis].max())
-            if high - low > 2 * _NUDGE * len(shapes):
+            if high > low:
                 distributions[name] = FloatDistribution(low, high)
         for path, searched in spec.space.items():
             distributions[path] = _distribution(spec, path, searched)

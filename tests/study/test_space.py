@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 
 import numpy as np
 import optuna
@@ -10,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fintx import sweepfile
 from fintx.config import (
     ArchitectureConfig,
     BudgetConfig,
@@ -19,13 +21,14 @@ from fintx.config import (
     QueueEntry,
     StudySpec,
     TaskConfig,
+    config_hash,
 )
 from fintx.model import sizes
-from fintx.study import queue
 from fintx.study.space import AXES, SearchSpace
 
 TASK = TaskConfig(kind="threshold", horizon=3, price="high", threshold=0.01)
 N_FEATURES = 25
+SWEEPS = Path(__file__).resolve().parents[2] / "sweeps"
 
 
 def make_spec(parameters="2M", **changes) -> StudySpec:
@@ -130,32 +133,46 @@ def test_the_sampler_can_drive_it(space):
     assert len({tuple(trial.params.items()) for trial in study.trials}) == 12
 
 
-# --- the queue --------------------------------------------------------------------------------------------------------
+def test_ties_alone_keep_their_axis():
+    """Two shapes of one aspect, ratio and number of heads, as a queue entry can make them: both stay in reach."""
+    spec = make_spec(
+        budget=BudgetConfig(parameters="7.2M", tolerance=0.8),
+        architecture=ArchitectureConfig(
+            d_model=(64,), n_layers=LayerRange(low=32, high=32), n_heads=(4,), d_ff_ratio=(4.0,)
+        ),
+        queue=(QueueEntry(d_model=128, n_layers=64, n_heads=4, d_ff=512),),
+    )
+    space = SearchSpace.build(spec, n_features=N_FEATURES)
+    assert len(space.shapes) == 2
+    assert all(space.decode(space.encode(shape)) == shape for shape in space.shapes)
 
 
-def test_a_queued_shape_joins_the_feasible_set_and_is_what_runs(space):
-    study = optuna.create_study()
-    study.enqueue_trial(queue.params_for(ENTRY, space))
-    trial = study.ask(space.distributions)
-    config = space.trial_config(space.spec, trial.params, seed=0)
-    assert config.shape == ENTRY.shape
-    assert config.train.batch_size == 64 and isinstance(config.train.batch_size, int)
+def test_a_space_of_one_shape_has_no_axis():
+    architecture = ArchitectureConfig(
+        d_model=(128,), n_layers=LayerRange(low=10, high=10), n_heads=(4,), d_ff_ratio=(4.0,)
+    )
+    space = SearchSpace.build(make_spec(architecture=architecture), n_features=N_FEATURES)
+    assert not set(AXES) & set(space.distributions)
+    assert space.decode({}) == space.shapes[0] and space.encode(space.shapes[0]) == {}
 
 
-def test_an_entrys_identity_is_its_content():
-    same = ENTRY.model_copy(update={"note": "again", "values": {"train.batch_size": 64}})
-    other = ENTRY.model_copy(update={"n_heads": 10})
-    flag = ENTRY.model_copy(update={"values": {"train.batch_size": True}})
-    assert queue.identity(same) == queue.identity(ENTRY)
-    assert len({queue.identity(entry) for entry in (ENTRY, other, flag)}) == 3
+def test_a_whole_number_for_a_number_is_the_same_config():
+    spec = make_spec(space={"model.dropout": Choices(choices=(0, 0.5)), "optim.clip_norm": FloatRange(low=1, high=2)})
+    space = SearchSpace.build(spec, n_features=N_FEATURES)
+    shape = space.encode(space.shapes[0])
+    configs = [
+        space.trial_config(spec, {**shape, "model.dropout": zero, "optim.clip_norm": one}, seed=0)
+        for zero, one in ((0, 1), (0.0, 1.0))
+    ]
+    assert config_hash(configs[0]) == config_hash(configs[1])
 
 
-def test_all_entries_outside_the_budget_are_named_at_once():
-    big = ENTRY.model_copy(update={"n_layers": 90})
-    small = ENTRY.model_copy(update={"n_layers": 1})
-    with pytest.raises(queue.QueueError) as caught:
-        queue.validate(make_spec(queue=(big, ENTRY, small, ENTRY)), n_features=N_FEATURES)
-    first, second, third = str(caught.value).splitlines()
-    assert first.startswith("queue[0]: d_model 80, n_layers 90") and "outside the budget 1,500,000 … 2,500,000" in first
-    assert second.startswith("queue[2]:")
-    assert third == "queue[3]: is the same as queue[1]; take one out"
+@pytest.mark.parametrize("file", sorted(SWEEPS.glob("*.toml")), ids=lambda path: path.name)
+def test_every_shipped_file_has_shapes_all_within_its_budget(file):
+    spec = sweepfile.load(file)
+    space = SearchSpace.build(spec, n_features=33)
+    assert len(space.shapes) >= 30
+    totals = [sizes.count(spec.model, shape, 33).total for shape in space.shapes]
+    assert spec.budget.low <= min(totals) and max(totals) <= spec.budget.high
+    assert all(name in space.distributions for name in AXES)
+    assert all(space.decode(space.encode(shape)) == shape for shape in space.shapes[::37])
