@@ -93,6 +93,7 @@ class SplitConfig(_Config):
     """Which days train, which choose (validation), and which stay sealed (test). Always in time order."""
 
     kind: Literal["fractions", "dates", "walk_forward"] = "fractions"
+    """Shares of the days in time order, parts by date, or several validation folds one after the other."""
     train: Fraction | None = None
     """fractions: share of the trading days that train."""
     validation: Fraction | None = None
@@ -189,15 +190,20 @@ class OptimConfig(_Config):
     clip_norm: PositiveFloat = 1.0
     """Gradients are scaled down to this global norm."""
     b1: Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)] = 0.9
+    """Decay per step of the gradient's running mean."""
     b2: Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)] = 0.999
+    """Decay per step of the squared gradient's running mean."""
     eps: PositiveFloat = 1e-8
+    """Added to the root of that mean."""
 
 
 class TrainConfig(_Config):
     """How long, on what loss, and when to stop."""
 
     batch_size: PositiveInt = 64
+    """Windows per step."""
     max_epochs: PositiveInt = 30
+    """Passes over the training windows at most; the schedule is laid out for them."""
     patience: PositiveInt = 5
     """Epochs without a better validation metric before training stops; the best step is restored."""
     loss: Literal["bce", "focal", "mse", "huber"] = "bce"
@@ -263,6 +269,7 @@ class StudyConfig(_Config):
     n_trials: PositiveInt = 50
     """The total, queue included; running the file again never adds to it."""
     seed: Seed = 0
+    """Of the sampler and of every trial, each by its number."""
     metric: Literal["log_loss", "brier", "auc", "average_precision", "mse", "mae"] = "log_loss"
     """The validation metric that decides, at the restored best step. mse, mae for regression only."""
     n_startup_trials: PositiveInt = 10
@@ -310,8 +317,11 @@ class ArchitectureConfig(_Config):
     """Candidate shapes; those inside the budget are the feasible set that `fintx plan` prints."""
 
     d_model: Candidates = (256, 384, 512, 768, 1024, 1536, 2048)
+    """Widths of the residual stream."""
     n_layers: LayerRange = LayerRange()
+    """Depths: every whole number from low to high."""
     n_heads: Candidates = (2, 4, 8, 12, 16, 24, 32)
+    """Attention heads; those that divide d_model are paired with it."""
     d_ff_ratio: Annotated[tuple[PositiveFloat, ...], Field(min_length=1)] = (2.0, 4.0)
     """d_ff / d_model; the product is rounded to a whole number."""
 
@@ -352,10 +362,15 @@ class QueueEntry(_Config):
     """A hand-picked shape to run before the search, with any training values it fixes by dotted path."""
 
     d_model: PositiveInt
+    """Width of the residual stream."""
     n_layers: PositiveInt
+    """Depth."""
     n_heads: PositiveInt
+    """Attention heads; must divide d_model."""
     d_ff: PositiveInt
+    """Width of the feed-forward layers."""
     note: str = ""
+    """Why it is tried; kept in the record."""
     values: dict[str, bool | int | float | str] = {}
     """Dotted path → value, for paths of [space]; the rest is left to the sampler."""
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel
+from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from fintx import config
@@ -24,8 +25,12 @@ PAGE = Path(__file__).resolve().parents[1] / "docs" / "guide" / "sweep-file.md"
 _HEAD = """# The sweep file
 
 One TOML file asks one question. `extends = "base.toml"` takes over another file beside it: tables merge key by key,
-values are replaced whole, and a table that names another `kind` replaces the base's. Any value can be set on the
-command line: `--set study.n_trials=3`. Unknown keys are errors. `just plan FILE` prints the resolved whole.
+values are replaced whole, and a table that names another `kind` replaces the base's. Unknown keys are errors.
+`just plan FILE` prints the resolved whole.
+
+Any value can be set on the command line, and wins: `--set study.n_trials=3`, `--set 'data.assets=["SPY"]'`,
+`--set architecture.n_layers.high=64`. The value is TOML; a bare word is text. It replaces what the key held, a table
+too.
 
 This page is made from the schema by `tools/sweep_reference.py`.
 """
@@ -82,6 +87,8 @@ def _field_docs(model: type[BaseModel]) -> dict[str, str]:
 
 def _bound(constraint: Any) -> str:
     signs = {"gt": ">", "ge": "≥", "lt": "<", "le": "≤"}
+    if isinstance(constraint, FieldInfo):  # in front of `| None`, a Field stands for its constraints
+        return "".join(map(_bound, constraint.metadata))
     return "".join(f", {sign} {getattr(constraint, key)}" for key, sign in signs.items() if hasattr(constraint, key))
 
 
@@ -130,6 +137,8 @@ def _space() -> str:
         "```toml\n[space]\n"
         '"optim.learning_rate" = { low = 1e-4, high = 1e-3, log = true }\n'
         '"train.batch_size" = { choices = [32, 64, 128] }\n```\n\n'
+        "A setting is either searched or fixed: beside its search, a value in its own section is an error (a base's "
+        "value gives way).\n\n"
         f"Paths: {', '.join(paths)}.\n\nA `[[queue]]` entry may fix searched values in the same way: "
         '`"optim.learning_rate" = 3e-4`.\n'
     )

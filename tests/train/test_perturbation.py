@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
-from fintx.data.windows import Dataset
 
 from fintx.config import ModelConfig, OptimConfig, Shape, TaskConfig, TrainConfig, TrialConfig
+from fintx.data.windows import Dataset
 from fintx.train import loop
 
 SECTIONS = {"shape": Shape, "model": ModelConfig, "optim": OptimConfig, "train": TrainConfig}

@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from fintx.data.windows import Dataset
 
 from fintx.config import TrialConfig
+from fintx.data.windows import Dataset
 from fintx.model import transformer
 from fintx.train import losses, optim, step
 from fintx.train.state import Hyper, TargetScale, hyper, init, program
