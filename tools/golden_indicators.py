@@ -225,6 +225,12 @@ def changes(x: Column, k: int, function: Callable[[float, float], float]) -> Spa
     return [None if t < k else function(x[t], x[t - k]) for t in range(len(x))]
 
 
+def on_circle(dates: list[str], part: Callable[[datetime.date], int], period: int, name: str) -> Sparse:
+    """sin or cos of a date's part, as the angle of a circle of `period`."""
+    angles = [2 * math.pi * part(datetime.date.fromisoformat(day)) / period for day in dates]
+    return [math.sin(a) if name == "sin" else math.cos(a) for a in angles]
+
+
 def share_not_above(window: Column) -> float:
     return sum(value <= window[-1] for value in window) / len(window)
 
@@ -235,7 +241,6 @@ def indicators(b: dict[str, Any]) -> dict[str, Sparse]:
     returns = changes(close, 1, lambda now, then: math.log(now / then))
     squares: Sparse = [None if r is None else r * r for r in returns]
     macd = both(ema(list(close), 12), ema(list(close), 26), lambda a, c: a - c)
-    volume = [float(v) for v in b["volume"]]
     realized = over(squares, 21, lambda w: math.sqrt(mean(w)))
     return (
         {f"dema_{n}": dema(close, n) for n in (9, 10, 20, 25, 90)}
@@ -252,12 +257,8 @@ def indicators(b: dict[str, Any]) -> dict[str, Sparse]:
             "adx_14": adx(b, 14),
             "bollinger_b_20": percent_b(close),
             "vwap_20": vwap(b, 20),
-            "log_return_5": changes(close, 5, lambda now, then: math.log(now / then)),
-            "realized_vol_21": realized,
             "parkinson_vol_21": parkinson(b, 21),
             "garman_klass_vol_21": garman_klass(b, 21),
-            "sma_distance_50": over(list(close), 50, lambda w: math.log(w[-1] / mean(w))),
-            "volume_ratio_20": over(list(volume), 20, lambda w: math.log(w[-1] / mean(w))),
             "macd_in_atr": both(macd, wilder(true_range(b), 14), lambda a, c: a / c),
             "vix_close": list(vix),
             "vix_sma_10": over(list(vix), 10, mean),
@@ -268,8 +269,40 @@ def indicators(b: dict[str, Any]) -> dict[str, Sparse]:
             "vix_regime": [0.0 if v < 15 else 1.0 if v < 25 else 2.0 for v in vix],
             "vix_change_1": changes(vix, 1, lambda now, then: now / then - 1),
             "vix_change_5": changes(vix, 5, lambda now, then: now / then - 1),
+            "vix_log": [math.log(v) for v in vix],
+            "vix_log_change_1": changes(vix, 1, lambda now, then: math.log(now) - math.log(then)),
             "vix_log_change_5": changes(vix, 5, lambda now, then: math.log(now) - math.log(then)),
+            "vix_sma_distance_20": over(list(vix), 20, lambda w: math.log(w[-1]) - math.log(mean(w))),
+            "vix_realized_gap": both(list(vix), realized, lambda v, r: math.log(v / (100 * math.sqrt(252) * r))),
             "variance_risk_premium": both(list(vix), realized, lambda v, r: (v / 100) ** 2 - 252 * r * r),
+        }
+        | stationary(b, squares)
+    )
+
+
+def stationary(b: dict[str, Any], squares: Sparse) -> dict[str, Sparse]:
+    """Those that know no price level; `squares`: squared daily log returns."""
+    close, dates, volume = b["close"], b["dates"], [float(v) for v in b["volume"]]
+    days = list(zip(b["open"], b["high"], b["low"], close, strict=True))
+
+    def centred(x: Sparse) -> Sparse:
+        return [None if value is None else (value - 50) / 50 for value in x]
+
+    return (
+        {f"log_return_{k}": changes(close, k, lambda now, then: math.log(now / then)) for k in (1, 2, 5, 10, 21, 63)}
+        | {f"realized_vol_{n}": over(squares, n, lambda w: math.sqrt(mean(w))) for n in (5, 21, 63)}
+        | {f"sma_distance_{n}": over(list(close), n, lambda w: math.log(w[-1] / mean(w))) for n in (20, 50, 200)}
+        | {f"volume_ratio_{n}": over(list(volume), n, lambda w: math.log(w[-1] / mean(w))) for n in (20, 63)}
+        | {f"weekday_{f}": on_circle(dates, datetime.date.weekday, 7, f) for f in ("sin", "cos")}
+        | {f"month_{f}": on_circle(dates, lambda day: day.month - 1, 12, f) for f in ("sin", "cos")}
+        | {
+            "range": [math.log(high) - math.log(low) for _, high, low, _ in days],
+            "close_in_range": [(c - low) / (high - low) for _, high, low, c in days],
+            "gap": [None, *(math.log(now[0] / then[3]) for now, then in zip(days[1:], days[:-1], strict=True))],
+            "rsi_14_centered": centred(rsi(close, 14)),
+            "weekly_rsi_14_centered": centred(of_weeks_over(b, lambda x: rsi(x, 14))),
+            "stochrsi_14_centered": centred(stochastic_rsi(close)),
+            "adx_14_scaled": [None if value is None else value / 100 for value in adx(b, 14)],
         }
     )
 

@@ -35,8 +35,9 @@ def rolling_mean(x: Floats, n: int) -> Floats:
 
 
 def rolling_std(x: Floats, n: int) -> Floats:
-    """Sample SD (n − 1) of the last n values."""
-    return rolling(x, n).std(axis=1, ddof=1)
+    """Sample SD (n − 1) of the last n values; exactly 0 where they are equal, whatever their mean rounds to."""
+    window = rolling(x, n)
+    return np.where(np.ptp(window, axis=1) == 0, 0.0, window.std(axis=1, ddof=1))
 
 
 def rolling_rank(x: Floats, n: int) -> Floats:
@@ -105,7 +106,7 @@ def vwap(high: Floats, low: Floats, close: Floats, volume: Floats, n: int) -> Fl
 
 
 def volume_ratio(volume: Floats, n: int) -> Floats:
-    """ln(volume / its mean over the n days before); 0 on days without volume and for series that have none."""
+    """ln(volume / its mean over n days, this one included); 0 on days without volume and for series that have none."""
     mean = rolling_mean(volume, n)
     with np.errstate(divide="ignore", invalid="ignore"):
         ratio = np.log(volume / mean)

@@ -219,7 +219,9 @@ def _load(
     bounds = splits.build(split, horizon=task.horizon, dates=_calendar(bars))
     # Which features `stationary` holds is decided before the test part too: its prices choose nothing.
     gaps = all(features.has_gaps(_before(b, bounds.test_first)) for b in bars)
-    names = features.resolve(data.features, context=data.context, gaps=gaps)
+    joined = {symbol: b.between(data.start, None) for symbol, b in context.items()}
+    gapless = tuple(s for s, b in _all_before(joined, bounds.test_first).items() if not features.has_gaps(b))
+    names = features.resolve(data.features, context=data.context, gaps=gaps, gapless_context=gapless)
     versions = {symbol: b.version for symbol, b in loaded.items()}
     return data.model_copy(update={"features": names, "versions": versions}), bars, context, bounds
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from fintx.data import sources, windows
+from fintx.data import features, sources, windows
 from fintx.data.windows import Dataset, Part, Scaling
 from fintx.evaluate import metrics
 from fintx.study import records
@@ -107,6 +107,8 @@ def on_file(path: Path, file: Path, *, symbol: str | None, data_root: Path) -> E
     without = [name for name in config.data.features if "volume" in name or name in _OF_VOLUME]
     if without and not bars.volume.any():
         raise FintxError(f"{file}: has no column volume, which the model's inputs {', '.join(without)} need")
+    if "gap" in config.data.features and not features.has_gaps(bars):
+        raise FintxError(f"{file}: its opens are mostly the close before, and the model's input gap needs true opens")
     context = {
         context_symbol: sources.load(
             context_symbol, root=data_root, version=config.data.versions.get(context_symbol)
