@@ -79,7 +79,7 @@ def resolve(
         if name in refused:
             raise UnknownFeature(
                 f'data.features: "{name}" means nothing where the open equals the close before on more than '
-                f"{MAX_UNOPENED:.0%} of a year's days (an index's first print); take it out, or start later (data.start)"
+                f"{MAX_UNOPENED:.0%} of a year's days (an index's first print); take it out or set a later data.start"
             )
     twice = sorted({name for name in found if found.count(name) > 1})
     if twice:

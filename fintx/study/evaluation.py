@@ -80,6 +80,8 @@ def on_test(path: Path, *, data_root: Path) -> Evaluation:
     folder = found.folders[-1]
     restored = checkpoint.load(folder)
     config, meta = restored.config, restored.meta
+    if config.split.kind == "walk_forward" and config.split.test_start is None:
+        raise FintxError(f"{path}: its walk-forward split has no test part (no split.test_start): nothing is sealed")
     opened = records.log_opening(found.study, {"trial": meta["trial_number"], "checkpoint": folder.name})
     scaling = Scaling.from_json(meta["scaling"])
     dataset, part = windows.build_test(

@@ -78,7 +78,7 @@ def _verdict(summary: Summary) -> str:
     if lead is None or best is None:
         return f"No baseline has a {metric}."
     side = "lower" if lead.gain > 0 else "higher"
-    figures = f"mean loss {abs(lead.gain):.4f} {side}, standard error {lead.se:.4f}"
+    figures = f"mean loss {number(abs(lead.gain))} {side}, standard error {number(lead.se)}"
     if lead.gain <= 0:
         return f"The best trial does NOT beat {lead.baseline} ({figures})."
     if lead.gain < 2 * lead.se:

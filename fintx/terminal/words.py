@@ -8,11 +8,13 @@ from fintx.config import Shape
 
 
 def number(value: float | int | None, digits: int = 4) -> str:
-    """.4321, or "–" where there is none; whole numbers with thousands separators."""
+    """0.4321, or "–" where there is none; whole numbers with thousands separators; 0.000292 with its digits kept."""
     if value is None:
         return "–"
     if isinstance(value, int):
         return f"{value:,}"
+    if 0 < abs(value) < 0.01:
+        return f"{value:.{digits - 1}g}" if digits > 1 else f"{value:.1g}"
     return f"{value:.{digits}f}"
 
 
