@@ -13,7 +13,18 @@ import math
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    field_serializer,
+    model_validator,
+)
+
+from fintx.types import without_passwords
 
 PositiveInt = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)]
@@ -23,6 +34,7 @@ Seed = Annotated[int, Field(ge=0, lt=2**31)]
 Symbol = Annotated[str, Field(pattern=r"^[A-Za-z0-9^][A-Za-z0-9^._=-]{0,31}$")]
 
 _SUFFIXES = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9}
+_UNITS = {"MB": 10**6, "GB": 10**9, "MIB": 2**20, "GIB": 2**30}
 
 
 def parse_parameters(value: Any) -> Any:
@@ -33,6 +45,16 @@ def parse_parameters(value: Any) -> Any:
     if match is None:
         raise ValueError('write a count like "200M", "1.5B" or 2000000')
     return round(float(match[1]) * _SUFFIXES[match[2]])
+
+
+def _parse_bytes(value: Any) -> Any:
+    """'12GB' → 12_000_000_000; an int passes. Units MB, GB, MiB, GiB."""
+    if not isinstance(value, str):
+        return value
+    match = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?) ?(MB|GB|MIB|GIB)", value.strip().upper())
+    if match is None:
+        raise ValueError('write an amount like "12GB" or "500MiB"')
+    return round(float(match[1]) * _UNITS[match[2]])
 
 
 def _as_tuple(value: Any) -> Any:
@@ -276,6 +298,32 @@ class StudyConfig(_Config):
     """Random trials before TPE begins to model."""
     keep_checkpoints: PositiveInt = 3
     """How many of the best trials keep their checkpoint."""
+    queue_extremes: bool = False
+    """Queue the smallest and largest feasible value of each shape axis, so that a search has seen the edges first."""
+
+
+STORAGE = r"^(journal|postgresql://\S+)$"
+
+
+class ExecutionConfig(_Config):
+    """How a study is run, on what: no part of what it asks, so all of it may change from one run to the next."""
+
+    storage: Annotated[str, Field(pattern=STORAGE)] = "journal"
+    """journal: a file in the study's folder. postgresql://USER@HOST/DATABASE: machines with that URL share the study."""
+    checkpoint_s: PositiveFloat | None = None
+    """Seconds between saves of a running trial; none: 60, or 50 × what a save takes where that is longer (2 % at most)."""
+    hang_s: PositiveFloat = 900.0
+    """Seconds without a step after which a worker counts as hung: it is stopped and its trial taken up again."""
+    max_attempts: PositiveInt = 3
+    """Times that a run of the study tries a trial whose worker crashes or hangs, before it leaves the trial aside."""
+    max_failures: PositiveInt = 10
+    """Failures of the same kind in a row that stop the study: something is wrong that more trials won't mend."""
+    memory: Annotated[PositiveInt, BeforeValidator(_parse_bytes)] | None = None
+    """Memory that all running trials may take together, such as "12GB"; none: what the machine or its GPU has free."""
+
+    @field_serializer("storage")
+    def _storage_without_password(self, storage: str) -> str:
+        return without_passwords(storage)
 
 
 class BudgetConfig(_Config):
@@ -371,8 +419,14 @@ class QueueEntry(_Config):
     """Width of the feed-forward layers."""
     note: str = ""
     """Why it is tried; kept in the record."""
+    id: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")] | None = None
+    """A name that is the entry's identity; none: its identity is its content."""
     values: dict[str, bool | int | float | str] = {}
-    """Dotted path → value, for paths of [space]; the rest is left to the sampler."""
+    """Dotted path → value, for paths of [space]; `training` says where the rest comes from."""
+    training: Literal["best", "defaults", "sampler"] = "best"
+    """best: the study's best finished trial, or the file's defaults before there is one; sampler: its own proposal."""
+    cancelled: bool = False
+    """True: never run; the entry stays in the file as a memory of it."""
 
     @property
     def shape(self) -> Shape:
@@ -395,6 +449,7 @@ class StudySpec(_Config):
     space: dict[str, Searched] = {}
     """Dotted path into TrialConfig (model, optim, train) → what to search."""
     queue: tuple[QueueEntry, ...] = ()
+    execution: ExecutionConfig = ExecutionConfig()
 
 
 def canonical_json(config: BaseModel) -> str:

@@ -12,6 +12,7 @@ from pydantic import BaseModel
 
 from fintx.config import Choices, FloatRange, LayerRange, QueueEntry, StudySpec
 from fintx.toml_lines import Path as KeyPath
+from fintx.types import without_passwords
 
 _LONGEST = 60
 
@@ -28,6 +29,7 @@ _PLAIN = {
 _SECTIONS = tuple(name for name in StudySpec.model_fields if name not in ("space", "queue"))
 _BOUNDS = {"greater_than": ">", "greater_than_equal": "≥", "less_than": "<", "less_than_equal": "≤"}
 _PATTERNS = {
+    ("execution", "storage"): '"journal" or "postgresql://USER@HOST/DATABASE"',
     ("study", "name"): 'a folder name of letters, digits, ".", "_" and "-" (a letter or digit first, 64 at most)',
     ("data", "assets"): "a symbol such as SPY or ^VIX",
     ("data", "context"): "a symbol such as SPY or ^VIX",
@@ -93,7 +95,8 @@ def got(given: Any) -> str:
 
 
 def shortened(text: str) -> str:
-    """The text, or its beginning and an ellipsis."""
+    """The text, or its beginning and an ellipsis; a password is hidden first, since a cut URL is no URL any more."""
+    text = without_passwords(text)
     return text if len(text) <= _LONGEST else text[: _LONGEST - 1] + "…"
 
 

@@ -11,6 +11,7 @@ Modules that hold JAX arrays import `jaxtyping` themselves: it loads JAX, which 
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import numpy as np
@@ -25,10 +26,25 @@ Ints = np.ndarray
 """A NumPy array of integers."""
 
 
+_PASSWORD = re.compile(
+    r"""(postgres\w*(?:\+\w+)?://[^\s:/@"']*:)(?:[^\s"']*@|(?!\d{1,5}(?:[/?\s"']|$))[^\s"']*)""", re.IGNORECASE
+)
+_PASSWORD_OPTION = re.compile(r"""(password=)[^&\s"']*""", re.IGNORECASE)
+
+
+def without_passwords(text: str) -> str:
+    """The text with the password of every database URL in it replaced by ***, also where the URL is cut off."""
+    hidden = _PASSWORD.sub(lambda match: f"{match[1]}***{'@' if match[0].endswith('@') else ''}", text)
+    return _PASSWORD_OPTION.sub(r"\1***", hidden)
+
+
 class FintxError(Exception):
     """Something its user can mend.
 
     The message is one line (or one line per problem) that says what was wanted, what was got, where, and how to mend
     it. The command line prints it and exits with code 2; anything that is not a FintxError is a bug of fintx. Modules
-    derive named errors from it where a caller must tell one from another.
+    derive named errors from it where a caller must tell one from another. No message holds a database's password.
     """
+
+    def __init__(self, text: str):
+        super().__init__(without_passwords(text))
