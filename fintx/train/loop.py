@@ -14,7 +14,7 @@ from fintx.config import TaskConfig, TrialConfig
 from fintx.data.windows import Dataset
 from fintx.evaluate import metrics
 from fintx.model import transformer
-from fintx.train import step
+from fintx.train import resume, step
 from fintx.train.state import (
     Hyper,
     Program,
@@ -88,6 +88,10 @@ class FitResult:
     """Tracing, lowering and compiling; 0 where an earlier trial's program served."""
     wall_s: float
     """All of `fit`, compile_s included."""
+    warnings: tuple[str, ...] = ()
+    resumed_step: int = 0
+    micro_batch: int = 0
+    memory_bytes: int | None = None
 
 
 def fit(
@@ -96,7 +100,11 @@ def fit(
     *,
     metric: str,
     on_epoch: Callable[[Epoch], None] | None = None,
+    on_progress: Callable[[int], None] | None = None,
+    on_warning: Callable[[str], None] | None = None,
     should_stop: Callable[[], bool] | None = None,
+    saves: resume.Saves | None = None,
+    memory_limit: int | None = None,
 ) -> FitResult:
     """Train one trial, and restore the step whose validation metric is best.
 
