@@ -1,14 +1,21 @@
-"""Which shapes does the user want run first? Their identities, their check against the budget, their coordinates."""
+"""Which shapes does the user want run first? Their identities, their check, the values they run with, their states."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from fintx.config import QueueEntry, StudySpec
+import numpy as np
+from optuna.distributions import BaseDistribution, CategoricalDistribution
+
+from fintx.config import QueueEntry, Shape, StudySpec
 from fintx.model import sizes
-from fintx.study.space import SearchSpace, model_variants
+from fintx.study.ledger import Claim
+from fintx.study.records import TrialRecord
+from fintx.study.space import SearchSpace, clamped, model_variants
 from fintx.types import FintxError
 
 
@@ -16,47 +23,172 @@ class QueueError(FintxError):
     """Queue entries that the study can't run, one line each."""
 
 
+@dataclass(frozen=True)
+class Settled:
+    """An entry with nothing left open: what is told to the sampler, and what is trained."""
+
+    params: dict[str, Any]
+    """Every name of the space's distributions; with training = "sampler" only what the entry fixes."""
+    shape: Shape
+    training: str
+    """Where the values that the entry leaves open came from: "trial 7", "defaults", "sampler"; "": it leaves none."""
+
+
+@dataclass(frozen=True)
+class QueueState:
+    """How far an entry is."""
+
+    entry: QueueEntry
+    identity: str
+    state: str
+    """queued, running, interrupted, done, failed n (attempts that crashed or hung), cancelled."""
+    number: int | None
+    """Its trial; none before it has one."""
+    training: str
+    """Where its open values came from, as settled; empty before that."""
+
+
 def identity(entry: QueueEntry) -> str:
-    """An entry's identity is its content: shape and values, however written (1 and 1.0 are the same), not its note."""
+    """An entry's `id`; without one its content, however written (1 and 1.0 are the same): shape, values, training."""
+    if entry.id is not None:
+        return entry.id
     values = {
         path: float(value) if isinstance(value, int) and not isinstance(value, bool) else value
         for path, value in entry.values.items()
     }
-    text = json.dumps([*entry.shape.model_dump().values(), values], sort_keys=True)
+    training = [] if entry.training == "best" else [entry.training]
+    text = json.dumps([*entry.shape.model_dump().values(), values, *training], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+# --- what is queued ---------------------------------------------------------------------------------------------------
+
+
+def entries(spec: StudySpec, space: SearchSpace) -> tuple[QueueEntry, ...]:
+    """What is to be run first, in order: the file's entries, and the extremes where the study asks for them.
+
+    An extreme whose shape the file holds already is left out, also where that entry is cancelled.
+    """
+    own = tuple(entry for entry in spec.queue if not entry.cancelled)
+    if not spec.study.queue_extremes:
+        return own
+    known = {entry.shape for entry in spec.queue}
+    return own + tuple(entry for entry in extremes(space) if entry.shape not in known)
+
+
+def extremes(space: SearchSpace) -> tuple[QueueEntry, ...]:
+    """The smallest and the largest feasible value of each shape axis, each in a shape ordinary in all else.
+
+    Of the shapes that have the value it is the one nearest to the median of the other axes, on a log scale, each
+    measured by its range.
+    """
+    names = ("d_model", "n_layers", "d_ff ratio", "n_heads")
+    values = np.array([(s.d_model, s.n_layers, s.d_ff / s.d_model, s.n_heads) for s in space.shapes], dtype=float)
+    logs = np.log2(values)
+    spans = np.ptp(logs, axis=0)
+    offsets = np.square((logs - np.median(logs, axis=0)) / np.where(spans > 0, spans, 1))
+    notes: dict[Shape, list[str]] = {}
+    for axis, name in enumerate(names):
+        if spans[axis] == 0:
+            continue
+        distances = np.delete(offsets, axis, axis=1).sum(axis=1).round(9)  # so that equal ones tie on any machine
+        for word, end in (("smallest", values[:, axis].min()), ("largest", values[:, axis].max())):
+            members = np.flatnonzero(values[:, axis] == end)
+            nearest = space.shapes[members[np.argmin(distances[members])]]
+            notes.setdefault(nearest, []).append(f"{word} {name}")
+    return tuple(QueueEntry(**shape.model_dump(), note=", ".join(words)) for shape, words in notes.items())
 
 
 def validate(spec: StudySpec, *, n_features: int) -> None:
     """Check the entries as a whole before anything runs.
 
     Raises:
-        QueueError: every entry outside the budget, and every repeated one.
+        QueueError: every entry outside the budget (unless it is cancelled), and every repeated one.
     """
     problems = []
     seen: dict[str, int] = {}
     for index, entry in enumerate(spec.queue):
-        shape, budget = entry.shape, spec.budget
-        for model in model_variants(spec):
-            total = sizes.count(model, shape, n_features).total
-            if not budget.low <= total <= budget.high:
-                problems.append(
-                    f"queue[{index}]: d_model {shape.d_model}, n_layers {shape.n_layers}, n_heads {shape.n_heads}, "
-                    f"d_ff {shape.d_ff} holds {total:,} parameters, outside the budget {budget.low:,} … "
-                    f"{budget.high:,}; change the shape, budget.parameters or budget.tolerance"
-                )
-                break
+        if not entry.cancelled:
+            problems += [f"queue[{index}]: {words}" for words in _outside(spec, entry.shape, n_features)]
         first = seen.setdefault(identity(entry), index)
         if first != index:
-            problems.append(f"queue[{index}]: is the same as queue[{first}]; take one out")
+            what = "is the same as" if entry.id is None else f'has the id "{entry.id}", which is that of'
+            problems.append(f"queue[{index}]: {what} queue[{first}]; take one out")
     if problems:
         raise QueueError("\n".join(problems))
 
 
-def params_for(entry: QueueEntry, space: SearchSpace) -> dict[str, Any]:
-    """What the sampler is told of an entry: its shape's coordinates and its values; the rest it samples itself."""
-    values = {}
+def _outside(spec: StudySpec, shape: Shape, n_features: int) -> list[str]:
+    """What is wrong with a shape's size, of the first searched geometry that leaves the budget."""
+    budget = spec.budget
+    for model in model_variants(spec):
+        total = sizes.count(model, shape, n_features).total
+        if not budget.low <= total <= budget.high:
+            return [
+                f"d_model {shape.d_model}, n_layers {shape.n_layers}, n_heads {shape.n_heads}, d_ff {shape.d_ff} "
+                f"holds {total:,} parameters, outside the budget {budget.low:,} … {budget.high:,}; "
+                "change the shape, budget.parameters or budget.tolerance"
+            ]
+    return []
+
+
+# --- what an entry runs with ------------------------------------------------------------------------------------------
+
+
+def settle(entry: QueueEntry, spec: StudySpec, space: SearchSpace, *, best: TrialRecord | None) -> Settled:
+    """Give an entry the values that it leaves open, as its `training` says.
+
+    Args:
+        best: the study's best finished trial so far.
+    """
+    params: dict[str, Any] = dict(space.encode(entry.shape))
     for path, value in entry.values.items():
         # In the distribution's own type: the very choice, so that 1.0 for 1 is no other category; 4 for 4.0.
         distribution = space.distributions[path]
-        values[path] = distribution.to_external_repr(distribution.to_internal_repr(value))
-    return {**space.encode(entry.shape), **values}
+        params[path] = distribution.to_external_repr(distribution.to_internal_repr(value))
+    left_open = [path for path in spec.space if path not in entry.values]
+    if not left_open:
+        return Settled(params, entry.shape, "")
+    if entry.training == "sampler":
+        return Settled(params, entry.shape, "sampler")
+    model = best if entry.training == "best" else None
+    for path in left_open:
+        section, _, key = path.partition(".")
+        default = getattr(getattr(spec, section), key)
+        value = default if model is None else model.params.get(path, default)
+        params[path] = _inside(space.distributions[path], value)
+    return Settled(params, entry.shape, "defaults" if model is None else f"trial {model.trial_number}")
+
+
+def _inside(distribution: BaseDistribution, value: Any) -> Any:
+    """The value, or what of the distribution comes nearest to it: a bound, or the first choice."""
+    if not isinstance(distribution, CategoricalDistribution):
+        return clamped(distribution, value)
+    same_kind = [each for each in distribution.choices if isinstance(each, bool) == isinstance(value, bool)]
+    return next((each for each in same_kind if each == value), distribution.choices[0])
+
+
+# --- how far an entry is ----------------------------------------------------------------------------------------------
+
+
+def states(entries: Sequence[QueueEntry], claims: Sequence[Claim]) -> tuple[QueueState, ...]:
+    """The state of each entry, in order.
+
+    Args:
+        entries: cancelled ones included.
+        claims: of the study, from its storage.
+    """
+    held = {claim.entry: claim for claim in sorted(claims, key=lambda claim: claim.number)}
+    return tuple(_state(entry, held.get(identity(entry))) for entry in entries)
+
+
+def _state(entry: QueueEntry, claim: Claim | None) -> QueueState:
+    words: str = "queued" if claim is None else claim.state
+    if claim is not None and claim.finished:
+        words = "done"
+    elif entry.cancelled and words != "running":  # what is at work goes on; what isn't is not taken up again
+        words = "cancelled"
+    elif claim is not None and words == "failed":
+        words = f"failed {claim.failures}"
+    number, training = (None, "") if claim is None else (claim.number, claim.training)
+    return QueueState(entry, identity(entry), words, number, training)

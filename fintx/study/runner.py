@@ -260,7 +260,7 @@ class _Worker:
         trials = study.get_trials(deepcopy=False)
         if not any(frozen.state == TrialState.WAITING for frozen in trials):
             taken = {frozen.user_attrs.get("entry") for frozen in trials if frozen.state != TrialState.FAIL}
-            self._enqueue_next(study, taken)
+            self._enqueue_next(study, taken, finished)
         # A sampler made anew from (seed, trials so far) goes on where it stopped: a stopped study asks what an
         # uninterrupted one would have asked, instead of replaying its start-up samples.
         study.sampler = optuna.samplers.TPESampler(
@@ -270,17 +270,23 @@ class _Worker:
         asked = study.ask(self.space.distributions)
         return study.get_trials(deepcopy=False)[asked.number]
 
-    def _enqueue_next(self, study: optuna.Study, known: set[str | None]) -> None:
-        for entry in self.spec.queue:
+    def _enqueue_next(
+        self, study: optuna.Study, known: set[str | None], finished: dict[int, TrialRecord]
+    ) -> None:  # fmt: skip
+        best = records.best_of(list(finished.values()), minimize=self.minimize)
+        for entry in queue.entries(self.spec, self.space):
             identity = queue.identity(entry)
             if identity not in known:
-                attributes = {"entry": identity, "note": entry.note}
-                study.enqueue_trial(queue.params_for(entry, self.space), user_attrs=attributes)
+                settled = queue.settle(entry, self.spec, self.space, best=best)
+                attributes = {"entry": identity, "note": entry.note, "shape": settled.shape.model_dump()}
+                study.enqueue_trial(settled.params, user_attrs=attributes)
                 return
 
     def _run_trial(self, frozen: FrozenTrial) -> TrialRecord | None:
         seed = derive_seed(self.spec.study.seed, _TRIAL, frozen.number)
-        config = self.space.trial_config(self.spec, frozen.params, seed=seed)
+        pinned = frozen.user_attrs.get("shape")
+        shape = self.space.decode(frozen.params) if pinned is None else Shape(**pinned)
+        config = self.space.trial_config(self.spec, frozen.params, shape, seed=seed)
         asked = trial.Asked(
             number=frozen.number,
             params=dict(frozen.params),

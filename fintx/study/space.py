@@ -2,7 +2,11 @@
 
 The budget is solved, not searched: a shape is the feasible one nearest to the coordinates (log2 d_model / n_layers,
 log2 d_ff / d_model, log2 n_heads), so every proposal has a size inside the tolerance. The config trained is a pure
-function of a trial's parameters.
+function of a trial's parameters and its shape.
+
+The space is the study's definition and nothing else, so it is the same for all of a study's life: what the queue adds
+moves no bound and gives no older trial's coordinates another meaning. A queued shape off the candidates' grid keeps
+its own numbers; the sampler sees it where it lies, or at the nearest bound.
 """
 
 from __future__ import annotations
@@ -32,7 +36,7 @@ class SearchSpace:
 
     spec: StudySpec
     shapes: tuple[Shape, ...]
-    """The feasible set, queued shapes included."""
+    """The candidates inside the budget."""
     coordinates: Floats
     """(n_shapes, 3) float64, in the order of `AXES`."""
     distributions: dict[str, BaseDistribution]
@@ -43,10 +47,9 @@ class SearchSpace:
         """Solve the budget and lay out the space.
 
         Raises:
-            InfeasibleBudget: no shape fits.
+            InfeasibleBudget: no candidate fits.
         """
-        queued = [entry.shape for entry in spec.queue]
-        shapes = sizes.feasible(spec.architecture, spec.budget, model_variants(spec), n_features, queued)
+        shapes = sizes.feasible(spec.architecture, spec.budget, model_variants(spec), n_features)
         coordinates = _coordinates(shapes)
         distributions: dict[str, BaseDistribution] = {}
         for axis, name in enumerate(AXES):
@@ -58,12 +61,17 @@ class SearchSpace:
         return SearchSpace(spec, shapes, coordinates, distributions)
 
     def encode(self, shape: Shape) -> dict[str, float]:
-        """Coordinates of a feasible shape; `decode` gives that very shape back."""
-        found = self.coordinates[self.shapes.index(shape)]
-        return {name: float(found[axis]) for axis, name in enumerate(AXES) if name in self.distributions}
+        """Coordinates of a shape. Of a candidate: `decode` gives it back; of another one: clamped to the bounds."""
+        known = shape in self.shapes
+        found = self.coordinates[self.shapes.index(shape)] if known else np.array(_position(shape))
+        held = {name: float(found[axis]) for axis, name in enumerate(AXES) if name in self.distributions}
+        return {name: clamped(self.distributions[name], value) for name, value in held.items()}
 
     def decode(self, params: Mapping[str, Any]) -> Shape:
-        """The feasible shape nearest to the coordinates, each axis measured by its range; the first of equally near."""
+        """The candidate nearest to the coordinates, each axis measured by its range; the first of equally near.
+
+        It answers for the sampler's proposals. A queued trial's shape stands beside its parameters in the storage.
+        """
         distance = np.zeros(len(self.shapes))
         for axis, name in enumerate(AXES):
             if name in self.distributions:
@@ -71,12 +79,12 @@ class SearchSpace:
                 distance += np.square((column - params[name]) / (column.max() - column.min()))
         return self.shapes[int(np.argmin(distance))]
 
-    def trial_config(self, spec: StudySpec, params: Mapping[str, Any], *, seed: int) -> TrialConfig:
-        """The config of a trial, from the sampler's parameters alone.
+    def trial_config(self, spec: StudySpec, params: Mapping[str, Any], shape: Shape, *, seed: int) -> TrialConfig:
+        """The config of a trial.
 
         Args:
             spec: with its data resolved.
-            params: every name of `distributions`.
+            params: every searched path; the shape's coordinates are not looked at.
         """
         tree: dict[str, dict[str, Any]] = {name: getattr(spec, name).model_dump() for name in SECTIONS}
         for path in spec.space:
@@ -86,7 +94,7 @@ class SearchSpace:
             data=spec.data,
             task=spec.task,
             split=spec.split,
-            shape=self.decode(params),
+            shape=shape,
             model=ModelConfig(**tree["model"]),
             optim=OptimConfig(**tree["optim"]),
             train=TrainConfig(**tree["train"]),
@@ -103,13 +111,21 @@ def model_variants(spec: StudySpec) -> tuple[ModelConfig, ...]:
     )
 
 
+def clamped(distribution: BaseDistribution, value: float) -> Any:
+    """The value of a range that is nearest to the given one, in the range's own type."""
+    assert isinstance(distribution, IntDistribution | FloatDistribution)
+    inside = min(max(value, distribution.low), distribution.high)
+    return int(inside) if isinstance(distribution, IntDistribution) else float(inside)
+
+
+def _position(shape: Shape) -> tuple[float, float, float]:
+    """Where a shape lies on `AXES`."""
+    aspect, ratio = shape.d_model / shape.n_layers, shape.d_ff / shape.d_model
+    return math.log2(aspect), math.log2(ratio), math.log2(shape.n_heads)
+
+
 def _coordinates(shapes: tuple[Shape, ...]) -> Floats:
-    found = np.array(
-        [
-            (math.log2(s.d_model / s.n_layers), math.log2(s.d_ff / s.d_model), math.log2(s.n_heads))
-            for s in shapes
-        ]
-    )  # fmt: skip
+    found = np.array([_position(shape) for shape in shapes])
     seen: dict[tuple[float, ...], int] = {}
     for index, row in enumerate(map(tuple, found)):
         found[index, 0] += _NUDGE * seen.get(row, 0)

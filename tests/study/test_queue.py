@@ -2,14 +2,28 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import optuna
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from fintx.config import ArchitectureConfig, BudgetConfig, Choices, FloatRange, QueueEntry, StudySpec, TaskConfig
+from fintx.config import (
+    ArchitectureConfig,
+    BudgetConfig,
+    Choices,
+    FloatRange,
+    LayerRange,
+    QueueEntry,
+    StudySpec,
+    TaskConfig,
+)
 from fintx.model import sizes
 from fintx.study import queue
+from fintx.study.ledger import Claim
+from fintx.study.records import TrialRecord
 from fintx.study.space import SearchSpace
 
 N_FEATURES = 25
@@ -45,37 +59,201 @@ def space():
     return SearchSpace.build(make_spec(ENTRY), n_features=N_FEATURES)
 
 
+def record(params: dict, number: int = 7) -> TrialRecord:
+    """A finished trial, as far as the queue looks at one."""
+    return TrialRecord.model_construct(trial_number=number, params=params)
+
+
 # --- what runs --------------------------------------------------------------------------------------------------------
 
 
 def test_a_queued_shape_and_its_values_are_what_runs_in_their_own_types(space):
     study = optuna.create_study()
-    study.enqueue_trial(queue.params_for(ENTRY, space))
+    settled = queue.settle(ENTRY, space.spec, space, best=None)
+    study.enqueue_trial(settled.params)
     trial = study.ask(space.distributions)
-    config = space.trial_config(space.spec, trial.params, seed=0)
+    config = space.trial_config(space.spec, trial.params, settled.shape, seed=0)
     assert config.shape == ENTRY.shape
     found = (config.train.batch_size, config.train.patience, config.optim.learning_rate, config.model.revin)
     assert found == (64, 4, 1.0, True)
     assert [type(each) for each in found] == [int, int, float, bool]
     json.dumps(trial.params)
+    assert settled.training == ""
 
 
-@pytest.mark.filterwarnings("error")
-def test_every_value_of_an_entry_is_told_and_no_other(space):
-    params = queue.params_for(ENTRY, space)
-    assert params.keys() == space.distributions.keys()
-    for name, value in params.items():
-        assert space.distributions[name]._contains(space.distributions[name].to_internal_repr(value))
-    bare = ENTRY.model_copy(update={"values": {}})
-    assert set(queue.params_for(bare, space)) == {"shape.aspect", "shape.d_ff_ratio", "shape.heads"}
+def test_what_an_entry_leaves_open_comes_from_the_best_trial(space):
+    searched = {"optim.learning_rate": 0.02, "train.batch_size": 32, "train.patience": 9, "model.revin": True}
+    best = record({"shape.aspect": 0.0, "shape.heads": 99.0, **searched})
+    entry = ENTRY.model_copy(update={"values": {"train.patience": 4.0}})
+    settled = queue.settle(entry, space.spec, space, best=best)
+    assert settled.params == {**space.encode(entry.shape), **searched, "train.patience": 4}
+    assert settled.training == "trial 7"
 
 
-def test_what_an_entry_leaves_open_is_sampled(space):
+@pytest.mark.parametrize(("training", "best"), [("best", None), ("defaults", record({"optim.learning_rate": 0.5}))])
+def test_or_from_the_files_defaults_brought_into_the_searched_range(training, best):
+    spec = make_spec(
+        optim={"learning_rate": 3e-4, "weight_decay": 0.5},
+        train={"batch_size": 48, "patience": 20},
+        space={
+            "optim.learning_rate": FloatRange(low=1e-4, high=1.0, log=True),
+            "optim.weight_decay": FloatRange(low=0.0, high=0.25),
+            "train.batch_size": Choices(choices=(32, 64)),
+            "train.patience": FloatRange(low=2, high=9),
+            "model.revin": Choices(choices=(True, False)),
+        },
+    )
+    space = SearchSpace.build(spec, n_features=N_FEATURES)
+    entry = ENTRY.model_copy(update={"values": {}, "training": training})
+    settled = queue.settle(entry, spec, space, best=best)
+    found = {path: settled.params[path] for path in spec.space}
+    assert found == {
+        "optim.learning_rate": 3e-4, "optim.weight_decay": 0.25, "train.batch_size": 32, "train.patience": 9,
+        "model.revin": False,
+    }  # fmt: skip
+    assert [type(each) for each in found.values()] == [float, float, int, int, bool]
+    assert settled.training == "defaults"
+
+
+def test_or_is_left_to_the_sampler(space):
+    entry = ENTRY.model_copy(update={"values": {"train.patience": 4}, "training": "sampler"})
+    settled = queue.settle(entry, space.spec, space, best=record({"optim.learning_rate": 0.5}))
+    assert settled.params == {**space.encode(entry.shape), "train.patience": 4}
+    assert settled.training == "sampler"
     study = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=1))
-    study.enqueue_trial(queue.params_for(ENTRY.model_copy(update={"values": {}}), space))
-    params = study.ask(space.distributions).params
-    assert space.decode(params) == ENTRY.shape
-    assert params.keys() == space.distributions.keys()
+    study.enqueue_trial(settled.params)
+    assert study.ask(space.distributions).params.keys() == space.distributions.keys()
+
+
+values = st.fixed_dictionaries(
+    {},
+    optional={
+        "train.batch_size": st.sampled_from([32, 64, 32.0, 64.0]),
+        "train.patience": st.one_of(st.integers(2, 9), st.integers(2, 9).map(float)),
+        "optim.learning_rate": st.one_of(st.floats(1e-4, 1.0), st.just(1)),
+        "model.revin": st.booleans(),
+    },
+)
+queued = st.builds(
+    lambda heads, width, depth, d_ff, held, training: QueueEntry(
+        d_model=heads * width, n_layers=depth, n_heads=heads, d_ff=d_ff, values=held, training=training
+    ),
+    st.integers(1, 64), st.integers(1, 64), st.integers(1, 4096), st.integers(1, 10_000), values,
+    st.sampled_from(["best", "defaults"]),
+)  # fmt: skip
+
+
+@settings(max_examples=100, deadline=None)
+@given(queued, st.none() | values)
+def test_what_is_settled_trains_the_entrys_very_shape_and_values(space, entry, known):
+    settled = queue.settle(entry, space.spec, space, best=None if known is None else record(known))
+    assert settled.params.keys() == space.distributions.keys()
+    for name, value in settled.params.items():
+        held = space.distributions[name]
+        assert held._contains(held.to_internal_repr(value))
+    config = space.trial_config(space.spec, settled.params, settled.shape, seed=0)
+    assert config.shape == entry.shape
+    for path, value in entry.values.items():
+        section, _, key = path.partition(".")
+        assert getattr(getattr(config, section), key) == value
+
+
+# --- the extremes -----------------------------------------------------------------------------------------------------
+
+
+def test_the_extremes_of_every_axis_are_entries_of_their_own():
+    spec = make_spec(ENTRY, study={"name": "s", "queue_extremes": True})
+    space = SearchSpace.build(spec, n_features=N_FEATURES)
+    first, *edges = queue.entries(spec, space)
+    assert first == ENTRY
+    words = [each for entry in edges for each in entry.note.split(", ")]
+    assert sorted(words) == sorted(
+        f"{end} {axis}" for axis in ("d_model", "n_layers", "d_ff ratio", "n_heads") for end in ("smallest", "largest")
+    )
+    for axis in ("d_model", "n_layers", "n_heads"):
+        held = [getattr(shape, axis) for shape in space.shapes]
+        for word, end in (("smallest", min(held)), ("largest", max(held))):
+            assert [getattr(e, axis) for e in edges if f"{word} {axis}" in e.note.split(", ")] == [end]
+    assert len({entry.shape for entry in edges}) == len(edges)
+    assert all(entry.shape in space.shapes for entry in edges)
+    queue.validate(make_spec(*edges), n_features=N_FEATURES)
+    assert queue.entries(spec, space) == (first, *edges)
+
+
+def test_an_extreme_is_ordinary_in_all_else():
+    """One width, one ratio: the fewest layers go with the middle number of heads, not with whichever comes first."""
+    architecture = ArchitectureConfig(d_model=(96,), n_heads=(2, 4, 8), d_ff_ratio=(4.0,))
+    spec = make_spec(architecture=architecture)
+    edges = queue.extremes(SearchSpace.build(spec, n_features=N_FEATURES))
+    assert [(entry.note, entry.n_heads) for entry in edges[:2]] == [("smallest n_layers", 4), ("largest n_layers", 4)]
+    depths = sorted({shape.n_layers for shape in SearchSpace.build(spec, n_features=N_FEATURES).shapes})
+    assert edges[2].note == "smallest n_heads" and edges[2].n_layers in depths[1:-1]
+
+
+def test_one_shape_may_be_the_extreme_of_two_axes_and_its_notes_merge():
+    architecture = ArchitectureConfig(
+        d_model=(64, 128), n_layers=LayerRange(low=12, high=31), n_heads=(4,), d_ff_ratio=(4.0,)
+    )
+    space = SearchSpace.build(make_spec(architecture=architecture), n_features=N_FEATURES)
+    found = {(entry.d_model, entry.n_layers): entry.note for entry in queue.extremes(space)}
+    assert found == {(64, 31): "smallest d_model, largest n_layers", (128, 12): "largest d_model, smallest n_layers"}
+
+
+def test_an_extreme_that_the_file_holds_or_has_cancelled_is_not_queued_again():
+    spec = make_spec(study={"name": "s", "queue_extremes": True})
+    space = SearchSpace.build(spec, n_features=N_FEATURES)
+    first, second, *rest = queue.entries(spec, space)
+    own = first.model_copy(update={"note": "mine", "values": {"train.patience": 3}})
+    changed = spec.model_copy(update={"queue": (own, second.model_copy(update={"cancelled": True}))})
+    assert queue.entries(changed, space) == (own, *rest)
+
+
+def test_a_cancelled_entry_is_not_among_those_to_run(space):
+    cancelled = ENTRY.model_copy(update={"cancelled": True})
+    other = ENTRY.model_copy(update={"n_heads": 10})
+    assert queue.entries(make_spec(cancelled, other), space) == (other,)
+
+
+# --- states -----------------------------------------------------------------------------------------------------------
+
+
+def claim(entry: QueueEntry, number: int = 3, **changes) -> Claim:
+    plain = Claim(
+        number=number, params={}, shape=entry.shape, entry=queue.identity(entry), note="", training="trial 1",
+        finished=False, state="running", token="t", attempt=1, failures=0, host="h", pid=1, step=0, detail="",
+    )  # fmt: skip
+    return dataclasses.replace(plain, **changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "cancelled", "wanted"),
+    [
+        (None, False, "queued"),
+        (None, True, "cancelled"),
+        ({}, False, "running"),
+        ({}, True, "running"),
+        ({"state": "interrupted"}, False, "interrupted"),
+        ({"state": "interrupted"}, True, "cancelled"),
+        ({"state": "failed", "failures": 2}, False, "failed 2"),
+        ({"state": "failed", "failures": 2}, True, "cancelled"),
+        ({"state": "failed", "failures": 2, "finished": True}, False, "done"),
+        ({"state": "running", "finished": True}, False, "done"),
+        ({"finished": True}, True, "done"),
+    ],
+)
+def test_an_entrys_state_is_that_of_its_trial(changes, cancelled, wanted):
+    entry = ENTRY.model_copy(update={"cancelled": cancelled})
+    stranger = claim(ENTRY.model_copy(update={"n_heads": 10}), number=9)
+    claims = [stranger, dataclasses.replace(stranger, number=10, entry=None)]
+    claims += [] if changes is None else [claim(entry, **changes)]
+    (found,) = queue.states([entry], claims)
+    assert (found.state, found.identity, found.entry) == (wanted, queue.identity(ENTRY), entry)
+    assert (found.number, found.training) == ((None, "") if changes is None else (3, "trial 1"))
+
+
+def test_of_two_trials_of_an_entry_the_later_one_counts():
+    claims = [claim(ENTRY, number=8), claim(ENTRY, number=2, state="failed", failures=3)]
+    assert queue.states([ENTRY], claims)[0].state == "running"
 
 
 # --- identity ---------------------------------------------------------------------------------------------------------
@@ -92,11 +270,34 @@ def test_what_an_entry_leaves_open_is_sampled(space):
         ({"values": {}}, False),
         ({"n_heads": 10}, False),
         ({"n_layers": 240, "d_ff": 30}, False),
+        ({"cancelled": True}, True),
+        ({"training": "defaults"}, False),
+        ({"training": "sampler"}, False),
+        ({"id": "mine"}, False),
     ],
-    ids=["note", "order", "1 is 1.0", "value", "flag", "no values", "heads", "swapped numbers"],
+    ids=[
+        "note",
+        "order",
+        "1 is 1.0",
+        "value",
+        "flag",
+        "no values",
+        "heads",
+        "swapped numbers",
+        "cancelled",
+        "defaults",
+        "sampler",
+        "id",
+    ],
 )
 def test_an_entrys_identity_is_its_content(change, same):
     assert (queue.identity(ENTRY.model_copy(update=change)) == queue.identity(ENTRY)) is same
+
+
+def test_an_id_is_the_identity_whatever_the_content():
+    named = ENTRY.model_copy(update={"id": "deep"})
+    assert queue.identity(named) == queue.identity(named.model_copy(update={"n_layers": 3, "training": "sampler"}))
+    assert queue.identity(named) == "deep"
 
 
 def test_true_is_not_one():
@@ -124,9 +325,22 @@ def test_all_bad_entries_are_named_at_once():
     assert third == "queue[3]: is the same as queue[1]; take one out"
 
 
-def test_good_entries_pass():
-    queue.validate(make_spec(ENTRY, ENTRY.model_copy(update={"n_heads": 10})), n_features=N_FEATURES)
-    assert ENTRY.shape in SearchSpace.build(make_spec(ENTRY), n_features=N_FEATURES).shapes
+def test_good_entries_pass_and_a_cancelled_one_may_be_of_any_size():
+    huge = ENTRY.model_copy(update={"n_layers": 9000, "cancelled": True})
+    queue.validate(make_spec(ENTRY, ENTRY.model_copy(update={"n_heads": 10}), huge), n_features=N_FEATURES)
+
+
+def test_two_entries_of_one_identity_are_refused():
+    named = ENTRY.model_copy(update={"id": "deep"})
+    again = ENTRY.model_copy(update={"id": "deep", "n_heads": 10})
+    cancelled = ENTRY.model_copy(update={"cancelled": True})
+    with pytest.raises(queue.QueueError) as caught:
+        queue.validate(make_spec(named, ENTRY, again, cancelled), n_features=N_FEATURES)
+    assert str(caught.value).splitlines() == [
+        'queue[2]: has the id "deep", which is that of queue[0]; take one out',
+        "queue[3]: is the same as queue[1]; take one out",
+    ]
+    queue.validate(make_spec(named, ENTRY), n_features=N_FEATURES)
 
 
 def test_an_entry_must_fit_the_budget_with_every_searched_geometry():

@@ -46,12 +46,9 @@ def make_spec(parameters="2M", **changes) -> StudySpec:
     return StudySpec(**{**base, **changes})
 
 
-ENTRY = QueueEntry(d_model=80, n_layers=30, n_heads=5, d_ff=240, values={"train.batch_size": 64.0})
-
-
 @pytest.fixture(scope="module")
 def space():
-    return SearchSpace.build(make_spec(queue=(ENTRY,)), n_features=N_FEATURES)
+    return SearchSpace.build(make_spec(), n_features=N_FEATURES)
 
 
 def test_every_feasible_shape_decodes_from_its_own_coordinates(space):
@@ -103,11 +100,11 @@ def test_searched_values_reach_the_config_in_their_own_type(space):
     params = {
         **space.encode(space.shapes[7]), "optim.learning_rate": 5e-4, "train.batch_size": 64, "train.patience": 4
     }  # fmt: skip
-    config = space.trial_config(space.spec, params, seed=11)
+    config = space.trial_config(space.spec, params, space.shapes[7], seed=11)
     assert (config.optim.learning_rate, config.train.batch_size, config.train.patience) == (5e-4, 64, 4)
     assert config.shape == space.shapes[7] and config.seed == 11
     assert isinstance(space.distributions["train.patience"], optuna.distributions.IntDistribution)
-    assert config == space.trial_config(space.spec, dict(reversed(params.items())), seed=11)
+    assert config == space.trial_config(space.spec, dict(reversed(params.items())), space.shapes[7], seed=11)
 
 
 def test_a_searched_geometry_keeps_every_combination_inside_the_budget():
@@ -128,23 +125,43 @@ def test_the_sampler_can_drive_it(space):
     study = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=0, n_startup_trials=5))
     for _ in range(12):
         trial = study.ask(space.distributions)
-        config = space.trial_config(space.spec, trial.params, seed=0)
+        config = space.trial_config(space.spec, trial.params, space.decode(trial.params), seed=0)
         study.tell(trial, float(np.log2(config.shape.d_model)))
     assert len({tuple(trial.params.items()) for trial in study.trials}) == 12
 
 
-def test_ties_alone_keep_their_axis():
-    """Two shapes of one aspect, ratio and number of heads, as a queue entry can make them: both stay in reach."""
-    spec = make_spec(
-        budget=BudgetConfig(parameters="7.2M", tolerance=0.8),
-        architecture=ArchitectureConfig(
-            d_model=(64,), n_layers=LayerRange(low=32, high=32), n_heads=(4,), d_ff_ratio=(4.0,)
-        ),
-        queue=(QueueEntry(d_model=128, n_layers=64, n_heads=4, d_ff=512),),
-    )
-    space = SearchSpace.build(spec, n_features=N_FEATURES)
-    assert len(space.shapes) == 2
-    assert all(space.decode(space.encode(shape)) == shape for shape in space.shapes)
+sides = st.builds(
+    lambda heads, width, depth, d_ff: QueueEntry(d_model=heads * width, n_layers=depth, n_heads=heads, d_ff=d_ff),
+    st.integers(1, 64), st.integers(1, 64), st.integers(1, 4096), st.integers(1, 100_000),
+)  # fmt: skip
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(sides, max_size=4))
+def test_the_queue_changes_nothing_of_the_space(space, entries):
+    """Else an entry added to a running study would give its older trials' coordinates another meaning."""
+    queued = SearchSpace.build(make_spec(queue=tuple(entries)), n_features=N_FEATURES)
+    assert queued.shapes == space.shapes and queued.distributions == space.distributions
+    assert (queued.coordinates == space.coordinates).all()
+
+
+@settings(max_examples=200, deadline=None)
+@given(sides)
+def test_a_shape_off_the_grid_lies_where_it_is_or_at_the_nearest_bound(space, entry):
+    true = np.log2([entry.d_model / entry.n_layers, entry.d_ff / entry.d_model, entry.n_heads])
+    encoded = space.encode(entry.shape)
+    assert encoded.keys() == set(AXES)
+    for name, value in zip(AXES, true, strict=True):
+        held = space.distributions[name]
+        assert held.low <= encoded[name] <= held.high
+        assert encoded[name] == pytest.approx(np.clip(value, held.low, held.high), abs=1e-5)  # ties are nudged apart
+
+
+def test_a_queue_alone_makes_no_space():
+    grid = ArchitectureConfig(d_model=(64,), n_layers=LayerRange(low=2, high=3), n_heads=(4,), d_ff_ratio=(4.0,))
+    fitting = QueueEntry(d_model=80, n_layers=30, n_heads=5, d_ff=240)
+    with pytest.raises(sizes.InfeasibleBudget, match="the largest candidate holds"):
+        SearchSpace.build(make_spec(architecture=grid, queue=(fitting,)), n_features=N_FEATURES)
 
 
 def test_a_space_of_one_shape_has_no_axis():
@@ -159,9 +176,8 @@ def test_a_space_of_one_shape_has_no_axis():
 def test_a_whole_number_for_a_number_is_the_same_config():
     spec = make_spec(space={"model.dropout": Choices(choices=(0, 0.5)), "optim.clip_norm": FloatRange(low=1, high=2)})
     space = SearchSpace.build(spec, n_features=N_FEATURES)
-    shape = space.encode(space.shapes[0])
     configs = [
-        space.trial_config(spec, {**shape, "model.dropout": zero, "optim.clip_norm": one}, seed=0)
+        space.trial_config(spec, {"model.dropout": zero, "optim.clip_norm": one}, space.shapes[0], seed=0)
         for zero, one in ((0, 1), (0.0, 1.0))
     ]
     assert config_hash(configs[0]) == config_hash(configs[1])
