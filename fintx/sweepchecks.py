@@ -22,12 +22,15 @@ _CLASSIFICATION = ("log_loss", "brier", "auc", "average_precision")
 _REGRESSION = ("mse", "mae")
 
 
-def cross_checks(spec: StudySpec, *, broken: Container[str] = ()) -> Iterator[tuple[KeyPath, str]]:
+def cross_checks(
+    spec: StudySpec, *, broken: Container[str] = (), counted: bool = True
+) -> Iterator[tuple[KeyPath, str]]:
     """Every misfit between parts, as (key path, what is wrong and how to mend it).
 
     Args:
         broken: sections, and "space.PATH" entries, that are known to be wrong and were filled in: nothing is said of
             what depends on them.
+        counted: whether the queue counts toward n_trials.
     """
     if "data" not in broken:
         yield from _data(spec)
@@ -37,6 +40,8 @@ def cross_checks(spec: StudySpec, *, broken: Container[str] = ()) -> Iterator[tu
         yield from _searched(spec, path, searched)
     if not any(part in broken for part in ("model", "space.model.context_length", "space.model.patch_length")):
         yield from _geometry(spec)
+    if counted and "study" not in broken:
+        yield from _total(spec)
     yield from _queue(spec, broken)
 
 
@@ -151,10 +156,14 @@ def _geometry(spec: StudySpec) -> Iterator[tuple[KeyPath, str]]:
             return
 
 
-def _queue(spec: StudySpec, broken: Container[str]) -> Iterator[tuple[KeyPath, str]]:
-    if len(spec.queue) > spec.study.n_trials and "study" not in broken:
-        words = f"{spec.study.n_trials} is fewer than the {len(spec.queue)} queue entries, which count toward it"
+def _total(spec: StudySpec) -> Iterator[tuple[KeyPath, str]]:
+    queued = sum(not entry.cancelled for entry in spec.queue)
+    if queued > spec.study.n_trials:
+        words = f"{spec.study.n_trials} is fewer than the {queued} queue entries, which count toward it"
         yield ("study", "n_trials"), f"{words}; raise it"
+
+
+def _queue(spec: StudySpec, broken: Container[str]) -> Iterator[tuple[KeyPath, str]]:
     for index, entry in enumerate(spec.queue):
         if entry.d_model % entry.n_heads:
             yield ("queue", index, "n_heads"), f"{entry.n_heads} heads don't divide d_model = {entry.d_model}"

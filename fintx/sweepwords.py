@@ -60,7 +60,8 @@ def say(error: Mapping[str, Any], tree: Mapping[str, Any]) -> tuple[KeyPath, str
     if location[-1] in ("bool", "int", "float", "str") and path != location:
         return path, f"wanted true, false, a number or text, got {got(given)}"
     hint = nearest(given, _literals(context)) if kind == "literal_error" and isinstance(given, str) else ""
-    return path, f"wanted {expectation(kind, context, path)}, got {got(given)}{hint}"
+    shown = _unlike_a_secret(given) if path[:2] == ("execution", "storage") else got(given)
+    return path, f"wanted {expectation(kind, context, path)}, got {shown}{hint}"
 
 
 def expectation(kind: str, context: Mapping[str, Any], path: KeyPath) -> str:
@@ -94,6 +95,16 @@ def got(given: Any) -> str:
     return shortened(text)
 
 
+def _unlike_a_secret(given: Any) -> str:
+    """A storage's value, which may hold a password in any spelling: no more of it than tells what is wrong."""
+    if not isinstance(given, str):
+        return {bool: "true or false", int: "a number", float: "a number", dict: "a table"}.get(type(given), "a list")
+    kind, url, _ = given.partition("://")
+    if url:
+        return got(f"{kind[:20]}://…")
+    return got(given) if re.fullmatch(r"[\w-]{0,20}", given) else "another text"
+
+
 def shortened(text: str) -> str:
     """The text, or its beginning and an ellipsis; a password is hidden first, since a cut URL is no URL any more."""
     text = without_passwords(text)
@@ -107,6 +118,8 @@ def one_line(text: str) -> str:
 
 def _unknown(path: KeyPath, tree: Mapping[str, Any]) -> str:
     valid = _valid_keys(path[:-1], tree)
+    if path[0] == "queue" and path[2:] == ("sweep",):
+        return "belongs into a manual file, whose entries name their sweep files; take it out"
     if path[0] == "space" and valid == list(Choices.model_fields) and path[-1] in FloatRange.model_fields:
         return "can't stand beside choices; wanted either low and high, or choices"
     elsewhere = [f"{section}.{path[-1]}" for section in _SECTIONS if path[-1] in _valid_keys((section,), tree)]

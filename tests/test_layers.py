@@ -20,7 +20,7 @@ FLOORS = [
     {"train"},
     {"evaluate"},
     {"model", "data"},
-    {"sweepfile", "sweepchecks", "sweepwords", "toml_lines", "toml_writer"},
+    {"sweepfile", "sweepsource", "sweepchecks", "sweepwords", "toml_lines", "toml_writer"},
     {"config"},
     {"types"},
 ]
@@ -30,7 +30,7 @@ DOORS = {
     "flax": ("fintx/model/transformer.py",),
     "orbax": ("fintx/train/checkpoint.py",),
     "optuna": ("fintx/study/",),
-    "tomllib": ("fintx/sweepfile.py",),
+    "tomllib": ("fintx/sweepsource.py",),
     "optax": ("fintx/train/",),
     "matplotlib": ("fintx/report/figures.py",),
     "typer": ("fintx/cli.py",),
