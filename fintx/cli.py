@@ -1,14 +1,14 @@
 """Which commands are there? Thin verbs: each reads its arguments, calls one function, prints what came of it.
 
-Exit codes: 0 done; 1 `verify` found damage, or a bug of fintx; 2 something the user can mend; 75 stopped on request
-(EX_TEMPFAIL: give the same command again to continue).
+Exit codes: 0 done; 1 a trial was left aside, `verify` found damage, or a bug of fintx; 2 something the user can mend;
+75 stopped on request (EX_TEMPFAIL of sysexits.h: give the same command again to continue).
 """
 
 from __future__ import annotations
 
 import contextlib
 import datetime
-import errno
+import json
 import os
 import signal
 import sys
@@ -16,12 +16,15 @@ import tempfile
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 
-from fintx.types import FintxError
+from fintx.types import DISK_ERRORS, FintxError, without_passwords
+
+if TYPE_CHECKING:
+    from fintx.study.runner import Order
 
 STOPPED = 75
 
@@ -37,6 +40,12 @@ app.add_typer(data_app, name="data")
 Outputs = Annotated[Path, typer.Option("--outputs", help="Folder that holds one folder per study.")]
 DataDir = Annotated[Path, typer.Option("--data-dir", help="Folder of ingested data.")]
 Overrides = Annotated[list[str], typer.Option("--set", help="Change one setting: section.key=value (TOML).")]
+Workers = Annotated[
+    int, typer.Option("--workers", min=1, help="Processes that train, each on a GPU or its share of cores.")
+]
+Storage = Annotated[
+    str | None, typer.Option("--storage", help="postgresql://USER@HOST/DATABASE: share the studies between machines.")
+]
 OUTPUTS = Path("outputs")
 DATA = Path("data")
 
@@ -52,7 +61,7 @@ def main() -> None:
         _complain("stopped at once; nothing finished is lost, the same command continues")
         sys.exit(STOPPED)
     except Exception as error:
-        if isinstance(error, OSError) and error.errno in _DISK:
+        if isinstance(error, OSError) and error.errno in DISK_ERRORS:
             where = f"{error.filename}: " if error.filename else ""
             _complain(f"{where}{os.strerror(error.errno)}; mend that, and the same command continues")
             sys.exit(2)
@@ -61,12 +70,10 @@ def main() -> None:
         sys.exit(1)
 
 
-_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
-"""What a full or forbidden disk says, whichever library wrote to it."""
-
-
 def _complain(text: str) -> None:
-    Console(stderr=True).print(f"fintx: {text}", style="red", highlight=False, markup=False, soft_wrap=True)
+    Console(stderr=True).print(
+        f"fintx: {without_passwords(text)}", style="red", highlight=False, markup=False, soft_wrap=True
+    )
 
 
 def _first_line(error: Exception) -> str:
@@ -75,36 +82,109 @@ def _first_line(error: Exception) -> str:
 
 def _keep_trace() -> str:
     with tempfile.NamedTemporaryFile("w", prefix="fintx-", suffix=".traceback.txt", delete=False) as file:
-        traceback.print_exc(file=file)
+        file.write(without_passwords(traceback.format_exc()))
     return file.name
 
 
 @app.command()
 def sweep(
-    files: Annotated[list[Path], typer.Argument(help="Sweep files, run one after the other.")],
+    files: Annotated[list[Path], typer.Argument(help="Sweep files.")],
     overrides: Overrides = [],  # noqa: B006  (typer reads the default, nobody changes it)
     outputs: Outputs = OUTPUTS,
     data_dir: DataDir = DATA,
+    workers: Workers = 1,
+    storage: Storage = None,
+    fork: Annotated[
+        str | None,
+        typer.Option(
+            "--fork", help="Run as a new study of this name, with the trials of the old that are still valid."
+        ),
+    ] = None,
 ) -> None:
-    """Run studies; the same command again continues them."""
+    """Run studies; the same command again continues them. Several go side by side where there are workers for it."""
     from fintx import sweepfile
+    from fintx.study import fork as forks
+    from fintx.study.runner import Order
+
+    overrides = _with_storage(overrides, storage)
+    specs = [sweepfile.load(file, overrides=overrides) for file in files]
+    reloads = [sweepfile.watch(file, overrides=overrides) for file in files]
+    if fork is None:
+        orders = [Order(spec, reload) for spec, reload in zip(specs, reloads, strict=True)]
+    elif len(files) == 1:
+        new = forks.renamed(specs[0], fork)
+        orders = [Order(new, reloads[0], take_over=forks.taking_over(outputs / specs[0].study.name))]
+    else:
+        raise FintxError("--fork: takes one sweep file; fork them one by one")
+    _run(orders, outputs=outputs, data_dir=data_dir, workers=workers)
+
+
+@app.command()
+def manual(
+    file: Annotated[Path, typer.Argument(help="A file of hand-picked trials.")] = Path("sweeps/manual.toml"),
+    overrides: Overrides = [],  # noqa: B006
+    outputs: Outputs = OUTPUTS,
+    data_dir: DataDir = DATA,
+    workers: Workers = 1,
+    storage: Storage = None,
+) -> None:
+    """Run what is not done yet of a file of hand-picked trials, each inside its study."""
+    from fintx import sweepfile
+    from fintx.study.runner import Order
+
+    specs = sweepfile.load_manual(file, overrides=_with_storage(overrides, storage))
+    orders = [Order(spec, queue_only=True) for spec in specs]
+    _run(orders, outputs=outputs, data_dir=data_dir, workers=workers)
+
+
+def _with_storage(overrides: list[str], storage: str | None) -> list[str]:
+    return overrides if storage is None else [*overrides, f"execution.storage={json.dumps(storage)}"]
+
+
+def _run(orders: list[Order], *, outputs: Path, data_dir: Path, workers: int) -> None:
+    """Run under a live view, print what came of it, and exit with the code that says so."""
+    from fintx.study import pool, runner
     from fintx.terminal import live, tables
 
+    pool.keep_off_the_gpus()
     console = Console()
-    specs = [sweepfile.load(file, overrides=overrides) for file in files]
-    with _stop_on_signal() as should_stop:
-        for spec in specs:
-            summary = live.run(spec, console, outputs=outputs, data_root=data_dir, should_stop=should_stop)
+    with _stop_on_signal() as should_stop, live.View(console) as view:
+        results = runner.run_all(
+            orders, outputs=outputs, data_root=data_dir, notify=view.notify, should_stop=should_stop, workers=workers
+        )
+    summaries = [result for result in results if isinstance(result, runner.Summary)]
+    for summary in summaries:
+        if summary.records or summary.problem is None:
             tables.print_summary(console, summary)
-            if summary.interrupted:
-                again = f"fintx sweep {' '.join(map(str, files))}"
-                console.print(f"stopped on request; give the same command again to continue: {again}", soft_wrap=True)
-                raise typer.Exit(STOPPED)
+        tables.print_unfinished(console, summary)
+    if len(results) > 1:
+        tables.print_results(console, results)
+    for result in results:
+        if result.problem is not None:
+            _complain(str(result.problem))
+    if any(result.problem is not None for result in results):
+        raise typer.Exit(2)
+    if any(summary.interrupted for summary in summaries):
+        console.print("stopped on request; give the same command again to continue", soft_wrap=True)
+        raise typer.Exit(STOPPED)
+    if any(summary.left_aside for summary in summaries):
+        raise typer.Exit(1)
+
+
+@app.command()
+def stop(
+    study: Annotated[str, typer.Argument(help="A study's name, or its folder.")],
+    outputs: Outputs = OUTPUTS,
+) -> None:
+    """Ask a running study to stop as soon as the trials that run now are finished."""
+    from fintx.study import stopping
+
+    print(stopping.ask(study, outputs=outputs))
 
 
 @contextlib.contextmanager
 def _stop_on_signal() -> Iterator[Callable[[], bool]]:
-    """First SIGINT or SIGTERM: finish the epoch and stop; the second: stop at once."""
+    """First SIGINT or SIGTERM: finish the step, save and stop; the second: stop at once. A closed terminal is the first."""
     asked = False
 
     def ask(number: int, frame: object) -> None:
@@ -113,9 +193,9 @@ def _stop_on_signal() -> Iterator[Callable[[], bool]]:
             raise KeyboardInterrupt
         asked = True
         # Not through rich: a handler may run in the middle of any of its calls, even of its import.
-        os.write(sys.stderr.fileno(), "fintx: stopping after this epoch … (once more: stop at once)\n".encode())
+        os.write(sys.stderr.fileno(), "fintx: saving what runs, then stopping … (once more: stop at once)\n".encode())
 
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     try:
         yield lambda: asked
     finally:

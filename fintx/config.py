@@ -57,6 +57,11 @@ def _parse_bytes(value: Any) -> Any:
     return round(float(match[1]) * _UNITS[match[2]])
 
 
+def _whole(value: Any) -> Any:
+    """768.0 → 768: the same number, however it is written. (From 2⁵³ on, a float is no longer any one integer.)"""
+    return int(value) if isinstance(value, float) and value.is_integer() and abs(value) < 2**53 else value
+
+
 def _as_tuple(value: Any) -> Any:
     """One name stands for a list of it. (A strict tuple behind a validator takes no JSON array.)"""
     if isinstance(value, str):
@@ -302,16 +307,17 @@ class StudyConfig(_Config):
     """Queue the smallest and largest feasible value of each shape axis, so that a search has seen the edges first."""
 
 
-STORAGE = r"^(journal|postgresql://\S+)$"
+STORAGE = r"""^(journal|postgresql://[^\s"']+)$"""
+"""No quotes: whatever masks a password in a text takes them for the end of the URL."""
 
 
 class ExecutionConfig(_Config):
     """How a study is run, on what: no part of what it asks, so all of it may change from one run to the next."""
 
     storage: Annotated[str, Field(pattern=STORAGE)] = "journal"
-    """journal: a file in the study's folder. postgresql://USER@HOST/DATABASE: machines with that URL share the study."""
+    """journal: a file in the study's folder. postgresql://USER@HOST/DATABASE: machines with that URL share a study."""
     checkpoint_s: PositiveFloat | None = None
-    """Seconds between saves of a running trial; none: 60, or 50 × what a save takes where that is longer (2 % at most)."""
+    """Seconds between saves of a running trial; none: 60, or 50 × what a save takes if longer (2 % at most)."""
     hang_s: PositiveFloat = 900.0
     """Seconds without a step after which a worker counts as hung: it is stopped and its trial taken up again."""
     max_attempts: PositiveInt = 3
@@ -406,16 +412,19 @@ Searched = Annotated[
 ]
 
 
+Whole = Annotated[PositiveInt, BeforeValidator(_whole)]
+
+
 class QueueEntry(_Config):
     """A hand-picked shape to run before the search, with any training values it fixes by dotted path."""
 
-    d_model: PositiveInt
+    d_model: Whole
     """Width of the residual stream."""
-    n_layers: PositiveInt
+    n_layers: Whole
     """Depth."""
-    n_heads: PositiveInt
+    n_heads: Whole
     """Attention heads; must divide d_model."""
-    d_ff: PositiveInt
+    d_ff: Whole
     """Width of the feed-forward layers."""
     note: str = ""
     """Why it is tried; kept in the record."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import datetime
 import json
 import os
-from collections.abc import Container, Sequence
+from collections.abc import Callable, Container, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +20,6 @@ from fintx.config import QueueEntry, StudySpec
 from fintx.sweepchecks import SECTIONS, cross_checks
 from fintx.sweepsource import MOST_PROBLEMS, OWN, Problems, Source, SweepFileError
 from fintx.sweepwords import got, nearest, say
-
-__all__ = ["SweepFileError", "by_sweep", "dump", "entry_lines", "is_manual", "load", "load_manual"]
-
-_OF_A_STUDY = ("extends", "study", "task", "budget")
-"""What a sweep file can't do without, and a manual file doesn't hold."""
 
 
 def load(path: Path, *, overrides: Sequence[str] = (), text: str | None = None) -> StudySpec:
@@ -48,6 +43,31 @@ def load(path: Path, *, overrides: Sequence[str] = (), text: str | None = None) 
     return spec
 
 
+def watch(path: Path, *, overrides: Sequence[str] = ()) -> Callable[[], StudySpec | None]:
+    """A function that loads the file again when it has been edited since the last look; none: it has not.
+
+    What it gives raises as `load` does.
+    """
+    seen = _stamp(path)
+
+    def again() -> StudySpec | None:
+        nonlocal seen
+        if (now := _stamp(path)) == seen:
+            return None
+        seen = now
+        return load(path, overrides=overrides)
+
+    return again
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    try:
+        found = path.stat()
+    except OSError:  # an editor may be replacing it
+        return (0, 0)
+    return (found.st_mtime_ns, found.st_size)
+
+
 def dump(spec: StudySpec) -> str:
     """A loaded spec as TOML text that loads back equal; what [space] searches is left out of its section."""
     tree = json.loads(spec.model_dump_json(exclude_none=True, exclude={"queue"}))
@@ -58,19 +78,9 @@ def dump(spec: StudySpec) -> str:
     for section, content in tree.items():
         lines += ["", f"[{section}]", *toml_writer.pairs(content)]
     for entry in spec.queue:
-        lines += ["", *entry_lines(entry)]
+        fields = entry.model_dump(exclude_defaults=True, exclude={"values"})
+        lines += ["", "[[queue]]", *toml_writer.pairs({**fields, **entry.values})]
     return "\n".join(lines).strip() + "\n"
-
-
-def entry_lines(entry: QueueEntry, *, sweep: str | None = None) -> list[str]:
-    """A queue entry's block, without what it leaves at its default.
-
-    Args:
-        sweep: the sweep file it belongs to, for a manual file.
-    """
-    tree = json.loads(entry.model_dump_json(exclude_defaults=True))
-    values = tree.pop("values", {})
-    return ["[[queue]]", *toml_writer.pairs({**({} if sweep is None else {"sweep": sweep}), **tree, **values})]
 
 
 # --- manual files -----------------------------------------------------------------------------------------------------
@@ -82,8 +92,23 @@ def is_manual(path: Path) -> bool:
     Raises:
         SweepFileError: it can't be read or is no TOML.
     """
-    tree = sweepsource.parse(path, sweepsource.read_text(path)).tree
-    return not any(section in tree for section in _OF_A_STUDY)
+    return not is_study(sweepsource.parse(path, sweepsource.read_text(path)).tree)
+
+
+def is_study(tree: dict[str, Any]) -> bool:
+    """Whether a tree has what a sweep file can't do without and a manual file doesn't hold."""
+    return any(section in tree for section in ("extends", "study", "task", "budget"))
+
+
+def sweep_path(path: Path, given: str) -> Path:
+    """The sweep file that a manual file's entry names."""
+    return Path(os.path.normpath(path.parent / given))
+
+
+def blocks_of(path: Path, sweep: Path) -> tuple[int, ...]:
+    """Which of a manual file's entries, counted from 0, belong to a sweep file."""
+    entries = sweepsource.parse(path, sweepsource.read_text(path)).tree["queue"]
+    return tuple(index for index, entry in enumerate(entries) if sweep_path(path, entry["sweep"]) == sweep)
 
 
 def load_manual(path: Path, *, overrides: Sequence[str] = ()) -> tuple[StudySpec, ...]:
@@ -136,7 +161,7 @@ def _names_sweeps(tree: dict[str, Any]) -> bool:
     queue = tree.get("queue")
     entries = queue if isinstance(queue, list) else []
     named = any(isinstance(entry, dict) and "sweep" in entry for entry in entries)
-    return named and not any(section in tree for section in _OF_A_STUDY)
+    return named and not is_study(tree)
 
 
 def _sweep_of(path: Path, entry: Any, index: int, problems: Problems) -> Path | None:
@@ -150,7 +175,7 @@ def _sweep_of(path: Path, entry: Any, index: int, problems: Problems) -> Path | 
     if not isinstance(given, str) or not given:
         problems.add(where, f"wanted the name of a sweep file beside this one, got {got(given)}")
         return None
-    found = Path(os.path.normpath(path.parent / given))
+    found = sweep_path(path, given)
     try:
         there = found.is_file()
     except (OSError, ValueError):  # a name that no file can have
@@ -182,7 +207,7 @@ def _group(
     except SweepFileError as error:
         problems.take_text(str(error))
         return None
-    if not any(section in below.tree for section in _OF_A_STUDY):
+    if not is_study(below.tree):
         problems.add(("queue", indices[0], "sweep"), f"{sweep} is no sweep file: it has no [study]")
         return None
     set_here = Problems(below.places, default=str(sweep))

@@ -30,6 +30,7 @@ _SECTIONS = tuple(name for name in StudySpec.model_fields if name not in ("space
 _BOUNDS = {"greater_than": ">", "greater_than_equal": "≥", "less_than": "<", "less_than_equal": "≤"}
 _PATTERNS = {
     ("execution", "storage"): '"journal" or "postgresql://USER@HOST/DATABASE"',
+    ("queue", "id"): 'a name of letters, digits, ".", "_" and "-" (a letter or digit first, 64 at most)',
     ("study", "name"): 'a folder name of letters, digits, ".", "_" and "-" (a letter or digit first, 64 at most)',
     ("data", "assets"): "a symbol such as SPY or ^VIX",
     ("data", "context"): "a symbol such as SPY or ^VIX",
@@ -74,7 +75,10 @@ def expectation(kind: str, context: Mapping[str, Any], path: KeyPath) -> str:
     if kind == "literal_error":
         return str(context["expected"]).replace("'", '"')
     if kind == "string_pattern_mismatch":
-        return next((words for key, words in _PATTERNS.items() if key == path[:2]), f"text like {context['pattern']}")
+        return next(
+            (words for key, words in _PATTERNS.items() if key in (path[:2], (path[0], path[-1]))),
+            f"text like {context['pattern']}",
+        )
     return kind.replace("_", " ")
 
 

@@ -11,6 +11,7 @@ Modules that hold JAX arrays import `jaxtyping` themselves: it loads JAX, which 
 
 from __future__ import annotations
 
+import errno
 import re
 from typing import Any
 
@@ -25,6 +26,9 @@ Floats = np.ndarray
 Ints = np.ndarray
 """A NumPy array of integers."""
 
+
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
+"""What a full or forbidden disk says, whichever library wrote to it: its user's to mend, and no bug."""
 
 _PASSWORD = re.compile(
     r"""(postgres\w*(?:\+\w+)?://[^\s:/@"']*:)(?:[^\s"']*@|(?!\d{1,5}(?:[/?\s"']|$))[^\s"']*)""", re.IGNORECASE

@@ -1,11 +1,14 @@
 """What is kept of a trial, and where? One record type, one writer, append-only; every table is derived from records.
 
 outputs/<study>/
-  study.json                    the resolved sweep file; its definition never changes
+  study.json                    the resolved sweep file, and a hash over its definition, which never changes
+  journal.log                   the sampler's memory and the trials' leases, unless a database holds them (storage)
   baselines.json                what must be beaten, on the identical rows, written once
   trials/0007/record.json       a TrialRecord, written once, last of all: a folder without one is unfinished work
   trials/0007/predictions.parquet   one row per validation sample: fold, date, asset, label, output
   trials/0007/checkpoint/fold_0     the best step, for the best trials (train.checkpoint)
+  trials/0007/run/              while it trains: its lock, its training states, and the log of each attempt
+  trials/0007/attempts.jsonl    one line per attempt: who, where, from which step
   openings.jsonl                one line per opening of the sealed test part
   <study>_all_trials.json, <study>_best.json     derived
 outputs/experiment_results.csv                   derived, a line per trial of every study
@@ -16,6 +19,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import datetime
+import hashlib
 import io
 import json
 import os
@@ -29,6 +33,7 @@ import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from fintx.config import BudgetConfig, StudySpec, TrialConfig, config_hash
+from fintx.study import environment
 from fintx.types import FintxError
 
 Metrics = dict[str, float | int | None]
@@ -81,6 +86,10 @@ class TrialRecord(_Kept):
     entry: str | None = None
     """Queue entry's identity, where source is queue."""
     note: str = ""
+    training: str = ""
+    """Where the values came from that a queue entry left open: "trial 7", "defaults", "sampler"."""
+    origin: str = ""
+    """Of a trial that a fork took over: the study and trial it was trained in."""
     params: dict[str, bool | int | float | str]
     """What the sampler holds of the trial: its coordinates and searched values."""
     d_model: int
@@ -94,6 +103,15 @@ class TrialRecord(_Kept):
     """The metric at the restored best step, mean over folds; none unless the trial succeeded."""
     outcome: Outcome
     detail: str = ""
+    warnings: tuple[str, ...] = ()
+    """What happened on the way that its reader should know, such as a damaged training state that was set aside."""
+    attempt: int = 1
+    """Which attempt came to the end; above 1 after an interruption or a crash."""
+    host: str = ""
+    micro_batch: int
+    """Windows per gradient: below the batch size where memory asked for accumulation."""
+    memory_bytes: int | None
+    """Estimate from the compiled program; none where it never came to that."""
     folds: tuple[FoldRecord, ...]
     libraries: dict[str, str]
     device: str
@@ -249,13 +267,18 @@ def best_of(records: list[TrialRecord], *, minimize: bool) -> TrialRecord | None
 
 # --- the study's own file ---------------------------------------------------------------------------------------------
 
-_FREE_TO_CHANGE = {"name", "n_trials", "question", "keep_checkpoints"}
+_FREE_TO_CHANGE = {"name", "n_trials", "question", "keep_checkpoints", "queue_extremes"}
+_SOFTWARE = ("fintx", "jax", "jaxlib", "flax", "optax", "optuna", "numpy", "TA-Lib")
+"""Libraries whose version can change a result or what the sampler proposes."""
 
 
 class StudyFile(_Kept):
     """study.json: what the study asks, with its data pinned by content hash."""
 
     spec: StudySpec
+    definition: dict[str, Any]
+    """Dotted key → value of all that defines the study (`definition`)."""
+    definition_hash: str
     created: str
     fintx_version: str
     git_commit: str | None
@@ -287,10 +310,19 @@ def read_study(study_folder: Path) -> StudyFile | None:
 
 
 def definition(spec: StudySpec) -> dict[str, Any]:
-    """What defines a study, flat (dotted key → value): all but its name, trial count, wording and queue."""
-    tree = spec.model_dump(mode="json", exclude={"queue"})
+    """What defines a study, flat (dotted key → value): all but its name, trial count, wording, queue and execution.
+
+    The versions of the libraries that can change a result belong to it.
+    """
+    tree = spec.model_dump(mode="json", exclude={"queue", "execution"})
     tree["study"] = {key: value for key, value in tree["study"].items() if key not in _FREE_TO_CHANGE}
+    tree["software"] = {name: environment.libraries()[name] for name in _SOFTWARE}
     return dict(_flatten(tree))
+
+
+def definition_hash(defined: dict[str, Any]) -> str:
+    """sha256 (hex) of a definition's canonical JSON."""
+    return hashlib.sha256(json.dumps(defined, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def _flatten(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -323,6 +355,7 @@ def flat(record: TrialRecord) -> dict[str, Any]:
         "outcome": record.outcome,
         "source": record.source,
         "note": record.note,
+        "training": record.training,
         "seed": record.config.seed,
         "best_epoch": record.folds[0].best_epoch if len(record.folds) == 1 else None,
         "best_step": record.folds[0].best_step if len(record.folds) == 1 else None,

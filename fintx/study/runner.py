@@ -1,85 +1,33 @@
-"""How does a study run? Ask the sampler or the queue, fit, write the record, tell; until n_trials records stand.
+"""How do studies run? Workers are kept busy with what the studies want next, until all is done or a stop is asked for.
 
-A trial that the storage holds as running, but that has no record, is unfinished work: whatever ended it, the next run
-of the same study takes it up again under its number. A record that the storage hasn't heard of is told. So the same
-command may be stopped anywhere and given again.
+The coordinator decides and never trains: workers are processes of their own (pool, worker). What it knows it can read
+again from records and storage, so it may be stopped, killed or started twice anywhere; the same command continues:
+a trial without a record is unfinished work and is taken up under its number, a record that the storage hasn't heard of
+is told.
 """
 
 from __future__ import annotations
 
-import functools
-import shutil
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import optuna
-from optuna.storages import JournalStorage
-from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
-from optuna.trial import FrozenTrial, TrialState
-
-import fintx
-from fintx.config import Shape, StudySpec
-from fintx.data import windows
-from fintx.data.windows import Dataset
-from fintx.evaluate import metrics
-from fintx.study import environment, queue, records, trial
+from fintx.config import StudySpec, TrialConfig
+from fintx.study import pool as pools
+from fintx.study import records
+from fintx.study.course import Course
+from fintx.study.events import Event, Notice, StudyReady
+from fintx.study.fork import TakeOver
 from fintx.study.lead import Lead, over_baselines
-from fintx.study.lock import hold
-from fintx.study.records import StudyFile, TrialRecord
-from fintx.study.space import SearchSpace
-from fintx.train import loop
+from fintx.study.opening import begin
+from fintx.study.pool import ENDS, Pool, Worker
+from fintx.study.records import TrialRecord
+from fintx.train import memory
 from fintx.types import FintxError
 
-_WORST = 1e9
-"""Told for a diverged, collapsed or out-of-memory trial: the sampler only ranks, and must learn to stay away."""
-
-_SAMPLER, _TRIAL = 0, 1  # streams of derive_seed
-
-
-class StudyConflict(FintxError):
-    """The output folder holds another study of this name."""
-
-
-@dataclass(frozen=True)
-class StudyReady:
-    """Data, label and split stand; no trial has begun."""
-
-    prepared: windows.Prepared
-    n_shapes: int
-
-
-@dataclass(frozen=True)
-class TrialStarted:
-    """A trial is about to be fitted."""
-
-    number: int
-    shape: Shape
-    source: str
-    note: str
-
-
-@dataclass(frozen=True)
-class EpochDone:
-    """One epoch of one fold is done."""
-
-    number: int
-    fold: int
-    n_folds: int
-    epoch: loop.Epoch
-
-
-@dataclass(frozen=True)
-class TrialFinished:
-    """A record has been written."""
-
-    record: TrialRecord
-    records: tuple[TrialRecord, ...]
-
-
-Event = StudyReady | TrialStarted | EpochDone | TrialFinished
+_POLL_S = 0.2
 
 
 @dataclass(frozen=True)
@@ -92,8 +40,40 @@ class Summary:
     best: TrialRecord | None
     baselines: dict[str, Any]
     lead: Lead | None
-    """Of the best trial over the best baseline."""
+    """Of the best trial over the best baseline; none where its predictions lie on another machine."""
     interrupted: bool
+    left_aside: tuple[str, ...]
+    """Trials whose attempts all crashed or hung, a line each: the next run tries them again."""
+    waiting: tuple[str, ...]
+    """Queue entries that n_trials left no room for."""
+    problem: FintxError | None
+    """What stopped the study before its end."""
+
+    @property
+    def predictions_here(self) -> bool:
+        """Whether the best trial's predictions lie in this folder; another machine may have trained it."""
+        return self.best is not None and _predictions(self.folder, self.best).is_file()
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A study that could not even begin."""
+
+    spec: StudySpec
+    problem: FintxError
+
+
+@dataclass(frozen=True)
+class Order:
+    """One study to run."""
+
+    spec: StudySpec
+    reload: Callable[[], StudySpec | None] = lambda: None
+    """The sweep file again, if it has changed since the last call."""
+    queue_only: bool = False
+    """Run what is queued, beyond n_trials too, and nothing else."""
+    take_over: TakeOver | None = None
+    """Brings trials into a study that is new (a fork)."""
 
 
 def run(
@@ -103,212 +83,226 @@ def run(
     data_root: Path,
     notify: Callable[[Event], None] = lambda event: None,
     should_stop: Callable[[], bool] = lambda: False,
+    workers: int = 1,
 ) -> Summary:
-    """Run a study until it has n_trials records, or until asked to stop.
-
-    Args:
-        notify: called with every event, for the live view.
-        should_stop: asked between epochs and trials; true ends the run cleanly, the trial at hand left unfinished.
+    """Run one study until it has n_trials records, or until asked to stop; arguments as `run_all`.
 
     Raises:
         StudyConflict: the folder holds a study with another definition.
-        FintxError: whatever in data, budget or queue can't be run; nothing is written then.
+        FintxError: whatever in data, budget or queue can't be run, or stopped the study.
     """
-    folder = outputs / spec.study.name
-    known = records.read_study(folder)
-    spec = _pin_data(spec, known)
-    prepare = functools.cache(functools.partial(_prepare, spec, data_root))
-    prepared = prepare(spec.model.context_length)
-    spec = spec.model_copy(update={"data": prepared.data})
-    if known is not None:
-        check_same_study(folder, known.spec, spec)
-    space = SearchSpace.build(spec, n_features=len(spec.data.features))
-    queue.validate(spec, n_features=len(spec.data.features))
-    with hold(folder):
-        _begin(folder, spec, known)
-        notify(StudyReady(prepared, len(space.shapes)))
-        windows.store_processed(prepared, data_root)
-        worker = _Worker(folder, outputs, spec, space, lambda length: prepare(length).folds, notify, should_stop)
-        beaten = trial.ensure_baselines(folder, prepared.folds, spec, data_root)
-        interrupted = not worker.work()
-        worker.write_tables()
-    finished = tuple(records.read_all(folder))
-    best = records.best_of(list(finished), minimize=metrics.MINIMIZE[spec.study.metric])
-    effective = sum(part.n_effective for part in prepared.parts if part.part.startswith("validation"))
-    lead = over_baselines(folder, spec, best, beaten, n_effective=effective) if best else None
-    return Summary(folder, spec, finished, best, beaten, lead, interrupted)
+    (result,) = run_all(
+        [Order(spec)], outputs=outputs, data_root=data_root, notify=notify, should_stop=should_stop, workers=workers
+    )
+    if result.problem is not None:
+        raise result.problem
+    assert isinstance(result, Summary)
+    return result
 
 
-def _prepare(spec: StudySpec, data_root: Path, context_length: int) -> windows.Prepared:
-    return windows.build(spec.data, spec.task, spec.split, context_length=context_length, root=data_root)
+def run_all(
+    orders: Sequence[Order],
+    *,
+    outputs: Path,
+    data_root: Path,
+    notify: Callable[[Event], None] = lambda event: None,
+    should_stop: Callable[[], bool] = lambda: False,
+    workers: int = 1,
+) -> list[Summary | Failure]:
+    """Run studies: one after the other with one worker, else as many side by side as there are workers.
 
+    A study that fails stops none of the others.
 
-def _pin_data(spec: StudySpec, known: StudyFile | None) -> StudySpec:
-    """A study keeps the bars it began with, however many newer snapshots have come since."""
-    if known is None or spec.data.versions:
-        return spec
-    symbols = {*spec.data.assets, *spec.data.context}
-    versions = {symbol: version for symbol, version in known.spec.data.versions.items() if symbol in symbols}
-    return spec.model_copy(update={"data": spec.data.model_copy(update={"versions": versions})})
-
-
-def check_same_study(folder: Path, old: StudySpec, new: StudySpec) -> None:
-    """A study's definition never changes under its name.
+    Args:
+        notify: called with every event, for the live view.
+        should_stop: asked several times a second; true saves what runs and ends the run.
+        workers: processes that train, each on a GPU of its own or on its share of the cores.
 
     Raises:
-        StudyConflict: with every field that differs.
+        FintxError: more workers than GPUs.
     """
-    before, after = records.definition(old), records.definition(new)
-    differing = [key for key in {**before, **after} if before.get(key) != after.get(key)]
-    if differing:
-        changes = "; ".join(f"{key}: {before.get(key)!r} there, {after.get(key)!r} here" for key in differing)
-        raise StudyConflict(
-            f"{folder}: holds another study of this name ({changes}); undo the edit, or choose another study.name"
-        )
+    names = [order.spec.study.name for order in orders]
+    if repeated := sorted({name for name in names if names.count(name) > 1}):
+        raise FintxError(f"study.name {', '.join(repeated)}: stands in more than one of the files; each needs its own")
+    gpus = pools.n_gpus() if workers > 1 else 0
+    if gpus and workers > gpus:
+        raise FintxError(f"--workers {workers}: this machine has {gpus} GPUs, and a worker needs one of its own")
+    with contextlib.ExitStack() as stack:
+        pool = stack.enter_context(contextlib.closing(Pool(workers, gpus=gpus > 0)))
+        return _Run(list(orders), outputs, data_root, notify, pool, gpus > 0, stack).to_the_end(should_stop)
 
 
-def _begin(folder: Path, spec: StudySpec, known: StudyFile | None) -> None:
-    strangers = sorted(path.name for path in folder.iterdir() if path.name != "lock")
-    if known is None and strangers:
-        raise StudyConflict(
-            f"{folder}: holds files but no study.json ({', '.join(strangers[:5])}); "
-            "choose another study.name or --outputs, or move them away"
-        )
-    if known is None:
-        known = StudyFile(
-            spec=spec,
-            created=environment.now(),
-            fintx_version=fintx.__version__,
-            git_commit=environment.git_commit(),
-        )
-    records.write_study(folder, known.model_copy(update={"spec": spec}))
-
-
-@dataclass(frozen=True)
-class _Worker:
-    folder: Path
+@dataclass(eq=False)
+class _Run:
+    orders: list[Order]
     outputs: Path
-    spec: StudySpec
-    space: SearchSpace
-    folds: Callable[[int], tuple[Dataset, ...]]
+    data_root: Path
     notify: Callable[[Event], None]
-    should_stop: Callable[[], bool]
+    pool: Pool
+    on_gpus: bool
+    stack: contextlib.ExitStack
 
-    @property
-    def minimize(self) -> bool:
-        return metrics.MINIMIZE[self.spec.study.metric]
+    def __post_init__(self) -> None:
+        self.waiting = list(self.orders)
+        self.courses: dict[str, Course] = {}
+        self.results: dict[int, Summary | Failure] = {}
+        self.jobs: dict[Worker, tuple[Course, int, int]] = {}
+        """Worker → its study, trial, and the memory that the trial takes at least."""
+        self.stopping = False
 
-    def work(self) -> bool:
-        """Run trials until n_trials records stand. Returns False if asked to stop before."""
-        study = self._open_storage()
-        finished = {record.trial_number: record for record in records.read_all(self.folder)}
-        self._tell_unheard(study, finished)
-        while len(finished) < self.spec.study.n_trials:
-            if self.should_stop():
-                return False
-            record = self._run_trial(self._next_trial(study, finished))
-            if record is None:
-                return False
-            finished[record.trial_number] = record
-            self._tell(study, record)
-            self._keep_best_checkpoints(list(finished.values()))
-            self.write_tables()
-            self.notify(TrialFinished(record, tuple(finished.values())))
-        return True
+    def to_the_end(self, should_stop: Callable[[], bool]) -> list[Summary | Failure]:
+        while True:
+            if should_stop() and not self.stopping:
+                self.stopping = True
+                self.pool.stop()
+            self._give_work()
+            if not self.jobs and not any(self._open(course) for course in self.courses.values()):
+                if self.stopping or not self.waiting:
+                    break
+            self._listen()
+            for course in self.courses.values():
+                with _blamed_on(course):
+                    course.tick()
+            self._end_those_who_must()
+        return [self._result(order) for order in self.orders]
 
-    def write_tables(self) -> None:
-        """Rewrite the derived tables from the records on disk."""
-        records.write_tables(
-            self.folder,
-            records.read_all(self.folder),
-            n_trials=self.spec.study.n_trials,
-            metric=self.spec.study.metric,
-            minimize=self.minimize,
-        )
-        records.write_results_csv(self.outputs)
+    def _open(self, course: Course) -> bool:
+        if course.problem or course.stop_asked or self.stopping:
+            return False
+        return not (course.over and course.settled)
 
-    # --- the sampler's side ---
+    # --- giving ---
 
-    def _open_storage(self) -> optuna.Study:
-        optuna.logging.set_verbosity(optuna.logging.WARNING)
-        path = str(self.folder / "journal.log")
-        storage = JournalStorage(JournalFileBackend(path, lock_obj=JournalFileOpenLock(path)))
-        return optuna.create_study(
-            storage=storage,
-            study_name=self.spec.study.name,
-            direction="minimize" if self.minimize else "maximize",
-            load_if_exists=True,
-        )
+    def _give_work(self) -> None:
+        for worker in self.pool.workers:
+            if worker.free and not self.stopping:
+                self._give(worker)
 
-    def _tell_unheard(self, study: optuna.Study, finished: dict[int, TrialRecord]) -> None:
-        for frozen in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-            if frozen.number in finished:
-                self._tell(study, finished[frozen.number])
-
-    def _tell(self, study: optuna.Study, record: TrialRecord) -> None:
-        worst = _WORST if self.minimize else -_WORST
-        study.tell(record.trial_number, worst if record.value is None else record.value)
-
-    def _next_trial(self, study: optuna.Study, finished: dict[int, TrialRecord]) -> FrozenTrial:
-        """Unfinished work first, then the queue in order, then the sampler."""
-        trials = study.get_trials(deepcopy=False)
-        for frozen in trials:
-            if frozen.state == TrialState.RUNNING and frozen.number not in finished:
-                if frozen.params.keys() == self.space.distributions.keys():
-                    return frozen
-                study.tell(frozen.number, state=TrialState.FAIL)  # killed between asking and sampling: holds nothing
-        trials = study.get_trials(deepcopy=False)
-        if not any(frozen.state == TrialState.WAITING for frozen in trials):
-            taken = {frozen.user_attrs.get("entry") for frozen in trials if frozen.state != TrialState.FAIL}
-            self._enqueue_next(study, taken, finished)
-        # A sampler made anew from (seed, trials so far) goes on where it stopped: a stopped study asks what an
-        # uninterrupted one would have asked, instead of replaying its start-up samples.
-        study.sampler = optuna.samplers.TPESampler(
-            seed=derive_seed(self.spec.study.seed, _SAMPLER, len(trials)),
-            n_startup_trials=self.spec.study.n_startup_trials,
-        )
-        asked = study.ask(self.space.distributions)
-        return study.get_trials(deepcopy=False)[asked.number]
-
-    def _enqueue_next(
-        self, study: optuna.Study, known: set[str | None], finished: dict[int, TrialRecord]
-    ) -> None:  # fmt: skip
-        best = records.best_of(list(finished.values()), minimize=self.minimize)
-        for entry in queue.entries(self.spec, self.space):
-            identity = queue.identity(entry)
-            if identity not in known:
-                settled = queue.settle(entry, self.spec, self.space, best=best)
-                attributes = {"entry": identity, "note": entry.note, "shape": settled.shape.model_dump()}
-                study.enqueue_trial(settled.params, user_attrs=attributes)
+    def _give(self, worker: Worker) -> None:
+        while True:
+            running = [course for course, _, _ in self.jobs.values()]
+            for course in sorted(self._asking(), key=running.count):
+                job = None
+                with _blamed_on(course):
+                    job = course.next_job(self._limit)
+                if job is not None:
+                    need = memory.lower_bound(job.config)
+                    self.jobs[worker] = (course, job.number, need)
+                    self.pool.send(worker, job.model_dump_json())
+                    return
+            if len(self._asking()) >= len(self.pool.workers) or not self._begin_next():
                 return
 
-    def _run_trial(self, frozen: FrozenTrial) -> TrialRecord | None:
-        seed = derive_seed(self.spec.study.seed, _TRIAL, frozen.number)
-        pinned = frozen.user_attrs.get("shape")
-        shape = self.space.decode(frozen.params) if pinned is None else Shape(**pinned)
-        config = self.space.trial_config(self.spec, frozen.params, shape, seed=seed)
-        asked = trial.Asked(
-            number=frozen.number,
-            params=dict(frozen.params),
-            entry=frozen.user_attrs.get("entry"),
-            note=frozen.user_attrs.get("note", ""),
-        )
-        self.notify(TrialStarted(asked.number, config.shape, asked.source, asked.note))
-        folds = self.folds(config.model.context_length)
+    def _asking(self) -> list[Course]:
+        return [course for course in self.courses.values() if course.asks and not course.over]
 
-        def on_epoch(fold: int, epoch: loop.Epoch) -> None:
-            self.notify(EpochDone(asked.number, fold, len(folds), epoch))
+    def _begin_next(self) -> bool:
+        if not self.waiting:
+            return False
+        order = self.waiting.pop(0)
+        name = order.spec.study.name
 
-        return trial.run(
-            self.spec, asked, config, folds, study_folder=self.folder, on_epoch=on_epoch, should_stop=self.should_stop
-        )
+        def warn(words: str) -> None:
+            self.notify(Notice(name, words))
 
-    def _keep_best_checkpoints(self, finished: list[TrialRecord]) -> None:
-        for record in records.ranked(finished, minimize=self.minimize)[self.spec.study.keep_checkpoints :]:
-            where = records.trial_folder(self.folder, record.trial_number) / "checkpoint"
-            shutil.rmtree(where, ignore_errors=True)
+        try:
+            opened = self.stack.enter_context(
+                begin(order.spec, outputs=self.outputs, data_root=self.data_root, warn=warn, take_over=order.take_over)
+            )
+            course = Course(opened, self.outputs, self.data_root, self.notify, order.reload, order.queue_only)
+        except FintxError as error:
+            self.results[id(order)] = Failure(order.spec, error)
+            return True
+        self.courses[name] = course
+        n_shapes, finished = len(opened.space.shapes), len(course.finished)
+        self.notify(StudyReady(name, opened.spec, opened.prepared, n_shapes, finished))
+        return True
+
+    def _limit(self, config: TrialConfig) -> int | None:
+        """Memory that a trial may take if it starts now, 0: all that its device has; none: not now.
+
+        On GPUs each worker has its own. On the CPU all share the machine: a trial gets the share of one worker; one
+        that needs more gets everything, when nothing else runs.
+        """
+        budgets = [course.spec.execution.memory for course in self.courses.values()]
+        given = min((budget for budget in budgets if budget is not None), default=0)
+        n = len(self.pool.workers)
+        if n == 1 or self.on_gpus:
+            return given // n
+        total = given or memory.available()
+        needs = [need for _, _, need in self.jobs.values()]
+        if any(need > total // n for need in needs):
+            return None
+        if memory.lower_bound(config) <= total // n:
+            return total // n
+        return None if needs else total
+
+    # --- hearing ---
+
+    def _listen(self) -> None:
+        patience = {worker: course.spec.execution.hang_s for worker, (course, _, _) in self.jobs.items()}
+        for event in self.pool.poll(wait_s=_POLL_S, hang_s=patience):
+            if event.worker not in self.jobs:
+                continue
+            course, number, _ = self.jobs[event.worker]
+            if event.kind in ENDS:
+                del self.jobs[event.worker]
+            if number in course.held:
+                with _blamed_on(course):
+                    course.heard(number, event.kind, event.values, pid=event.worker.pid)
+
+    def _end_those_who_must(self) -> None:
+        for worker, (course, number, _) in list(self.jobs.items()):
+            if number in course.superseded:
+                course.superseded.discard(number)
+                self.pool.kill(worker)
+                del self.jobs[worker]
+                course.heard(number, "superseded", {}, pid=worker.pid)
+            elif course.problem is not None:
+                self.pool.stop_one(worker)
+
+    # --- the end ---
+
+    def _result(self, order: Order) -> Summary | Failure:
+        if id(order) in self.results:
+            return self.results[id(order)]
+        course = self.courses.get(order.spec.study.name)
+        if course is None:  # stopped before its turn
+            folder = self.outputs / order.spec.study.name
+            kept = tuple(records.read_all(folder)) if folder.is_dir() else ()
+            return Summary(folder, order.spec, kept, None, {}, None, True, (), (), None)
+        return _summary(course, interrupted=self.stopping)
 
 
-def derive_seed(seed: int, stream: int, number: int) -> int:
-    """The number-th seed of one of a study's streams: 31 bits, spread by NumPy's SeedSequence."""
-    return int(np.random.SeedSequence([seed, stream, number]).generate_state(1)[0] >> 1)
+@contextlib.contextmanager
+def _blamed_on(course: Course) -> Iterator[None]:
+    """A study that can't go on (a full disk, say) ends, and none of the others."""
+    try:
+        yield
+    except FintxError as error:
+        course.problem = course.problem or error
+
+
+def _summary(course: Course, *, interrupted: bool) -> Summary:
+    opened, best = course.opened, course.best
+    course.write_tables()
+    effective = sum(part.n_effective for part in opened.prepared.parts if part.part.startswith("validation"))
+    lead = None
+    if best is not None and _predictions(opened.folder, best).is_file():
+        lead = over_baselines(opened.folder, course.spec, best, opened.baselines, n_effective=effective)
+    return Summary(
+        folder=opened.folder,
+        spec=course.spec,
+        records=tuple(course.finished[number] for number in sorted(course.finished)),
+        best=best,
+        baselines=opened.baselines,
+        lead=lead,
+        interrupted=(interrupted or course.stop_asked) and not course.over,
+        left_aside=course.left_aside,
+        waiting=course.waiting,
+        problem=course.problem,
+    )
+
+
+def _predictions(folder: Path, record: TrialRecord) -> Path:
+    return records.trial_folder(folder, record.trial_number) / "predictions.parquet"

@@ -1,4 +1,4 @@
-"""How far is each study? Read from the records on disk alone, while it runs or long after."""
+"""How far is each study? Read from its folder alone, while it runs or long after."""
 
 from __future__ import annotations
 
@@ -8,25 +8,34 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fintx.evaluate import metrics
-from fintx.study import lock, records
+from fintx.study import ledger, lock, records
+from fintx.study.ledger import Claim
 from fintx.study.records import TrialRecord
 
 
 @dataclass(frozen=True)
 class StudyStatus:
-    """One line of `fintx status`."""
+    """One line of `fintx status`, and what it says below of what is unfinished."""
 
     name: str
     finished: int
     n_trials: int
-    running: bool
+    holder: str | None
+    """The process that runs it on this host; none: nobody."""
     failed: dict[str, int]
     """Outcome → count, for outcomes that are no success."""
+    unfinished: tuple[Claim, ...]
+    """Trials without a record: running, interrupted, or failed (their attempts crashed or hung); by number."""
     metric: str
     best: TrialRecord | None
     eta: datetime.timedelta | None
     """Mean wall time of the finished trials × trials to go; none before the first."""
     test_openings: int
+
+    @property
+    def running(self) -> bool:
+        """Whether a process of this host runs it."""
+        return self.holder is not None
 
 
 def read(study_folder: Path) -> StudyStatus:
@@ -40,14 +49,17 @@ def read(study_folder: Path) -> StudyStatus:
         raise records.DamagedRecord(f"{study_folder}: holds no study (no study.json)")
     spec = study.spec
     finished = records.read_all(study_folder)
+    numbers = {record.trial_number for record in finished}
+    claims = {claim.number: claim for claim in ledger.read(study_folder) if claim.number not in numbers}
     to_go = max(spec.study.n_trials - len(finished), 0)
     mean_s = sum(record.wall_s for record in finished) / len(finished) if finished else None
     return StudyStatus(
         name=spec.study.name,
         finished=len(finished),
         n_trials=spec.study.n_trials,
-        running=lock.held(study_folder),
+        holder=lock.holder(study_folder),
         failed=dict(Counter(record.outcome for record in finished if record.outcome not in records.SUCCESSES)),
+        unfinished=tuple(claims[number] for number in sorted(claims)),
         metric=spec.study.metric,
         best=records.best_of(finished, minimize=metrics.MINIMIZE[spec.study.metric]),
         eta=None if mean_s is None else datetime.timedelta(seconds=round(mean_s * to_go)),

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,102 +13,159 @@ from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
+from pydantic import BaseModel, ConfigDict
 
 from fintx.config import StudySpec, TrialConfig, config_hash
 from fintx.data import sources
 from fintx.data.windows import Dataset
 from fintx.evaluate import baselines, metrics
-from fintx.study import environment, records
+from fintx.study import environment, lock, records
 from fintx.study.records import FoldRecord, TrialRecord
-from fintx.train import checkpoint, loop
+from fintx.train import checkpoint, loop, resume
 from fintx.types import Floats
 
 
-@dataclass(frozen=True)
-class Asked:
-    """What the sampler or the queue asks for."""
+class Job(BaseModel):
+    """One attempt at one trial: all that a worker is told of it, as JSON."""
 
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    spec: StudySpec
+    config: TrialConfig
     number: int
-    params: dict[str, Any]
+    attempt: int
+    params: dict[str, bool | int | float | str]
     entry: str | None
     """The queue entry's identity; none: the sampler's own proposal."""
     note: str
+    training: str
+    study_folder: Path
+    data_root: Path
+    memory_limit: int | None
+    """Bytes; none: what the device has."""
 
     @property
     def source(self) -> Literal["queue", "sampler"]:
         """Who asked."""
         return "sampler" if self.entry is None else "queue"
 
+    @property
+    def folder(self) -> Path:
+        """The trial's."""
+        return records.trial_folder(self.study_folder, self.number)
 
-def run(
-    spec: StudySpec,
-    asked: Asked,
-    config: TrialConfig,
-    folds: tuple[Dataset, ...],
-    *,
-    study_folder: Path,
-    on_epoch: Callable[[int, loop.Epoch], None],
-    should_stop: Callable[[], bool],
-) -> TrialRecord | None:
-    """Train a config on every fold and write its record.
 
-    Args:
-        on_epoch: called with the fold and what is known after each epoch.
-        should_stop: asked between epochs.
+@dataclass(frozen=True)
+class Hooks:
+    """What a running trial tells, and asks."""
+
+    on_epoch: Callable[[int, loop.Epoch], None]
+    """Fold, and what is known after the epoch."""
+    on_progress: Callable[[int, int], None]
+    """Fold and step; at least every few seconds of training."""
+    on_warning: Callable[[str], None]
+    should_stop: Callable[[], bool]
+    """Asked between segments of steps."""
+
+
+def run(job: Job, folds: tuple[Dataset, ...], hooks: Hooks) -> TrialRecord | None:
+    """Train a config on every fold, going on where an earlier attempt stopped, and write its record.
 
     Returns:
-        The record, or none if asked to stop: then nothing of the trial is kept.
+        The record, or none if asked to stop: then the training state is saved for the next attempt.
+
+    Raises:
+        Superseded: another attempt has taken the trial over; nothing has been written since.
+        FintxError: the disk is full, or the study's metric is undefined on its rows.
     """
-    started = environment.now()
+    where = job.folder
+    with lock.seize(where / "run") as check:
+        if (where / "record.json").is_file():  # an earlier attempt that lost its coordinator came to the end
+            return records.read(where / "record.json")
+        started = environment.now()
+        fits = _fit_folds(job, folds, hooks, check)
+        if fits is None:
+            return None
+        record = _record(job, fits, folds, started=started)
+        check()
+        records.write_predictions(where, _predictions(fits, folds))
+        if record.value is not None:
+            for index, (fit, dataset) in enumerate(zip(fits, folds, strict=True)):
+                assert fit.params is not None
+                meta = _checkpoint_meta(record, dataset, fold=index)
+                checkpoint.save(where / "checkpoint" / f"fold_{index}", fit.params, config=job.config, meta=meta)
+        check()
+        records.append(job.study_folder, record)
+        shutil.rmtree(where / "run", ignore_errors=True)
+    return record
+
+
+def _fit_folds(
+    job: Job, folds: tuple[Dataset, ...], hooks: Hooks, check: Callable[[], None]
+) -> list[loop.FitResult] | None:
     fits: list[loop.FitResult] = []
     for index, dataset in enumerate(folds):
+        hook = _FoldHooks(job, index, hooks)
         fit = loop.fit(
-            config,
+            job.config,
             dataset,
-            metric=spec.study.metric,
-            on_epoch=lambda epoch, index=index: on_epoch(index, epoch),  # type: ignore[misc]
-            should_stop=should_stop,
+            metric=job.spec.study.metric,
+            on_epoch=hook.on_epoch,
+            on_progress=hook.on_progress,
+            on_warning=hooks.on_warning,
+            should_stop=hooks.should_stop,
+            saves=resume.Saves(job.folder / "run" / f"fold_{index}", job.spec.execution.checkpoint_s, check),
+            memory_limit=job.memory_limit,
         )
         if fit.outcome == "interrupted":
             return None
         fits.append(fit)
         if fit.outcome not in records.SUCCESSES:
             break
-    record = _record(spec, asked, config, fits, folds, started=started)
-    where = records.trial_folder(study_folder, asked.number)
-    shutil.rmtree(where, ignore_errors=True)  # what an attempt that was cut off may have left
-    records.write_predictions(where, _predictions(fits, folds))
-    if record.value is not None:
-        for index, (fit, dataset) in enumerate(zip(fits, folds, strict=True)):
-            assert fit.params is not None
-            meta = _checkpoint_meta(record, dataset, fold=index)
-            checkpoint.save(where / "checkpoint" / f"fold_{index}", fit.params, config=config, meta=meta)
-    records.append(study_folder, record)
-    return record
+    return fits
 
 
-def _record(
-    spec: StudySpec,
-    asked: Asked,
-    config: TrialConfig,
-    fits: list[loop.FitResult],
-    folds: tuple[Dataset, ...],
-    *,
-    started: str,
-) -> TrialRecord:
+@dataclass
+class _FoldHooks:
+    """One fold's calls, with its number; the first step is logged as the one that the attempt went on from."""
+
+    job: Job
+    fold: int
+    hooks: Hooks
+    begun: bool = False
+
+    def on_epoch(self, epoch: loop.Epoch) -> None:
+        self.hooks.on_epoch(self.fold, epoch)
+
+    def on_progress(self, step: int) -> None:
+        if not self.begun:
+            self.begun = True
+            line = {
+                "attempt": self.job.attempt, "fold": self.fold, "from_step": step, "host": socket.gethostname(),
+                "pid": os.getpid(), "at": environment.now(),
+            }  # fmt: skip
+            with (self.job.folder / "attempts.jsonl").open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+        self.hooks.on_progress(self.fold, step)
+
+
+def _record(job: Job, fits: list[loop.FitResult], folds: tuple[Dataset, ...], *, started: str) -> TrialRecord:
+    spec, config = job.spec, job.config
     kept = tuple(_fold_record(spec, fit, fold) for fit, fold in zip(fits, folds, strict=False))
     outcome = kept[-1].outcome
     value = records.mean_metrics([fold.best for fold in kept]).get(spec.study.metric)
+    estimates = [fit.memory_bytes for fit in fits if fit.memory_bytes is not None]
     return TrialRecord(
         study=spec.study.name,
-        trial_number=asked.number,
+        trial_number=job.number,
         config=config,
         config_hash=config_hash(config),
         budget=spec.budget,
-        source=asked.source,
-        entry=asked.entry,
-        note=asked.note,
-        params=asked.params,
+        source=job.source,
+        entry=job.entry,
+        note=job.note,
+        training=job.training,
+        params=job.params,
         **config.shape.model_dump(),
         param_count=fits[0].param_count,
         seeds={"study": spec.study.seed, "trial": config.seed},
@@ -114,6 +173,11 @@ def _record(
         value=value if outcome in records.SUCCESSES else None,
         outcome=outcome,
         detail=fits[-1].detail,
+        warnings=tuple(warning for fit in fits for warning in fit.warnings),
+        attempt=job.attempt,
+        host=socket.gethostname(),
+        micro_batch=fits[-1].micro_batch,
+        memory_bytes=max(estimates, default=None),
         folds=kept,
         libraries=environment.libraries(),
         device=environment.device(),
@@ -170,6 +234,11 @@ def _checkpoint_meta(record: TrialRecord, dataset: Dataset, *, fold: int) -> dic
         "split_hash": dataset.split_hash,
         "libraries": record.libraries,
     }
+
+
+def drop_checkpoint(study_folder: Path, number: int) -> None:
+    """A trial that is no longer among the best keeps its record alone."""
+    shutil.rmtree(records.trial_folder(study_folder, number) / "checkpoint", ignore_errors=True)
 
 
 def train_prior(dataset: Dataset) -> float:

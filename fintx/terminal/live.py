@@ -1,22 +1,21 @@
-"""What does a running study look like? A live table on a terminal, plain lines everywhere else."""
+"""What do running studies look like? A live table on a terminal, plain lines everywhere else."""
 
 from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable
-from pathlib import Path
+from dataclasses import dataclass, field
 
-from rich.console import Console, Group
+from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from fintx.config import StudySpec
 from fintx.evaluate import metrics
-from fintx.study import records, runner
+from fintx.study import records
+from fintx.study.events import EpochDone, Event, Notice, StudyReady, TrialEnded, TrialFinished, TrialStarted
 from fintx.study.records import TrialRecord
-from fintx.study.runner import EpochDone, Event, StudyReady, Summary, TrialFinished, TrialStarted
 from fintx.terminal.tables import show_data
 from fintx.terminal.words import count, duration, number, shape_words
 
@@ -26,29 +25,36 @@ _SHOWN = 8
 """Newest trials in the live table."""
 
 
-class StudyView:
-    """Shows the events of one study; use it as a context manager and pass `notify` to the runner."""
+@dataclass
+class _Study:
+    """What is shown of one study."""
 
-    def __init__(self, spec: StudySpec, console: Console, *, finished: int):
-        self._spec = spec
+    spec: StudySpec
+    bar: TaskID
+    finished_before: int
+    began: float = field(default_factory=time.monotonic)
+    records: tuple[TrialRecord, ...] = ()
+
+    @property
+    def best(self) -> TrialRecord | None:
+        return records.best_of(list(self.records), minimize=metrics.MINIMIZE[self.spec.study.metric])
+
+
+class View:
+    """Shows the events of a run; use it as a context manager and pass `notify` to the runner."""
+
+    def __init__(self, console: Console):
         self._console = console
-        self._minimize = metrics.MINIMIZE[spec.study.metric]
-        self._began = self._last_said = time.monotonic()
-        self._finished_before = finished
-        self._records: tuple[TrialRecord, ...] = ()
-        self._current = ""
-        self._epoch_line = ""
+        self._studies: dict[str, _Study] = {}
+        self._trials: dict[tuple[str, int], tuple[TaskID, str]] = {}
+        self._said: dict[tuple[str, int], float] = {}
         self._progress = Progress(
             TextColumn("{task.description:<10}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[words]}"),
             TimeElapsedColumn(), console=console,
         )  # fmt: skip
-        self._study_bar: TaskID = self._progress.add_task(
-            "trials", total=spec.study.n_trials, completed=finished, words=""
-        )
-        self._trial_bar: TaskID = self._progress.add_task("epochs", total=spec.train.max_epochs, words="")
         self._live = Live(console=console, get_renderable=self._render, refresh_per_second=4, transient=True)
 
-    def __enter__(self) -> StudyView:
+    def __enter__(self) -> View:
         if self._console.is_terminal:
             self._live.start()
         return self
@@ -61,77 +67,96 @@ class StudyView:
         """Take an event of the runner."""
         match event:
             case StudyReady():
-                show_data(self._console, event.prepared)
-                self._console.print(f"{event.n_shapes:,} feasible shapes, {self._spec.study.n_trials} trials")
+                self._open(event)
             case TrialStarted():
                 self._start_trial(event)
             case EpochDone():
                 self._show_epoch(event)
+            case TrialEnded():
+                self._close(event.study, event.number)
+                self._say(event.study, f"trial {event.number}: {event.words}", always=True)
             case TrialFinished():
                 self._finish_trial(event)
+            case Notice():
+                self._say(event.study, event.words, always=True)
 
-    def _say(self, line: str) -> None:
-        self._last_said = time.monotonic()
-        if not self._console.is_terminal:
-            self._console.print(line, highlight=False, soft_wrap=True)
+    def _say(self, study: str, line: str, *, always: bool = False) -> None:
+        """A line where there is no live table; what must not scroll away in one is printed above it too."""
+        if always or not self._console.is_terminal:
+            prefix = f"{study}: " if len(self._studies) > 1 else ""
+            self._console.print(f"{prefix}{line}", highlight=False, soft_wrap=True, markup=False)
+
+    def _open(self, event: StudyReady) -> None:
+        total = event.spec.study.n_trials
+        bar = self._progress.add_task(event.study, total=total, completed=event.finished, words="")
+        self._studies[event.study] = _Study(event.spec, bar, event.finished)
+        show_data(self._console, event.prepared)
+        before = f", {event.finished} finished before" if event.finished else ""
+        self._console.print(f"{event.n_shapes:,} feasible shapes, {total} trials{before}")
 
     def _start_trial(self, event: TrialStarted) -> None:
         note = f' "{event.note}"' if event.note else ""
-        self._current = f"trial {event.number} ({event.source}{note}): {shape_words(event.shape)}"
-        self._progress.reset(self._trial_bar, total=self._spec.train.max_epochs, words=f"{self._current}, compiling")
-        self._say(f"{self._current} …")
+        attempt = f", attempt {event.attempt}" if event.attempt > 1 else ""
+        words = f"trial {event.number} ({event.source}{attempt}{note}): {shape_words(event.shape)}"
+        total = self._studies[event.study].spec.train.max_epochs
+        task = self._progress.add_task("  epochs", total=total, words=f"{words}, compiling")
+        self._trials[event.study, event.number] = (task, words)
+        self._said[event.study, event.number] = time.monotonic()
+        self._say(event.study, f"{words} …")
 
     def _show_epoch(self, event: EpochDone) -> None:
-        epoch, metric = event.epoch, self._spec.study.metric
+        key, epoch = (event.study, event.number), event.epoch
+        task, trial = self._trials[key]
+        metric = self._studies[event.study].spec.study.metric
         fold = f", fold {event.fold + 1}/{event.n_folds}" if event.n_folds > 1 else ""
-        words = f"{self._current}{fold}: {metric} {number(epoch.metrics.get(metric))}, best {number(epoch.best)}"
-        self._progress.update(self._trial_bar, completed=epoch.epoch, total=epoch.max_epochs, words=words)
-        if time.monotonic() - self._last_said > _SAY_EVERY_S:
-            self._say(f"  epoch {epoch.epoch}/{epoch.max_epochs} of {words}, {duration(epoch.seconds)}")
+        words = f"{trial}{fold}: {metric} {number(epoch.metrics.get(metric))}, best {number(epoch.best)}"
+        self._progress.update(task, completed=epoch.epoch, total=epoch.max_epochs, words=words)
+        if time.monotonic() - self._said[key] > _SAY_EVERY_S:
+            self._said[key] = time.monotonic()
+            line = f"  epoch {epoch.epoch}/{epoch.max_epochs} of {words}, {duration(epoch.seconds)}"
+            self._say(event.study, line)
+
+    def _close(self, study: str, number_: int) -> None:
+        task, _ = self._trials.pop((study, number_), (None, ""))
+        if task is not None:
+            self._progress.remove_task(task)
 
     def _finish_trial(self, event: TrialFinished) -> None:
-        self._records = event.records
-        record, done, total = event.record, len(event.records), self._spec.study.n_trials
-        best = records.best_of(list(event.records), minimize=self._minimize)
-        eta = (time.monotonic() - self._began) / max(done - self._finished_before, 1) * (total - done)
+        self._close(event.study, event.record.trial_number)
+        shown, record = self._studies[event.study], event.record
+        shown.records = event.records
+        done, total, best = len(event.records), shown.spec.study.n_trials, shown.best
+        mean_s = (time.monotonic() - shown.began) / max(done - shown.finished_before, 1)
         best_words = f"best {number(best.value)} (trial {best.trial_number})" if best else "no success yet"
-        words = f"{best_words}, {duration(eta)} to go"
-        self._progress.update(self._study_bar, completed=done, words=words)
+        words = f"{best_words}, {duration(mean_s * max(total - done, 0))} to go"
+        self._progress.update(shown.bar, completed=done, words=words)
         self._say(
+            event.study,
             f"trial {record.trial_number} {record.outcome}: {record.metric} {number(record.value)}, "
             f"skill {number(record.best.get('skill'))}, {shape_words(record.config.shape)}, "
-            f"{count(record.param_count)} parameters, {duration(record.wall_s)} · {done}/{total} done, {words}"
+            f"{count(record.param_count)} parameters, {duration(record.wall_s)} · {done}/{total} done, {words}",
         )
 
-    def _render(self) -> Group:
-        table = Table(title=f"{self._spec.study.name}: newest trials", title_justify="left", box=None, pad_edge=False)
-        for head in ("trial", self._spec.study.metric, "skill", "shape", "parameters", "outcome", "time"):
-            table.add_column(head, justify="left" if head in ("shape", "outcome") else "right")
-        best = records.best_of(list(self._records), minimize=self._minimize)
-        for record in self._records[-_SHOWN:]:
-            table.add_row(
-                f"{'★ ' if best is record else ''}{record.trial_number}",
-                number(record.value),
-                number(record.best.get("skill")),
-                shape_words(record.config.shape),
-                count(record.param_count),
-                record.outcome,
-                duration(record.wall_s),
-            )
-        failed = Counter(r.outcome for r in self._records if r.value is None)
+    def _render(self) -> RenderableType:
+        tables = [_newest(shown) for shown in self._studies.values() if shown.records]
+        failed = Counter(r.outcome for shown in self._studies.values() for r in shown.records if r.value is None)
         words = ", ".join(f"{n} {outcome}" for outcome, n in failed.items())
-        return Group(table, self._progress, *([f"failed: {words}"] if words else []))
+        return Group(*tables, self._progress, *([f"failed: {words}"] if words else []))
 
 
-def run(
-    spec: StudySpec, console: Console, *, outputs: Path, data_root: Path, should_stop: Callable[[], bool]
-) -> Summary:
-    """Run one study under a live view.
-
-    Raises:
-        FintxError: as `study.runner.run`.
-    """
-    folder = outputs / spec.study.name
-    finished = len(records.read_all(folder)) if records.read_study(folder) else 0
-    with StudyView(spec, console, finished=finished) as view:
-        return runner.run(spec, outputs=outputs, data_root=data_root, notify=view.notify, should_stop=should_stop)
+def _newest(shown: _Study) -> Table:
+    table = Table(title=f"{shown.spec.study.name}: newest trials", title_justify="left", box=None, pad_edge=False)
+    for head in ("trial", shown.spec.study.metric, "skill", "shape", "parameters", "outcome", "time"):
+        table.add_column(head, justify="left" if head in ("shape", "outcome") else "right")
+    best = shown.best
+    for record in shown.records[-_SHOWN:]:
+        table.add_row(
+            f"{'★ ' if best is record else ''}{record.trial_number}",
+            number(record.value),
+            number(record.best.get("skill")),
+            shape_words(record.config.shape),
+            count(record.param_count),
+            record.outcome,
+            duration(record.wall_s),
+        )
+    return table

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -15,10 +16,12 @@ from fintx.data.splits import PartRow
 from fintx.data.windows import Prepared
 from fintx.study import records
 from fintx.study.evaluation import Evaluation
+from fintx.study.ledger import Claim
 from fintx.study.plan import DepthsAnswer, Plan, ShapeAnswer
-from fintx.study.runner import Summary
+from fintx.study.runner import Failure, Summary
 from fintx.study.status import StudyStatus
 from fintx.terminal.words import count, duration, number, percent, shape_words, size
+from fintx.types import FintxError
 
 _COMPARED = ("log_loss", "skill", "auc", "brier", "calibration_error")
 _COMPARED_REGRESSION = ("mse", "skill", "mae", "correlation")
@@ -75,6 +78,8 @@ def print_summary(console: Console, summary: Summary) -> None:
 def _verdict(summary: Summary) -> str:
     """Whether the winner beats the best baseline by more than noise, and why even that isn't yet proof."""
     lead, metric, best = summary.lead, summary.spec.study.metric, summary.best
+    if best is not None and lead is None and not summary.predictions_here:
+        return f"The best trial's predictions lie on {best.host}: compare it with the baselines there."
     if lead is None or best is None:
         return f"No baseline has a {metric}."
     side = "lower" if lead.gain > 0 else "higher"
@@ -90,8 +95,42 @@ def _verdict(summary: Summary) -> str:
     )
 
 
+def print_unfinished(console: Console, summary: Summary) -> None:
+    """What a run leaves to do: trials whose attempts all failed, and queue entries without room."""
+    for line in summary.left_aside:
+        _line(console, f"left aside  {line}")
+    if summary.left_aside:
+        _line(console, "Give the same command again to try them again.")
+    if summary.waiting and not summary.interrupted:
+        ids = ", ".join(summary.waiting)
+        _line(
+            console,
+            f"Still queued: {ids}. All {summary.spec.study.n_trials} trials are spoken for; raise study.n_trials.",
+        )
+
+
+def print_results(console: Console, results: Sequence[Summary | Failure]) -> None:
+    """One line per study of a run of several."""
+    rows = []
+    for result in results:
+        if isinstance(result, Failure):
+            rows.append([result.spec.study.name, "–", "failed", "–", _first_line(result.problem)])
+            continue
+        spec, best = result.spec, result.best
+        state = "failed" if result.problem else "stopped" if result.interrupted else "done"
+        done = f"{len(result.records)}/{spec.study.n_trials}"
+        value = f"{spec.study.metric} {number(best.value)}" if best else "–"
+        rows.append([spec.study.name, done, state, value, _first_line(result.problem) if result.problem else ""])
+    heads = ["study", "finished", "state", "best", "note"]
+    show(console, table("\nAll studies", heads, rows, left=("state", "best", "note")))
+
+
+def _first_line(problem: FintxError) -> str:
+    return str(problem).partition("\n")[0]
+
+
 def print_status(console: Console, statuses: Sequence[StudyStatus]) -> None:
-    """One line per study."""
+    """One line per study, and below one per trial that is under way or was left unfinished."""
     rows = []
     for status in statuses:
         best = status.best
@@ -100,7 +139,7 @@ def print_status(console: Console, statuses: Sequence[StudyStatus]) -> None:
                 status.name,
                 f"{status.finished}/{status.n_trials}",
                 "running" if status.running else "done" if status.finished >= status.n_trials else "stopped",
-                ", ".join(f"{n} {outcome}" for outcome, n in status.failed.items()) or "0",
+                ", ".join(f"{n} {outcome}" for outcome, n in _failures(status).items()) or "0",
                 f"{status.metric} {number(best.value)}" if best else "–",
                 percent(best.best.get("skill")) if best else "–",  # type: ignore[arg-type]
                 f"{shape_words(best.config.shape)} ({count(best.param_count)})" if best else "–",
@@ -110,6 +149,28 @@ def print_status(console: Console, statuses: Sequence[StudyStatus]) -> None:
         )
     heads = ["study", "finished", "state", "failed", "best", "skill", "best shape", "to go", "test opened"]
     show(console, table("", heads, rows, left=("state", "failed", "best", "best shape")))
+    unfinished = [
+        [
+            status.name, str(claim.number), _claim_state(status, claim), f"{claim.step:,}", str(claim.attempt),
+            f"{claim.host}, process {claim.pid}" if claim.pid else claim.host, shape_words(claim.shape), claim.detail,
+        ]
+        for status in statuses
+        for claim in status.unfinished
+    ]  # fmt: skip
+    if unfinished:
+        heads = ["study", "trial", "state", "step", "attempt", "on", "shape", "note"]
+        show(console, table("\nUnfinished trials", heads, unfinished, left=("state", "on", "shape", "note")))
+
+
+def _failures(status: StudyStatus) -> dict[str, int]:
+    crashed = sum(claim.failures for claim in status.unfinished)
+    return {**status.failed, **({"crashed or hung": crashed} if crashed else {})}
+
+
+def _claim_state(status: StudyStatus, claim: Claim) -> str:
+    """A lease that says running, of a study that nobody runs here, was cut off: the next run takes it up."""
+    here = claim.host == socket.gethostname()
+    return "cut off" if claim.state == "running" and here and not status.running else claim.state
 
 
 def print_evaluation(console: Console, result: Evaluation) -> None:

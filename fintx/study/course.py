@@ -1,0 +1,422 @@
+"""What does one study want next, and what becomes of what its trials bring? The decisions of a run, and no waiting.
+
+Whatever touches the storage may find the database away. Then the study says so once, goes on with what it holds, and
+tries again: what is to be told is kept in order until it is told.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fintx.config import StudySpec, TrialConfig
+from fintx.study import queue, records, sampler, stopping, trial
+from fintx.study.events import EpochDone, Event, Notice, TrialEnded, TrialFinished, TrialStarted
+from fintx.study.ledger import Answer, Choice, Claim, Proposal
+from fintx.study.opening import Opened, write
+from fintx.study.records import TrialRecord
+from fintx.study.storage import StorageAway
+from fintx.train import loop
+from fintx.types import FintxError
+
+_RENEW_S = 15.0
+_LOOK_S = 2.0
+"""How often the file's queue, a request to stop and other machines' results are looked for."""
+_IDLE_S = 1.0
+"""After there was nothing to do, until it is asked again; the end of a trial of its own ends the wait."""
+_BACKOFF_S = (0.2, 5.0)
+
+
+@dataclass(eq=False)
+class Course:
+    """A study under way in this process."""
+
+    opened: Opened
+    outputs: Path
+    data_root: Path
+    notify: Callable[[Event], None]
+    reload: Callable[[], StudySpec | None]
+    """The sweep file again, if it has changed since the last call; none: it has not."""
+    queue_only: bool
+    """Run what is queued, beyond n_trials too, and nothing else."""
+    spec: StudySpec = field(init=False)
+    finished: dict[int, TrialRecord] = field(init=False)
+    held: dict[int, Claim] = field(default_factory=dict)
+    """Trials that a worker is training for this process."""
+    superseded: set[int] = field(default_factory=set)
+    """Held trials that another machine has taken: their workers are to be killed."""
+    problem: FintxError | None = None
+    stop_asked: bool = False
+    over: bool = False
+    """Nothing is left to do, here or elsewhere."""
+
+    def __post_init__(self) -> None:
+        self.spec = self.opened.spec
+        self.finished = {record.trial_number: record for record in records.read_all(self.opened.folder)}
+        self._steps: dict[int, int] = {}
+        self._pids: dict[int, int] = {}
+        self._progressed: set[int] = set()
+        self._tried: Counter[int] = Counter()
+        self._aside: dict[int, str] = {}
+        self._streak: tuple[str, int] = ("", 0)
+        self._todo: list[Callable[[], object]] = []
+        self._away_since: float | None = None
+        self._away_tries = 0
+        self._retry_at = self._look_at = self._renew_at = self._idle_until = 0.0
+        self._seen: dict[int, tuple[tuple[Any, ...], float]] = {}
+        self._stop_before = stopping.request(self.opened.folder)
+        self._said: set[str] = set()
+
+    @property
+    def name(self) -> str:
+        """The study's."""
+        return self.spec.study.name
+
+    @property
+    def settled(self) -> bool:
+        """Nothing runs here, and all that happened has been told."""
+        return not self.held and not self._todo
+
+    @property
+    def asks(self) -> bool:
+        """Whether another trial may be started."""
+        return not (self.over or self.problem or self.stop_asked)
+
+    # --- what next ---
+
+    def next_job(self, fits: Callable[[TrialConfig], int | None]) -> trial.Job | None:
+        """The next trial to hand to a worker, claimed; none: nothing to do now.
+
+        Args:
+            fits: memory limit of a trial of that config if it were started now (0: the device's); none: no room yet.
+        """
+        if not self.asks or self._todo or time.monotonic() < self._idle_until:
+            return None
+        chosen: list[tuple[TrialConfig, int]] = []
+
+        def choose(claims: tuple[Claim, ...]) -> Choice:
+            chosen.clear()
+            choice = self._choose(claims)
+            if choice is None or isinstance(choice, Answer):
+                return choice
+            number = choice.number if isinstance(choice, Claim) else len(self._trials())
+            config = self._config(choice, number)
+            limit = fits(config)
+            if limit is None:
+                return None
+            chosen.append((config, limit))
+            return choice
+
+        try:
+            claim = self._reach(lambda: self.opened.ledger.claim(choose))
+        except sampler.SpaceExhausted as error:
+            self.problem = error
+            return None
+        if claim is None:
+            self._idle_until = time.monotonic() + _IDLE_S
+            return None
+        (config, limit), self.over = chosen[0], False
+        self.held[claim.number] = claim
+        self._steps[claim.number] = claim.step
+        job = trial.Job(
+            spec=self.spec, config=config, number=claim.number, attempt=claim.attempt, params=claim.params,
+            entry=claim.entry, note=claim.note, training=claim.training, study_folder=self.opened.folder.resolve(),
+            data_root=self.data_root.resolve(), memory_limit=limit or None,
+        )  # fmt: skip
+        self.notify(TrialStarted(self.name, claim.number, claim.attempt, claim.shape, job.source, claim.note))
+        return job
+
+    def _choose(self, claims: tuple[Claim, ...]) -> Choice:
+        """Own unfinished trials, then the queue, then the sampler, then what other machines have left behind."""
+        open_claims = list({claim.number: claim for claim in claims if not claim.finished}.values())
+        free = [claim for claim in open_claims if claim.number not in self.held and self._may_try(claim)]
+        mine = [claim for claim in free if claim.owner == self.opened.ledger.owner]
+        if mine:
+            return mine[0]
+        total = len({claim.number for claim in claims})
+        if (self.queue_only or total < self.spec.study.n_trials) and (new := self._new(claims)) is not None:
+            return new
+        others = [claim for claim in free if claim.owner != self.opened.ledger.owner]
+        left = [claim for claim in others if claim.state != "running" or self._is_stale(claim)]
+        if left:
+            return left[0]
+        for claim in others:
+            self._say_once(f"waiting for trial {claim.number}, which runs on {claim.host}")
+        self.over = not others and not self.held
+        return None
+
+    def _may_try(self, claim: Claim) -> bool:
+        if self.queue_only and claim.entry not in {queue.identity(entry) for entry in self._entries()}:
+            return False
+        return self._tried[claim.number] < self.spec.execution.max_attempts
+
+    def _is_stale(self, claim: Claim) -> bool:
+        """Judged by this machine's clock alone: the lease hasn't changed for too long."""
+        now, mark = time.monotonic(), (claim.token, claim.beat, claim.state)
+        before, since = self._seen.get(claim.number, (None, now))
+        if before != mark:
+            self._seen[claim.number] = (mark, now)
+            return False
+        return now - since > self.spec.execution.hang_s + 2 * self._renew_s
+
+    def _new(self, claims: tuple[Claim, ...]) -> Proposal | Answer | None:
+        trained = {self._identity(claim): claim.number for claim in claims}
+        taken = {claim.entry for claim in claims}
+        for entry in self._entries():
+            identity = queue.identity(entry)
+            if identity not in taken:
+                return self._queued(entry, identity, trained)
+        if self.queue_only:
+            return None
+        params = self._proposed({}, None, trained)
+        return self._proposal(params, self.opened.space.decode(params))
+
+    def _entries(self) -> tuple[Any, ...]:
+        return queue.entries(self.spec, self.opened.space)
+
+    def _queued(self, entry: Any, identity: str, trained: dict[str, int]) -> Proposal | Answer:
+        settled = queue.settle(entry, self.spec, self.opened.space, best=self.best)
+        params = settled.params
+        if settled.training == "sampler":
+            params = self._proposed(params, settled.shape, trained)
+        proposal = self._proposal(params, settled.shape, entry=identity, note=entry.note, training=settled.training)
+        same = trained.get(sampler.identity(self._config(proposal, 0)))
+        if same is None:
+            return proposal
+        self._say_once(f"queue entry {identity} asks for what trial {same} is already: not trained again")
+        return Answer(identity, same)
+
+    def _proposed(self, fixed: dict[str, Any], shape: Any, trained: dict[str, int]) -> dict[str, Any]:
+        trials = self._trials()
+        return sampler.propose(
+            self.spec, self.opened.space, trials, number=len(trials), fixed=fixed, shape=shape, trained=trained
+        )
+
+    def _trials(self) -> list[Any]:
+        return self.opened.ledger.storage.study.get_trials(deepcopy=False)
+
+    def _proposal(self, params: dict[str, Any], shape: Any, **entry: str) -> Proposal:
+        known = {"entry": None, "note": "", "training": "", **entry}
+        return Proposal(params, self.opened.space.distributions, shape, **known)  # type: ignore[arg-type]
+
+    def _config(self, trial_: Claim | Proposal, number: int) -> TrialConfig:
+        seed = sampler.derive_seed(self.spec.study.seed, sampler.TRIAL, number)
+        return self.opened.space.trial_config(self.spec, trial_.params, trial_.shape, seed=seed)
+
+    def _identity(self, claim: Claim) -> str:
+        return sampler.identity(self._config(claim, 0))
+
+    # --- what came of it ---
+
+    def heard(self, number: int, kind: str, values: dict[str, Any], *, pid: int) -> None:
+        """Take what a worker said of a held trial, or how its job ended (`pool.ENDS`)."""
+        claim = self.held[number]
+        self._pids[number], self._idle_until = pid, 0.0
+        match kind:
+            case "progress":
+                self._steps[number] = values["step"]
+                self._progressed.add(number)
+            case "epoch":
+                epoch = loop.Epoch(**values["epoch"])
+                n_folds = len(self.opened.prepared.folds)
+                self._progressed.add(number)
+                self.notify(EpochDone(self.name, number, values["fold"], n_folds, epoch))
+            case "warning":
+                self.notify(Notice(self.name, f"trial {number}: {values['text']}"))
+            case "done":
+                self._done(claim)
+            case "interrupted":
+                self._release(claim, "interrupted", "stopped on request")
+            case "superseded":
+                del self.held[number]
+                self.notify(TrialEnded(self.name, number, "taken over by another attempt"))
+            case "mistake":
+                self.problem = self.problem or FintxError(f"trial {number}: {values['text']}")
+                self._release(claim, "interrupted", values["text"])
+            case _:
+                self._failed(claim, kind, values["text"])
+
+    def _done(self, claim: Claim) -> None:
+        del self.held[claim.number]
+        record = records.read(records.trial_folder(self.opened.folder, claim.number) / "record.json")
+        self.finished[claim.number] = record
+        self._count_failure("" if record.value is not None else record.outcome, record.detail)
+        self._todo.append(lambda: self._tell(claim, record))
+        self._catch_up()
+        if claim.number in self.finished:
+            self.notify(TrialFinished(self.name, record, tuple(self.finished.values())))
+            self._keep_best_checkpoints()
+            self.write_tables()
+
+    def _tell(self, claim: Claim, record: TrialRecord) -> None:
+        if self.opened.ledger.tell(claim, record, minimize=self.opened.minimize):
+            return
+        where = records.trial_folder(self.opened.folder, claim.number)
+        (where / "record.json").rename(where / f"record.superseded-{claim.attempt}.json")
+        self.finished.pop(claim.number, None)
+        words = f"trial {claim.number} had been given to another machine; the result that came late is set aside"
+        self.notify(Notice(self.name, words))
+
+    def _failed(self, claim: Claim, kind: str, text: str) -> None:
+        number = claim.number
+        self._tried[number] += 1
+        log = records.trial_folder(self.opened.folder, number) / "run" / f"attempt-{claim.attempt}.log"
+        words = f"{kind}: {text}" + (f" (log: {log})" if log.is_file() and log.stat().st_size else "")
+        left = self.spec.execution.max_attempts - self._tried[number]
+        if left <= 0:
+            self._aside[number] = f"trial {number} {words}"
+        more = f"{left} attempts left" if left > 0 else "left aside; the next run tries it again"
+        self._release(claim, "failed", words, said=f"attempt {claim.attempt} {words}; {more}")
+        self._count_failure(f"{kind} ({text})", words)
+
+    def _release(self, claim: Claim, state: Any, detail: str, *, said: str = "") -> None:
+        del self.held[claim.number]
+        step = self._steps.get(claim.number, claim.step)
+        # A superseded claim is released by whoever took it.
+        self._todo.append(lambda: self.opened.ledger.release(claim, state, detail, step=step))
+        self._catch_up()
+        self.notify(TrialEnded(self.name, claim.number, said or f"{state} at step {step}: {detail}"))
+
+    def _count_failure(self, kind: str, detail: str) -> None:
+        before, count = self._streak
+        self._streak = (kind, count + 1 if kind == before else 1) if kind else ("", 0)
+        limit = self.spec.execution.max_failures
+        if kind and self._streak[1] >= limit:
+            self.problem = self.problem or FintxError(
+                f"{self.name}: stopped after {limit} failures in a row of the same kind, {kind}: {detail}; mend the "
+                "cause (or raise execution.max_failures), and the same command continues"
+            )
+
+    # --- now and then ---
+
+    def tick(self) -> None:
+        """Renew leases, tell what is untold, and look for edits, requests and other machines' results."""
+        self._catch_up()
+        now = time.monotonic()
+        if self._progressed and now >= self._renew_at:
+            self._renew_at = now + self._renew_s
+            for number in sorted(self._progressed & self.held.keys()):
+                self._renew(number)
+            self._progressed.clear()
+        if now >= self._look_at:
+            self._look_at = now + _LOOK_S
+            self._reread_file()
+            self.stop_asked = self.stop_asked or stopping.request(self.opened.folder) != self._stop_before
+            self._learn()
+
+    @property
+    def _renew_s(self) -> float:
+        return min(_RENEW_S, self.spec.execution.hang_s / 4)
+
+    def _renew(self, number: int) -> None:
+        claim = self.held[number]
+        step, pid = self._steps[number], self._pids[number]
+        gone = object()
+        renewed = self._reach(lambda: self.opened.ledger.renew(claim, step=step, pid=pid) or gone)
+        if renewed is gone:
+            self.superseded.add(number)
+        elif renewed is not None:
+            self.held[number] = renewed
+
+    def _learn(self) -> None:
+        """Trials that other machines finished: through the storage, or from the shared folder."""
+        for text in self._reach(lambda: self.opened.ledger.foreign_records(self.finished)) or ():
+            record = TrialRecord.model_validate_json(text)
+            path = records.trial_folder(self.opened.folder, record.trial_number) / "record.json"
+            if not path.is_file():
+                records.append(self.opened.folder, record)
+        paths = (self.opened.folder / "trials").glob("[0-9]*/record.json")
+        new = [path for path in paths if int(path.parent.name) not in {*self.finished, *self.held}]
+        for record in map(records.read, new):
+            self.finished[record.trial_number] = record
+            self.notify(TrialFinished(self.name, record, tuple(self.finished.values())))
+
+    def _reread_file(self) -> None:
+        """The queue and the total may be edited while the study runs; all else waits for the next start."""
+        try:
+            fresh = self.reload()
+            if fresh is None:
+                return
+            study = self.spec.study.model_copy(update={"n_trials": fresh.study.n_trials})
+            spec = self.spec.model_copy(update={"queue": fresh.queue, "study": study})
+            queue.validate(spec, n_features=len(spec.data.features))
+        except FintxError as error:
+            self.notify(Notice(self.name, f"the edited sweep file is not taken: {error}"))
+            return
+        if spec != self.spec:
+            self.spec, self.over, self._idle_until = spec, False, 0.0
+            known = records.read_study(self.opened.folder)
+            assert known is not None
+            write(self.opened.folder, spec, known.definition, known)
+            words = f"the file was edited: {len(spec.queue)} queue entries, {spec.study.n_trials} trials in all"
+            self.notify(Notice(self.name, words))
+
+    # --- the storage, which may be away ---
+
+    def _reach(self, work: Callable[[], Any]) -> Any:
+        """What the work gives, or none while the storage is away."""
+        now = time.monotonic()
+        if now < self._retry_at:
+            return None
+        try:
+            result = work()
+        except StorageAway as error:
+            if self._away_since is None:
+                self._away_since = now
+                busy = f"{len(self.held)} trials go on" if self.held else "nothing is lost"
+                self.notify(Notice(self.name, f"{error}; waiting for it, {busy}"))
+            self._away_tries += 1
+            self._retry_at = time.monotonic() + min(_BACKOFF_S[0] * 2**self._away_tries, _BACKOFF_S[1])
+            return None
+        if self._away_since is not None:
+            self.notify(Notice(self.name, f"the storage is back after {now - self._away_since:.0f} s"))
+            self._away_since, self._away_tries = None, 0
+        return result
+
+    def _catch_up(self) -> None:
+        while self._todo:
+            if self._reach(lambda: (self._todo[0](),)) is None:
+                return
+            del self._todo[0]
+
+    def _say_once(self, words: str) -> None:
+        if words not in self._said:
+            self._said.add(words)
+            self.notify(Notice(self.name, words))
+
+    # --- what is derived ---
+
+    @property
+    def best(self) -> TrialRecord | None:
+        """The best finished trial so far."""
+        return records.best_of(list(self.finished.values()), minimize=self.opened.minimize)
+
+    @property
+    def left_aside(self) -> tuple[str, ...]:
+        """Trials whose attempts in this run all crashed or hung, a line each."""
+        return tuple(self._aside[number] for number in sorted(self._aside) if number not in self.finished)
+
+    @property
+    def waiting(self) -> tuple[str, ...]:
+        """Queue entries that n_trials leaves no room for."""
+        claims = self._reach(self.opened.ledger.claims) or ()
+        taken = {claim.entry for claim in claims}
+        return tuple(i for i in map(queue.identity, self._entries()) if i not in taken)
+
+    def write_tables(self) -> None:
+        """Rewrite the derived tables from the records on disk."""
+        folder, study = self.opened.folder, self.spec.study
+        records.write_tables(
+            folder, records.read_all(folder), n_trials=study.n_trials, metric=study.metric,
+            minimize=self.opened.minimize,
+        )  # fmt: skip
+        records.write_results_csv(self.outputs)
+
+    def _keep_best_checkpoints(self) -> None:
+        ranked = records.ranked(list(self.finished.values()), minimize=self.opened.minimize)
+        for record in ranked[self.spec.study.keep_checkpoints :]:
+            trial.drop_checkpoint(self.opened.folder, record.trial_number)

@@ -1,0 +1,74 @@
+"""What is told of a running study? Plain values, for a live view, a log or a test."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fintx.config import Shape, StudySpec
+from fintx.data import windows
+from fintx.study.records import TrialRecord
+from fintx.train import loop
+
+
+@dataclass(frozen=True)
+class StudyReady:
+    """Data, label and split stand; no trial of this run has begun."""
+
+    study: str
+    spec: StudySpec
+    prepared: windows.Prepared
+    n_shapes: int
+    finished: int
+    """Records that stand already."""
+
+
+@dataclass(frozen=True)
+class TrialStarted:
+    """A trial has been handed to a worker."""
+
+    study: str
+    number: int
+    attempt: int
+    shape: Shape
+    source: str
+    note: str
+
+
+@dataclass(frozen=True)
+class EpochDone:
+    """One epoch of one fold is done."""
+
+    study: str
+    number: int
+    fold: int
+    n_folds: int
+    epoch: loop.Epoch
+
+
+@dataclass(frozen=True)
+class TrialEnded:
+    """An attempt ended without a record."""
+
+    study: str
+    number: int
+    words: str
+
+
+@dataclass(frozen=True)
+class TrialFinished:
+    """A record has been written."""
+
+    study: str
+    record: TrialRecord
+    records: tuple[TrialRecord, ...]
+
+
+@dataclass(frozen=True)
+class Notice:
+    """Something that its user should know, in a line."""
+
+    study: str
+    words: str
+
+
+Event = StudyReady | TrialStarted | EpochDone | TrialEnded | TrialFinished | Notice

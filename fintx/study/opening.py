@@ -1,0 +1,157 @@
+"""Is the study that a file asks for the one that stands in its folder? Checked whole before anything is trained."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import fintx
+from fintx import sweepfile
+from fintx.config import StudySpec
+from fintx.data import windows
+from fintx.evaluate import metrics
+from fintx.study import environment, ledger, lock, queue, records, storage, trial
+from fintx.study.fork import TakeOver
+from fintx.study.ledger import Ledger
+from fintx.study.records import StudyFile
+from fintx.study.space import SearchSpace
+from fintx.types import FintxError
+
+RESOLVED = "resolved.toml"
+
+
+class StudyConflict(FintxError):
+    """The output folder, or the storage, holds another study of this name."""
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A study that may run: its folder is held, its storage open, what must be beaten is known."""
+
+    spec: StudySpec
+    """With its data resolved."""
+    folder: Path
+    space: SearchSpace
+    prepared: windows.Prepared
+    ledger: Ledger
+    baselines: dict[str, Any]
+
+    @property
+    def minimize(self) -> bool:
+        """Whether less of the study's metric is better."""
+        return metrics.MINIMIZE[self.spec.study.metric]
+
+
+def resolve(spec: StudySpec, *, folder: Path, data_root: Path) -> tuple[StudySpec, windows.Prepared]:
+    """The spec with its features and data versions named, and its data made ready.
+
+    A study keeps the bars it began with, however many newer snapshots have come since.
+    """
+    known = records.read_study(folder)
+    if known is not None and not spec.data.versions:
+        symbols = {*spec.data.assets, *spec.data.context}
+        versions = {symbol: version for symbol, version in known.spec.data.versions.items() if symbol in symbols}
+        spec = spec.model_copy(update={"data": spec.data.model_copy(update={"versions": versions})})
+    prepared = windows.build(
+        spec.data, spec.task, spec.split, context_length=spec.model.context_length, root=data_root
+    )  # fmt: skip
+    return spec.model_copy(update={"data": prepared.data}), prepared
+
+
+@contextlib.contextmanager
+def begin(
+    spec: StudySpec,
+    *,
+    outputs: Path,
+    data_root: Path,
+    warn: Callable[[str], None] = lambda words: None,
+    take_over: TakeOver | None = None,
+) -> Iterator[Opened]:
+    """Hold a study's folder and open it, made where it isn't there yet.
+
+    Args:
+        warn: told of what was mended on the way.
+        take_over: brings trials of another study into one that is new.
+
+    Raises:
+        StudyConflict: the folder or the storage holds a study with another definition.
+        StudyBusy: another process of this host runs it.
+        FintxError: whatever in data, budget, queue or storage can't be run; no trial has been touched then.
+    """
+    folder = outputs / spec.study.name
+    known = records.read_study(folder)
+    spec, prepared = resolve(spec, folder=folder, data_root=data_root)
+    mine = records.definition(spec)
+    if known is not None:
+        check_same(folder, known.definition, mine)
+    space = SearchSpace.build(spec, n_features=len(spec.data.features))
+    queue.validate(spec, n_features=len(spec.data.features))
+    with lock.hold(folder):
+        if known is None:
+            _check_no_strangers(folder)
+        try:
+            opened = storage.open_study(
+                spec.execution.storage, folder, spec.study.name, minimize=metrics.MINIMIZE[spec.study.metric], warn=warn
+            )
+            book = Ledger(opened, ledger.owner_of(folder))
+            check_same(folder, book.definition(mine), mine, where=opened.words)
+            write(folder, spec, mine, known)
+            if known is None and take_over is not None:
+                take_over(folder, spec, space, warn)
+            book.restore(records.read_all(folder), space.distributions, minimize=metrics.MINIMIZE[spec.study.metric])
+        except storage.StorageAway as error:
+            raise FintxError(
+                f"{spec.study.name}: {error}; is the database running, and is its address right?"
+            ) from None
+        windows.store_processed(prepared, data_root)
+        beaten = trial.ensure_baselines(folder, prepared.folds, spec, data_root)
+        yield Opened(spec, folder, space, prepared, book, beaten)
+
+
+def check_same(folder: Path, before: dict[str, Any], after: dict[str, Any], *, where: str = "") -> None:
+    """A study's definition never changes under its name.
+
+    Raises:
+        StudyConflict: with every field that differs, a line each, and what can be done.
+    """
+    differing = [key for key in {**before, **after} if before.get(key) != after.get(key)]
+    if not differing:
+        return
+    finished = len(records.read_all(folder)) if folder.is_dir() else 0
+    changes = "".join(f"\n  {key}: {before.get(key)!r} there, {after.get(key)!r} here;" for key in differing)
+    raise StudyConflict(
+        f"{where or folder}: holds another study of this name ({finished} trials finished); nothing was run:{changes}\n"
+        "undo the edit to continue it, or add --fork NAME: a new study of that name, which takes over every trial that "
+        "is still valid"
+    )
+
+
+def write(folder: Path, spec: StudySpec, defined: dict[str, Any], known: StudyFile | None) -> None:
+    """Write study.json and the resolved file, if they changed.
+
+    Raises:
+        FintxError: they can't be written.
+    """
+    fresh = StudyFile(
+        spec=spec,
+        definition=defined,
+        definition_hash=records.definition_hash(defined),
+        created=known.created if known else environment.now(),
+        fintx_version=known.fintx_version if known else fintx.__version__,
+        git_commit=known.git_commit if known else environment.git_commit(),
+    )
+    if fresh != known:
+        records.write_study(folder, fresh)
+        records.write_atomically(folder / RESOLVED, sweepfile.dump(spec))
+
+
+def _check_no_strangers(folder: Path) -> None:
+    strangers = sorted(path.name for path in folder.iterdir() if not path.name.startswith(("lock-", "journal.", ".")))
+    if strangers:
+        raise StudyConflict(
+            f"{folder}: holds files but no study.json ({', '.join(strangers[:5])}); "
+            "choose another study.name or --outputs, or move them away"
+        )

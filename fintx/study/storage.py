@@ -1,0 +1,278 @@
+"""Where does a study's memory lie, and how is it shared? A journal file in its folder, or a PostgreSQL database.
+
+Every look-decide-write of a coordinator happens inside `exclusive`, one at a time over all machines that share the
+storage: so a total is exact, a trial has one holder, and nothing is proposed twice. A database that is away raises
+`StorageAway`; the caller goes on with what it has and tries again. Nothing here holds or says a password.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import optuna
+from optuna.storages import BaseStorage, JournalStorage
+from optuna.storages.journal import JournalFileBackend
+from optuna.study import StudyDirection
+
+from fintx.types import FintxError, without_passwords
+
+JOURNAL = "journal"
+Check = Callable[[], None]
+"""Raises if the lock has been lost meanwhile."""
+Lock = Callable[[], contextlib.AbstractContextManager[Check]]
+_CONNECT_S = 5
+_FROZEN_S = 30
+"""A holder of the database's lock that is silent for so long (a frozen machine) loses it."""
+_WAIT_S = 0.05
+_PATIENCE_S = 60
+
+
+class StorageAway(Exception):
+    """The database does not answer now; what was asked may be asked again."""
+
+
+@dataclass(frozen=True)
+class Storage:
+    """An open storage with one study in it."""
+
+    words: str
+    """What it is, for messages."""
+    backend: BaseStorage
+    study: optuna.Study
+    lock: Lock
+    shared: bool
+    """Whether machines without a common file system may share it, so that records have to travel through it."""
+
+    @contextlib.contextmanager
+    def exclusive(self) -> Iterator[Check]:
+        """Alone with the storage, over all machines; call what it gives right before a write that others rely on.
+
+        Raises:
+            StorageAway: the database is away, or was lost inside: look again before deciding anything.
+            FintxError: the journal's disk is full or forbidden.
+        """
+        with _translated(self.words), self.lock() as check:
+            yield check
+
+
+def open_study(url: str, folder: Path, name: str, *, minimize: bool, warn: Callable[[str], None]) -> Storage:
+    """Open the storage, made where it isn't there yet, with the study in it; safe for any number at once.
+
+    Args:
+        url: "journal", or postgresql://….
+        folder: the study's; it holds the journal.
+        warn: told of a journal that had to be mended.
+
+    Raises:
+        StorageAway: the database doesn't answer.
+        FintxError: wrong credentials or database, a missing driver, or a journal that can't be read or written.
+    """
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    words = "the journal" if url == JOURNAL else without_passwords(url)
+    with _translated(words):
+        if url == JOURNAL:
+            lock = _journal_lock(folder)
+            with lock():
+                _mend(folder / "journal.log", warn)
+                backend: BaseStorage = _open_journal(folder / "journal.log")
+                study = _study(backend, name, minimize)
+        else:
+            engine, text = _engine(url)
+            lock = _advisory_lock(engine, name)
+            with _advisory_lock(engine, "fintx")():  # tables are made once: CREATE TYPE has no "if not exists"
+                backend = optuna.storages.RDBStorage(
+                    text, engine_kwargs={"pool_pre_ping": True, "connect_args": {"connect_timeout": _CONNECT_S}}
+                )
+                study = _study(backend, name, minimize)
+    return Storage(words, backend, study, lock, shared=url != JOURNAL)
+
+
+def read_journal(folder: Path, name: str) -> optuna.Study | None:
+    """The study in a folder's journal, for reading alone; none where there is no journal, or no such study in it."""
+    path = folder / "journal.log"
+    if not path.is_file():
+        return None
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    try:
+        return optuna.load_study(study_name=name, storage=_open_journal(path))
+    except (KeyError, ValueError):
+        return None
+
+
+def _study(backend: BaseStorage, name: str, minimize: bool) -> optuna.Study:
+    direction = StudyDirection.MINIMIZE if minimize else StudyDirection.MAXIMIZE
+    return optuna.create_study(storage=backend, study_name=name, direction=direction, load_if_exists=True)
+
+
+@contextlib.contextmanager
+def _translated(words: str) -> Iterator[None]:
+    """The libraries' errors as ours."""
+    import sqlalchemy.exc
+
+    try:
+        yield
+    except (optuna.exceptions.StorageInternalError, sqlalchemy.exc.DBAPIError) as error:
+        if reason := _hopeless(error):
+            raise FintxError(f"{words}: {reason}") from None
+        raise StorageAway(f"{words} does not answer") from error
+    except OSError as error:
+        raise FintxError(
+            f"{words}: can't be written: {error.strerror}; mend that, and the same command continues"
+        ) from error
+
+
+# --- a journal in the study's folder ----------------------------------------------------------------------------------
+
+
+class _FileLock:
+    """A kernel lock: gone with its process, whereas Optuna's lock files outlive a kill and stall the next run."""
+
+    def __init__(self, path: Path):
+        self._path = path
+        self._file: IO[str] | None = None
+
+    def acquire(self) -> bool:
+        self._file = self._path.open("a")
+        fcntl.flock(self._file, fcntl.LOCK_EX)
+        return True
+
+    def release(self) -> None:
+        assert self._file is not None
+        self._file.close()
+
+
+def _open_journal(path: Path) -> JournalStorage:
+    lock: Any = _FileLock(path.with_name("journal.append.lock"))  # Optuna asks for acquire and release, no more
+    return JournalStorage(JournalFileBackend(str(path), lock_obj=lock))
+
+
+def _journal_lock(folder: Path) -> Lock:
+    @contextlib.contextmanager
+    def hold() -> Iterator[Check]:
+        with (folder / "journal.lock").open("a") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield lambda: None  # the kernel takes it from nobody who lives
+
+    return hold
+
+
+def _mend(path: Path, warn: Callable[[str], None]) -> None:
+    """Cut a torn last line off: after one more append it could never be read again.
+
+    Raises:
+        FintxError: a line before the last is damaged.
+    """
+    if not path.is_file():
+        return
+    content = path.read_bytes()
+    good = 0
+    for number, line in enumerate(content.splitlines(keepends=True), start=1):
+        if not _is_whole(line):
+            if good + len(line) < len(content):
+                raise FintxError(
+                    f"{path}:{number}: is damaged, with good lines after it; move {path.name} away: the same command "
+                    "rebuilds it from the records"
+                )
+            break
+        good += len(line)
+    if good == len(content):
+        return
+    aside = path.with_name(f"journal.torn-{time.time_ns()}")
+    aside.write_bytes(content[good:])
+    with path.open("r+b") as file:
+        file.truncate(good)
+        os.fsync(file.fileno())
+    warn(f"{path}: its last line was torn (a kill or a full disk); cut off and kept as {aside.name}")
+
+
+def _is_whole(line: bytes) -> bool:
+    try:
+        return line.endswith(b"\n") and isinstance(json.loads(line), dict)
+    except ValueError:
+        return False
+
+
+# --- PostgreSQL -------------------------------------------------------------------------------------------------------
+
+
+def _engine(url: str) -> tuple[Any, str]:
+    """A connection pool of our own, for the lock, and the URL's text as Optuna wants it."""
+    import sqlalchemy
+
+    try:
+        parsed = sqlalchemy.engine.make_url(url).set(drivername="postgresql+psycopg")
+        text = parsed.render_as_string(hide_password=False)
+        engine = sqlalchemy.create_engine(
+            parsed, poolclass=sqlalchemy.NullPool, connect_args={"connect_timeout": _CONNECT_S}
+        )
+    except ModuleNotFoundError:
+        raise FintxError(
+            "execution.storage: PostgreSQL needs its driver; install the extra: uv run --extra postgres …, or "
+            "pip install 'fintx[postgres]'"
+        ) from None
+    except (ValueError, sqlalchemy.exc.ArgumentError):
+        raise FintxError(
+            "execution.storage: is no URL; wanted postgresql://USER@HOST:PORT/DATABASE (special characters of a "
+            "password as %XX; better, leave it to ~/.pgpass)"
+        ) from None
+    return engine, text.replace("{", "{{").replace("}", "}}")  # Optuna formats the URL
+
+
+def _advisory_lock(engine: Any, name: str) -> Lock:
+    """A lock of the database's, by name; PostgreSQL lets go of it when its connection is lost, or silent for long."""
+    import sqlalchemy
+
+    key = int.from_bytes(hashlib.sha256(f"fintx/{name}".encode()).digest()[:8], signed=True)
+
+    @contextlib.contextmanager
+    def hold() -> Iterator[Check]:
+        with engine.connect() as connection, connection.begin():
+            connection.execute(sqlalchemy.text(f"SET LOCAL idle_in_transaction_session_timeout = '{_FROZEN_S}s'"))
+            attempt = sqlalchemy.text("SELECT pg_try_advisory_xact_lock(:key)")
+            deadline = time.monotonic() + _PATIENCE_S
+            while not connection.execute(attempt, {"key": key}).scalar():
+                if time.monotonic() > deadline:
+                    raise StorageAway(f"the lock of study {name} has been held for {_PATIENCE_S} s by another machine")
+                time.sleep(_WAIT_S)
+            yield lambda: connection.execute(sqlalchemy.text("SELECT 1"))
+
+    return hold
+
+
+_HOPELESS = {
+    "28P01": "the password is wrong",
+    "28000": "the user may not log in",
+    "3D000": "there is no such database; create it with createdb",
+    "42501": "the user may not create or change tables there",
+    "53100": "the database's disk is full",
+}
+"""SQLSTATE → what no waiting mends (PostgreSQL's documentation, appendix A)."""
+_HOPELESS_TEXTS = {
+    "password authentication failed": "28P01",
+    "no password supplied": "28P01",
+    "does not exist": "3D000",
+    "no pg_hba.conf entry": "28000",
+}
+"""A refused connection has no SQLSTATE in psycopg, only the server's words."""
+
+
+def _hopeless(error: Any) -> str:
+    """What is wrong for good, in words; empty: the database is only away."""
+    cause = error if hasattr(error, "orig") else error.__cause__
+    original = getattr(cause, "orig", None)
+    state = getattr(original, "sqlstate", None)
+    if state is None:
+        said = str(original).lower()
+        if "database" not in said and "does not exist" in said:
+            return ""
+        state = next((code for words, code in _HOPELESS_TEXTS.items() if words in said), None)
+    return _HOPELESS.get(state or "", "")
