@@ -1,23 +1,25 @@
-"""How does a trained model reach the disk, and come back as exactly what it was, or not at all?
+"""How do arrays reach the disk, and come back as exactly what they were, or not at all?
 
-    <folder>/params/           Orbax's own files
+    <folder>/<item>/           Orbax's own files; a trained model has one item, params
     <folder>/checkpoint.json   format, the whole resolved config, and what the caller adds (hashes, metrics, …)
     <folder>/SHA256SUMS        sha256 of every other file, and of itself; `sha256sum -c` reads it too
 
 Orbax commits atomically but does not checksum arrays: a flipped bit loads as wrong weights without a word. So a folder
-is a checkpoint once SHA256SUMS stands in it, and `load` verifies all of it before it believes any. A save is prepared
-in a hidden folder beside its place and renamed at the end; what else a folder will hold one day (the training state) is
-one more entry of `items`.
+is a checkpoint once SHA256SUMS stands in it, and reading verifies all of it before it believes any. Writing is
+prepared in a hidden folder beside its place and renamed at the end. A trained model (`save`, `load`) and the state of
+a training under way (`resume`) are folders of the same kind with other items.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import json
 import os
+import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +34,8 @@ from fintx.types import FintxError, Params
 
 FORMAT = 1
 _SUMS, _DESCRIPTION, _PARAMS = "SHA256SUMS", "checkpoint.json", "params"
+_Leaf = tuple[tuple[int, ...], str]
+"""Shape and dtype."""
 _FULL = ("no space left", "disk quota exceeded", "file too large")
 
 
@@ -53,8 +57,17 @@ class Restored:
     meta: dict[str, Any]
 
 
+@dataclass(frozen=True)
+class Described:
+    """A folder whose every file is what was saved; its arrays are still on the disk."""
+
+    folder: Path
+    config: TrialConfig
+    meta: dict[str, Any]
+
+
 def save(folder: Path, params: Params, *, config: TrialConfig, meta: dict[str, Any]) -> None:
-    """Write a checkpoint, replacing one that stands there; the folder appears whole or not at all.
+    """Write a trained model, replacing one that stands there; the folder appears whole or not at all.
 
     Args:
         params: the tree of `transformer.abstract_params` for the config and its resolved features.
@@ -63,43 +76,103 @@ def save(folder: Path, params: Params, *, config: TrialConfig, meta: dict[str, A
     Raises:
         FintxError: the disk is full or can't be written; the parameters are not those of the config.
     """
-    folder = Path(folder).absolute()
-    if problem := _misfit(_shapes(params), config):
+    if problem := _misfit(_shapes(params), _shapes(_abstract(config))):
         raise FintxError(f"the parameters to be saved in {folder} don't fit their config: {problem}")
-    description = {"format": FORMAT, "config": config.model_dump(mode="json"), "meta": meta}
-    text = json.dumps(description, indent=1, allow_nan=False)
-    staging = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
-    try:
-        shutil.rmtree(staging, ignore_errors=True)
-        staging.mkdir(parents=True)
-        _reserve(staging, sum(leaf.nbytes for leaf in jax.tree.leaves(params)))
-        _write_arrays(staging, items={_PARAMS: params})
-        _write_text(staging / _DESCRIPTION, text)
-        _write_text(staging / _SUMS, _sums(staging))
-        _sync(staging)
-        _put_in_place(staging, folder)
-    except Exception as error:
-        if reason := _disk_trouble(error):
-            raise FintxError(f"could not save the checkpoint {folder}: {reason}; mend that and run again") from error
-        raise
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+    write(folder, {_PARAMS: params}, config=config, meta=meta)
 
 
 def load(folder: Path) -> Restored:
-    """Read a checkpoint back, on whatever device: verified first, host arrays, the saved bits.
+    """Read a trained model back, on whatever device: verified first, host arrays, the saved bits.
 
     Raises:
         NotACheckpoint: nothing there, something else, a save that did not finish, or another format.
         CheckpointDamaged: a file is missing or changed.
     """
+    found = describe(folder)
+    params = read(found, {_PARAMS: _abstract(found.config)})[_PARAMS]
+    return Restored(params=params, config=found.config, meta=found.meta)
+
+
+def write(
+    folder: Path,
+    items: dict[str, Params],
+    *,
+    config: TrialConfig,
+    meta: dict[str, Any],
+    guard: Callable[[], None] = lambda: None,
+) -> None:
+    """Write named trees of arrays, replacing what stands there; the folder appears whole or not at all.
+
+    Args:
+        items: nested dicts of arrays by name.
+        meta: anything JSON can say; NaN it can't.
+        guard: called right before the folder appears; what it raises passes through, and nothing appears.
+
+    Raises:
+        FintxError: the disk is full or can't be written.
+    """
+    folder = Path(folder).absolute()
+    text = json.dumps(_description(config, meta), indent=1, allow_nan=False)
+    # Two workers of two containers may share a process id, and for a moment a trial.
+    staging = folder.with_name(f".{folder.name}.partial-{os.getpid()}-{secrets.token_hex(4)}")
+    try:
+        with _disk_errors(folder):
+            staging.mkdir(parents=True)
+            _reserve(staging, sum(leaf.nbytes for leaf in jax.tree.leaves(items)))
+            _write_arrays(staging, items=items)
+            _write_text(staging / _DESCRIPTION, text)
+            _write_text(staging / _SUMS, _sums(staging))
+            _sync(staging)
+        guard()
+        with _disk_errors(folder):
+            _put_in_place(staging, folder)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def describe(folder: Path) -> Described:
+    """Verify a folder, and say what it holds.
+
+    Raises:
+        NotACheckpoint, CheckpointDamaged: as `load`.
+    """
     folder = Path(folder).absolute()
     _verify(folder)
     config, meta = _read_description(folder)
-    stored = _stored_shapes(folder / _PARAMS)
-    if problem := _misfit(stored, config):
-        raise CheckpointDamaged(f"{folder}: the parameters don't fit the config saved with them: {problem}")
-    return Restored(params=_read_arrays(folder / _PARAMS, config), config=config, meta=meta)
+    return Described(folder=folder, config=config, meta=meta)
+
+
+def read(found: Described, items: dict[str, Params]) -> dict[str, Params]:
+    """The named trees of a folder, as host arrays, the saved bits.
+
+    Args:
+        items: name → the tree of abstract shapes that is wanted of it.
+
+    Raises:
+        NotACheckpoint: an item is not there.
+        CheckpointDamaged: an item is another tree.
+    """
+    for name, abstract in items.items():
+        if not (found.folder / name).is_dir():
+            raise NotACheckpoint(f"{found.folder} holds no {name}: it is another kind of checkpoint")
+        if problem := _misfit(_stored_shapes(found.folder / name), _shapes(abstract)):
+            raise CheckpointDamaged(f"{found.folder}: the {name} don't fit the config saved with them: {problem}")
+    return {name: _read_arrays(found.folder / name, abstract) for name, abstract in items.items()}
+
+
+def _description(config: TrialConfig, meta: dict[str, Any]) -> dict[str, Any]:
+    return {"format": FORMAT, "config": config.model_dump(mode="json"), "meta": meta}
+
+
+@contextlib.contextmanager
+def _disk_errors(folder: Path) -> Iterator[None]:
+    """The file system's complaints, from however deep, as one line."""
+    try:
+        yield
+    except Exception as error:
+        if reason := _disk_trouble(error):
+            raise FintxError(f"could not save the checkpoint {folder}: {reason}; mend that and run again") from error
+        raise
 
 
 def _reserve(staging: Path, n_bytes: int) -> None:
@@ -123,16 +196,15 @@ def _write_arrays(staging: Path, *, items: dict[str, Params]) -> None:
             checkpointer.save(staging / name, args=ocp.args.PyTreeSave(jax.tree.map(np.asarray, tree)))
 
 
-def _read_arrays(folder: Path, config: TrialConfig) -> Params:
+def _read_arrays(folder: Path, abstract: Params) -> Params:
     import orbax.checkpoint as ocp
 
-    abstract = _abstract(config)
     as_saved = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), abstract)
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
         return checkpointer.restore(folder, args=ocp.args.PyTreeRestore(item=abstract, restore_args=as_saved))
 
 
-def _stored_shapes(folder: Path) -> dict[str, tuple[tuple[int, ...], str]]:
+def _stored_shapes(folder: Path) -> dict[str, _Leaf]:
     import orbax.checkpoint as ocp
 
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
@@ -143,7 +215,7 @@ def _abstract(config: TrialConfig) -> Params:
     return transformer.abstract_params(config.model, config.shape, len(config.data.features))
 
 
-def _shapes(tree: Params) -> dict[str, tuple[tuple[int, ...], str]]:
+def _shapes(tree: Params) -> dict[str, _Leaf]:
     """Path → shape and dtype."""
     leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
     return {
@@ -152,16 +224,15 @@ def _shapes(tree: Params) -> dict[str, tuple[tuple[int, ...], str]]:
     }
 
 
-def _misfit(found: dict[str, tuple[tuple[int, ...], str]], config: TrialConfig) -> str:
-    """The first difference from what the config describes; empty: none. Orbax casts a wrong dtype in silence."""
-    wanted = _shapes(_abstract(config))
+def _misfit(found: dict[str, _Leaf], wanted: dict[str, _Leaf]) -> str:
+    """The first difference; empty: none. Orbax casts a wrong dtype in silence."""
     for path in sorted(wanted.keys() | found.keys()):
         if wanted.get(path) != found.get(path):
             return f"{path}: wanted {_words(wanted.get(path))}, got {_words(found.get(path))}"
     return ""
 
 
-def _words(leaf: tuple[tuple[int, ...], str] | None) -> str:
+def _words(leaf: _Leaf | None) -> str:
     return "nothing" if leaf is None else f"{leaf[1]}{list(leaf[0])}"
 
 

@@ -5,93 +5,30 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal
 
 import jax
 import numpy as np
 
-from fintx.config import TaskConfig, TrialConfig
+from fintx.config import TrialConfig
 from fintx.data.windows import Dataset
 from fintx.evaluate import metrics
-from fintx.model import transformer
-from fintx.train import resume, step
+from fintx.model import sizes
+from fintx.train import memory, progress, step
+from fintx.train.pace import Pace
+from fintx.train.progress import EXPLODED_LOSS, End, Progress, Question
+from fintx.train.result import Epoch, FitResult
+from fintx.train.resume import Keeper, Saves, TrainingState
 from fintx.train.state import (
     Hyper,
-    Program,
     TargetScale,
     TrainState,
     for_program,
     hyper,
     in_target_units,
-    program,
     steps_per_epoch,
     target_scale,
 )
 from fintx.types import FintxError, Floats, Ints, Params
-
-Outcome = Literal["completed", "early_stopped", "diverged", "collapsed", "out_of_memory", "interrupted"]
-Metrics = dict[str, float | None]
-
-EXPLODED_LOSS = 1e3
-"""An epoch's mean training loss above this is divergence though it is finite: a loss on logits never overflows. In
-nats, or in variances of the target; a constant prediction has less than 1 in either."""
-
-CONSTANT_OUTPUT = 1e-6
-"""Outputs that differ by less than this share of their size don't depend on the input (float32 resolves 1e-7)."""
-
-
-@dataclass(frozen=True)
-class Epoch:
-    """What is known after an epoch; for the live view."""
-
-    epoch: int
-    """From 1."""
-    max_epochs: int
-    step: int
-    """Steps taken so far."""
-    max_steps: int
-    train_loss: float
-    metrics: Metrics
-    """Of the validation part."""
-    best: float
-    """The study's metric at the best epoch so far."""
-    best_epoch: int
-    seconds: float
-    """Since `fit` began."""
-
-
-@dataclass(frozen=True, eq=False)
-class FitResult:
-    """What a trial came to."""
-
-    outcome: Outcome
-    detail: str
-    """One line: why it stopped."""
-    best: Metrics
-    """Validation metrics at the restored best step; empty where no epoch came to an end."""
-    last: Metrics
-    """Validation metrics at the last step that was evaluated."""
-    best_epoch: int
-    """From 1; 0: none."""
-    best_step: int
-    epochs: int
-    """Epochs trained."""
-    steps: int
-    curve: list[dict[str, float | int | None]]
-    """Per epoch: epoch, step, train_loss, and the validation metrics; the losses of a diverged epoch are None."""
-    outputs: Floats | None
-    """float32 (S,): validation logits (regression: log returns) at the best step."""
-    params: Params | None
-    """At the best step, on the host."""
-    param_count: int
-    compile_s: float
-    """Tracing, lowering and compiling; 0 where an earlier trial's program served."""
-    wall_s: float
-    """All of `fit`, compile_s included."""
-    warnings: tuple[str, ...] = ()
-    resumed_step: int = 0
-    micro_batch: int = 0
-    memory_bytes: int | None = None
 
 
 def fit(
@@ -103,7 +40,7 @@ def fit(
     on_progress: Callable[[int], None] | None = None,
     on_warning: Callable[[str], None] | None = None,
     should_stop: Callable[[], bool] | None = None,
-    saves: resume.Saves | None = None,
+    saves: Saves | None = None,
     memory_limit: int | None = None,
 ) -> FitResult:
     """Train one trial, and restore the step whose validation metric is best.
@@ -111,23 +48,36 @@ def fit(
     Args:
         metric: the validation metric that decides, a key of `metrics.MINIMIZE`.
         on_epoch: called after each epoch.
-        should_stop: asked between epochs; True ends the trial as interrupted.
+        on_progress: called after each segment of an epoch, of a second or two, with the steps taken so far.
+        on_warning: called with each line of `FitResult.warnings`, as it comes.
+        should_stop: asked between segments; True saves the training state and ends the attempt as interrupted.
+        saves: where training states are kept, and found again: the trial goes on from the newest good one and ends
+            with the numbers of one never interrupted. The caller removes them. None: the trial starts anew.
+        memory_limit: bytes that the trial may take on the device; none: `memory.available()`.
 
     Raises:
         FintxError: the metric is unknown, does not belong to the task's kind or is undefined on the validation part;
-            or balanced classes are asked of a training part that holds one class.
+            or balanced classes are asked of a training part that holds one class; or a state can't be saved. And
+            whatever `saves.guard` raises.
     """
     started = time.perf_counter()
     if metric not in metrics.MINIMIZE:
         raise FintxError(f'metric = "{metric}" is unknown; use one of {", ".join(metrics.MINIMIZE)}')
-    run = _Run(config, dataset, metric=metric, started=started)
+    run = _Run(Question(config, dataset, metric), started=started, on_warning=on_warning)
     try:
-        outcome, detail = _train(run, on_epoch=on_epoch, should_stop=should_stop)
+        end = _attempt(
+            run,
+            on_epoch=on_epoch,
+            on_progress=on_progress,
+            should_stop=should_stop,
+            saves=saves,
+            limit=memory.available() if memory_limit is None else memory_limit,
+        )
     except (jax.errors.JaxRuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
+        if not memory.is_out_of_memory(error):
             raise
-        outcome, detail = "out_of_memory", str(error).partition("\n")[0]
-    return run.result(outcome, detail)
+        end = End("out_of_memory", str(error).partition("\n")[0])
+    return run.result(end)
 
 
 def predict(config: TrialConfig, params: Params, features: Floats, rows: Ints) -> Floats:
@@ -147,227 +97,223 @@ def predict(config: TrialConfig, params: Params, features: Floats, rows: Ints) -
     if rows.min() < context_length - 1 or rows.max() >= len(features):
         raise ValueError(f"rows must lie in [{context_length - 1}, {len(features)}), got {rows.min()} … {rows.max()}")
     windows = step.place(features, rows)
-    return _outputs(config, jax.device_put(params), windows, n=len(rows))
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Did the device or the host run out of memory?
-
-    A full disk arrives under the same name (RESOURCE_EXHAUSTED), so the text decides as well as the type.
-    """
-    if isinstance(error, MemoryError):
-        return True
-    text = str(error).lower()
-    named = any(mark in text for mark in ("resource_exhausted", "out of memory", "out_of_memory", "failed to allocate"))
-    return isinstance(error, jax.errors.JaxRuntimeError) and named and "no space left" not in text
-
-
-def _outputs(config: TrialConfig, params: Params, windows: step.Windows, *, n: int) -> Floats:
-    compiled = step.compile_logits(
+    forward = step.compile_logits(
         for_program(config.model),
         config.shape,
         n_features=windows.features.shape[1],
         n_rows=windows.features.shape[0],
         n_samples=windows.rows.shape[0],
     )
-    return np.array(compiled(params, windows))[:n].copy()
+    return np.array(forward.run(jax.device_put(params), windows))[: len(rows)].copy()
 
 
 @dataclass
 class _Run:
-    """A trial under way: what its result will be made of."""
+    """One attempt at a trial: what it was asked, what is known, and what its result will be made of."""
 
-    config: TrialConfig
-    dataset: Dataset
-    metric: str
+    question: Question
     started: float
-    best: Metrics = field(default_factory=dict)
-    last: Metrics = field(default_factory=dict)
-    best_epoch: int = 0
-    epoch: int = 0
-    curve: list[dict[str, float | int | None]] = field(default_factory=list)
-    outputs: Floats | None = None
-    params: Params | None = None
+    on_warning: Callable[[str], None] | None
+    progress: Progress = field(default_factory=Progress)
+    step: int = 0
+    resumed_step: int = 0
+    micro_batch: int = 0
+    memory_bytes: int | None = None
     compile_s: float = 0.0
-    collapsed_in_a_row: int = 0
-    best_is_collapsed: bool = False
+    earlier_s: float = 0.0
+    """Seconds that earlier attempts took."""
+    warnings: list[str] = field(default_factory=list)
 
     @property
-    def steps_per_epoch(self) -> int:
-        return steps_per_epoch(len(self.dataset.train.rows), batch_size=self.config.train.batch_size)
+    def wall_s(self) -> float:
+        return self.earlier_s + time.perf_counter() - self.started
 
-    @property
-    def stale(self) -> int:
-        return self.epoch - self.best_epoch
+    def warn(self, line: str) -> None:
+        self.warnings.append(line)
+        if self.on_warning is not None:
+            self.on_warning(line)
 
-    def note(self, train_loss: float | None, evaluated: Metrics) -> None:
-        """An epoch is over."""
-        self.epoch += 1
-        entry: dict[str, float | int | None] = {"epoch": self.epoch, "step": self.epoch * self.steps_per_epoch}
-        self.curve.append(entry | {"train_loss": train_loss} | evaluated)
-        if evaluated:
-            self.last = evaluated
+    def adopt(self, saved: TrainingState) -> None:
+        """Go on from what an earlier attempt saved."""
+        self.progress, self.step, self.resumed_step = saved.progress, saved.step, saved.step
+        self.micro_batch, self.compile_s, self.earlier_s = saved.micro_batch, saved.compile_s, saved.wall_s
 
-    def keep_if_best(self, params: Params, outputs: Floats) -> None:
-        """Copy the epoch's parameters to the host if its metric is the best so far."""
-        new, old = self.last[self.metric], self.best.get(self.metric)
-        assert new is not None
-        if old is not None and not metrics.better(self.metric, new, old):
-            return
-        self.best, self.best_epoch, self.outputs = self.last, self.epoch, outputs
-        self.best_is_collapsed = self.collapsed_in_a_row > 0
-        # A copy, never a view: on the CPU the next epoch writes over these very buffers.
-        self.params = jax.tree.map(np.array, params)
-
-    def result(self, outcome: Outcome, detail: str) -> FitResult:
-        abstract = transformer.abstract_params(self.config.model, self.config.shape, self.dataset.features.shape[1])
+    def result(self, end: End) -> FitResult:
+        question, progress = self.question, self.progress
+        config = question.config
+        per_epoch = _steps_per_epoch(question)
         return FitResult(
-            outcome=outcome,
-            detail=detail,
-            best=self.best,
-            last=self.last,
-            best_epoch=self.best_epoch,
-            best_step=self.best_epoch * self.steps_per_epoch,
-            epochs=self.epoch,
-            steps=self.epoch * self.steps_per_epoch,
-            curve=self.curve,
-            outputs=self.outputs,
-            params=self.params,
-            param_count=sum(leaf.size for leaf in jax.tree.leaves(abstract)),
+            outcome=end.outcome,
+            detail=end.detail,
+            best=progress.best,
+            last=progress.last,
+            best_epoch=progress.best_epoch,
+            best_step=progress.best_epoch * per_epoch,
+            epochs=progress.epoch,
+            steps=self.step,
+            curve=progress.curve,
+            outputs=progress.outputs,
+            params=progress.params,
+            param_count=sizes.count(config.model, config.shape, question.dataset.features.shape[1]).total,
             compile_s=self.compile_s,
-            wall_s=time.perf_counter() - self.started,
+            wall_s=self.wall_s,
+            warnings=tuple(self.warnings),
+            resumed_step=self.resumed_step,
+            micro_batch=self.micro_batch,
+            memory_bytes=self.memory_bytes,
         )
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Loaded:
-    """A trial on the device, compiled."""
+    """A trial on the device, compiled; its state changes."""
 
-    static: Program
     hyper: Hyper
     training: step.Training
+    forward: step.Forward
     train: step.Windows
     validation: step.Windows
     scale: TargetScale
+    state: TrainState
+    tally: step.Tally
 
 
-def _load(run: _Run) -> _Loaded:
-    config, dataset = run.config, run.dataset
+def _load(run: _Run, saved: TrainingState | None, *, limit: int, saves: bool) -> _Loaded | memory.TooBig:
+    config, dataset = run.question.config, run.question.dataset
     labels = dataset.train.labels
     scale = target_scale(config.task, labels)
     values = hyper(config, labels=labels, scale=scale)
     train = step.place(dataset.features, dataset.train.rows, scale.apply(labels))
     validation = step.place(dataset.features, dataset.validation.rows)
-    sizes = {"n_features": dataset.features.shape[1], "n_rows": train.features.shape[0]}
     began = time.perf_counter()
-    training = step.compile_training(program(config), **sizes, n_samples=train.rows.shape[0])
-    step.compile_logits(for_program(config.model), config.shape, **sizes, n_samples=validation.rows.shape[0])
-    run.compile_s = time.perf_counter() - began
-    return _Loaded(program(config), values, training, train, validation, scale)
+    plan = memory.plan(config, train, validation, limit=limit, micro_batch=run.micro_batch, saves=saves)
+    run.compile_s += time.perf_counter() - began
+    run.memory_bytes = plan.n_bytes
+    if isinstance(plan, memory.TooBig):
+        return plan
+    if saved is not None and plan.micro_batch != run.micro_batch:
+        run.warn(
+            f"the micro-batch of {run.micro_batch} that the trial began with doesn't fit any more; goes on with "
+            f"{plan.micro_batch}, which changes its numbers in their last digits"
+        )
+    run.micro_batch = plan.micro_batch
+    if saved is None:
+        state, tally = plan.training.start(values), step.empty_tally()
+    else:
+        state, tally = jax.device_put(saved.state), saved.tally
+    return _Loaded(values, plan.training, plan.forward, train, validation, scale, state, tally)
 
 
-def _train(
-    run: _Run, *, on_epoch: Callable[[Epoch], None] | None, should_stop: Callable[[], bool] | None
-) -> tuple[Outcome, str]:
-    config = run.config.train
-    trial = _load(run)
-    state: TrainState = trial.training.start(trial.hyper)
-    while run.epoch < config.max_epochs:
-        if should_stop is not None and should_stop():
-            return "interrupted", f"asked to stop after epoch {run.epoch} of {config.max_epochs}"
-        state, report = trial.training.epoch(trial.hyper, state, trial.train)
-        if stopped := _close_epoch(run, trial, state, report):
-            return stopped
-        if on_epoch is not None:
-            on_epoch(_epoch(run))
-        if stopped := _stops(run):
-            return stopped
-    return _unless_collapsed(run, "completed", f"all {config.max_epochs} epochs")
+def _attempt(
+    run: _Run,
+    *,
+    on_epoch: Callable[[Epoch], None] | None,
+    on_progress: Callable[[int], None] | None,
+    should_stop: Callable[[], bool] | None,
+    saves: Saves | None,
+    limit: int,
+) -> End:
+    config = run.question.config.train
+    run.micro_batch = config.batch_size
+    if too_big := memory.too_big(run.question.config, limit=limit):
+        run.memory_bytes = too_big.n_bytes
+        return End("out_of_memory", str(too_big))
+    keeper = None if saves is None else Keeper(saves, run.question)
+    saved = None if keeper is None else keeper.newest(run.warn)
+    if saved is not None:
+        run.adopt(saved)
+    trial = _load(run, saved, limit=limit, saves=saves is not None)
+    del saved  # up to 16 bytes per parameter
+    if isinstance(trial, memory.TooBig):
+        return End("out_of_memory", str(trial))
+    if keeper is not None:
+        keeper.start_clock()
+    pace = Pace()
+    while True:
+        stopping = should_stop is not None and should_stop()
+        if keeper is not None and (stopping or keeper.is_due()):
+            keeper.save(_state(run, trial))
+        if stopping:
+            epochs = f"after epoch {run.progress.epoch} of {config.max_epochs}"
+            return End("interrupted", f"asked to stop at step {run.step}, {epochs}")
+        _segment(run, trial, pace)
+        if on_progress is not None:
+            on_progress(run.step)
+        if run.step % _steps_per_epoch(run.question) == 0:
+            if end := _close_epoch(run, trial):
+                return end
+            if on_epoch is not None:
+                on_epoch(_epoch(run))
+            if end := progress.end(run.question, run.progress):
+                return end
 
 
-def _close_epoch(run: _Run, trial: _Loaded, state: TrainState, report: step.EpochReport) -> tuple[Outcome, str] | None:
-    """Evaluate the epoch's parameters and note the result; an outcome if the epoch diverged."""
-    loss, bad_step = float(report.loss), int(report.bad_step)
+def _segment(run: _Run, trial: _Loaded, pace: Pace) -> None:
+    """Steps in one dispatch, at most to the epoch's end."""
+    per_epoch = _steps_per_epoch(run.question)
+    n_steps = pace.steps(per_epoch - run.step % per_epoch)
+    began = time.perf_counter()
+    trial.state, trial.tally = trial.training.segment(
+        trial.hyper, trial.state, trial.tally, trial.train, np.int32(n_steps)
+    )
+    jax.block_until_ready(trial.state)
+    pace.note(n_steps, time.perf_counter() - began)
+    run.step += n_steps
+
+
+def _state(run: _Run, trial: _Loaded) -> TrainingState:
+    """What is saved: copies, never views, for the next segment writes over these very buffers."""
+    return TrainingState(
+        state=jax.tree.map(np.array, trial.state),
+        tally=jax.tree.map(np.array, trial.tally),
+        progress=run.progress,
+        micro_batch=run.micro_batch,
+        compile_s=run.compile_s,
+        wall_s=run.wall_s,
+    )
+
+
+def _close_epoch(run: _Run, trial: _Loaded) -> End | None:
+    """Evaluate the epoch's parameters and note the result; an end if the epoch diverged."""
+    question, known = run.question, run.progress
+    n = np.float32(len(question.dataset.train.rows))
+    loss, bad_step = float(np.float32(trial.tally.loss_sum) / n), int(trial.tally.bad_step)
+    trial.tally = step.empty_tally()
     if bad_step >= 0 or not loss <= EXPLODED_LOSS:
-        run.note(None, {})
+        known.note(step=run.step, train_loss=None, evaluated={})
         what = f"loss, gradients or parameters not finite at step {bad_step + 1}"
-        return "diverged", what if bad_step >= 0 else f"mean training loss {loss:.3g} in epoch {run.epoch}"
-    params = in_target_units(state.params, trial.scale)
-    part = run.dataset.validation
-    outputs = _outputs(run.config, params, trial.validation, n=len(part.rows))
+        return End("diverged", what if bad_step >= 0 else f"mean training loss {loss:.3g} in epoch {known.epoch}")
+    params = in_target_units(trial.state.params, trial.scale)
+    n_validation = len(question.dataset.validation.rows)
+    outputs = np.array(trial.forward.run(params, trial.validation))[:n_validation].copy()
     # Losses of a regression are in variances of the target; the record's are in squared log returns.
     train_loss = loss * trial.scale.sd**2
     if not np.isfinite(outputs).all():
-        run.note(train_loss, {})
-        return "diverged", f"validation outputs not finite after epoch {run.epoch}"
-    run.note(train_loss, _evaluate(run, outputs))
-    run.collapsed_in_a_row = run.collapsed_in_a_row + 1 if _is_collapsed(run, outputs, trial.scale) else 0
-    run.keep_if_best(params, outputs)
+        known.note(step=run.step, train_loss=train_loss, evaluated={})
+        return End("diverged", f"validation outputs not finite after epoch {known.epoch}")
+    known.note(step=run.step, train_loss=train_loss, evaluated=progress.evaluate(question, outputs))
+    collapsed = progress.is_collapsed(question.config, outputs, trial.scale)
+    known.collapsed_in_a_row = known.collapsed_in_a_row + 1 if collapsed else 0
+    known.keep_if_best(question.metric, params, outputs)
     return None
 
 
-def _evaluate(run: _Run, outputs: Floats) -> Metrics:
-    """Validation metrics.
-
-    Raises:
-        FintxError: the study's metric is not among them, or undefined on these samples.
-    """
-    kind, labels = run.config.task.kind, run.dataset.validation.labels
-    prior = float(np.mean(run.dataset.train.labels, dtype=np.float64))
-    found = metrics.evaluate(kind, outputs, labels, prior=prior)
-    if run.metric not in found:
-        fitting = ", ".join(name for name in metrics.MINIMIZE if name in found)
-        raise FintxError(f'metric = "{run.metric}" does not fit task.kind = "{kind}"; use one of {fitting}')
-    if found[run.metric] is None:
-        raise FintxError(
-            f'metric = "{run.metric}" is undefined on this validation part ({len(labels)} samples, labels from '
-            f"{labels.min():g} to {labels.max():g}); widen the validation dates or choose another metric"
-        )
-    return found
-
-
-def _is_collapsed(run: _Run, outputs: Floats, scale: TargetScale) -> bool:
-    """Is the spread below the floor, or the output the same whatever the input?"""
-    wide = outputs.astype(np.float64)
-    if np.ptp(wide) <= CONSTANT_OUTPUT * np.abs(wide).max():
-        return True
-    return _spread(run.config.task, wide, scale) < run.config.train.collapse_spread
-
-
-def _spread(task: TaskConfig, outputs: Floats, scale: TargetScale) -> float:
-    """SD of the predictions: of probabilities, or of log returns as a share of the training target's SD."""
-    if task.kind == "regression":
-        return float(outputs.std() / scale.sd)
-    return float((0.5 * (1 + np.tanh(0.5 * outputs))).std())
-
-
-def _stops(run: _Run) -> tuple[Outcome, str] | None:
-    config = run.config.train
-    if run.collapsed_in_a_row >= config.collapse_patience:
-        return "collapsed", f"validation predictions (nearly) constant for {run.collapsed_in_a_row} epochs in a row"
-    if run.stale >= config.patience:
-        return _unless_collapsed(run, "early_stopped", f"no better {run.metric} since epoch {run.best_epoch}")
-    return None
-
-
-def _unless_collapsed(run: _Run, outcome: Outcome, detail: str) -> tuple[Outcome, str]:
-    """A trial whose best step predicts a constant found nothing, whichever way it came to its end."""
-    if run.best_is_collapsed:
-        return "collapsed", f"validation predictions (nearly) constant at the best step, epoch {run.best_epoch}"
-    return outcome, detail
+def _steps_per_epoch(question: Question) -> int:
+    return steps_per_epoch(len(question.dataset.train.rows), batch_size=question.config.train.batch_size)
 
 
 def _epoch(run: _Run) -> Epoch:
-    latest, best = run.curve[-1], run.best[run.metric]
+    known, config = run.progress, run.question.config.train
+    latest, best = known.curve[-1], known.best[run.question.metric]
     assert latest["train_loss"] is not None and best is not None
     return Epoch(
-        epoch=run.epoch,
-        max_epochs=run.config.train.max_epochs,
-        step=run.epoch * run.steps_per_epoch,
-        max_steps=run.config.train.max_epochs * run.steps_per_epoch,
+        epoch=known.epoch,
+        max_epochs=config.max_epochs,
+        step=run.step,
+        max_steps=config.max_epochs * _steps_per_epoch(run.question),
         train_loss=latest["train_loss"],
-        metrics=run.last,
+        metrics=known.last,
         best=best,
-        best_epoch=run.best_epoch,
-        seconds=time.perf_counter() - run.started,
+        best_epoch=known.best_epoch,
+        seconds=run.wall_s,
     )

@@ -1,21 +1,224 @@
-"""Does a trial fit, and in what micro-batch?"""
+"""Does a trial fit, and in what micro-batch?
+
+What a program holds while it runs is known once it is compiled, before anything is allocated: arguments, outputs and
+temporaries, from XLA's own buffer assignment. To it comes what lies beside it on the same memory.
+"""
 
 from __future__ import annotations
 
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+
 from fintx.config import TrialConfig
 from fintx.model import sizes
+from fintx.train import step
+from fintx.train.state import for_program, program
+
+
+@dataclass(frozen=True)
+class Beside:
+    """What lies on the device beside the programs' own arrays."""
+
+    n_params: int
+    n_features: int
+    n_rows: int
+    """Rows of features, samples to train on and to validate on: as `step.place` pads them."""
+    n_train: int
+    n_validation: int
+    host_is_device: bool
+    """Copies on the host lie there too."""
+    saves: bool
+    """Training states are saved: copied to the host first."""
+
+    def in_segment(self, training: step.Training) -> int:
+        """Bytes while training."""
+        return training.n_bytes + self._validation + self._best
+
+    def in_evaluation(self, forward: step.Forward) -> int:
+        """Bytes while evaluating, or copying what comes of it; the forward pass reads the parameters in the state."""
+        moments = 8 * self.n_params
+        copied = (12 if self.saves else 4) * self.n_params if self.host_is_device else 0
+        copying = 4 * self.n_params + self._validation + copied
+        return max(forward.n_bytes, copying) + moments + self._train + self._best
+
+    @property
+    def _best(self) -> int:
+        return 4 * self.n_params if self.host_is_device else 0
+
+    @property
+    def _train(self) -> int:
+        return 4 * self.n_rows * self.n_features + 8 * self.n_train
+
+    @property
+    def _validation(self) -> int:
+        return 4 * self.n_rows * self.n_features + 8 * self.n_validation
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a trial runs within its memory."""
+
+    micro_batch: int
+    n_bytes: int
+    """At its peak, estimated."""
+    training: step.Training
+    forward: step.Forward
+
+
+@dataclass(frozen=True)
+class TooBig:
+    """No micro-batch makes the trial fit."""
+
+    n_bytes: int
+    """What it takes at least."""
+    limit: int
+
+    def __str__(self) -> str:
+        return f"out of memory: needs at least {_words(self.n_bytes)}, and {_words(self.limit)} are available"
 
 
 def lower_bound(config: TrialConfig, *, host_is_device: bool = True) -> int:
     """Bytes a trial takes at least, in whatever micro-batch: training state, gradients, and the best parameters' copy.
 
     Args:
-        host_is_device: False: the copy lies elsewhere.
+        host_is_device: False: that copy lies elsewhere, and is not counted.
     """
     n = sizes.count(config.model, config.shape, len(config.data.features)).total
-    return (16 + 4 * host_is_device) * n
+    return (20 if host_is_device else 16) * n
+
+
+def plan(
+    config: TrialConfig, train: step.Windows, validation: step.Windows, *, limit: int, micro_batch: int, saves: bool
+) -> Plan | TooBig:
+    """Compile the trial's programs in the largest micro-batch that fits, by halves.
+
+    Call `too_big` first: the compiler itself dies of absurd shapes.
+
+    Args:
+        micro_batch: where to begin.
+        saves: training states will be saved.
+    """
+    n_rows, n_features = train.features.shape
+    n_train, n_validation = len(train.rows), len(validation.rows)
+    beside = Beside(
+        n_params=sizes.count(config.model, config.shape, n_features).total,
+        n_features=n_features,
+        n_rows=n_rows,
+        n_train=n_train,
+        n_validation=n_validation,
+        host_is_device=_host_is_device(),
+        saves=saves,
+    )
+    common = {"n_features": n_features, "n_rows": n_rows}
+    forward = step.compile_logits(for_program(config.model), config.shape, **common, n_samples=n_validation)
+    evaluating = beside.in_evaluation(forward)
+    if evaluating > limit:
+        return TooBig(n_bytes=evaluating, limit=limit)
+    while True:
+        try:
+            static = program(config, micro_batch=micro_batch)
+            training = step.compile_training(static, **common, n_samples=n_train)
+            needed = max(evaluating, beside.in_segment(training))
+        except jax.errors.JaxRuntimeError as error:  # a GPU's compiler tries kernels out, on memory of its own
+            if not is_out_of_memory(error):
+                raise
+            needed = limit + 1
+        if needed <= limit:
+            return Plan(micro_batch=micro_batch, n_bytes=needed, training=training, forward=forward)
+        if micro_batch == 1:
+            return TooBig(n_bytes=needed, limit=limit)
+        micro_batch //= 2
+
+
+def too_big(config: TrialConfig, *, limit: int) -> TooBig | None:
+    """Is the limit too small for the parameters alone? Nothing is compiled or allocated to tell."""
+    least = lower_bound(config, host_is_device=_host_is_device())
+    return TooBig(n_bytes=least, limit=limit) if least > limit else None
+
+
+def _host_is_device() -> bool:
+    return jax.default_backend() == "cpu"
 
 
 def available() -> int:
-    """Bytes free for trials on the default device."""
-    return 2**62
+    """Bytes free for trials on the default device: a GPU's pool, or what the host can still give."""
+    stats = jax.local_devices()[0].memory_stats() if not _host_is_device() else None
+    if stats and "bytes_limit" in stats:
+        return int(stats["bytes_limit"])
+    return host_available(Path("/"))
+
+
+def host_available(root: Path) -> int:
+    """The least of what the kernel, and each control group that this process is in, still grants; Linux's files.
+
+    Args:
+        root: where /proc and /sys hang.
+    """
+    limits = [*_kernel(root), *_groups_v2(root), *_groups_v1(root)]
+    return min(limits) if limits else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _kernel(root: Path) -> Iterator[int]:
+    for line in _text(root / "proc/meminfo").splitlines():
+        if line.startswith("MemAvailable:"):
+            yield 1024 * int(line.split()[1])
+
+
+def _groups_v2(root: Path) -> Iterator[int]:
+    for group in _groups(root, controller="", mount=root / "sys/fs/cgroup"):
+        yield from _left(group, limit="memory.max", usage="memory.current", cache="inactive_file")
+
+
+def _groups_v1(root: Path) -> Iterator[int]:
+    for group in _groups(root, controller="memory", mount=root / "sys/fs/cgroup/memory"):
+        yield from _left(
+            group, limit="memory.limit_in_bytes", usage="memory.usage_in_bytes", cache="total_inactive_file"
+        )
+
+
+def _groups(root: Path, *, controller: str, mount: Path) -> Iterator[Path]:
+    """This process's group and those around it; in a container the mount may show them under another path, or not."""
+    for line in _text(root / "proc/self/cgroup").splitlines():
+        _, _, rest = line.partition(":")
+        names, _, path = rest.partition(":")
+        if controller in names.split(","):
+            group = Path(path.lstrip("/"))
+            yield from (mount / part for part in (group, *group.parents) if ".." not in part.parts)
+
+
+def _left(group: Path, *, limit: str, usage: str, cache: str) -> Iterator[int]:
+    """A limit minus what is used; cached files don't count as used, for they go when memory is wanted."""
+    most, used = _text(group / limit).strip(), _text(group / usage).strip()
+    if most.isdigit() and used.isdigit():
+        lines = [line.split() for line in _text(group / "memory.stat").splitlines()]
+        cached = sum(int(line[1]) for line in lines if len(line) == 2 and line[0] == cache and line[1].isdigit())
+        yield max(0, int(most) - int(used) + cached)
+
+
+def _text(path: Path) -> str:
+    """A file of the kernel's; empty where it can't be read."""
+    try:
+        return path.read_text()
+    except (OSError, UnicodeDecodeError):
+        return ""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Did the device or the host run out of memory?
+
+    A full disk arrives under the same name (RESOURCE_EXHAUSTED), so the text decides as well as the type.
+    """
+    if isinstance(error, MemoryError):
+        return True
+    text = str(error).lower()
+    named = any(mark in text for mark in ("resource_exhausted", "out of memory", "out_of_memory", "failed to allocate"))
+    return isinstance(error, jax.errors.JaxRuntimeError) and named and "no space left" not in text
+
+
+def _words(n_bytes: int) -> str:
+    return f"{n_bytes / 2**30:.3g} GiB" if n_bytes >= 2**30 else f"{math.ceil(n_bytes / 2**20):,} MiB"

@@ -29,6 +29,8 @@ class Program:
     """Without its dropout rate, which is a value (`for_program`)."""
     shape: Shape
     batch_size: int
+    micro_batch: int
+    """Samples in a pass forward and back; below batch_size, a step adds up the gradients of several passes."""
     loss: LossKind
     schedule: ScheduleKind
     stochastic: bool
@@ -74,12 +76,13 @@ class TargetScale:
         return ((labels.astype(np.float64) - self.mean) / self.sd).astype(np.float32)
 
 
-def program(config: TrialConfig) -> Program:
-    """The static part of a trial."""
+def program(config: TrialConfig, *, micro_batch: int | None = None) -> Program:
+    """The static part of a trial; without a micro-batch, a step is one pass."""
     return Program(
         model=for_program(config.model),
         shape=config.shape,
         batch_size=config.train.batch_size,
+        micro_batch=config.train.batch_size if micro_batch is None else micro_batch,
         loss=config.train.loss,
         schedule=config.optim.schedule,
         stochastic=config.model.dropout > 0,
@@ -159,6 +162,11 @@ def init(static: Program, values: Hyper, *, n_features: int) -> TrainState:
     params = transformer.init(static.model, static.shape, n_features, stream(values, INIT))
     optimizer = optim.transformation(values.optim, schedule=static.schedule).init(params)
     return TrainState(step=jnp.zeros((), jnp.int32), params=params, optimizer=optimizer)
+
+
+def abstract_state(static: Program, *, n_features: int) -> TrainState:
+    """A `TrainState` of shapes and dtypes."""
+    return jax.eval_shape(lambda values: init(static, values, n_features=n_features), abstract_hyper())
 
 
 def in_target_units(params: Params, scale: TargetScale) -> Params:

@@ -1,8 +1,8 @@
-"""What does the device run? A train step, an epoch of them in one dispatch, and the forward pass over many windows.
+"""What does the device run? A train step, a segment of an epoch in one dispatch, the forward pass over many windows.
 
-All three are pure functions, static in their first argument. An epoch is a loop whose trip count is a value, over
-arrays that are padded to the next power of two: folds of different lengths, and a checkpoint's later evaluation on
-other bars, run the program that is compiled already.
+All three are pure functions, static in their first argument. A segment is a loop whose trip count is a value, over
+arrays that are padded to the next power of two: an epoch cut anywhere, folds of different lengths, and a checkpoint's
+later evaluation on other bars run the program that is compiled already.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from fintx.config import ModelConfig, Shape
 from fintx.model import transformer
 from fintx.train import losses, optim
-from fintx.train.state import ORDER, STEP, Hyper, Program, TrainState, abstract_hyper, init, stream
+from fintx.train.state import ORDER, STEP, Hyper, Program, TrainState, abstract_hyper, abstract_state, init, stream
 from fintx.types import Floats, Ints, Params
 
 EVALUATION_BATCH = 256
@@ -70,25 +70,23 @@ class StepReport:
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class EpochReport:
-    """What an epoch says of itself."""
+class Tally:
+    """What an epoch adds up from step to step; it goes from segment to segment, so that no cut shows in it."""
 
-    loss: Any
-    """Mean over the epoch's samples, each under the parameters that its step began with."""
+    loss_sum: Any
+    """float32: over the samples so far, each under the parameters that its step began with."""
     bad_step: Any
     """int32: the first step (from 0) whose loss, gradients or parameters were not finite; −1: none."""
 
 
+def empty_tally() -> Tally:
+    """Of an epoch that begins."""
+    return Tally(loss_sum=np.float32(0), bad_step=np.int32(-1))
+
+
 def train_step(static: Program, hyper: Hyper, state: TrainState, batch: Batch) -> tuple[TrainState, StepReport]:
     """One update on the mean loss of the batch's true samples."""
-    key = jax.random.fold_in(stream(hyper, STEP), state.step) if static.stochastic else None
-
-    def mean_loss(params: Params) -> Float[Array, ""]:
-        outputs_B = transformer.apply(static.model, static.shape, params, batch.x, key=key, dropout=hyper.dropout)
-        losses_B = losses.per_example(static.loss, outputs_B, batch.targets, values=hyper.loss)
-        return jnp.sum(batch.weights * losses_B) / jnp.sum(batch.weights)
-
-    loss, gradients = jax.value_and_grad(mean_loss)(state.params)
+    loss, gradients = _gradients(static, hyper, state, batch)
     finite = jnp.isfinite(loss) & jnp.isfinite(optax.tree.norm(gradients))
     # optax mixes dtypes in its own arithmetic; nothing of ours does.
     with jax.numpy_dtype_promotion("standard"):
@@ -99,27 +97,70 @@ def train_step(static: Program, hyper: Hyper, state: TrainState, batch: Batch) -
     return TrainState(step=state.step + 1, params=params, optimizer=optimizer), report
 
 
-def train_epoch(static: Program, hyper: Hyper, state: TrainState, windows: Windows) -> tuple[TrainState, EpochReport]:
-    """All batches of the epoch that `state.step` begins, in that epoch's order."""
+def _gradients(static: Program, hyper: Hyper, state: TrainState, batch: Batch) -> tuple[Float[Array, ""], Params]:
+    """The mean loss of the batch's true samples and its gradients, in as many passes as micro-batches fill the batch.
+
+    Passes differ in the dropout's key; but for that, and for the order of sums (1e-6), they don't show.
+    """
+    key = jax.random.fold_in(stream(hyper, STEP), state.step) if static.stochastic else None
+    total = jnp.sum(batch.weights)
+
+    def share(params: Params, part: Batch, key: PRNGKeyArray | None) -> Float[Array, ""]:
+        outputs_B = transformer.apply(static.model, static.shape, params, part.x, key=key, dropout=hyper.dropout)
+        losses_B = losses.per_example(static.loss, outputs_B, part.targets, values=hyper.loss)
+        return jnp.sum(part.weights * losses_B) / total
+
+    if static.micro_batch >= static.batch_size:
+        return jax.value_and_grad(share)(state.params, batch, key)
+
+    def add(carry: Any, indexed: tuple[Array, Batch]) -> tuple[Any, None]:
+        index, part = indexed
+        part_key = None if key is None else jax.random.fold_in(key, index)
+        return jax.tree.map(jnp.add, carry, jax.value_and_grad(share)(state.params, part, part_key)), None
+
+    parts = _micro_batches(batch, size=static.micro_batch)
+    nothing = (jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, state.params))
+    return jax.lax.scan(add, nothing, (jnp.arange(len(parts.weights), dtype=jnp.int32), parts))[0]
+
+
+def _micro_batches(batch: Batch, *, size: int) -> Batch:
+    """The batch with a leading axis of micro-batches; the last is filled up with its last sample, at weight 0."""
+    missing = -batch.weights.shape[0] % size
+
+    def cut(leaf: Array) -> Array:
+        # A real sample, not zeros: its loss is as finite as any, and 0 times infinity would be NaN.
+        padded = jnp.pad(leaf, ((0, missing), *[(0, 0)] * (leaf.ndim - 1)), mode="edge")
+        return padded.reshape(-1, size, *leaf.shape[1:])
+
+    weights = jnp.pad(batch.weights, (0, missing)).reshape(-1, size)
+    return Batch(x=cut(batch.x), targets=cut(batch.targets), weights=weights)
+
+
+def train_segment(
+    static: Program, hyper: Hyper, state: TrainState, tally: Tally, windows: Windows, n_steps: Int[Array, ""] | int
+) -> tuple[TrainState, Tally]:
+    """The next `n_steps` batches of the epoch that `state.step` lies in, in that epoch's order; at most to its end."""
     size = static.batch_size
-    n_steps = (windows.n + size - 1) // size
-    order_S = epoch_order(hyper, epoch=state.step // n_steps, n=windows.n, capacity=windows.rows.shape[0])
-    never = jnp.iinfo(jnp.int32).max
+    per_epoch = (windows.n + size - 1) // size
+    epoch, done = state.step // per_epoch, state.step % per_epoch
+    order_S = epoch_order(hyper, epoch=epoch, n=windows.n, capacity=windows.rows.shape[0])
 
     def body(i: Any, carry: Any) -> Any:
-        state, loss_sum, bad_step = carry
+        state, tally = carry
         step = state.step
-        batch = gather(static, windows, order_S, first=i * size)
+        batch = gather(static, windows, order_S, first=(done + i) * size)
         state, report = train_step(static, hyper, state, batch)
-        bad_step = jnp.minimum(bad_step, jnp.where(report.finite, never, step))
-        return state, loss_sum + report.loss_sum, bad_step
+        return state, _add(tally, loss_sum=report.loss_sum, bad=~report.finite, step=step)
 
-    start = (state, jnp.zeros((), jnp.float32), jnp.full((), never, jnp.int32))
-    state, loss_sum, bad_step = jax.lax.fori_loop(0, n_steps, body, start)
+    state, tally = jax.lax.fori_loop(0, n_steps, body, (state, tally))
     # An update can overflow where loss and gradients did not; only an epoch's last would go unseen by the next step.
-    bad_step = jnp.minimum(bad_step, jnp.where(all_finite(state.params), never, state.step - 1))
-    bad_step = jnp.where(bad_step == never, -1, bad_step)
-    return state, EpochReport(loss=loss_sum / windows.n.astype(jnp.float32), bad_step=bad_step)
+    overflown = (state.step % per_epoch == 0) & ~all_finite(state.params)
+    return state, _add(tally, loss_sum=jnp.zeros_like(tally.loss_sum), bad=overflown, step=state.step - 1)
+
+
+def _add(tally: Tally, *, loss_sum: Float[Array, ""], bad: Bool[Array, ""], step: Int[Array, ""]) -> Tally:
+    first = bad & (tally.bad_step < 0)
+    return Tally(loss_sum=tally.loss_sum + loss_sum, bad_step=jnp.where(first, step, tally.bad_step))
 
 
 def epoch_order(
@@ -171,39 +212,63 @@ class Training:
     """The two compiled programs of a trial's training."""
 
     start: Callable[[Hyper], TrainState]
-    epoch: Callable[[Hyper, TrainState, Windows], tuple[TrainState, EpochReport]]
+    segment: Callable[[Hyper, TrainState, Tally, Windows, np.int32], tuple[TrainState, Tally]]
     """Takes the state over: the one that it was handed is gone afterwards."""
+    n_bytes: int
+    """What the larger of them holds on the device, its arguments included."""
+
+
+@dataclass(frozen=True)
+class Forward:
+    """The compiled forward pass over windows."""
+
+    run: Callable[[Params, Windows], Array]
+    n_bytes: int
+    """What it holds on the device, its arguments included."""
 
 
 @lru_cache(maxsize=16)
 def compile_training(static: Program, *, n_features: int, n_rows: int, n_samples: int) -> Training:
-    """Trace, lower and compile a trial's start and epoch, once per process and set of arguments (sizes: capacities)."""
+    """Trace, lower and compile a trial's start and segment, once per process and set of arguments (sizes: capacities).
+
+    Nothing is allocated.
+    """
     windows = _abstract_windows(n_features, n_rows, n_samples)
 
     def start(hyper: Hyper) -> TrainState:
         return init(static, hyper, n_features=n_features)
 
-    def epoch(hyper: Hyper, state: TrainState, windows: Windows) -> tuple[TrainState, EpochReport]:
-        return train_epoch(static, hyper, state, windows)
+    def segment(
+        hyper: Hyper, state: TrainState, tally: Tally, windows: Windows, n_steps: Int[Array, ""]
+    ) -> tuple[TrainState, Tally]:
+        return train_segment(static, hyper, state, tally, windows, n_steps)
 
-    state = jax.eval_shape(start, abstract_hyper())
-    return Training(
-        start=jax.jit(start).lower(abstract_hyper()).compile(),
-        epoch=jax.jit(epoch, donate_argnums=1).lower(abstract_hyper(), state, windows).compile(),
-    )
+    state = abstract_state(static, n_features=n_features)
+    tally = jax.eval_shape(empty_tally)
+    count = jax.ShapeDtypeStruct((), jnp.int32)
+    started = jax.jit(start).lower(abstract_hyper()).compile()
+    going = jax.jit(segment, donate_argnums=1).lower(abstract_hyper(), state, tally, windows, count).compile()
+    return Training(start=started, segment=going, n_bytes=max(_bytes(started), _bytes(going)))
 
 
 @lru_cache(maxsize=16)
-def compile_logits(
-    model: ModelConfig, shape: Shape, *, n_features: int, n_rows: int, n_samples: int
-) -> Callable[[Params, Windows], Array]:
+def compile_logits(model: ModelConfig, shape: Shape, *, n_features: int, n_rows: int, n_samples: int) -> Forward:
     """Trace, lower and compile the forward pass over windows, once per process and set of arguments."""
 
     def forward(params: Params, windows: Windows) -> Array:
         return logits(model, shape, params, windows)
 
     params = transformer.abstract_params(model, shape, n_features)
-    return jax.jit(forward).lower(params, _abstract_windows(n_features, n_rows, n_samples)).compile()
+    compiled = jax.jit(forward).lower(params, _abstract_windows(n_features, n_rows, n_samples)).compile()
+    return Forward(run=compiled, n_bytes=_bytes(compiled))
+
+
+def _bytes(compiled: jax.stages.Compiled) -> int:
+    """Arguments, outputs and temporaries; what is donated serves as both of the first two."""
+    stats = compiled.memory_analysis()
+    assert stats is not None
+    held = stats.argument_size_in_bytes + stats.output_size_in_bytes + stats.temp_size_in_bytes
+    return held - stats.alias_size_in_bytes
 
 
 def place(features: Floats, rows: Ints, targets: Floats | None = None) -> Windows:

@@ -175,8 +175,14 @@ def test_a_constant_best_step_is_collapsed_however_the_trial_ended(make_trial: T
 
 @pytest.mark.parametrize("after", [0, 2], ids=["before the first epoch", "after two epochs"])
 def test_interrupted_between_epochs(make_trial: Trials, make_dataset: Datasets, after: int) -> None:
-    asked = iter([False] * after + [True])
-    result = loop.fit(make_trial(), make_dataset(), metric="log_loss", should_stop=lambda: next(asked))
+    seen: list[Epoch] = []
+    result = loop.fit(
+        make_trial(),
+        make_dataset(),
+        metric="log_loss",
+        on_epoch=seen.append,
+        should_stop=lambda: len(seen) >= after,
+    )
     assert (result.outcome, result.epochs) == ("interrupted", after)
     assert (result.params is None) == (after == 0)
 
@@ -191,33 +197,13 @@ def test_out_of_memory_for_real(make_trial: Trials, make_dataset: Datasets) -> N
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (in_use + 2**29, hard))
     try:
-        result = loop.fit(config, make_dataset(), metric="log_loss")
+        result = loop.fit(config, make_dataset(), metric="log_loss", memory_limit=2**40)
     finally:
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
     assert result.outcome == "out_of_memory"
     assert "out of memory" in result.detail.lower()
     assert result.params is None and result.epochs == 0
     assert result.param_count > 2 * 10**8
-
-
-@pytest.mark.parametrize(
-    ("error", "expected"),
-    [
-        (jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 99 bytes."), True),
-        (
-            jax.errors.JaxRuntimeError("INTERNAL: Error dispatching computation: Out of memory allocating 9 bytes."),
-            True,
-        ),
-        (jax.errors.JaxRuntimeError("INTERNAL: CUDA_ERROR_OUT_OF_MEMORY: out of memory"), True),
-        (MemoryError("Unable to allocate 9 GiB"), True),
-        (jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: write failed: No space left on device"), False),
-        (jax.errors.JaxRuntimeError("INVALID_ARGUMENT: shapes"), False),
-        (ValueError("out of memory"), False),
-    ],
-    ids=["xla", "xla on cpu", "cuda", "host", "disk full", "another xla error", "another type"],
-)
-def test_out_of_memory_is_told_by_type_and_text(error: Exception, expected: bool) -> None:
-    assert loop.is_out_of_memory(error) is expected
 
 
 def test_other_errors_are_not_swallowed(make_trial: Trials, make_dataset: Datasets) -> None:

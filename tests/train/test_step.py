@@ -96,7 +96,7 @@ def test_epoch_equals_a_plain_loop(make_trial: Trials, make_dataset: Datasets) -
 
     moments = adamw.init(params)
     for epoch in range(2):
-        state, report = training.epoch(values, state, windows)
+        state, tally = training.segment(values, state, step.empty_tally(), windows, np.int32(5))
         picked = order(values, epoch=epoch)[:75]
         total = 0.0
         for first in range(0, 75, 16):
@@ -104,8 +104,8 @@ def test_epoch_equals_a_plain_loop(make_trial: Trials, make_dataset: Datasets) -
             x_BTF = np.stack([data.features[r - 11 : r + 1] for r in data.train.rows[batch]])
             loss, params, moments = plain_step(params, moments, x_BTF, data.train.labels[batch])
             total += float(loss) * len(batch)
-        assert float(report.loss) == pytest.approx(total / 75, rel=1e-5)
-    assert int(state.step) == 10 and int(report.bad_step) == -1
+        assert float(tally.loss_sum) == pytest.approx(total, rel=1e-5)
+    assert int(state.step) == 10 and int(tally.bad_step) == -1
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6), state.params, params)
 
 
@@ -120,13 +120,14 @@ def test_population_equals_single_runs(make_trial: Trials, make_dataset: Dataset
     windows = step.place(data.features, data.train.rows, data.train.labels)
 
     def epoch(values: Hyper) -> tuple:
-        return step.train_epoch(static, values, init(static, values, n_features=3), windows)
+        state = init(static, values, n_features=3)
+        return step.train_segment(static, values, state, step.empty_tally(), windows, 5)
 
-    together, reports = jax.jit(jax.vmap(epoch))(jax.tree.map(lambda *leaves: np.stack(leaves), *members))
+    together, tallies = jax.jit(jax.vmap(epoch))(jax.tree.map(lambda *leaves: np.stack(leaves), *members))
     training = step.compile_training(static, n_features=3, n_rows=256, n_samples=256)
     for r, values in enumerate(members):
-        alone, report = training.epoch(values, training.start(values), windows)
-        assert float(reports.loss[r]) == pytest.approx(float(report.loss), rel=1e-6)
+        alone, tally = training.segment(values, training.start(values), step.empty_tally(), windows, np.int32(5))
+        assert float(tallies.loss_sum[r]) == pytest.approx(float(tally.loss_sum), rel=1e-6)
         jax.tree.map(lambda a, b, r=r: np.testing.assert_allclose(a[r], b, atol=1e-6), together.params, alone.params)
 
 
@@ -137,8 +138,9 @@ def test_bad_step_is_the_first_one(make_trial: Trials, make_dataset: Datasets) -
     training = step.compile_training(program(config), n_features=3, n_rows=256, n_samples=256)
     targets = data.train.labels.copy()
     targets[order(values, epoch=0)[40]] = np.nan
-    _, report = training.epoch(values, training.start(values), step.place(data.features, data.train.rows, targets))
-    assert int(report.bad_step) == 40 // 16
+    windows = step.place(data.features, data.train.rows, targets)
+    _, tally = training.segment(values, training.start(values), step.empty_tally(), windows, np.int32(5))
+    assert int(tally.bad_step) == 40 // 16
 
 
 @pytest.mark.parametrize(("n", "capacity"), [(1, 256), (256, 256), (257, 512), (5000, 8192)])

@@ -1,0 +1,66 @@
+"""What does a trial tell while it runs, and what does it come to?"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fintx.train.progress import Metrics, Outcome
+from fintx.types import Floats, Params
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """What is known after an epoch; for the live view."""
+
+    epoch: int
+    """From 1."""
+    max_epochs: int
+    step: int
+    """Steps taken so far."""
+    max_steps: int
+    train_loss: float
+    metrics: Metrics
+    """Of the validation part."""
+    best: float
+    """The study's metric at the best epoch so far."""
+    best_epoch: int
+    seconds: float
+    """Since the trial began, in all attempts."""
+
+
+@dataclass(frozen=True, eq=False)
+class FitResult:
+    """What a trial came to."""
+
+    outcome: Outcome
+    detail: str
+    """One line: why it stopped."""
+    best: Metrics
+    """Validation metrics at the restored best step; empty where no epoch came to an end."""
+    last: Metrics
+    """Validation metrics at the last step that was evaluated."""
+    best_epoch: int
+    """From 1; 0: none."""
+    best_step: int
+    epochs: int
+    """Epochs trained."""
+    steps: int
+    curve: list[dict[str, float | int | None]]
+    """Per epoch: epoch, step, train_loss, and the validation metrics; the losses of a diverged epoch are None."""
+    outputs: Floats | None
+    """float32 (S,): validation logits (regression: log returns) at the best step."""
+    params: Params | None
+    """At the best step, on the host."""
+    param_count: int
+    compile_s: float
+    """Tracing, lowering and compiling, in all attempts; 0 where an earlier trial's program served."""
+    wall_s: float
+    """All of `fit`, compile_s included, in all attempts up to their last save."""
+    warnings: tuple[str, ...]
+    """One line each: what was wrong with saved states."""
+    resumed_step: int
+    """Where an earlier attempt's state was taken up; 0: at the beginning."""
+    micro_batch: int
+    """Samples in a pass; below train.batch_size, a step is several passes, for memory's sake."""
+    memory_bytes: int | None
+    """Estimated peak on the device; none: failed before it was known."""
