@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 
@@ -80,3 +82,24 @@ def make_trial() -> Callable[..., TrialConfig]:
 def make_dataset() -> Callable[..., Dataset]:
     """`dataset` above."""
     return dataset
+
+
+@contextmanager
+def _compilations() -> Iterator[list[str]]:
+    seen: list[str] = []
+
+    def listen(event: str, seconds: float, **_: object) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            seen.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        yield seen
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+
+
+@pytest.fixture(scope="session")
+def compilations() -> Callable[[], AbstractContextManager[list[str]]]:
+    """What XLA compiles meanwhile: `with compilations() as seen`."""
+    return _compilations

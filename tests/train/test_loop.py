@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import resource
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import jax
@@ -22,6 +22,7 @@ from fintx.types import FintxError
 
 Trials = Callable[..., TrialConfig]
 Datasets = Callable[..., Dataset]
+Compilations = Callable[[], AbstractContextManager[list[str]]]
 # A rate that drops nothing in any test here, in the program that drops: 0 would compile another.
 NEXT_TO_NONE = 1e-9
 REGRESSION = {"task": TaskConfig(kind="regression", horizon=1), "train.loss": "mse"}
@@ -255,23 +256,9 @@ def test_regression_train_loss_is_in_squared_log_returns(make_trial: Trials, mak
     assert result.curve[0]["train_loss"] == pytest.approx(np.mean((outputs - data.train.labels) ** 2), rel=1e-4)
 
 
-@contextmanager
-def compilations() -> Iterator[list[str]]:
-    """What XLA compiles meanwhile."""
-    seen: list[str] = []
-
-    def listen(event: str, seconds: float, **_: object) -> None:
-        if event == "/jax/core/compile/backend_compile_duration":
-            seen.append(event)
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    try:
-        yield seen
-    finally:
-        jax.monitoring.unregister_event_duration_listener(listen)
-
-
-def test_trials_that_differ_in_values_compile_nothing(make_trial: Trials, make_dataset: Datasets) -> None:
+def test_trials_that_differ_in_values_compile_nothing(
+    make_trial: Trials, make_dataset: Datasets, compilations: Compilations
+) -> None:
     loop.fit(make_trial(), make_dataset(), metric="log_loss")
     with compilations() as seen:
         result = loop.fit(
@@ -291,7 +278,7 @@ def test_trials_that_differ_in_values_compile_nothing(make_trial: Trials, make_d
     assert result.compile_s < 0.1
 
 
-def test_compilations_are_counted() -> None:
+def test_compilations_are_counted(compilations: Compilations) -> None:
     """So that the empty list above means something."""
     with compilations() as seen:
         jax.jit(lambda x: x + 1)(np.float32(1))
