@@ -17,6 +17,11 @@ sweep *args:
 plan *args:
     @fintx plan "$@"
 
+# show and edit a queue: queue list FILE | queue add FILE --d-model 768 … | queue cancel FILE ID
+[no-exit-message]
+queue *args:
+    @fintx queue "$@"
+
 # how far is every study, and what is its best trial
 [no-exit-message]
 status *args:

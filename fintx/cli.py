@@ -36,6 +36,8 @@ app = typer.Typer(
 )
 data_app = typer.Typer(no_args_is_help=True, help="Bring in and list price histories.")
 app.add_typer(data_app, name="data")
+queue_app = typer.Typer(no_args_is_help=True, help="Show and edit the queue of a sweep file, or of a manual file.")
+app.add_typer(queue_app, name="queue")
 
 Outputs = Annotated[Path, typer.Option("--outputs", help="Folder that holds one folder per study.")]
 DataDir = Annotated[Path, typer.Option("--data-dir", help="Folder of ingested data.")]
@@ -184,7 +186,7 @@ def stop(
 
 @contextlib.contextmanager
 def _stop_on_signal() -> Iterator[Callable[[], bool]]:
-    """First SIGINT or SIGTERM: finish the step, save and stop; the second: stop at once. A closed terminal is the first."""
+    """First SIGINT, SIGTERM or hang-up: finish the step, save and stop; the second: stop at once."""
     asked = False
 
     def ask(number: int, frame: object) -> None:
@@ -289,6 +291,59 @@ def params(
         n_features=n_features, context_length=context_length, patch_length=patch_length, stride=stride,
     )  # fmt: skip
     tables.print_params(Console(), question)
+
+
+QueueFile = Annotated[Path, typer.Argument(help="A sweep file, or a manual file.")]
+
+
+@queue_app.command(name="list")
+def list_queue(file: QueueFile, outputs: Outputs = OUTPUTS, data_dir: DataDir = DATA) -> None:
+    """List every entry with its state, trial, exact size, training values and note."""
+    from fintx.study import queuefile
+    from fintx.terminal import tables
+
+    tables.print_queue(Console(), queuefile.listings(file, outputs=outputs, data_root=data_dir))
+
+
+@queue_app.command(name="add")
+def add_to_queue(
+    file: QueueFile,
+    d_model: Annotated[int, typer.Option(help="Width.")],
+    n_layers: Annotated[int, typer.Option(help="Depth.")],
+    n_heads: Annotated[int, typer.Option(help="Attention heads; must divide d_model.")],
+    d_ff: Annotated[int, typer.Option(help="Feed-forward width.")],
+    note: Annotated[str | None, typer.Option(help="Why it is tried; kept in the record.")] = None,
+    name: Annotated[str | None, typer.Option("--id", help="A name as its identity, instead of its content.")] = None,
+    training: Annotated[str | None, typer.Option(help="Values left open: best (default), defaults or sampler.")] = None,
+    values: Annotated[list[str], typer.Option("--value", help="Fix a searched value: optim.learning_rate=3e-4.")] = [],  # noqa: B006
+    sweep: Annotated[str | None, typer.Option(help="Of a manual file: the sweep file that it belongs to.")] = None,
+    data_dir: DataDir = DATA,
+) -> None:
+    """Add an entry at the file's end, if the file is right with it; a study that runs takes it up."""
+    from fintx.study import queuefile
+    from fintx.terminal import tables
+
+    shape = {"d_model": d_model, "n_layers": n_layers, "n_heads": n_heads, "d_ff": d_ff}
+    words = {"sweep": sweep, "id": name, "training": training, "note": note}
+    given = {key: text for key, text in words.items() if text is not None}
+    edit = queuefile.add(file, {**shape, **given, **dict(map(queuefile.value_of, values))}, data_root=data_dir)
+    tables.print_edit(Console(), edit, "added")
+
+
+@queue_app.command(name="cancel")
+def cancel_in_queue(
+    file: QueueFile,
+    identity: Annotated[str, typer.Argument(metavar="ID", help="As `queue list` shows it.")],
+    sweep: Annotated[str | None, typer.Option(help="Of a manual file: the sweep file that it belongs to.")] = None,
+    outputs: Outputs = OUTPUTS,
+    data_dir: DataDir = DATA,
+) -> None:
+    """Mark an entry as never to be run; one that runs or is done can't be cancelled."""
+    from fintx.study import queuefile
+    from fintx.terminal import tables
+
+    edit = queuefile.cancel(file, identity, sweep=sweep, outputs=outputs, data_root=data_dir)
+    tables.print_edit(Console(), edit, "cancelled")
 
 
 @data_app.command(name="import")

@@ -304,7 +304,7 @@ def _override(source: Source, text: str, *, rank: int) -> Source:
     Raises:
         SweepFileError: no key, no value, or more than one.
     """
-    shown = f"--set {one_line(shortened(_without_url(text)))}"
+    shown = f"--set {one_line(shortened(_without_secret(text)))}"
     path, parsed = assignment(text, shown=shown, example="section.key=value, such as study.n_trials=3")
     if path == ("extends",):
         raise SweepFileError(f"{shown}: extends: a base is named in the file alone")
@@ -335,10 +335,13 @@ def assignment(text: str, *, shown: str, example: str) -> tuple[KeyPath, dict[st
     raise SweepFileError(f"{shown}: wanted {example}")
 
 
-def _without_url(text: str) -> str:
-    """A database's URL may hold a password in any spelling; of it no more than the kind is shown."""
-    before, url, _ = text.partition("://")
-    return f"{before}://…" if url else text
+def _without_secret(text: str) -> str:
+    """A database's URL may hold a password in any spelling; no more of it is shown than its kind."""
+    key, equals, value = text.partition("=")
+    kind, url, _ = value.partition("://")
+    if url:
+        return f"{key}={kind}://…"
+    return f"{key}=…" if "storage" in key and ":" in value else text
 
 
 def _set(source: Source, path: KeyPath, content: Any, place: Place) -> Source:

@@ -21,7 +21,7 @@ from fintx.toml_lines import locate
 from fintx.types import FintxError
 
 SWEEPS = Path(__file__).resolve().parents[1] / "sweeps"
-SHIPPED = sorted(path.name for path in SWEEPS.glob("*.toml"))
+SHIPPED = sorted(path.name for path in SWEEPS.glob("*.toml") if path.name != "manual.toml")
 TWELVE = [f"{budget}_h{h}.toml" for budget in ("2M", "20M", "200M", "2B") for h in (1, 3, 5)]
 
 GOOD = """
@@ -224,6 +224,10 @@ def test_a_mutated_key_is_named_with_file_line_and_mend(name, path, change, swee
         ('"optim.learning_rate" = 3e-4', '"train.batch_size" = 48', 24, "wanted one of 32, 64, got 48"),
         ('"optim.learning_rate" = 3e-4', '"train.batch_size" = true', 24, "wanted one of 32, 64, got true"),
         ("d_ff = 256", "", 18, "queue[0].d_ff: is missing"),
+        ("d_ff = 256", 'd_ff = 256\nsweep = "200M_h3.toml"', 23, "queue[0].sweep: belongs into a manual file"),
+        ("d_ff = 256", 'd_ff = 256\nid = "../x"', 23, "queue[0].id: wanted a name of letters, digits"),
+        ("d_ff = 256", 'd_ff = 256\ntraining = "bst"', 23, 'queue[0].training: wanted "best", "defaults" or "sampler"'),
+        ("d_ff = 256", 'd_ff = 256\ncancelled = 1', 23, "queue[0].cancelled: wanted true or false, got 1"),
         ("d_ff = 256", "d_ff = 256\nd_fff = 1", 23, 'unknown key; did you mean "d_ff"?'),
     ],
 )  # fmt: skip
@@ -243,9 +247,95 @@ def test_a_whole_number_is_asked_of_a_queued_whole_number(tmp_path):
     assert spec.queue[0].values == {"train.patience": 4.0}
 
 
+@pytest.mark.parametrize(
+    ("key", "wrong", "words"),
+    [
+        ("storage", "true", "got true or false"),
+        ("storage", "3", "got a number"),
+        ("storage", '"sqlite"', 'wanted "journal" or "postgresql://USER@HOST/DATABASE", got "sqlite"'),
+        ("storage", '"sqlite:///x"', 'got "sqlite://…"'),
+        ("checkpoint_s", "nan", "wanted a"),
+        ("checkpoint_s", "-1.0", "wanted a value > 0, got -1.0"),
+        ("checkpoint_s", "true", "wanted a number, got true"),
+        ("hang_s", "0", "wanted a value > 0, got 0"),
+        ("hang_s", "inf", "wanted a finite number, got inf"),
+        ("hang_s", '"900"', 'wanted a number, got "900"'),
+        ("max_attempts", "true", "wanted a whole number, got true"),
+        ("max_attempts", "0", "wanted a value ≥ 1, got 0"),
+        ("max_attempts", "2.5", "wanted a whole number, got 2.5"),
+        ("max_failures", "-3", "wanted a value ≥ 1, got -3"),
+        ("max_failures", "nan", "wanted a whole number, got nan"),
+        ("memory", '"12"', 'write an amount like "12GB" or "500MiB", got "12"'),
+        ("memory", '"0GB"', "wanted a value ≥ 1, got"),
+        ("memory", "true", "wanted a whole number, got true"),
+        ("memory", "-5", "wanted a value ≥ 1, got -5"),
+        ("storag", '"journal"', 'unknown key; did you mean "storage"?'),
+        ("hang", "900", 'unknown key; did you mean "hang_s"?'),
+    ],
+)  # fmt: skip
+def test_a_mistake_in_how_it_is_run_is_named(key, wrong, words, tmp_path):
+    (found,) = problems(write(tmp_path, f"[execution]\n{key} = {wrong}\n{GOOD}"))
+    assert found.startswith(f"{tmp_path}/x.toml:2: execution.{key}: ") and words in found, found
+
+
+def test_how_it_is_run_survives_a_round_trip_and_its_section_is_found_by_its_nearest_name(tmp_path):
+    text = '[execution]\nstorage = "postgresql://u@h:5/d"\nmemory = "1.5GB"\nhang_s = 60\ncheckpoint_s = 2.5\n'
+    spec = sweepfile.load(write(tmp_path, text + GOOD))
+    assert (spec.execution.memory, spec.execution.hang_s) == (1_500_000_000, 60.0)
+    assert sweepfile.load(write(tmp_path, sweepfile.dump(spec))) == spec
+    (found,) = problems(write(tmp_path, text.replace("[execution]", "[executon]") + GOOD))
+    assert 'unknown section; did you mean "execution"?' in found
+    assert 'did you mean "execution.hang_s"?' in problems(write(tmp_path, GOOD), "hang_s=3")[0]
+
+
+@pytest.mark.parametrize("place", ["file", "override"])
+@pytest.mark.parametrize(
+    "value",
+    [
+        '"postgres://me:SECRET@host/db"',
+        '"postgresql://me:SECRET two@host/db"',
+        '"postgresql://me:a\'SECRET@host/db"',
+        r'"postgresql://me:a\"SECRET@host/db"',
+        r'"postgresql://me:12345 SECRET@host/db"',
+        r'"postgresql://me:a\nSECRET@host/db"',
+        f'"mysql://me:SECRET@{"h" * 300}/db"',
+        f'"postgres://{"m" * 100}:SECRET@host/db"',
+        '["postgresql://me:SECRET@host/db"]',
+        '{ url = "postgresql://me:SECRET@host/db" }',
+        '"postgresql:me:SECRET@host/db"',
+        "'postgresql://me:SECRET@host/db",
+    ],
+)  # fmt: skip
+def test_no_message_holds_a_databases_password(value, place, tmp_path):
+    if place == "file":
+        path, overrides = write(tmp_path, f"[execution]\nstorage = {value}\n{GOOD}"), []
+    else:
+        path, overrides = write(tmp_path, GOOD), [f"execution.storage={value}"]
+    with pytest.raises(SweepFileError) as caught:
+        sweepfile.load(path, overrides=overrides)
+    assert "SECRET" not in str(caught.value), str(caught.value)
+    assert len(str(caught.value)) < 400
+
+
+def test_no_dump_holds_a_databases_password(tmp_path):
+    spec = sweepfile.load(write(tmp_path, GOOD), overrides=["execution.storage=postgresql://me:SECRET@host/db"])
+    assert spec.execution.storage == "postgresql://me:SECRET@host/db"
+    assert "SECRET" not in sweepfile.dump(spec) and "postgresql://me:***@host/db" in sweepfile.dump(spec)
+
+
+def test_whole_numbers_of_a_shape_may_be_written_with_a_point(tmp_path):
+    spec = sweepfile.load(write(tmp_path, GOOD.replace("d_model = 64", "d_model = 64.0")))
+    assert spec.queue[0].d_model == 64 and type(spec.queue[0].d_model) is int
+    for wrong in ("64.5", "true", "nan", "1e300"):
+        (found,) = problems(write(tmp_path, GOOD.replace("d_model = 64", f"d_model = {wrong}")))
+        assert "queue[0].d_model: wanted a whole number, got" in found
+
+
 def test_more_queue_entries_than_trials_are_refused(tmp_path):
     found = problems(write(tmp_path, GOOD + GOOD[GOOD.index("[[queue]]") :].replace("48", "40")), "study.n_trials=1")
     assert len(found) == 1 and found[0].startswith("--set study.n_trials=1: study.n_trials: 1 is fewer than the 2")
+    cancelled = GOOD[GOOD.index("[[queue]]") :].replace("48", "40") + "cancelled = true\n"
+    assert len(sweepfile.load(write(tmp_path, GOOD + cancelled), overrides=["study.n_trials=1"]).queue) == 2
 
 
 def test_repeated_symbols_and_dates_in_reverse_are_refused(tmp_path):

@@ -35,6 +35,32 @@ too.
 This page is made from the schema by `tools/sweep_reference.py`.
 """
 
+_QUEUE = """\
+The file's entries run first, in order, and count toward `n_trials`. What an entry is called is its `id`, or without
+one a hash of its shape, values and training (so 1 and 1.0 are the same, and the note may change). An entry that is done
+is never run again; a study that runs takes up what is added to its file.
+
+`just queue list FILE` shows every entry with its state: queued, running, interrupted, done, failed n (attempts that
+crashed or hung), cancelled. `just queue add FILE --d-model 768 --n-layers 28 --n-heads 12 --d-ff 3072 --note "…"` and
+`just queue cancel FILE ID` edit the file: comments stay, and an entry that is wrong or leaves the budget is refused.
+
+### Manual files
+
+A file like `sweeps/manual.toml` holds `[[queue]]` entries alone, each of which names its study:
+
+```toml
+[[queue]]
+sweep = "200M_h3.toml"            # a sweep file beside this one
+d_model = 768
+n_layers = 28
+n_heads = 12
+d_ff = 3072
+note = "push depth beyond L=24"
+```
+
+`just manual` runs what of it is not done yet, each entry inside the study of its sweep file, also beyond `n_trials`.
+"""
+
 _SECTIONS: dict[str, type[BaseModel]] = {
     "[study]": config.StudyConfig,
     "[data]": config.DataConfig,
@@ -45,6 +71,7 @@ _SECTIONS: dict[str, type[BaseModel]] = {
     "[model]": config.ModelConfig,
     "[optim]": config.OptimConfig,
     "[train]": config.TrainConfig,
+    "[execution]": config.ExecutionConfig,
     "[[queue]]": config.QueueEntry,
 }
 
@@ -54,6 +81,7 @@ def page() -> str:
     parts = [_HEAD]
     for title, model in _SECTIONS.items():
         parts += [f"## {title}\n", f"{_first_line(model)}\n", _table(model)]
+    parts += [_QUEUE]
     parts += [_space(), _features()]
     return "\n".join(parts).rstrip() + "\n"
 

@@ -35,11 +35,12 @@ _COMPILE_S = 8.0
 
 @dataclass(frozen=True)
 class QueueRow:
-    """A queued shape, its exact size, and the note it carries."""
+    """A queued shape, its exact size, where the values it leaves open come from, and the note it carries."""
 
     identity: str
     shape: Shape
     param_count: int
+    training: str
     note: str
 
 
@@ -68,6 +69,7 @@ class Plan:
     shapes: tuple[tuple[Shape, int], ...]
     """Every feasible shape with its exact parameter count."""
     queue: tuple[QueueRow, ...]
+    """What runs first, extremes included; cancelled entries are left out."""
     estimate: Estimate
 
 
@@ -92,9 +94,13 @@ def build(spec: StudySpec, *, data_root: Path) -> Plan:
         shapes=counted,
         queue=tuple(
             QueueRow(
-                queue.identity(entry), entry.shape, sizes.count(spec.model, entry.shape, n_features).total, entry.note
+                identity=queue.identity(entry),
+                shape=entry.shape,
+                param_count=sizes.count(spec.model, entry.shape, n_features).total,
+                training=entry.training,
+                note=entry.note,
             )
-            for entry in spec.queue
+            for entry in queue.entries(spec, space)
         ),
         estimate=_estimate(spec, counted, prepared, n_features),
     )

@@ -65,15 +65,15 @@ def identity(entry: QueueEntry) -> str:
 
 
 def entries(spec: StudySpec, space: SearchSpace) -> tuple[QueueEntry, ...]:
-    """What is to be run first, in order: the file's entries, and the extremes where the study asks for them.
+    """What is to be run first, in order: the file's entries, and the extremes where the study asks for them."""
+    return tuple(entry for entry in spec.queue if not entry.cancelled) + unlisted_extremes(spec, space)
 
-    An extreme whose shape the file holds already is left out, also where that entry is cancelled.
-    """
-    own = tuple(entry for entry in spec.queue if not entry.cancelled)
-    if not spec.study.queue_extremes:
-        return own
+
+def unlisted_extremes(spec: StudySpec, space: SearchSpace) -> tuple[QueueEntry, ...]:
+    """The extremes where the study asks for them, without the shapes that its file holds already, if cancelled."""
     known = {entry.shape for entry in spec.queue}
-    return own + tuple(entry for entry in extremes(space) if entry.shape not in known)
+    found = extremes(space) if spec.study.queue_extremes else ()
+    return tuple(entry for entry in found if entry.shape not in known)
 
 
 def extremes(space: SearchSpace) -> tuple[QueueEntry, ...]:

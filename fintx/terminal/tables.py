@@ -18,6 +18,8 @@ from fintx.study import records
 from fintx.study.evaluation import Evaluation
 from fintx.study.ledger import Claim
 from fintx.study.plan import DepthsAnswer, Plan, ShapeAnswer
+from fintx.study.queue import QueueState
+from fintx.study.queuefile import Edit, Listing
 from fintx.study.runner import Failure, Summary
 from fintx.study.status import StudyStatus
 from fintx.terminal.words import count, duration, number, percent, shape_words, size
@@ -324,10 +326,57 @@ def _print_shapes(console: Console, plan: Plan) -> None:
 
 def _print_queue(console: Console, plan: Plan) -> None:
     n_trials, queued = plan.spec.study.n_trials, len(plan.queue)
-    _line(console, f"\n{n_trials} trials: {queued} queued, {n_trials - queued} from the sampler")
-    rows = [[row.identity, shape_words(row.shape), f"{row.param_count:,}", row.note] for row in plan.queue]
+    _line(console, f"\n{n_trials} trials: {min(queued, n_trials)} queued, {max(n_trials - queued, 0)} from the sampler")
+    if queued > n_trials:
+        _line(console, f"WARNING: {queued - n_trials} of {queued} queue entries find no room; raise study.n_trials")
+    rows = [
+        [row.identity, shape_words(row.shape), f"{row.param_count:,}", row.training, row.note] for row in plan.queue
+    ]
     if rows:
-        show(console, table("Queue", ["id", "shape", "parameters", "note"], rows, left=("shape", "note")))
+        heads = ["id", "shape", "parameters", "training", "note"]
+        show(console, table("Queue", heads, rows, left=("shape", "training", "note")))
+
+
+def print_queue(console: Console, listings: Sequence[Listing]) -> None:
+    """Every entry of every study's queue: how far it is, on which trial, and with which training values."""
+    for listing in listings:
+        rows = [
+            [
+                row.state.identity,
+                row.state.state + (f" ({row.outcome.replace('_', ' ')})" if row.outcome else ""),
+                "–" if row.state.number is None else str(row.state.number),
+                shape_words(row.state.entry.shape),
+                f"{row.param_count:,}",
+                _training(row.state),
+                row.state.entry.note,
+            ]
+            for row in listing.rows
+        ]
+        if rows:
+            heads = ["id", "state", "trial", "shape", "parameters", "training", "note"]
+            made = table(
+                f"{listing.study}: {_states(listing)}", heads, rows, left=("state", "shape", "training", "note")
+            )
+            show(console, made)
+        else:
+            _line(console, f"{listing.study}: the queue is empty")
+
+
+def _training(state: QueueState) -> str:
+    """Where an entry's open values come from, or will come from, and those that it names itself."""
+    source = state.entry.training if state.number is None else state.training
+    named = [f"{path} = {value}" for path, value in state.entry.values.items()]
+    return ", ".join([*([source] if source else []), *named])
+
+
+def _states(listing: Listing) -> str:
+    found = Counter(row.state.state.partition(" ")[0] for row in listing.rows)
+    return ", ".join(f"{n} {state}" for state, n in found.items())
+
+
+def print_edit(console: Console, edit: Edit, verb: str) -> None:
+    """What was added to a file's queue, or cancelled in it."""
+    _line(console, f"{verb} {edit.identity} of {edit.study}: {shape_words(edit.entry.shape)}")
 
 
 def _print_estimate(console: Console, plan: Plan) -> None:

@@ -192,11 +192,11 @@ def test_an_extreme_is_ordinary_in_all_else():
 
 def test_one_shape_may_be_the_extreme_of_two_axes_and_its_notes_merge():
     architecture = ArchitectureConfig(
-        d_model=(64, 128), n_layers=LayerRange(low=12, high=31), n_heads=(4,), d_ff_ratio=(4.0,)
+        d_model=(64, 128), n_layers=LayerRange(low=12, high=30), n_heads=(4,), d_ff_ratio=(4.0,)
     )
     space = SearchSpace.build(make_spec(architecture=architecture), n_features=N_FEATURES)
     found = {(entry.d_model, entry.n_layers): entry.note for entry in queue.extremes(space)}
-    assert found == {(64, 31): "smallest d_model, largest n_layers", (128, 12): "largest d_model, smallest n_layers"}
+    assert found == {(64, 30): "smallest d_model, largest n_layers", (128, 12): "largest d_model, smallest n_layers"}
 
 
 def test_an_extreme_that_the_file_holds_or_has_cancelled_is_not_queued_again():
@@ -220,7 +220,7 @@ def test_a_cancelled_entry_is_not_among_those_to_run(space):
 def claim(entry: QueueEntry, number: int = 3, **changes) -> Claim:
     plain = Claim(
         number=number, params={}, shape=entry.shape, entry=queue.identity(entry), note="", training="trial 1",
-        finished=False, state="running", token="t", attempt=1, failures=0, host="h", pid=1, step=0, detail="",
+        finished=False, state="running", token="t", attempt=1, failures=0, owner="h:o", host="h", pid=1, step=0, beat=0, detail="",
     )  # fmt: skip
     return dataclasses.replace(plain, **changes)
 
