@@ -175,14 +175,12 @@ def feasible(
     budget: BudgetConfig,
     models: Sequence[ModelConfig],
     n_features: int,
-    extra: Sequence[Shape] = (),
 ) -> tuple[Shape, ...]:
     """Every candidate shape inside the budget's tolerance, sorted by (d_model, d_ff, n_layers, n_heads).
 
     Args:
         models: the variants that a search may combine with a shape (a searched context_length changes the count a
             little); a shape must fit with each of them.
-        extra: shapes beside the candidates' grid, such as queued ones; those outside the budget are left out too.
 
     Raises:
         InfeasibleBudget: none fits; says which bound to change.
@@ -193,9 +191,6 @@ def feasible(
         low, high = max(fitting.start, architecture.n_layers.low), min(fitting.stop, architecture.n_layers.high + 1)
         heads = [n_heads for n_heads in architecture.n_heads if d_model % n_heads == 0]
         found.update((d_model, d_ff, n_layers, n_heads) for n_layers in range(low, high) for n_heads in heads)
-    for shape in extra:
-        if all(budget.low <= count(model, shape, n_features).total <= budget.high for model in models):
-            found.add((shape.d_model, shape.d_ff, shape.n_layers, shape.n_heads))
     if not found:
         raise InfeasibleBudget(_why_infeasible(architecture, budget, models, n_features))
     # `model_construct`: what pydantic would check of each holds by construction.

@@ -109,7 +109,7 @@ def validate(spec: StudySpec, *, n_features: int) -> None:
     seen: dict[str, int] = {}
     for index, entry in enumerate(spec.queue):
         if not entry.cancelled:
-            problems += [f"queue[{index}]: {words}" for words in _outside(spec, entry.shape, n_features)]
+            problems += [f"queue[{index}]: {words}" for words in _outside(spec, entry, n_features)]
         first = seen.setdefault(identity(entry), index)
         if first != index:
             what = "is the same as" if entry.id is None else f'has the id "{entry.id}", which is that of'
@@ -118,10 +118,10 @@ def validate(spec: StudySpec, *, n_features: int) -> None:
         raise QueueError("\n".join(problems))
 
 
-def _outside(spec: StudySpec, shape: Shape, n_features: int) -> list[str]:
-    """What is wrong with a shape's size, of the first searched geometry that leaves the budget."""
-    budget = spec.budget
-    for model in model_variants(spec):
+def _outside(spec: StudySpec, entry: QueueEntry, n_features: int) -> list[str]:
+    """What is wrong with an entry's size, in the first geometry it may run with that leaves the budget."""
+    budget, shape = spec.budget, entry.shape
+    for model in model_variants(spec, entry.values):
         total = sizes.count(model, shape, n_features).total
         if not budget.low <= total <= budget.high:
             return [

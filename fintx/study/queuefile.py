@@ -47,6 +47,11 @@ class Row:
     """Of its trial, once that is done; else empty."""
     param_count: int
 
+    @property
+    def failed(self) -> bool:
+        """Whether the trial is done, but gave no result."""
+        return self.outcome not in ("", *records.SUCCESSES)
+
 
 @dataclass(frozen=True)
 class Listing:

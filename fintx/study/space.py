@@ -15,6 +15,7 @@ import itertools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -102,10 +103,17 @@ class SearchSpace:
         )
 
 
-def model_variants(spec: StudySpec) -> tuple[ModelConfig, ...]:
-    """Every geometry that the search may combine with a shape: each changes the parameter count a little."""
+def model_variants(spec: StudySpec, fixed: Mapping[str, Any] = MappingProxyType({})) -> tuple[ModelConfig, ...]:
+    """Every geometry that the search may combine with a shape: each changes the parameter count a little.
+
+    Args:
+        fixed: searched path → the one value of it that is wanted.
+    """
     keys = [k for k in ("context_length", "patch_length", "stride", "revin") if f"model.{k}" in spec.space]
-    lists = [spec.space[f"model.{key}"].choices for key in keys]  # type: ignore[union-attr]
+    lists = []
+    for path in (f"model.{key}" for key in keys):
+        choices = spec.space[path].choices  # type: ignore[union-attr]
+        lists.append([choice for choice in choices if choice == fixed.get(path, choice)])
     return tuple(
         spec.model.model_copy(update=dict(zip(keys, values, strict=True))) for values in itertools.product(*lists)
     )

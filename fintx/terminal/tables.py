@@ -343,7 +343,7 @@ def print_queue(console: Console, listings: Sequence[Listing]) -> None:
         rows = [
             [
                 row.state.identity,
-                row.state.state + (f" ({row.outcome.replace('_', ' ')})" if row.outcome else ""),
+                row.state.state + (f" ({row.outcome.replace('_', ' ')})" if row.failed else ""),
                 "–" if row.state.number is None else str(row.state.number),
                 shape_words(row.state.entry.shape),
                 f"{row.param_count:,}",

@@ -199,20 +199,6 @@ def test_a_variant_that_counts_more_takes_shapes_away() -> None:
     assert set(jointly) < set(alone)
 
 
-def test_extra_shapes_join_where_they_fit() -> None:
-    fitting, too_big = shape(50, 4, 5, 50), shape(64, 30, 2, 256)
-    shapes = sizes.feasible(ARCHITECTURE, BUDGET, (MODEL,), 25, (fitting, too_big))
-    assert fitting in shapes
-    assert too_big not in shapes
-    assert list(shapes) == sorted(shapes, key=lambda s: (s.d_model, s.d_ff, s.n_layers, s.n_heads))
-
-
-def test_an_extra_shape_alone_makes_a_feasible_set() -> None:
-    queued = shape(50, 4, 5, 50)
-    no_candidate = ARCHITECTURE.model_copy(update={"d_model": (4096,)})
-    assert sizes.feasible(no_candidate, BUDGET, (MODEL,), 25, (queued,)) == (queued,)
-
-
 @pytest.mark.parametrize(
     ("changes", "parameters", "words"),
     [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 
@@ -220,7 +221,8 @@ def test_a_cancelled_entry_is_not_among_those_to_run(space):
 def claim(entry: QueueEntry, number: int = 3, **changes) -> Claim:
     plain = Claim(
         number=number, params={}, shape=entry.shape, entry=queue.identity(entry), note="", training="trial 1",
-        finished=False, state="running", token="t", attempt=1, failures=0, owner="h:o", host="h", pid=1, step=0, beat=0, detail="",
+        finished=False, state="running", token="t", attempt=1, failures=0, owner="h:o", host="h", pid=1, step=0,
+        beat=0, detail="",
     )  # fmt: skip
     return dataclasses.replace(plain, **changes)
 
@@ -343,8 +345,8 @@ def test_two_entries_of_one_identity_are_refused():
     queue.validate(make_spec(named, ENTRY), n_features=N_FEATURES)
 
 
-def test_an_entry_must_fit_the_budget_with_every_searched_geometry():
-    """Its geometry is left to the sampler, so one that is too big counts."""
+def test_an_entry_must_fit_the_budget_with_every_geometry_that_it_may_run_with():
+    """One that it leaves open may become any of the searched ones."""
     spec = make_spec(ENTRY)
     fitting = sizes.count(spec.model, ENTRY.shape, N_FEATURES).total
     narrow = BudgetConfig(parameters=fitting, tolerance=1e-4)
@@ -353,3 +355,7 @@ def test_an_entry_must_fit_the_budget_with_every_searched_geometry():
     searched = make_spec(ENTRY, budget=narrow, space={"model.patch_length": Choices(choices=(10, 20))})
     with pytest.raises(queue.QueueError, match=r"queue\[0\]: .* outside the budget"):
         queue.validate(searched, n_features=N_FEATURES)
+    for length, fits in ((10.0, True), (20, False)):
+        chosen = ENTRY.model_copy(update={"values": {"model.patch_length": length}})
+        with contextlib.nullcontext() if fits else pytest.raises(queue.QueueError, match="outside the budget"):
+            queue.validate(searched.model_copy(update={"queue": (chosen,)}), n_features=N_FEATURES)
