@@ -128,7 +128,8 @@ def by_sweep(path: Path, *, overrides: Sequence[str] = (), text: str | None = No
         text: what to read in place of the manual file's own content.
 
     Returns:
-        Sweep file → its spec, whose queue is exactly the manual file's entries for it; in order of first mention.
+        Sweep file → its spec, whose queue is exactly the manual file's entries for it (so no extremes are asked for);
+        in order of first mention.
 
     Raises:
         SweepFileError: all problems of all entries, and of the files they name, one line each.
@@ -222,7 +223,7 @@ def _group(
     spec = _checked(Source(tree, places), own, counted=False)
     problems.take(set_here)
     problems.take(own)
-    return spec
+    return spec.model_copy(update={"study": spec.study.model_copy(update={"queue_extremes": False})})
 
 
 def _without_sweep(entry: dict[str, Any]) -> dict[str, Any]:

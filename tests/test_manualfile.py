@@ -114,6 +114,8 @@ def test_one_study_per_sweep_file_in_order_of_first_mention_whatever_the_total(f
     assert [entry.note for entry in first.queue] == ["", "last"]
     assert second.queue[0].values == {"optim.learning_rate": 3e-4}
     assert first.study.n_trials == 1 and first.train.patience == 9
+    asking = sweepfile.load_manual(folder / "manual.toml", overrides=["study.queue_extremes=true"])
+    assert not any(spec.study.queue_extremes for spec in asking)
     assert sweepfile.is_manual(folder / "manual.toml") and not sweepfile.is_manual(folder / "a.toml")
 
 

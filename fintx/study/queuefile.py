@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import difflib
 import fcntl
 import math
@@ -24,6 +25,7 @@ from fintx.data import windows
 from fintx.model import sizes
 from fintx.study import ledger, queue, records
 from fintx.study.queue import QueueState
+from fintx.study.records import TrialRecord
 from fintx.study.space import SearchSpace
 from fintx.sweepsource import SweepFileError
 from fintx.sweepwords import one_line, shortened
@@ -80,32 +82,38 @@ def listings(path: Path, *, outputs: Path, data_root: Path) -> tuple[Listing, ..
     Raises:
         FintxError: the file is wrong, or its data are missing.
     """
-    manual = sweepfile.is_manual(path)
-    return tuple(
-        _listing(spec, own=manual, outputs=outputs, data_root=data_root) for spec in _studies(path, manual).values()
-    )
+    studies = _studies(path, sweepfile.is_manual(path))
+    return tuple(_listing(spec, outputs / spec.study.name, data_root) for spec in studies.values())
 
 
-def _listing(spec: StudySpec, *, own: bool, outputs: Path, data_root: Path) -> Listing:
+def _listing(spec: StudySpec, folder: Path, data_root: Path) -> Listing:
     n_features = _n_features(spec, data_root)
-    entries = spec.queue if own else (*spec.queue, *_extremes(spec, n_features))
-    folder = outputs / spec.study.name
+    kept = records.read_all(folder)
+    outcomes = {record.trial_number: record.outcome for record in kept}
     rows = [
         Row(
             state=state,
-            outcome=_outcome(folder, state),
+            outcome=outcomes.get(state.number, "") if state.number is not None else "",
             param_count=sizes.count(spec.model, state.entry.shape, n_features).total,
         )
-        for state in queue.states(entries, ledger.read(folder))
+        for state in _states((*spec.queue, *_extremes(spec, n_features)), folder, kept)
     ]
     return Listing(spec.study.name, spec.study.n_trials, tuple(rows))
 
 
-def _outcome(folder: Path, state: QueueState) -> str:
-    if state.state != "done" or state.number is None:
-        return ""
-    path = records.trial_folder(folder, state.number) / "record.json"
-    return records.read(path).outcome if path.is_file() else ""
+def _states(
+    entries: Sequence[QueueEntry], folder: Path, kept: Sequence[TrialRecord]
+) -> tuple[QueueState, ...]:  # fmt: skip
+    """What the study's journal says; where the storage is a database, what the records here say."""
+    held = {record.entry: record for record in kept if record.entry is not None}
+
+    def with_record(state: QueueState) -> QueueState:
+        record = held.get(state.identity)
+        if record is None or state.state == "done":
+            return state
+        return dataclasses.replace(state, state="done", number=record.trial_number, training=record.training)
+
+    return tuple(map(with_record, queue.states(entries, ledger.read(folder))))
 
 
 def _extremes(spec: StudySpec, n_features: int) -> tuple[QueueEntry, ...]:
@@ -271,7 +279,7 @@ def _find(path: Path, identity: str, sweep: str | None, data_root: Path) -> _Fou
     for at, spec in _studies(path, manual).items():
         blocks: Sequence[int] = sweepfile.blocks_of(path, at) if manual else range(len(spec.queue))
         entries: list[tuple[QueueEntry, int | None]] = [*zip(spec.queue, blocks, strict=True)]
-        if not manual:
+        if spec.study.queue_extremes:
             entries += [(entry, None) for entry in _extremes(spec, _n_features(spec, data_root))]
         known += [(at, queue.identity(entry), _Found(spec, entry, index)) for entry, index in entries]
     found = {at: each for at, name, each in reversed(known) if name == identity and wanted in (None, at)}
@@ -294,7 +302,8 @@ def _nearest(identity: str, known: Sequence[str]) -> str:
 
 def _refuse_begun(path: Path, found: _Found, outputs: Path) -> None:
     name = found.spec.study.name
-    (state,) = queue.states([found.entry], ledger.read(outputs / name))
+    folder = outputs / name
+    (state,) = _states([found.entry], folder, records.read_all(folder))
     mend = {"running": "stop the study first", "done": "there is nothing left to cancel"}.get(state.state)
     if mend is not None:
         raise QueueFileError(f"{path}: {state.identity} is {state.state} (trial {state.number} of {name}); {mend}")

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from fintx import cli, sweepfile
 from fintx.study import ledger, queue, queuefile, records
 from fintx.study.ledger import Claim
+from fintx.study.records import TrialRecord
 from fintx.types import FintxError
 
 HEAD = """# Question: which?
@@ -405,19 +406,21 @@ def test_a_listing_shows_state_trial_outcome_and_training(tmp_path, monkeypatch)
         claim(second, state="failed", failures=2, number=4),
     )
     monkeypatch.setattr(ledger, "read", lambda _: claims)
-    record = records.trial_folder(tmp_path / "outputs" / "small", 0) / "record.json"
-    record.parent.mkdir(parents=True)
-    record.touch()
-    diverged = records.TrialRecord.model_construct(outcome="diverged")
-    monkeypatch.setattr(records, "read", lambda _: diverged)
+    kept = [
+        TrialRecord.model_construct(trial_number=0, entry=None, outcome="diverged"),
+        TrialRecord.model_construct(trial_number=6, entry="third", outcome="completed", training="trial 5"),
+    ]
+    monkeypatch.setattr(records, "read_all", lambda _: kept)
     shown = fintx("list", path, "--outputs", tmp_path / "outputs", "--data-dir", tmp_path / "data")
     title, _, *lines = shown.splitlines()
-    assert title.strip() == "small: 1 done, 1 failed, 1 queued"
+    assert title.strip() == "small: 2 done, 1 failed"
     assert re.match(
         rf"{queue.identity(first)} +done \(diverged\) +0 +d_model 32 · 3 layers · 4 heads · d_ff 64 +[\d,]+ +"
         r"defaults, optim.learning_rate = 0.001 +two", lines[0],
     )  # fmt: skip
-    assert re.search(r"second +failed 2 +4 .* trial 1 ", shown) and re.search(r"third +queued +– .* best ", shown)
+    assert re.search(r"second +failed 2 +4 .* trial 1 ", shown)
+    assert re.search(r"third +done +6 .* trial 5 ", shown), "its record tells, where the storage is out of sight"
+    assert "is done (trial 6 of small)" in fintx("cancel", path, "third", "--outputs", tmp_path / "outputs", code=2)
 
 
 def test_the_commands_add_show_and_cancel(tmp_path):
