@@ -284,9 +284,8 @@ def _find(path: Path, identity: str, sweep: str | None, data_root: Path) -> _Fou
         known += [(at, queue.identity(entry), _Found(spec, entry, index)) for entry, index in entries]
     found = {at: each for at, name, each in reversed(known) if name == identity and wanted in (None, at)}
     if not found:
-        raise QueueFileError(
-            f"{path}: has no queue entry {identity}{_nearest(identity, [name for _, name, _ in known])}"
-        )
+        near = _nearest(identity, [name for _, name, _ in known])
+        raise QueueFileError(f"{path}: has no queue entry {one_line(shortened(identity))}{near}")
     if len(found) > 1:
         names = " and ".join(sorted(at.name for at in found))
         raise QueueFileError(f"{path}: {identity} stands there for {names}; name one with --sweep")

@@ -261,6 +261,7 @@ def test_an_unknown_entry_is_told_with_the_nearest(tmp_path):
     identity = queue.identity(sweepfile.load(path).queue[0])
     assert refused(path, cancel, identity[:-1]).endswith(f"; did you mean {identity}?")
     assert refused(path, cancel, "qqq") == f"{path}: has no queue entry qqq; there are {identity}"
+    assert "has no queue entry a\\nb\\x1b[31m;" in refused(path, cancel, "a\nb\x1b[31m")
     assert refused(path, cancel, identity, sweep="x.toml").endswith("--sweep has no place here")
     assert refused(write(tmp_path, HEAD), cancel, "x").endswith("has no queue entry x; it has none at all")
 
