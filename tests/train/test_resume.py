@@ -24,6 +24,8 @@ from fintx.train.pace import Pace
 from fintx.train.progress import Progress, Question
 from fintx.train.result import FitResult
 from fintx.train.resume import Keeper, Saves, TrainingState
+from fintx.train.state import TrainState
+from fintx.train.step import empty_tally
 from fintx.types import FintxError
 
 Trials = Callable[..., TrialConfig]
@@ -387,8 +389,8 @@ def test_a_superseded_workers_failed_save_says_so(
 
 def training_state(step: int) -> TrainingState:
     return TrainingState(
-        state=SimpleNamespace(step=np.int32(step)),  # type: ignore[arg-type]
-        tally=None,  # type: ignore[arg-type]
+        state=TrainState(step=np.int32(step), params={}, optimizer=()),
+        tally=empty_tally(),
         progress=Progress(),
         micro_batch=16,
         compile_s=0.0,
@@ -414,7 +416,6 @@ def test_when_a_save_is_due(
     now = [1000.0]
     monkeypatch.setattr(resume, "time", SimpleNamespace(perf_counter=lambda: now[0]))
     monkeypatch.setattr(checkpoint, "write", lambda *_, **__: now.__setitem__(0, now[0] + save_s))
-    monkeypatch.setattr(resume, "_as_dicts", lambda tree: {})
     keeper = Keeper(Saves(tmp_path, every_s, allow), Question(make_trial(), make_dataset(), "log_loss"))
     now[0] += 500  # compiling
     keeper.start_clock()
