@@ -16,7 +16,7 @@ from typing import Any
 from fintx.config import StudySpec, TrialConfig
 from fintx.study import queue, records, sampler, stopping, trial
 from fintx.study.events import EpochDone, Event, Notice, TrialEnded, TrialFinished, TrialStarted
-from fintx.study.ledger import Answer, Choice, Claim, Proposal
+from fintx.study.ledger import Answer, Choice, Claim, Proposal, Withdrawal
 from fintx.study.opening import Opened, write
 from fintx.study.records import TrialRecord
 from fintx.study.storage import StorageAway
@@ -101,7 +101,7 @@ class Course:
         def choose(claims: tuple[Claim, ...]) -> Choice:
             chosen.clear()
             choice = self._choose(claims)
-            if choice is None or isinstance(choice, Answer):
+            if choice is None or isinstance(choice, Answer | Withdrawal):
                 return choice
             number = choice.number if isinstance(choice, Claim) else len(self._trials())
             config = self._config(choice, number)
@@ -133,6 +133,10 @@ class Course:
     def _choose(self, claims: tuple[Claim, ...]) -> Choice:
         """Own unfinished trials, then the queue, then the sampler, then what other machines have left behind."""
         open_claims = list({claim.number: claim for claim in claims if not claim.finished}.values())
+        cancelled = {queue.identity(entry) for entry in self.spec.queue if entry.cancelled}
+        for claim in open_claims:
+            if claim.entry in cancelled and claim.number not in self.held and self._is_loose(claim):
+                return Withdrawal(claim.number)
         free = [claim for claim in open_claims if claim.number not in self.held and self._may_try(claim)]
         mine = [claim for claim in free if claim.owner == self.opened.ledger.owner]
         if mine:
@@ -141,7 +145,7 @@ class Course:
         if (self.queue_only or total < self.spec.study.n_trials) and (new := self._new(claims)) is not None:
             return new
         others = [claim for claim in free if claim.owner != self.opened.ledger.owner]
-        left = [claim for claim in others if claim.state != "running" or self._is_stale(claim)]
+        left = [claim for claim in others if self._is_loose(claim)]
         if left:
             return left[0]
         for claim in others:
@@ -153,6 +157,10 @@ class Course:
         if self.queue_only and claim.entry not in {queue.identity(entry) for entry in self._entries()}:
             return False
         return self._tried[claim.number] < self.spec.execution.max_attempts
+
+    def _is_loose(self, claim: Claim) -> bool:
+        """Nobody works on it: it was given back, its coordinator is gone, or its lease hasn't been renewed."""
+        return claim.state != "running" or claim.owner == self.opened.ledger.owner or self._is_stale(claim)
 
     def _is_stale(self, claim: Claim) -> bool:
         """Judged by this machine's clock alone: the lease hasn't changed for too long."""

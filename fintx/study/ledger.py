@@ -91,8 +91,15 @@ class Answer:
     number: int
 
 
-Choice = Claim | Proposal | Answer | None
-"""An unfinished trial to take up, a new one, an entry that needs none, or nothing to do."""
+@dataclass(frozen=True)
+class Withdrawal:
+    """A trial that came to no end, and whose queue entry is cancelled: it counts no more."""
+
+    number: int
+
+
+Choice = Claim | Proposal | Answer | Withdrawal | None
+"""An unfinished trial to take up, a new one, an entry that needs none, one that is not wanted, or nothing to do."""
 
 
 def owner_of(study_folder: Path) -> str:
@@ -100,9 +107,13 @@ def owner_of(study_folder: Path) -> str:
     return f"{socket.gethostname()}:{study_folder.resolve()}"
 
 
-def read(study_folder: Path) -> tuple[Claim, ...]:
-    """The claims of a study with a journal, read without holding anything up; empty where there is none."""
-    study = storage.read_journal(study_folder, study_folder.name)
+def read(study_folder: Path, *, url: str = storage.JOURNAL) -> tuple[Claim, ...]:
+    """The claims of a study, read without holding anything up; empty where there are none.
+
+    Raises:
+        FintxError: the database does not answer.
+    """
+    study = storage.read(url, study_folder, study_folder.name)
     return () if study is None else claims_of(study)
 
 
@@ -158,8 +169,12 @@ class Ledger:
             The claim with a token of its own, or none if there was nothing to choose.
         """
         with self.storage.exclusive() as check:
-            while isinstance(chosen := choose(claims_of(self.storage.study)), Answer):
-                self.storage.study.set_user_attr(f"{_ANSWERED}{chosen.entry}", chosen.number)
+            while isinstance(chosen := choose(claims_of(self.storage.study)), Answer | Withdrawal):
+                check()
+                if isinstance(chosen, Answer):
+                    self.storage.study.set_user_attr(f"{_ANSWERED}{chosen.entry}", chosen.number)
+                else:
+                    self.storage.backend.set_trial_state_values(self._trial_id(chosen.number), TrialState.FAIL)
             if chosen is None:
                 return None
             check()

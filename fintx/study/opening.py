@@ -69,12 +69,14 @@ def begin(
     data_root: Path,
     warn: Callable[[str], None] = lambda words: None,
     take_over: TakeOver | None = None,
+    queue_only: bool = False,
 ) -> Iterator[Opened]:
     """Hold a study's folder and open it, made where it isn't there yet.
 
     Args:
         warn: told of what was mended on the way.
         take_over: brings trials of another study into one that is new.
+        queue_only: the spec's queue is another file's, and not the study's own to keep.
 
     Raises:
         StudyConflict: the folder or the storage holds a study with another definition.
@@ -98,7 +100,8 @@ def begin(
             )
             book = Ledger(opened, ledger.owner_of(folder))
             check_same(folder, book.definition(mine), mine, where=opened.words)
-            write(folder, spec, mine, known)
+            queued = (known.spec.queue if known else ()) if queue_only else spec.queue
+            write(folder, spec.model_copy(update={"queue": queued}), mine, known)
             if known is None and take_over is not None:
                 take_over(folder, spec, space, warn)
             book.restore(records.read_all(folder), space.distributions, minimize=metrics.MINIMIZE[spec.study.metric])

@@ -96,15 +96,15 @@ def _listing(spec: StudySpec, folder: Path, data_root: Path) -> Listing:
             outcome=outcomes.get(state.number, "") if state.number is not None else "",
             param_count=sizes.count(spec.model, state.entry.shape, n_features).total,
         )
-        for state in _states((*spec.queue, *_extremes(spec, n_features)), folder, kept)
+        for state in _states((*spec.queue, *_extremes(spec, n_features)), folder, kept, url=spec.execution.storage)
     ]
     return Listing(spec.study.name, spec.study.n_trials, tuple(rows))
 
 
 def _states(
-    entries: Sequence[QueueEntry], folder: Path, kept: Sequence[TrialRecord]
-) -> tuple[QueueState, ...]:  # fmt: skip
-    """What the study's journal says; where the storage is a database, what the records here say."""
+    entries: Sequence[QueueEntry], folder: Path, kept: Sequence[TrialRecord], *, url: str
+) -> tuple[QueueState, ...]:
+    """What the study's storage says, and the records here, which it may not have been told of."""
     held = {record.entry: record for record in kept if record.entry is not None}
 
     def with_record(state: QueueState) -> QueueState:
@@ -113,7 +113,7 @@ def _states(
             return state
         return dataclasses.replace(state, state="done", number=record.trial_number, training=record.training)
 
-    return tuple(map(with_record, queue.states(entries, ledger.read(folder))))
+    return tuple(map(with_record, queue.states(entries, ledger.read(folder, url=url))))
 
 
 def _extremes(spec: StudySpec, n_features: int) -> tuple[QueueEntry, ...]:
@@ -302,7 +302,8 @@ def _nearest(identity: str, known: Sequence[str]) -> str:
 def _refuse_begun(path: Path, found: _Found, outputs: Path) -> None:
     name = found.spec.study.name
     folder = outputs / name
-    (state,) = _states([found.entry], folder, records.read_all(folder))
+    url = found.spec.execution.storage
+    (state,) = _states([found.entry], folder, records.read_all(folder), url=url)
     mend = {"running": "stop the study first", "done": "there is nothing left to cancel"}.get(state.state)
     if mend is not None:
         raise QueueFileError(f"{path}: {state.identity} is {state.state} (trial {state.number} of {name}); {mend}")

@@ -207,7 +207,14 @@ class _Run:
 
         try:
             opened = self.stack.enter_context(
-                begin(order.spec, outputs=self.outputs, data_root=self.data_root, warn=warn, take_over=order.take_over)
+                begin(
+                    order.spec,
+                    outputs=self.outputs,
+                    data_root=self.data_root,
+                    warn=warn,
+                    take_over=order.take_over,
+                    queue_only=order.queue_only,
+                )  # fmt: skip
             )
             course = Course(opened, self.outputs, self.data_root, self.notify, order.reload, order.queue_only)
         except FintxError as error:

@@ -89,21 +89,27 @@ def open_study(url: str, folder: Path, name: str, *, minimize: bool, warn: Calla
             engine, text = _engine(url)
             lock = _advisory_lock(engine, name)
             with _advisory_lock(engine, "fintx")():  # tables are made once: CREATE TYPE has no "if not exists"
-                backend = optuna.storages.RDBStorage(
-                    text, engine_kwargs={"pool_pre_ping": True, "connect_args": {"connect_timeout": _CONNECT_S}}
-                )
+                backend = _open_database(text)
                 study = _study(backend, name, minimize)
     return Storage(words, backend, study, lock, shared=url != JOURNAL)
 
 
-def read_journal(folder: Path, name: str) -> optuna.Study | None:
-    """The study in a folder's journal, for reading alone; none where there is no journal, or no such study in it."""
+def read(url: str, folder: Path, name: str) -> optuna.Study | None:
+    """A study for reading alone; none where there is no storage yet, or no such study in it.
+
+    Raises:
+        FintxError: the database does not answer, or its driver is missing.
+    """
     path = folder / "journal.log"
-    if not path.is_file():
+    if url == JOURNAL and not path.is_file():
         return None
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     try:
-        return optuna.load_study(study_name=name, storage=_open_journal(path))
+        with _translated(without_passwords(url)):
+            backend = _open_journal(path) if url == JOURNAL else _open_database(_engine(url)[1])
+            return optuna.load_study(study_name=name, storage=backend)
+    except StorageAway as error:
+        raise FintxError(f"{name}: {error}; is the database running, and is its address right?") from None
     except (KeyError, ValueError):
         return None
 
@@ -225,6 +231,12 @@ def _engine(url: str) -> tuple[Any, str]:
             "password as %XX; better, leave it to ~/.pgpass)"
         ) from None
     return engine, text.replace("{", "{{").replace("}", "}}")  # Optuna formats the URL
+
+
+def _open_database(text: str) -> BaseStorage:
+    return optuna.storages.RDBStorage(
+        text, engine_kwargs={"pool_pre_ping": True, "connect_args": {"connect_timeout": _CONNECT_S}}
+    )
 
 
 def _advisory_lock(engine: Any, name: str) -> Lock:
