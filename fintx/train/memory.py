@@ -165,8 +165,9 @@ def host_available(root: Path) -> int:
 
 def _kernel(root: Path) -> Iterator[int]:
     for line in _text(root / "proc/meminfo").splitlines():
-        if line.startswith("MemAvailable:"):
-            yield 1024 * int(line.split()[1])
+        name, *amount = line.split() or [""]
+        if name == "MemAvailable:" and amount and amount[0].isdigit():
+            yield 1024 * int(amount[0])
 
 
 def _groups_v2(root: Path) -> Iterator[int]:

@@ -1,0 +1,267 @@
+"""What fits, in what micro-batch, and how much the machine has: against limits made to force each answer."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from fintx.config import TrialConfig
+from fintx.data.windows import Dataset
+from fintx.train import loop, memory, step
+from fintx.train.memory import is_out_of_memory
+from fintx.train.pace import Pace
+from fintx.train.resume import Saves
+from fintx.train.state import abstract_state, for_program, program
+
+Trials = Callable[..., TrialConfig]
+Datasets = Callable[..., Dataset]
+Compilations = Callable[[], AbstractContextManager[list[str]]]
+# Larger than the evaluation's batch of 256, which is what it is: so it is training that must give way.
+LARGE_BATCH = {"train.batch_size": 1024, "model.dropout": 0.3}
+
+
+def needs(config: TrialConfig, micro_batch: int) -> int:
+    """Bytes of the training program."""
+    static = program(config, micro_batch=micro_batch)
+    return step.compile_training(static, n_features=3, n_rows=256, n_samples=256).n_bytes
+
+
+def test_lower_bound_is_state_gradients_and_a_copy(make_trial: Trials) -> None:
+    config = make_trial()
+    state = abstract_state(program(config), n_features=3)
+    count = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+    whole = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+    assert memory.lower_bound(config) == 20 * count
+    assert memory.lower_bound(config, host_is_device=False) == 16 * count
+    # Three counters of four bytes are all that a state holds beside parameters and moments.
+    assert whole == 12 * count + 3 * 4
+
+
+def test_lower_bound_is_below_what_compiled_programs_take(make_trial: Trials, make_dataset: Datasets) -> None:
+    config = make_trial()
+    result = loop.fit(config, make_dataset(), metric="log_loss")
+    assert result.memory_bytes is not None and memory.lower_bound(config) < result.memory_bytes
+    assert result.memory_bytes > needs(config, 16)
+    assert result.micro_batch == 16
+
+
+def test_evaluation_is_counted(make_trial: Trials, make_dataset: Datasets) -> None:
+    """Its batch is 256 whatever the trial's; with 16 to train on, it is what the limit is for."""
+    config = make_trial()
+    forward = step.compile_logits(for_program(config.model), config.shape, n_features=3, n_rows=256, n_samples=256)
+    assert forward.n_bytes > needs(config, 16)
+    result = loop.fit(config, make_dataset(), metric="log_loss", memory_limit=forward.n_bytes)
+    assert (result.outcome, result.epochs) == ("out_of_memory", 0)
+
+
+def test_a_limit_below_the_state_is_out_of_memory_without_compiling(
+    make_trial: Trials, make_dataset: Datasets, compilations: Compilations
+) -> None:
+    config = make_trial({"shape.d_model": 512, "shape.d_ff": 2048})
+    with compilations() as compiled:
+        result = loop.fit(config, make_dataset(), metric="log_loss", memory_limit=10 * 2**20)
+    assert compiled == []
+    assert (result.outcome, result.epochs, result.params, result.compile_s) == ("out_of_memory", 0, None, 0.0)
+    assert "\n" not in result.detail
+    assert "121 MiB" in result.detail and "10 MiB are available" in result.detail
+    assert result.memory_bytes == memory.lower_bound(config)
+
+
+def test_an_absurd_shape_on_this_very_machine(
+    make_trial: Trials, make_dataset: Datasets, compilations: Compilations
+) -> None:
+    """The compiler dies of it."""
+    config = make_trial({"shape.d_model": 2**18, "shape.d_ff": 2**20})
+    with compilations() as compiled:
+        result = loop.fit(config, make_dataset(), metric="log_loss")
+    assert compiled == []
+    assert result.outcome == "out_of_memory"
+    assert result.param_count > 10**12
+
+
+def test_a_limit_that_halves_the_micro_batch(make_trial: Trials, make_dataset: Datasets) -> None:
+    config, data = make_trial(LARGE_BATCH), make_dataset()
+    free = loop.fit(config, data, metric="log_loss")
+    assert (free.micro_batch, free.memory_bytes) == (1024, pytest.approx(needs(config, 1024), rel=0.05))
+    limit = (needs(config, 1024) + needs(config, 512)) // 2
+    tight = loop.fit(config, data, metric="log_loss", memory_limit=limit)
+    assert (tight.outcome, tight.micro_batch, tight.epochs) == ("completed", 512, 3)
+    assert tight.memory_bytes is not None and tight.memory_bytes <= limit
+    assert tight.steps == free.steps
+
+
+def test_if_no_micro_batch_fits_it_is_out_of_memory(
+    make_trial: Trials, make_dataset: Datasets, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried: list[int] = []
+
+    def greedy(static: Any, **_: Any) -> step.Training:
+        tried.append(static.micro_batch)
+        return step.Training(start=print, segment=print, n_bytes=2**30 + static.micro_batch)
+
+    monkeypatch.setattr(step, "compile_training", greedy)
+    result = loop.fit(make_trial({"train.batch_size": 20}), make_dataset(), metric="log_loss", memory_limit=2**30)
+    assert tried == [20, 10, 5, 2, 1]
+    assert (result.outcome, result.epochs, result.params) == ("out_of_memory", 0, None)
+    assert "needs at least 1 GiB, and 1 GiB are available" in result.detail
+
+
+def test_a_compiler_out_of_memory_counts_as_too_big(
+    make_trial: Trials, make_dataset: Datasets, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A GPU's tries kernels out while it compiles."""
+    compiling = step.compile_training
+
+    def picky(static: Any, **sizes: Any) -> step.Training:
+        if static.micro_batch > 8:
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 99 bytes.")
+        return compiling(static, **sizes)
+
+    monkeypatch.setattr(step, "compile_training", picky)
+    assert loop.fit(make_trial(), make_dataset(), metric="log_loss").micro_batch == 8
+
+
+@pytest.mark.parametrize("then", ["more", "less"])
+def test_a_trial_goes_on_in_the_micro_batch_that_it_began_with(
+    make_trial: Trials, make_dataset: Datasets, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, then: str
+) -> None:
+    """Also where more memory is free by now; where less is, in a smaller one, and it says so."""
+    monkeypatch.setattr(Pace, "steps", lambda self, left: 1)
+    config, data = make_trial(LARGE_BATCH), make_dataset()
+    between = (needs(config, 1024) + needs(config, 512)) // 2
+    first, second = (between, None) if then == "more" else (None, between)
+    saves = Saves(tmp_path, 1e9, lambda: None)
+    taken = [0]
+    stopped = loop.fit(
+        config, data, metric="log_loss", saves=saves, memory_limit=first,
+        on_progress=taken.append, should_stop=lambda: taken[-1] >= 2,
+    )  # fmt: skip
+    assert (stopped.outcome, stopped.micro_batch) == ("interrupted", 512 if then == "more" else 1024)
+    result = loop.fit(config, data, metric="log_loss", saves=saves, memory_limit=second)
+    assert (result.outcome, result.resumed_step, result.micro_batch) == ("completed", 2, 512)
+    if then == "more":
+        reference = loop.fit(config, data, metric="log_loss", memory_limit=between)
+        assert (result.warnings, result.curve) == ((), reference.curve)
+        jax.tree.map(np.testing.assert_array_equal, result.params, reference.params)
+    else:
+        assert ["micro-batch of 1024" in line and "goes on with 512" in line for line in result.warnings] == [True]
+
+
+# --- how much there is ------------------------------------------------------------------------------------------------
+
+MIB = 2**20
+MEMINFO = "MemTotal: 9999 kB\nMemFree: 5 kB\nMemAvailable:   102400 kB\n"
+V2 = "0::/work/job\n"
+V1 = "9:name=systemd:/x\n4:cpu,memory:/job\n0::/\n"
+
+
+def machine(root: Path, files: dict[str, str]) -> Path:
+    for name, text in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text)
+    return root
+
+
+def v2(group: str, limit: str, used: int, cached: int = 0) -> dict[str, str]:
+    where = f"sys/fs/cgroup/{group}"
+    stat = f"anon 7\ninactive_file {cached * MIB}\nactive_file 9\n"
+    return {f"{where}memory.max": limit, f"{where}memory.current": f"{used * MIB}\n", f"{where}memory.stat": stat}
+
+
+def v1(group: str, limit: str, used: int, cached: int = 0) -> dict[str, str]:
+    where = f"sys/fs/cgroup/memory/{group}"
+    stat = f"inactive_file 5\ntotal_inactive_file {cached * MIB}\n"
+    files = {"memory.limit_in_bytes": limit, "memory.usage_in_bytes": f"{used * MIB}\n", "memory.stat": stat}
+    return {f"{where}{name}": text for name, text in files.items()}
+
+
+BASE = {"proc/meminfo": MEMINFO}
+UNDER_V2 = BASE | {"proc/self/cgroup": V2}
+UNDER_V1 = BASE | {"proc/self/cgroup": V1}
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        (BASE, 100),
+        (UNDER_V2 | v2("work/job/", f"{80 * MIB}\n", 30), 50),
+        (UNDER_V2 | v2("work/job/", f"{80 * MIB}\n", 30, cached=10), 60),
+        (UNDER_V2 | v2("work/job/", "max\n", 30), 100),
+        (UNDER_V2 | v2("work/job/", "max\n", 30) | v2("work/", f"{60 * MIB}\n", 40), 20),
+        (UNDER_V2 | v2("", f"{70 * MIB}\n", 40), 30),
+        (UNDER_V2 | v2("work/job/", f"{800 * MIB}\n", 30), 100),
+        (UNDER_V2 | v2("work/job/", f"{20 * MIB}\n", 30), 0),
+        (UNDER_V2 | v2("work/job/", "half a loaf\n", 30), 100),
+        (UNDER_V1 | v1("job/", f"{80 * MIB}\n", 30, cached=5), 55),
+        (UNDER_V1 | v1("", f"{80 * MIB}\n", 30), 50),
+        (UNDER_V1 | v1("job/", "9223372036854771712\n", 30), 100),
+        (BASE | {"proc/self/cgroup": "0::/../../elsewhere\n"} | v2("", f"{70 * MIB}\n", 40), 30),
+        (BASE | {"proc/self/cgroup": "rubbish\n::\n"}, 100),
+    ],
+    ids=["kernel alone", "v2", "v2 cached files are free", "v2 no limit", "v2 the group around it",
+         "v2 in a container", "v2 limit above what is free", "v2 over its limit", "v2 garbled", "v1",
+         "v1 in a container", "v1 no limit", "v2 outside the namespace", "garbled groups"],
+)  # fmt: skip
+def test_what_the_host_still_grants(tmp_path: Path, files: dict[str, str], expected: int) -> None:
+    assert memory.host_available(machine(tmp_path, files)) == expected * MIB
+
+
+@pytest.mark.parametrize("meminfo", [None, "MemAvailable: much\n", "MemAvailable:\n"])
+def test_where_the_kernel_does_not_say_it_is_all_memory(tmp_path: Path, meminfo: str | None) -> None:
+    found = memory.host_available(machine(tmp_path, {} if meminfo is None else {"proc/meminfo": meminfo}))
+    assert 2**28 < found < 2**50
+
+
+def test_available_on_this_machine() -> None:
+    assert 2**26 < memory.available() < 2**50
+
+
+@pytest.mark.slow
+def test_a_lower_bound_starts_no_backend(make_trial: Trials) -> None:
+    """So that a coordinator can turn trials away without taking a GPU."""
+    script = """
+import json, sys
+from fintx.config import TrialConfig
+from fintx.train import memory
+from jax._src import xla_bridge
+config = TrialConfig.model_validate_json(sys.stdin.read())
+print(json.dumps([memory.lower_bound(config), xla_bridge.backends_are_initialized()]))
+"""
+    config = make_trial()
+    done = subprocess.run(
+        [sys.executable, "-c", script], input=config.model_dump_json(), capture_output=True, text=True, check=True,
+        cwd=Path(__file__).parents[2],
+    )  # fmt: skip
+    assert json.loads(done.stdout) == [memory.lower_bound(config), False]
+
+
+# --- running out of it while it runs ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 99 bytes."), True),
+        (
+            jax.errors.JaxRuntimeError("INTERNAL: Error dispatching computation: Out of memory allocating 9 bytes."),
+            True,
+        ),
+        (jax.errors.JaxRuntimeError("INTERNAL: CUDA_ERROR_OUT_OF_MEMORY: out of memory"), True),
+        (MemoryError("Unable to allocate 9 GiB"), True),
+        (jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: write failed: No space left on device"), False),
+        (jax.errors.JaxRuntimeError("INVALID_ARGUMENT: shapes"), False),
+        (ValueError("out of memory"), False),
+    ],
+    ids=["xla", "xla on cpu", "cuda", "host", "disk full", "another xla error", "another type"],
+)
+def test_out_of_memory_is_told_by_type_and_text(error: Exception, expected: bool) -> None:
+    assert is_out_of_memory(error) is expected
