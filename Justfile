@@ -12,6 +12,16 @@ default:
 sweep *args:
     @fintx sweep "$@"
 
+# run what is not done yet of a file of hand-picked trials: manual [sweeps/manual.toml]
+[no-exit-message]
+manual *args:
+    @fintx manual "$@"
+
+# ask a running study to stop when its running trials are finished: stop STUDY
+[no-exit-message]
+stop *args:
+    @fintx stop "$@"
+
 # print what a sweep file would run, and run nothing: plan FILE
 [no-exit-message]
 plan *args:
