@@ -42,7 +42,8 @@ class Beside:
     def in_evaluation(self, forward: step.Forward) -> int:
         """Bytes while evaluating, or copying what comes of it; the forward pass reads the parameters in the state."""
         moments = 8 * self.n_params
-        copied = (12 if self.saves else 4) * self.n_params if self.host_is_device else 0
+        # A new best is copied, or the whole state, and once more by Orbax while it writes.
+        copied = (24 if self.saves else 4) * self.n_params if self.host_is_device else 0
         copying = 4 * self.n_params + self._validation + copied
         return max(forward.n_bytes, copying) + moments + self._train + self._best
 

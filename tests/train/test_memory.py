@@ -244,6 +244,51 @@ print(json.dumps([memory.lower_bound(config), xla_bridge.backends_are_initialize
     assert json.loads(done.stdout) == [memory.lower_bound(config), False]
 
 
+MEASURE = """
+import sys, tempfile, threading, time
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+import conftest
+import orbax.checkpoint
+from fintx.train import loop, step
+from fintx.train.resume import Saves
+from fintx.train.state import for_program, program
+
+def resident():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+def watch():
+    while True:
+        peak[0] = max(peak[0], resident())
+        time.sleep(0.002)
+
+shape = {"shape.d_model": 512, "shape.n_layers": 4, "shape.d_ff": 2048, "shape.n_heads": 8}
+config = conftest.trial(shape | {"train.batch_size": 128, "train.max_epochs": 2})
+data = conftest.dataset(n_train=200)
+sizes = {"n_features": 3, "n_rows": 512, "n_samples": 256}
+step.compile_training(program(config), **sizes)
+step.compile_logits(for_program(config.model), config.shape, **sizes)
+before = resident()
+peak = [before]
+threading.Thread(target=watch, daemon=True).start()
+with tempfile.TemporaryDirectory() as folder:
+    saves = Saves(Path(folder), 0.0, lambda: None) if sys.argv[2] == "saves" else None
+    print(loop.fit(config, data, metric="log_loss", saves=saves).memory_bytes, peak[0] - before)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("saves", ["saves", "no saves"])
+def test_the_estimate_is_what_the_process_grows_by(saves: str) -> None:
+    """13M parameters, on the CPU. The rest is the allocator's, and thread stacks: a tenth, or a twentieth of a GiB."""
+    command = [sys.executable, "-c", MEASURE, str(Path(__file__).parent), saves]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2])
+    estimated, measured = map(int, done.stdout.split())
+    print(estimated, measured)
+    assert 0.75 * estimated < measured < 1.1 * estimated + 50 * MIB
+
+
 # --- running out of it while it runs ----------------------------------------------------------------------------------
 
 
