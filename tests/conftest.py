@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # the studies' workers compile far more than they train
 
 import jax
 import pytest
@@ -16,6 +17,11 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_disable_most_optimizations", True)  # tests compile far more than they run
 
 install_import_hook(["fintx.model", "fintx.train"], "beartype.beartype")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """CI must not pass by skipping the tests that need a database server."""
+    parser.addoption("--require-postgres", action="store_true", help="fail where no PostgreSQL server is installed")
 
 
 @pytest.fixture(scope="session")

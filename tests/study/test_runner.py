@@ -12,8 +12,8 @@ from fintx import sweepfile
 from fintx.config import Shape
 from fintx.evaluate import metrics
 from fintx.model import transformer
-from fintx.study import records, runner
-from fintx.study.runner import EpochDone, StudyReady, TrialFinished, TrialStarted
+from fintx.study import opening, records, runner
+from fintx.study.events import EpochDone, StudyReady, TrialFinished, TrialStarted
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +121,7 @@ def test_another_definition_under_the_same_name_is_refused(tiny_study, tiny_file
     other = sweepfile.load(tiny_file, overrides=["train.batch_size=64", "task.horizon=2"])
     before = sorted(path for path in tiny_study.rglob("*"))
     root = tiny_study.parents[1]
-    with pytest.raises(runner.StudyConflict, match=r"task.horizon: 3 there, 2 here.*train.batch_size: 128 there"):
+    with pytest.raises(opening.StudyConflict, match=r"(?s)task.horizon: 3 there, 2 here.*train.batch_size: 128 there"):
         runner.run(other, outputs=root / "outputs", data_root=root / "data")
     assert sorted(path for path in tiny_study.rglob("*")) == before
 
@@ -130,7 +130,7 @@ def test_a_folder_of_foreign_files_is_refused(spec, tmp_path):
     folder = tmp_path / "outputs" / "tiny"
     folder.mkdir(parents=True)
     (folder / "thesis.docx").write_text("mine")
-    with pytest.raises(runner.StudyConflict, match="thesis.docx"):
+    with pytest.raises(opening.StudyConflict, match="thesis.docx"):
         run(spec, tmp_path)
     assert (folder / "thesis.docx").read_text() == "mine"
 

@@ -1,0 +1,140 @@
+"""A machine as the fault tests see it: a place where real `fintx` processes run, are stopped, killed and looked into."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeVar
+
+from fintx.study import ledger, records
+from fintx.study.ledger import Claim
+from fintx.study.records import TrialRecord
+
+FINTX = Path(sys.executable).with_name("fintx")
+ENVIRONMENT = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
+ENVIRONMENT["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # these tests compile far more than they train
+T = TypeVar("T")
+LONG = ("train.max_epochs=100000", "train.patience=100000", "execution.checkpoint_s=0.2")
+"""Settings of a trial that is still training when something happens to it."""
+
+
+@dataclass
+class Running:
+    """A `fintx` process and what it has printed."""
+
+    process: subprocess.Popen[str]
+    log: Path
+
+    @property
+    def said(self) -> str:
+        """Both streams, in the order of writing."""
+        return self.log.read_text()
+
+    def end(self, *, code: int, timeout_s: float = 120) -> str:
+        """Wait for its end; returns what it said."""
+        found = self.process.wait(timeout=timeout_s)
+        assert found == code, (found, self.said[-3000:])
+        assert "Traceback" not in self.said, self.said[-3000:]
+        return self.said
+
+    def workers(self) -> list[int]:
+        """Process ids of its children."""
+        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            return [int(pid) for pid in children.read_text().split()]
+        return []
+
+    def everyone(self, number: signal.Signals) -> None:
+        """Send a signal to it and to its workers."""
+        for pid in [self.process.pid, *self.workers()]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
+
+
+@dataclass
+class Machine:
+    """An outputs folder and a data folder of its own."""
+
+    root: Path
+    file: Path
+    study: str = "tiny"
+    started: list[Running] = field(default_factory=list)
+
+    @property
+    def folder(self) -> Path:
+        """The study's."""
+        return self.root / "outputs" / self.study
+
+    def start(self, *changes: str, command: str = "sweep", options: tuple[str, ...] = ()) -> Running:
+        """`fintx sweep FILE --set CHANGE …`, on its way."""
+        self.root.mkdir(parents=True, exist_ok=True)
+        places = ["--outputs", self.root / "outputs", "--data-dir", self.root / "data"]
+        settings = [part for change in changes for part in ("--set", change)]
+        log = self.root / f"log-{len(self.started)}"
+        with log.open("w") as out:
+            process = subprocess.Popen(
+                [FINTX, command, self.file, *places, *settings, *options],
+                stdout=out, stderr=subprocess.STDOUT, text=True, env=ENVIRONMENT,
+            )  # fmt: skip
+        self.started.append(Running(process, log))
+        return self.started[-1]
+
+    def run(self, *changes: str, code: int = 0, options: tuple[str, ...] = (), timeout_s: float = 180) -> str:
+        """The same, to its end."""
+        return self.start(*changes, options=options).end(code=code, timeout_s=timeout_s)
+
+    def claims(self) -> dict[int, Claim]:
+        """Trial number → claim, from the journal."""
+        return {claim.number: claim for claim in ledger.read(self.folder)} if self.folder.is_dir() else {}
+
+    def records(self) -> list[TrialRecord]:
+        """Those in its folder."""
+        return records.read_all(self.folder)
+
+    def steps(self) -> list[Path]:
+        """Every training state of every unfinished trial, oldest first."""
+        return sorted(self.folder.glob("trials/*/run/fold_*/step_*[0-9]"))
+
+    def close(self) -> None:
+        """Leave nothing running, whatever a test came to."""
+        for running in self.started:
+            running.everyone(signal.SIGCONT)
+            running.everyone(signal.SIGKILL)
+            running.process.wait()
+
+
+@contextlib.contextmanager
+def machines(tmp_path: Path, file: Path) -> Iterator[Callable[..., Machine]]:
+    """Makes machines by name, and cleans up after them."""
+    made: dict[str, Machine] = {}
+
+    def make(name: str = "here", *, own_file: Path | None = None) -> Machine:
+        if name not in made:
+            made[name] = Machine(tmp_path / name, own_file or file)
+        return made[name]
+
+    try:
+        yield make
+    finally:
+        for machine in made.values():
+            machine.close()
+
+
+def wait_for(condition: Callable[[], T], *, running: Running | None = None, timeout_s: float = 120) -> T:
+    """Poll a condition until it holds; fails when the process ends first, or after a deadline."""
+    deadline = time.monotonic() + timeout_s
+    while not (found := condition()):
+        assert time.monotonic() < deadline, f"waited {timeout_s} s in vain; {running.said[-2000:] if running else ''}"
+        if running is not None and running.process.poll() is not None:
+            if found := condition():
+                return found
+            raise AssertionError(f"ended with {running.process.returncode}: {running.said[-2000:]}")
+        time.sleep(0.05)
+    return found
