@@ -137,20 +137,21 @@ class Course:
         for claim in open_claims:
             if claim.entry in cancelled and claim.number not in self.held and self._is_loose(claim):
                 return Withdrawal(claim.number)
-        free = [claim for claim in open_claims if claim.number not in self.held and self._may_try(claim)]
-        mine = [claim for claim in free if claim.owner == self.opened.ledger.owner]
-        if mine:
-            return mine[0]
-        total = len({claim.number for claim in claims})
-        if (self.queue_only or total < self.spec.study.n_trials) and (new := self._new(claims)) is not None:
-            return new
-        others = [claim for claim in free if claim.owner != self.opened.ledger.owner]
-        left = [claim for claim in others if self._is_loose(claim)]
-        if left:
-            return left[0]
-        for claim in others:
+        at_work = [claim for claim in open_claims if claim.number in self.held or not self._is_loose(claim)]
+        total, finished = len({claim.number for claim in claims}), len({c.number for c in claims if c.finished})
+        if self.queue_only or finished + len(at_work) < self.spec.study.n_trials:
+            loose = [claim for claim in open_claims if claim not in at_work and self._may_try(claim)]
+            mine = [claim for claim in loose if claim.owner == self.opened.ledger.owner]
+            if mine:
+                return mine[0]
+            if (self.queue_only or total < self.spec.study.n_trials) and (new := self._new(claims)) is not None:
+                return new
+            if loose:
+                return loose[0]
+        elsewhere = [claim for claim in at_work if claim.number not in self.held]
+        for claim in elsewhere:
             self._say_once(f"waiting for trial {claim.number}, which runs on {claim.host}")
-        self.over = not others and not self.held
+        self.over = not at_work
         return None
 
     def _may_try(self, claim: Claim) -> bool:

@@ -113,8 +113,8 @@ def read(study_folder: Path, *, url: str = storage.JOURNAL) -> tuple[Claim, ...]
     Raises:
         FintxError: the database does not answer.
     """
-    study = storage.read(url, study_folder, study_folder.name)
-    return () if study is None else claims_of(study)
+    with storage.reading(url, study_folder, study_folder.name) as study:
+        return () if study is None else claims_of(study)
 
 
 def claims_of(study: optuna.Study) -> tuple[Claim, ...]:

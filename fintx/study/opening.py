@@ -91,12 +91,13 @@ def begin(
         check_same(folder, known.definition, mine)
     space = SearchSpace.build(spec, n_features=len(spec.data.features))
     queue.validate(spec, n_features=len(spec.data.features))
-    with lock.hold(folder):
+    with lock.hold(folder), contextlib.ExitStack() as stack:
         if known is None:
             _check_no_strangers(folder)
         try:
-            opened = storage.open_study(
-                spec.execution.storage, folder, spec.study.name, minimize=metrics.MINIMIZE[spec.study.metric], warn=warn
+            minimize = metrics.MINIMIZE[spec.study.metric]
+            opened = stack.enter_context(
+                storage.open_study(spec.execution.storage, folder, spec.study.name, minimize=minimize, warn=warn)
             )
             book = Ledger(opened, ledger.owner_of(folder))
             check_same(folder, book.definition(mine), mine, where=opened.words)
@@ -104,7 +105,7 @@ def begin(
             write(folder, spec.model_copy(update={"queue": queued}), mine, known)
             if known is None and take_over is not None:
                 take_over(folder, spec, space, warn)
-            book.restore(records.read_all(folder), space.distributions, minimize=metrics.MINIMIZE[spec.study.metric])
+            book.restore(records.read_all(folder), space.distributions, minimize=minimize)
         except storage.StorageAway as error:
             raise FintxError(
                 f"{spec.study.name}: {error}; is the database running, and is its address right?"

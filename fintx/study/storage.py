@@ -64,7 +64,8 @@ class Storage:
             yield check
 
 
-def open_study(url: str, folder: Path, name: str, *, minimize: bool, warn: Callable[[str], None]) -> Storage:
+@contextlib.contextmanager
+def open_study(url: str, folder: Path, name: str, *, minimize: bool, warn: Callable[[str], None]) -> Iterator[Storage]:
     """Open the storage, made where it isn't there yet, with the study in it; safe for any number at once.
 
     Args:
@@ -78,23 +79,25 @@ def open_study(url: str, folder: Path, name: str, *, minimize: bool, warn: Calla
     """
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     words = "the journal" if url == JOURNAL else without_passwords(url)
-    with _translated(words):
-        if url == JOURNAL:
-            lock = _journal_lock(folder)
-            with lock():
-                _mend(folder / "journal.log", warn)
-                backend: BaseStorage = _open_journal(folder / "journal.log")
-                study = _study(backend, name, minimize)
-        else:
-            engine, text = _engine(url)
-            lock = _advisory_lock(engine, name)
-            with _advisory_lock(engine, "fintx")():  # tables are made once: CREATE TYPE has no "if not exists"
-                backend = _open_database(text)
-                study = _study(backend, name, minimize)
-    return Storage(words, backend, study, lock, shared=url != JOURNAL)
+    with contextlib.ExitStack() as stack:
+        with _translated(words):
+            if url == JOURNAL:
+                lock = _journal_lock(folder)
+                with lock():
+                    _mend(folder / "journal.log", warn)
+                    backend: BaseStorage = _open_journal(folder / "journal.log")
+                    study = _study(backend, name, minimize)
+            else:
+                engine, text = _engine(url)
+                lock = _advisory_lock(engine, name)
+                with _advisory_lock(engine, "fintx")():  # tables are made once: CREATE TYPE has no "if not exists"
+                    backend = _open_database(text, stack)
+                    study = _study(backend, name, minimize)
+        yield Storage(words, backend, study, lock, shared=url != JOURNAL)
 
 
-def read(url: str, folder: Path, name: str) -> optuna.Study | None:
+@contextlib.contextmanager
+def reading(url: str, folder: Path, name: str) -> Iterator[optuna.Study | None]:
     """A study for reading alone; none where there is no storage yet, or no such study in it.
 
     Raises:
@@ -102,16 +105,19 @@ def read(url: str, folder: Path, name: str) -> optuna.Study | None:
     """
     path = folder / "journal.log"
     if url == JOURNAL and not path.is_file():
-        return None
+        yield None
+        return
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    try:
-        with _translated(without_passwords(url)):
-            backend = _open_journal(path) if url == JOURNAL else _open_database(_engine(url)[1])
-            return optuna.load_study(study_name=name, storage=backend)
-    except StorageAway as error:
-        raise FintxError(f"{name}: {error}; is the database running, and is its address right?") from None
-    except (KeyError, ValueError):
-        return None
+    with contextlib.ExitStack() as stack:
+        try:
+            with _translated(without_passwords(url)):
+                backend = _open_journal(path) if url == JOURNAL else _open_database(_engine(url)[1], stack)
+                study = optuna.load_study(study_name=name, storage=backend)
+        except StorageAway as error:
+            raise FintxError(f"{name}: {error}; is the database running, and is its address right?") from None
+        except (KeyError, ValueError):
+            study = None
+        yield study
 
 
 def _study(backend: BaseStorage, name: str, minimize: bool) -> optuna.Study:
@@ -233,10 +239,14 @@ def _engine(url: str) -> tuple[Any, str]:
     return engine, text.replace("{", "{{").replace("}", "}}")  # Optuna formats the URL
 
 
-def _open_database(text: str) -> BaseStorage:
-    return optuna.storages.RDBStorage(
+def _open_database(text: str, stack: contextlib.ExitStack) -> BaseStorage:
+    """Its connections are closed with the stack."""
+    backend = optuna.storages.RDBStorage(
         text, engine_kwargs={"pool_pre_ping": True, "connect_args": {"connect_timeout": _CONNECT_S}}
     )
+    stack.callback(backend.engine.dispose)
+    stack.callback(backend.remove_session)
+    return backend
 
 
 def _advisory_lock(engine: Any, name: str) -> Lock:

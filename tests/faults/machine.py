@@ -1,4 +1,4 @@
-"""A machine as the fault tests see it: a place where real `fintx` processes run, are stopped, killed and looked into."""
+"""A machine as the fault tests see it: real `fintx` processes that are started, stopped, killed and looked into."""
 
 from __future__ import annotations
 

@@ -171,13 +171,13 @@ def test_a_frozen_machine_that_wakes_up_superseded_can_neither_save_nor_report(m
 def test_a_lock_that_was_lost_is_noticed_before_anything_is_written(server, url, tmp_path):
     """The server ends a silent holder's transaction; what he would write then must not be written."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    opened = storage.open_study(url, tmp_path, "x", minimize=True, warn=lambda words: None)
-    with pytest.raises(storage.StorageAway), opened.exclusive() as check:
-        check()
-        server.query("SELECT pg_terminate_backend(pid) FROM pg_locks WHERE locktype = 'advisory'", "postgres")
-        check()
-    with opened.exclusive() as check:
-        check()
+    with storage.open_study(url, tmp_path, "x", minimize=True, warn=lambda words: None) as opened:
+        with pytest.raises(storage.StorageAway), opened.exclusive() as check:
+            check()
+            server.query("SELECT pg_terminate_backend(pid) FROM pg_locks WHERE locktype = 'advisory'", "postgres")
+            check()
+        with opened.exclusive() as check:
+            check()
 
 
 def test_long_trials_are_interrupted_and_go_on(machine, url):

@@ -302,7 +302,7 @@ def test_what_runs_or_is_done_is_not_cancelled(changes, words, tmp_path, monkeyp
     path = write(tmp_path, HEAD + FIRST)
     (entry,) = sweepfile.load(path).queue
     held = {tmp_path / "outputs" / "small": (claim(entry, **changes),)}
-    monkeypatch.setattr(ledger, "read", lambda folder: held[folder])
+    monkeypatch.setattr(ledger, "read", lambda folder, url: held[folder])
     if words is None:
         cancel(path, queue.identity(entry))
         assert sweepfile.load(path).queue[0].cancelled
@@ -406,7 +406,7 @@ def test_a_listing_shows_state_trial_outcome_and_training(tmp_path, monkeypatch)
         claim(first, training="defaults", finished=True, number=0),
         claim(second, state="failed", failures=2, number=4),
     )
-    monkeypatch.setattr(ledger, "read", lambda _: claims)
+    monkeypatch.setattr(ledger, "read", lambda _, url: claims)
     kept = [
         TrialRecord.model_construct(trial_number=0, entry=None, outcome="diverged"),
         TrialRecord.model_construct(trial_number=6, entry="third", outcome="completed", training="trial 5"),

@@ -76,6 +76,8 @@ def make(number: int = 0, *, value: float | None = 0.6, **changes) -> TrialRecor
         metric="log_loss",
         value=value,
         outcome="completed" if value is not None else "diverged",
+        micro_batch=64,
+        memory_bytes=None,
         folds=(FOLD,),
         libraries={"jax": "0.10.2"},
         device="cpu",
@@ -149,7 +151,9 @@ def test_tables_come_from_records_alone(tmp_path):
     spec = StudySpec(
         study={"name": "s"}, task=TASK, budget=BudgetConfig(parameters=2000), data=CONFIG.data
     )  # fmt: skip
-    records.write_study(folder, StudyFile(spec=spec, created="now", fintx_version="0", git_commit=None))
+    records.write_study(folder, StudyFile(
+        spec=spec, definition={}, definition_hash="", created="now", fintx_version="0", git_commit=None,
+    ))  # fmt: skip
     for record in (make(0, value=0.7), make(1, value=None), make(2, value=0.6)):
         records.append(folder, record)
     found = records.read_all(folder)
@@ -210,12 +214,12 @@ def test_a_second_writer_learns_who_holds_the_folder(tmp_path):
     other.start()
     try:
         assert ready.wait(30)
-        assert lock.held(tmp_path)
+        assert lock.holder(tmp_path)
         with pytest.raises(lock.StudyBusy, match=f"process {other.pid} on "), lock.hold(tmp_path):
             pass
     finally:
         release.set()
         other.join(30)
-    assert not lock.held(tmp_path)
+    assert lock.holder(tmp_path) is None
     with lock.hold(tmp_path):
-        assert lock.held(tmp_path)
+        assert lock.holder(tmp_path)

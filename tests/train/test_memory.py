@@ -160,7 +160,7 @@ def test_a_trial_goes_on_in_the_micro_batch_that_it_began_with(
 
 MIB = 2**20
 MEMINFO = "MemTotal: 9999 kB\nMemFree: 5 kB\nMemAvailable:   102400 kB\n"
-V2 = "0::/work/job\n"
+V2 = "0::/batch/job\n"
 V1 = "9:name=systemd:/x\n4:cpu,memory:/job\n0::/\n"
 
 

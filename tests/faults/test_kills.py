@@ -1,0 +1,198 @@
+"""Processes are killed, frozen and cut off at any moment: every trial is trained once, to the same numbers."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+
+import pytest
+
+from fintx.study import records
+from tests.faults.machine import LONG, Machine, wait_for
+
+SAVES = "execution.checkpoint_s=0.2"
+MEDIUM = ("train.max_epochs=120", "train.patience=120", SAVES)
+
+
+def numbers(machine: Machine) -> list[tuple]:
+    """What of a study must not depend on what happened to its processes."""
+    return [
+        (r.trial_number, r.value, r.params, r.config_hash, r.folds[0].best, r.folds[0].curve) for r in machine.records()
+    ]
+
+
+def first_steps(machine: Machine) -> dict[int, list[int]]:
+    """Trial → the step that each of its attempts went on from."""
+    found: dict[int, list[int]] = {}
+    for path in sorted(machine.folder.glob("trials/*/attempts.jsonl")):
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        found[int(path.parent.name)] = [line["from_step"] for line in lines]
+    return found
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory, tiny_file):
+    """The same study where nothing happened."""
+    machine = Machine(tmp_path_factory.mktemp("undisturbed"), tiny_file)
+    machine.run(*MEDIUM, "study.n_trials=2")
+    return numbers(machine)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV], ids=["killed", "segfault"])
+def test_a_worker_that_dies_costs_neither_study_nor_numbers(number, machine, undisturbed):
+    here = machine()
+    running = here.start(*MEDIUM, "study.n_trials=2")
+    wait_for(here.steps, running=running)
+    os.kill(running.workers()[0], number)
+    said = running.end(code=0)
+    assert f"died: killed by {number.name}" in said and "trial 0 (sampler, attempt 2)" in said
+    assert numbers(here) == undisturbed
+    assert here.records()[0].attempt == 2
+    assert first_steps(here)[0][1] > 1
+
+
+def test_a_killed_coordinator_is_started_again_at_once(machine, undisturbed):
+    """Its worker, cut off, saves and lets go of the trial."""
+    here = machine()
+    running = here.start(*MEDIUM, "study.n_trials=2")
+    wait_for(here.steps, running=running)
+    running.process.kill()
+    running.process.wait()
+    here.run(*MEDIUM, "study.n_trials=2")
+    assert numbers(here) == undisturbed
+    assert here.records()[0].attempt == 2
+
+
+def test_a_frozen_worker_whose_coordinator_was_killed_is_ended_by_the_next_run(machine, undisturbed):
+    here = machine()
+    running = here.start(*MEDIUM, "study.n_trials=2")
+    wait_for(here.steps, running=running)
+    (worker,) = running.workers()
+    os.kill(worker, signal.SIGSTOP)
+    running.process.kill()
+    running.process.wait()
+    here.run(*MEDIUM, "study.n_trials=2")
+    assert numbers(here) == undisturbed
+    with pytest.raises(ProcessLookupError):
+        os.kill(worker, 0)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_request_to_stop_saves_and_says_how_to_go_on(number, machine, undisturbed):
+    here = machine()
+    running = here.start(*MEDIUM, "study.n_trials=2")
+    wait_for(here.steps, running=running)
+    running.process.send_signal(number)
+    assert "give the same command again to continue" in running.end(code=75)
+    claim = here.claims()[0]
+    assert claim.state == "interrupted" and claim.step > 0
+    here.run(*MEDIUM, "study.n_trials=2")
+    assert numbers(here) == undisturbed
+
+
+def test_asked_twice_it_ends_at_once_and_loses_nothing(machine):
+    here = machine()
+    running = here.start(*LONG, "study.n_trials=1")
+    wait_for(here.steps, running=running)
+    (worker,) = running.workers()
+    os.kill(worker, signal.SIGSTOP)  # so that it can't obey the first request
+    running.process.send_signal(signal.SIGINT)
+    wait_for(lambda: "saving what runs" in running.said, running=running)
+    running.process.send_signal(signal.SIGINT)
+    assert "nothing finished is lost" in running.end(code=75)
+    assert here.steps()
+
+
+def test_a_hung_worker_is_stopped_and_its_trial_taken_up_again(machine, undisturbed):
+    here = machine()
+    running = here.start(*MEDIUM, "study.n_trials=2", "execution.hang_s=20")
+    wait_for(here.steps, running=running)
+    (worker,) = running.workers()
+    os.kill(worker, signal.SIGSTOP)
+    said = running.end(code=0)
+    assert "hung: no step for" in said and "attempt 2" in said
+    assert numbers(here) == undisturbed
+    with pytest.raises(ProcessLookupError):
+        os.kill(worker, signal.SIGCONT)
+
+
+def test_stop_lets_the_running_trial_finish(machine):
+    here = machine()
+    running = here.start(*MEDIUM, "study.n_trials=5")
+    wait_for(here.steps, running=running)
+    asking = here.start(command="stop")
+    asking.process.wait()
+    here.file, file = here.folder, here.file
+    from tests.faults.machine import ENVIRONMENT, FINTX, subprocess
+
+    done = subprocess.run([FINTX, "stop", here.folder], env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 0 and "to stop" in done.stdout, done
+    said = running.end(code=75)
+    assert [record.trial_number for record in here.records()] == [0] and "continue" in said
+    again = subprocess.run([FINTX, "stop", here.folder], env=ENVIRONMENT, capture_output=True, text=True)
+    assert again.returncode == 2 and "nobody is running it" in again.stderr.replace("\n", " ")
+    here.file = file
+    assert len(here.run(*MEDIUM, "study.n_trials=2") and here.records()) == 2
+
+
+def test_a_worker_that_dies_again_and_again_leaves_its_trial_aside_for_the_next_run(machine):
+    here = machine()
+    running = here.start(*LONG, "study.n_trials=1", "execution.max_attempts=2")
+    for attempt in (1, 2):
+        wait_for(lambda attempt=attempt: len(first_steps(here).get(0, [])) == attempt, running=running)
+        os.kill(running.workers()[0], signal.SIGKILL)
+    assert "left aside" in running.end(code=1)
+    assert here.claims()[0].state == "failed" and here.claims()[0].failures == 2
+    status = here.start(command="status")  # refused: `status` takes no file
+    status.process.wait()
+    running = here.start(*LONG, "study.n_trials=1", "execution.max_attempts=2")
+    wait_for(lambda: len(first_steps(here)[0]) == 3, running=running)
+    assert here.claims()[0].attempt == 3
+
+
+def test_failures_of_one_kind_in_a_row_stop_the_study(machine):
+    here = machine()
+    said = here.run(
+        "study.n_trials=9", "execution.max_failures=3", 'space."optim.learning_rate"={low=1e29, high=1e30, log=true}',
+        code=2,
+    )  # fmt: skip
+    assert "stopped after 3 failures in a row of the same kind, diverged" in said.replace("\n", " ")
+    assert [record.outcome for record in here.records()] == ["diverged"] * 3
+    assert all(record.value is None for record in here.records())
+
+
+@pytest.mark.slow
+def test_twenty_random_kills_change_nothing(machine):
+    """Coordinator or worker, whenever: exactly n_trials, no config twice, none left running, steps only forward."""
+    here, chance = machine(), random.Random(7)
+    changes = (*MEDIUM, "study.n_trials=4", "execution.max_attempts=100", "execution.max_failures=1000")
+    running, kills = here.start(*changes, options=("--workers", "2")), 0
+    while kills < 20:
+        before = len(here.steps()) + len(here.records())
+        wanted = chance.choice((0, 0, 1))
+        wait_for(lambda: running.workers() or running.process.poll() is not None, timeout_s=60)
+        if running.process.poll() is not None:
+            break
+        if wanted:  # only after some progress; else anywhere, in the middle of a start too
+            wait_for(
+                lambda before=before: len(here.steps()) + len(here.records()) != before
+                or running.process.poll() is not None
+            )
+        victims = running.workers() if chance.random() < 0.6 else [running.process.pid]
+        for pid in victims[:1]:
+            os.kill(pid, signal.SIGKILL)
+            kills += 1
+        if victims == [running.process.pid]:
+            running.process.wait()
+            running = here.start(*changes, options=("--workers", "2"))
+    running.process.wait(timeout=300)
+    here.run(*changes)
+    found = here.records()
+    assert kills == 20 or len(found) == 4
+    assert [record.trial_number for record in found] == [0, 1, 2, 3]
+    assert len({records.TrialRecord.model_dump_json(r.model_copy(update={"study": ""})) for r in found}) == 4
+    assert all(claim.finished for claim in here.claims().values())
+    for steps in first_steps(here).values():
+        assert steps == sorted(steps)
