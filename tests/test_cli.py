@@ -244,7 +244,9 @@ def test_sigint_stops_cleanly_and_the_same_command_continues(tiny_file, tmp_path
     assert running.returncode == 75, (out, err)
     assert "give the same command again" in out and "Traceback" not in err
     assert not list((outputs / "tiny" / "trials").glob("*/record.json"))
-    assert re.search(r"tiny\s+0/1\s+stopped[^\n]*\n(?s:.*)tiny\s+0\s+interrupted", fintx("status", "--outputs", outputs).stdout)
+    assert re.search(
+        r"tiny\s+0/1\s+stopped[^\n]*\n(?s:.*)tiny\s+0\s+interrupted", fintx("status", "--outputs", outputs).stdout
+    )
     assert "holds another study" in mistake(*arguments)
     shown = fintx(*arguments, "--fork", "short").stdout
     assert "0 trials taken over from tiny" in shown and "1 of 1 trials finished" in shown

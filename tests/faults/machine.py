@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -18,8 +21,17 @@ from fintx.study.ledger import Claim
 from fintx.study.records import TrialRecord
 
 FINTX = Path(sys.executable).with_name("fintx")
-ENVIRONMENT = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
-ENVIRONMENT["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # these tests compile far more than they train
+_LEFT_OUT = (
+    "XLA_FLAGS",
+    "PYTHONDONTWRITEBYTECODE",
+)  # simulated devices; bytecode is wanted: processes start by the dozen
+ENVIRONMENT = {key: value for key, value in os.environ.items() if key not in _LEFT_OUT}
+# These tests compile far more than they train, and always the same few programs.
+ENVIRONMENT["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
+ENVIRONMENT["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="fintx-faults-")
+ENVIRONMENT["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+ENVIRONMENT["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+atexit.register(shutil.rmtree, ENVIRONMENT["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 T = TypeVar("T")
 LONG = ("train.max_epochs=100000", "train.patience=100000", "execution.checkpoint_s=0.2")
 """Settings of a trial that is still training when something happens to it."""

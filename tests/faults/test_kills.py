@@ -6,14 +6,15 @@ import json
 import os
 import random
 import signal
+import subprocess
 
 import pytest
 
 from fintx.study import records
-from tests.faults.machine import LONG, Machine, wait_for
+from tests.faults.machine import ENVIRONMENT, FINTX, LONG, Machine, wait_for
 
-SAVES = "execution.checkpoint_s=0.2"
-MEDIUM = ("train.max_epochs=120", "train.patience=120", SAVES)
+SAVES = "execution.checkpoint_s=0.3"
+MEDIUM = ("train.max_epochs=50", "train.patience=50", SAVES)
 
 
 def numbers(machine: Machine) -> list[tuple]:
@@ -122,18 +123,12 @@ def test_stop_lets_the_running_trial_finish(machine):
     here = machine()
     running = here.start(*MEDIUM, "study.n_trials=5")
     wait_for(here.steps, running=running)
-    asking = here.start(command="stop")
-    asking.process.wait()
-    here.file, file = here.folder, here.file
-    from tests.faults.machine import ENVIRONMENT, FINTX, subprocess
-
     done = subprocess.run([FINTX, "stop", here.folder], env=ENVIRONMENT, capture_output=True, text=True)
     assert done.returncode == 0 and "to stop" in done.stdout, done
     said = running.end(code=75)
     assert [record.trial_number for record in here.records()] == [0] and "continue" in said
     again = subprocess.run([FINTX, "stop", here.folder], env=ENVIRONMENT, capture_output=True, text=True)
     assert again.returncode == 2 and "nobody is running it" in again.stderr.replace("\n", " ")
-    here.file = file
     assert len(here.run(*MEDIUM, "study.n_trials=2") and here.records()) == 2
 
 
@@ -145,8 +140,6 @@ def test_a_worker_that_dies_again_and_again_leaves_its_trial_aside_for_the_next_
         os.kill(running.workers()[0], signal.SIGKILL)
     assert "left aside" in running.end(code=1)
     assert here.claims()[0].state == "failed" and here.claims()[0].failures == 2
-    status = here.start(command="status")  # refused: `status` takes no file
-    status.process.wait()
     running = here.start(*LONG, "study.n_trials=1", "execution.max_attempts=2")
     wait_for(lambda: len(first_steps(here)[0]) == 3, running=running)
     assert here.claims()[0].attempt == 3
@@ -177,8 +170,9 @@ def test_twenty_random_kills_change_nothing(machine):
             break
         if wanted:  # only after some progress; else anywhere, in the middle of a start too
             wait_for(
-                lambda before=before: len(here.steps()) + len(here.records()) != before
-                or running.process.poll() is not None
+                lambda before=before: (
+                    len(here.steps()) + len(here.records()) != before or running.process.poll() is not None
+                )
             )
         victims = running.workers() if chance.random() < 0.6 else [running.process.pid]
         for pid in victims[:1]:
