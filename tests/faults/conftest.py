@@ -29,3 +29,11 @@ def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     made.start()
     yield made
     made.stop()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Each of these starts several processes that import JAX: CI runs them with the slow ones."""
+    here = Path(__file__).parent
+    for item in items:
+        if here in item.path.parents:
+            item.add_marker(pytest.mark.slow)
