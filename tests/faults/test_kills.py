@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import signal
 import subprocess
 
 import pytest
 
-from fintx.study import records
 from tests.faults.machine import ENVIRONMENT, FINTX, LONG, Machine, wait_for
 
 SAVES = "execution.checkpoint_s=0.3"
@@ -154,39 +152,3 @@ def test_failures_of_one_kind_in_a_row_stop_the_study(machine):
     assert "stopped after 3 failures in a row of the same kind, diverged" in said.replace("\n", " ")
     assert [record.outcome for record in here.records()] == ["diverged"] * 3
     assert all(record.value is None for record in here.records())
-
-
-@pytest.mark.slow
-def test_twenty_random_kills_change_nothing(machine):
-    """Coordinator or worker, whenever: exactly n_trials, no config twice, none left running, steps only forward."""
-    here, chance = machine(), random.Random(7)
-    changes = (*MEDIUM, "study.n_trials=4", "execution.max_attempts=100", "execution.max_failures=1000")
-    running, kills = here.start(*changes, options=("--workers", "2")), 0
-    while kills < 20:
-        before = len(here.steps()) + len(here.records())
-        wanted = chance.choice((0, 0, 1))
-        wait_for(lambda: running.workers() or running.process.poll() is not None, timeout_s=60)
-        if running.process.poll() is not None:
-            break
-        if wanted:  # only after some progress; else anywhere, in the middle of a start too
-            wait_for(
-                lambda before=before: (
-                    len(here.steps()) + len(here.records()) != before or running.process.poll() is not None
-                )
-            )
-        victims = running.workers() if chance.random() < 0.6 else [running.process.pid]
-        for pid in victims[:1]:
-            os.kill(pid, signal.SIGKILL)
-            kills += 1
-        if victims == [running.process.pid]:
-            running.process.wait()
-            running = here.start(*changes, options=("--workers", "2"))
-    running.process.wait(timeout=300)
-    here.run(*changes)
-    found = here.records()
-    assert kills == 20 or len(found) == 4
-    assert [record.trial_number for record in found] == [0, 1, 2, 3]
-    assert len({records.TrialRecord.model_dump_json(r.model_copy(update={"study": ""})) for r in found}) == 4
-    assert all(claim.finished for claim in here.claims().values())
-    for steps in first_steps(here).values():
-        assert steps == sorted(steps)

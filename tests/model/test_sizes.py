@@ -239,17 +239,16 @@ def test_depths_for_a_width_are_the_interval_that_fits() -> None:
     assert not sizes.depths_for(budget, (MODEL,), 25, d_model=16384, d_ff=65536)
 
 
-def test_ten_thousand_shapes_are_counted_within_a_second() -> None:
+def test_ten_thousand_shapes_cost_a_few_abstract_evaluations() -> None:
     architecture = ArchitectureConfig(
         d_model=tuple(range(64, 2048, 16)),
         n_layers=LayerRange(low=1, high=512),
         n_heads=(1, 2, 4, 8),
         d_ff_ratio=(1.0, 2.0, 3.0, 4.0),
     )
-    began = time.process_time()
+    before = sizes._polynomials.cache_info().misses
     shapes = sizes.feasible(architecture, BudgetConfig(parameters=20_000_000), VARIANTS[:2], 25)
     counts = [sizes.count(MODEL, candidate, 25).total for candidate in shapes]
-    seconds = time.process_time() - began
     assert len(shapes) > 10_000
     assert all(15_000_000 <= total <= 25_000_000 for total in counts)
-    assert seconds < 1.5  # .3 s on an idle machine, the abstract evaluations included
+    assert sizes._polynomials.cache_info().misses - before <= len(VARIANTS[:2]) + 1
