@@ -5,11 +5,10 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
 
 import pytest
 
-from tests.faults.machine import ENVIRONMENT, FINTX, LONG, Machine, wait_for
+from tests.faults.machine import Machine, wait_for
 
 SAVES = "execution.checkpoint_s=0.3"
 MEDIUM = ("train.max_epochs=50", "train.patience=50", SAVES)
@@ -91,19 +90,6 @@ def test_a_request_to_stop_saves_and_says_how_to_go_on(number, machine, undistur
     assert numbers(here) == undisturbed
 
 
-def test_asked_twice_it_ends_at_once_and_loses_nothing(machine):
-    here = machine()
-    running = here.start(*LONG, "study.n_trials=1")
-    wait_for(here.steps, running=running)
-    (worker,) = running.workers()
-    os.kill(worker, signal.SIGSTOP)  # so that it can't obey the first request
-    running.process.send_signal(signal.SIGINT)
-    wait_for(lambda: "saving what runs" in running.said, running=running)
-    running.process.send_signal(signal.SIGINT)
-    assert "nothing finished is lost" in running.end(code=75)
-    assert here.steps()
-
-
 def test_a_hung_worker_is_stopped_and_its_trial_taken_up_again(machine, undisturbed):
     here = machine()
     running = here.start(*MEDIUM, "study.n_trials=2", "execution.hang_s=20")
@@ -115,32 +101,6 @@ def test_a_hung_worker_is_stopped_and_its_trial_taken_up_again(machine, undistur
     assert numbers(here) == undisturbed
     with pytest.raises(ProcessLookupError):
         os.kill(worker, signal.SIGCONT)
-
-
-def test_stop_lets_the_running_trial_finish(machine):
-    here = machine()
-    running = here.start(*MEDIUM, "study.n_trials=5")
-    wait_for(here.steps, running=running)
-    done = subprocess.run([FINTX, "stop", here.folder], env=ENVIRONMENT, capture_output=True, text=True)
-    assert done.returncode == 0 and "to stop" in done.stdout, done
-    said = running.end(code=75)
-    assert [record.trial_number for record in here.records()] == [0] and "continue" in said
-    again = subprocess.run([FINTX, "stop", here.folder], env=ENVIRONMENT, capture_output=True, text=True)
-    assert again.returncode == 2 and "nobody is running it" in again.stderr.replace("\n", " ")
-    assert len(here.run(*MEDIUM, "study.n_trials=2") and here.records()) == 2
-
-
-def test_a_worker_that_dies_again_and_again_leaves_its_trial_aside_for_the_next_run(machine):
-    here = machine()
-    running = here.start(*LONG, "study.n_trials=1", "execution.max_attempts=2")
-    for attempt in (1, 2):
-        wait_for(lambda attempt=attempt: len(first_steps(here).get(0, [])) == attempt, running=running)
-        os.kill(running.workers()[0], signal.SIGKILL)
-    assert "left aside" in running.end(code=1)
-    assert here.claims()[0].state == "failed" and here.claims()[0].failures == 2
-    running = here.start(*LONG, "study.n_trials=1", "execution.max_attempts=2")
-    wait_for(lambda: len(first_steps(here)[0]) == 3, running=running)
-    assert here.claims()[0].attempt == 3
 
 
 def test_failures_of_one_kind_in_a_row_stop_the_study(machine):
