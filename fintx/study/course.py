@@ -315,7 +315,7 @@ class Course:
             self._look_at = now + _LOOK_S
             self._reread_file()
             self.stop_asked = self.stop_asked or stopping.request(self.opened.folder) != self._stop_before
-            self._learn()
+            self.learn()
 
     @property
     def _renew_s(self) -> float:
@@ -331,7 +331,7 @@ class Course:
         elif renewed is not None:
             self.held[number] = renewed
 
-    def _learn(self) -> None:
+    def learn(self) -> None:
         """Trials that other machines finished: through the storage, or from the shared folder."""
         for text in self._reach(lambda: self.opened.ledger.foreign_records(self.finished)) or ():
             record = TrialRecord.model_validate_json(text)

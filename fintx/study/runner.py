@@ -291,6 +291,8 @@ def _blamed_on(course: Course) -> Iterator[None]:
 
 
 def _summary(course: Course, *, interrupted: bool) -> Summary:
+    with _blamed_on(course):
+        course.learn()  # what other machines finished since the last look
     opened, best = course.opened, course.best
     course.write_tables()
     effective = sum(part.n_effective for part in opened.prepared.parts if part.part.startswith("validation"))
