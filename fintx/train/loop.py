@@ -139,21 +139,21 @@ class _Run:
         self.micro_batch, self.compile_s, self.earlier_s = saved.micro_batch, saved.compile_s, saved.wall_s
 
     def result(self, end: End) -> FitResult:
-        question, progress = self.question, self.progress
+        question, known = self.question, self.progress
         config = question.config
         per_epoch = _steps_per_epoch(question)
         return FitResult(
             outcome=end.outcome,
             detail=end.detail,
-            best=progress.best,
-            last=progress.last,
-            best_epoch=progress.best_epoch,
-            best_step=progress.best_epoch * per_epoch,
-            epochs=progress.epoch,
+            best=known.best,
+            last=known.last,
+            best_epoch=known.best_epoch,
+            best_step=known.best_epoch * per_epoch,
+            epochs=known.epoch,
             steps=self.step,
-            curve=progress.curve,
-            outputs=progress.outputs,
-            params=progress.params,
+            curve=known.curve,
+            outputs=known.outputs,
+            params=known.params,
             param_count=sizes.count(config.model, config.shape, question.dataset.features.shape[1]).total,
             compile_s=self.compile_s,
             wall_s=self.wall_s,

@@ -54,13 +54,15 @@ def test_lower_bound_is_below_what_compiled_programs_take(make_trial: Trials, ma
     assert result.micro_batch == 16
 
 
-def test_evaluation_is_counted(make_trial: Trials, make_dataset: Datasets) -> None:
+def test_evaluation_is_counted(make_trial: Trials, make_dataset: Datasets, compilations: Compilations) -> None:
     """Its batch is 256 whatever the trial's; with 16 to train on, it is what the limit is for."""
     config = make_trial()
     forward = step.compile_logits(for_program(config.model), config.shape, n_features=3, n_rows=256, n_samples=256)
     assert forward.n_bytes > needs(config, 16)
-    result = loop.fit(config, make_dataset(), metric="log_loss", memory_limit=forward.n_bytes)
+    with compilations() as compiled:
+        result = loop.fit(config, make_dataset(), metric="log_loss", memory_limit=forward.n_bytes)
     assert (result.outcome, result.epochs) == ("out_of_memory", 0)
+    assert compiled == []  # no micro-batch would help
 
 
 def test_a_limit_below_the_state_is_out_of_memory_without_compiling(
