@@ -107,6 +107,23 @@ def test_interrupted_is_never_interrupted(
     assert_same(result, reference)
 
 
+@pytest.mark.slow
+def test_interrupted_is_never_interrupted_in_optimised_programs(
+    single_steps: None, make_trial: Trials, make_dataset: Datasets, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As above, but compiled as users compile, and against whole epochs: other tests switch XLA's optimisations off."""
+    config, data = make_trial(DROPOUT | {"shape.d_ff": 28}), make_dataset()
+    jax.config.update("jax_disable_most_optimizations", False)
+    try:
+        for step in (3, 12):
+            stopped_at(config, data, tmp_path, step)
+        result = loop.fit(config, data, metric="log_loss", saves=never(tmp_path))
+        monkeypatch.setattr(Pace, "steps", lambda self, left: left)
+        assert_same(result, loop.fit(config, data, metric="log_loss"))
+    finally:
+        jax.config.update("jax_disable_most_optimizations", True)
+
+
 def test_a_killed_process_goes_on_from_its_last_regular_save(
     single_steps: None, reference: FitResult, make_trial: Trials, make_dataset: Datasets, tmp_path: Path
 ) -> None:
