@@ -52,6 +52,10 @@ OUTPUTS = Path("outputs")
 DATA = Path("data")
 
 
+class _StopAtOnce(BaseException):
+    """The second request to stop. Not a KeyboardInterrupt, which typer takes for itself: exit code 130, and no word."""
+
+
 def main() -> None:
     """The `fintx` command: user mistakes become one line and exit code 2, never a traceback."""
     try:
@@ -59,7 +63,7 @@ def main() -> None:
     except FintxError as error:
         _complain(str(error))
         sys.exit(2)
-    except KeyboardInterrupt:
+    except _StopAtOnce:
         _complain("stopped at once; nothing finished is lost, the same command continues")
         sys.exit(STOPPED)
     except Exception as error:
@@ -188,12 +192,16 @@ def stop(
 def _stop_on_signal() -> Iterator[Callable[[], bool]]:
     """First SIGINT, SIGTERM or hang-up: finish the step, save and stop; the second: stop at once."""
     asked = False
+    on_terminal = [descriptor for descriptor in (1, 2) if os.isatty(descriptor)]
 
     def ask(number: int, frame: object) -> None:
         nonlocal asked
         if asked:
-            raise KeyboardInterrupt
+            raise _StopAtOnce
         asked = True
+        if number == signal.SIGHUP:  # the terminal is gone, and whatever is written to it fails
+            for descriptor in on_terminal:
+                os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
         # Not through rich: a handler may run in the middle of any of its calls, even of its import.
         os.write(sys.stderr.fileno(), "fintx: saving what runs, then stopping … (once more: stop at once)\n".encode())
 

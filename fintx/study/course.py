@@ -68,7 +68,7 @@ class Course:
         self._away_tries = 0
         self._retry_at = self._look_at = self._renew_at = self._idle_until = 0.0
         self._seen: dict[int, tuple[tuple[Any, ...], float]] = {}
-        self._stop_before = stopping.request(self.opened.folder)
+        self.stop_asked = self._is_asked_to_stop()
         self._said: set[str] = set()
 
     @property
@@ -114,7 +114,10 @@ class Course:
         try:
             claim = self._reach(lambda: self.opened.ledger.claim(choose))
         except sampler.SpaceExhausted as error:
-            self.problem = error
+            if self.held:  # what runs comes to its end first
+                self._idle_until = time.monotonic() + _IDLE_S
+            else:
+                self.problem = error
             return None
         if claim is None:
             self._idle_until = time.monotonic() + _IDLE_S
@@ -226,6 +229,8 @@ class Course:
         claim = self.held[number]
         self._pids[number], self._idle_until = pid, 0.0
         match kind:
+            case "loaded":  # a sign of life; from which step the trial goes on is not known yet
+                self._progressed.add(number)
             case "progress":
                 self._steps[number] = values["step"]
                 self._progressed.add(number)
@@ -314,8 +319,11 @@ class Course:
         if now >= self._look_at:
             self._look_at = now + _LOOK_S
             self._reread_file()
-            self.stop_asked = self.stop_asked or stopping.request(self.opened.folder) != self._stop_before
+            self.stop_asked = self.stop_asked or self._is_asked_to_stop()
             self.learn()
+
+    def _is_asked_to_stop(self) -> bool:
+        return stopping.request(self.opened.folder) != self.opened.stop_before
 
     @property
     def _renew_s(self) -> float:

@@ -226,7 +226,8 @@ class Ledger:
         if not self.storage.shared:
             return []
         known = set(known)
-        trials = self.storage.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+        with self.storage.exclusive():
+            trials = self.storage.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
         return [frozen.user_attrs["record"] for frozen in trials if frozen.number not in known]
 
     def definition(self, mine: dict[str, Any]) -> dict[str, Any]:
