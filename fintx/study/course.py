@@ -151,16 +151,19 @@ class Course:
                 return new
             if loose:
                 return loose[0]
-        elsewhere = [claim for claim in at_work if claim.number not in self.held]
-        for claim in elsewhere:
-            self._say_once(f"waiting for trial {claim.number}, which runs on {claim.host}")
-        self.over = not at_work
+        awaited = [claim for claim in at_work if self._is_ours(claim)]
+        for claim in awaited:
+            if claim.number not in self.held:
+                self._say_once(f"waiting for trial {claim.number}, which runs on {claim.host}")
+        self.over = not awaited
         return None
 
+    def _is_ours(self, claim: Claim) -> bool:
+        """Whether this run is about it: any trial of the study, or the queue's alone."""
+        return not self.queue_only or claim.entry in {queue.identity(entry) for entry in self._entries()}
+
     def _may_try(self, claim: Claim) -> bool:
-        if self.queue_only and claim.entry not in {queue.identity(entry) for entry in self._entries()}:
-            return False
-        return self._tried[claim.number] < self.spec.execution.max_attempts
+        return self._is_ours(claim) and self._tried[claim.number] < self.spec.execution.max_attempts
 
     def _is_loose(self, claim: Claim) -> bool:
         """Nobody works on it: it was given back, its coordinator is gone, or its lease hasn't been renewed."""

@@ -102,7 +102,7 @@ def begin(
             opened = stack.enter_context(
                 storage.open_study(spec.execution.storage, folder, spec.study.name, minimize=minimize, warn=warn)
             )
-            book = Ledger(opened, ledger.owner_of(folder))
+            book = Ledger(opened, ledger.owner_of(folder, shared=opened.shared))
             check_same(folder, book.definition(mine), mine, where=opened.words)
             queued = (known.spec.queue if known else ()) if queue_only else spec.queue
             write(folder, spec.model_copy(update={"queue": queued}), mine, known)

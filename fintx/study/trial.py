@@ -106,6 +106,7 @@ def _fit_folds(
     fits: list[loop.FitResult] = []
     for index, dataset in enumerate(folds):
         hook = _FoldHooks(job, index, hooks)
+        folder, every_s = job.folder / "run" / f"fold_{index}", job.spec.execution.checkpoint_s
         fit = loop.fit(
             job.config,
             dataset,
@@ -114,7 +115,7 @@ def _fit_folds(
             on_progress=hook.on_progress,
             on_warning=hooks.on_warning,
             should_stop=hooks.should_stop,
-            saves=resume.Saves(job.folder / "run" / f"fold_{index}", job.spec.execution.checkpoint_s, check),
+            saves=resume.Saves(folder, every_s, check, at_end=index + 1 < len(folds)),
             memory_limit=job.memory_limit,
         )
         if fit.outcome == "interrupted":

@@ -70,10 +70,10 @@ def print_summary(console: Console, summary: Summary) -> None:
         _line(console, f"Best shape: {shape_words(best.config.shape)} = {best.param_count:,} parameters")
     folder = summary.folder
     _line(console, f"Records    {folder}/trials/*/record.json   (tables: {folder.name}_all_trials.json, …_best.json)")
-    if best is not None:
+    if best is not None and summary.predictions_here:
         _line(console, f"Checkpoint {records.trial_folder(folder, best.trial_number)}/checkpoint")
     _line(console, f"All trials {folder.parent}/experiment_results.csv")
-    if best is not None:
+    if best is not None and summary.predictions_here:
         _line(console, f"Next       just eval {folder}     just status")
 
 
