@@ -1,34 +1,21 @@
-"""How does a trial run from its config to its result? Train, evaluate, keep the best, stop, and name what happened."""
+"""How does a trial run from its config to its result? And what does a model say of windows it is shown?"""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 
 import jax
 import numpy as np
 
 from fintx.config import TrialConfig
 from fintx.data.windows import Dataset
-from fintx.evaluate import metrics
-from fintx.model import sizes
-from fintx.train import memory, progress, step
-from fintx.train.pace import Pace
-from fintx.train.progress import EXPLODED_LOSS, End, Progress, Question
+from fintx.train import step
+from fintx.train.attempt import Member
+from fintx.train.population import fit_population
 from fintx.train.result import Epoch, FitResult
-from fintx.train.resume import Keeper, Saves, TrainingState
-from fintx.train.state import (
-    Hyper,
-    TargetScale,
-    TrainState,
-    for_program,
-    hyper,
-    in_target_units,
-    steps_per_epoch,
-    target_scale,
-)
-from fintx.types import FintxError, Floats, Ints, Params
+from fintx.train.resume import Saves
+from fintx.train.state import for_program
+from fintx.types import Floats, Ints, Params
 
 
 def fit(
@@ -60,24 +47,11 @@ def fit(
             or balanced classes are asked of a training part that holds one class; or a state can't be saved. And
             whatever `saves.guard` raises.
     """
-    started = time.perf_counter()
-    if metric not in metrics.MINIMIZE:
-        raise FintxError(f'metric = "{metric}" is unknown; use one of {", ".join(metrics.MINIMIZE)}')
-    run = _Run(Question(config, dataset, metric), started=started, on_warning=on_warning)
-    try:
-        end = _attempt(
-            run,
-            on_epoch=on_epoch,
-            on_progress=on_progress,
-            should_stop=should_stop,
-            saves=saves,
-            limit=memory.available() if memory_limit is None else memory_limit,
-        )
-    except (jax.errors.JaxRuntimeError, MemoryError) as error:
-        if not memory.is_out_of_memory(error):
-            raise
-        end = End("out_of_memory", str(error).partition("\n")[0])
-    return run.result(end)
+    member = Member(config, on_epoch=on_epoch, on_progress=on_progress, on_warning=on_warning, saves=saves)
+    (result,) = fit_population([member], dataset, metric=metric, should_stop=should_stop, memory_limit=memory_limit)
+    if isinstance(result, Exception):
+        raise result
+    return result
 
 
 def predict(config: TrialConfig, params: Params, features: Floats, rows: Ints) -> Floats:
@@ -105,219 +79,3 @@ def predict(config: TrialConfig, params: Params, features: Floats, rows: Ints) -
         n_samples=windows.rows.shape[0],
     )
     return np.array(forward.run(jax.device_put(params), windows))[: len(rows)].copy()
-
-
-@dataclass
-class _Run:
-    """One attempt at a trial: what it was asked, what is known, and what its result will be made of."""
-
-    question: Question
-    started: float
-    on_warning: Callable[[str], None] | None
-    progress: Progress = field(default_factory=Progress)
-    step: int = 0
-    resumed_step: int = 0
-    micro_batch: int = 0
-    memory_bytes: int | None = None
-    compile_s: float = 0.0
-    earlier_s: float = 0.0
-    """Seconds that earlier attempts took."""
-    warnings: list[str] = field(default_factory=list)
-
-    @property
-    def wall_s(self) -> float:
-        return self.earlier_s + time.perf_counter() - self.started
-
-    def warn(self, line: str) -> None:
-        self.warnings.append(line)
-        if self.on_warning is not None:
-            self.on_warning(line)
-
-    def adopt(self, saved: TrainingState) -> None:
-        """Go on from what an earlier attempt saved."""
-        self.progress, self.step, self.resumed_step = saved.progress, saved.step, saved.step
-        self.micro_batch, self.compile_s, self.earlier_s = saved.micro_batch, saved.compile_s, saved.wall_s
-
-    def result(self, end: End) -> FitResult:
-        question, known = self.question, self.progress
-        config = question.config
-        per_epoch = _steps_per_epoch(question)
-        return FitResult(
-            outcome=end.outcome,
-            detail=end.detail,
-            best=known.best,
-            last=known.last,
-            best_epoch=known.best_epoch,
-            best_step=known.best_epoch * per_epoch,
-            epochs=known.epoch,
-            steps=self.step,
-            curve=known.curve,
-            outputs=known.outputs,
-            params=known.params,
-            param_count=sizes.count(config.model, config.shape, question.dataset.features.shape[1]).total,
-            compile_s=self.compile_s,
-            wall_s=self.wall_s,
-            warnings=tuple(self.warnings),
-            resumed_step=self.resumed_step,
-            micro_batch=self.micro_batch,
-            memory_bytes=self.memory_bytes,
-        )
-
-
-@dataclass
-class _Loaded:
-    """A trial on the device, compiled; its state changes."""
-
-    hyper: Hyper
-    training: step.Training
-    forward: step.Forward
-    train: step.Windows
-    validation: step.Windows
-    scale: TargetScale
-    state: TrainState
-    tally: step.Tally
-
-
-def _load(run: _Run, saved: TrainingState | None, *, limit: int, saves: bool) -> _Loaded | memory.TooBig:
-    config, dataset = run.question.config, run.question.dataset
-    labels = dataset.train.labels
-    scale = target_scale(config.task, labels)
-    values = hyper(config, labels=labels, scale=scale)
-    train = step.place(dataset.features, dataset.train.rows, scale.apply(labels))
-    validation = step.place(dataset.features, dataset.validation.rows)
-    began = time.perf_counter()
-    plan = memory.plan(config, train, validation, limit=limit, micro_batch=run.micro_batch, saves=saves)
-    run.compile_s += time.perf_counter() - began
-    run.memory_bytes = plan.n_bytes
-    if isinstance(plan, memory.TooBig):
-        return plan
-    if saved is not None and plan.micro_batch != run.micro_batch:
-        run.warn(
-            f"the micro-batch of {run.micro_batch} that the trial began with doesn't fit any more; goes on with "
-            f"{plan.micro_batch}, which changes its numbers: dropout masks where there is dropout, else last digits"
-        )
-    run.micro_batch = plan.micro_batch
-    if saved is None:
-        state, tally = plan.training.start(values), step.empty_tally()
-    else:
-        state, tally = jax.device_put(saved.state), saved.tally
-    return _Loaded(values, plan.training, plan.forward, train, validation, scale, state, tally)
-
-
-def _attempt(
-    run: _Run,
-    *,
-    on_epoch: Callable[[Epoch], None] | None,
-    on_progress: Callable[[int], None] | None,
-    should_stop: Callable[[], bool] | None,
-    saves: Saves | None,
-    limit: int,
-) -> End:
-    config = run.question.config.train
-    run.micro_batch = config.batch_size
-    if too_big := memory.too_big(run.question.config, limit=limit):
-        run.memory_bytes = too_big.n_bytes
-        return End("out_of_memory", str(too_big))
-    keeper = None if saves is None else Keeper(saves, run.question)
-    saved = None if keeper is None else keeper.newest(run.warn)
-    if saved is not None:
-        run.adopt(saved)
-        if run.step % _steps_per_epoch(run.question) == 0 and (end := progress.end(run.question, run.progress)):
-            return end
-    trial = _load(run, saved, limit=limit, saves=saves is not None)
-    del saved  # up to 16 bytes per parameter
-    if isinstance(trial, memory.TooBig):
-        return End("out_of_memory", str(trial))
-    if keeper is not None:
-        keeper.start_clock()
-    pace = Pace()
-    while True:
-        stopping = should_stop is not None and should_stop()
-        if keeper is not None and (stopping or keeper.is_due()):
-            keeper.save(_state(run, trial))
-        if stopping:
-            epochs = f"after epoch {run.progress.epoch} of {config.max_epochs}"
-            return End("interrupted", f"asked to stop at step {run.step}, {epochs}")
-        _segment(run, trial, pace)
-        if on_progress is not None:
-            on_progress(run.step)
-        if run.step % _steps_per_epoch(run.question) == 0:
-            if end := _close_epoch(run, trial):
-                return end
-            if on_epoch is not None:
-                on_epoch(_epoch(run))
-            if end := progress.end(run.question, run.progress):
-                if keeper is not None and saves is not None and saves.at_end:
-                    keeper.save(_state(run, trial))
-                return end
-
-
-def _segment(run: _Run, trial: _Loaded, pace: Pace) -> None:
-    """Steps in one dispatch, at most to the epoch's end."""
-    per_epoch = _steps_per_epoch(run.question)
-    n_steps = pace.steps(per_epoch - run.step % per_epoch)
-    began = time.perf_counter()
-    trial.state, trial.tally = trial.training.segment(
-        trial.hyper, trial.state, trial.tally, trial.train, np.int32(n_steps)
-    )
-    jax.block_until_ready(trial.state)
-    pace.note(n_steps, time.perf_counter() - began)
-    run.step += n_steps
-
-
-def _state(run: _Run, trial: _Loaded) -> TrainingState:
-    """What is saved: copies, never views, for the next segment writes over these very buffers."""
-    return TrainingState(
-        state=jax.tree.map(np.array, trial.state),
-        tally=jax.tree.map(np.array, trial.tally),
-        progress=run.progress,
-        micro_batch=run.micro_batch,
-        compile_s=run.compile_s,
-        wall_s=run.wall_s,
-    )
-
-
-def _close_epoch(run: _Run, trial: _Loaded) -> End | None:
-    """Evaluate the epoch's parameters and note the result; an end if the epoch diverged."""
-    question, known = run.question, run.progress
-    n = np.float32(len(question.dataset.train.rows))
-    loss, bad_step = float(np.float32(trial.tally.loss_sum) / n), int(trial.tally.bad_step)
-    trial.tally = step.empty_tally()
-    if bad_step >= 0 or not loss <= EXPLODED_LOSS:
-        known.note(step=run.step, train_loss=None, evaluated={})
-        what = f"loss, gradients or parameters not finite at step {bad_step + 1}"
-        return End("diverged", what if bad_step >= 0 else f"mean training loss {loss:.3g} in epoch {known.epoch}")
-    params = in_target_units(trial.state.params, trial.scale)
-    n_validation = len(question.dataset.validation.rows)
-    outputs = np.array(trial.forward.run(params, trial.validation))[:n_validation].copy()
-    # Losses of a regression are in variances of the target; the record's are in squared log returns.
-    train_loss = loss * trial.scale.sd**2
-    if not np.isfinite(outputs).all():
-        known.note(step=run.step, train_loss=train_loss, evaluated={})
-        return End("diverged", f"validation outputs not finite after epoch {known.epoch}")
-    known.note(step=run.step, train_loss=train_loss, evaluated=progress.evaluate(question, outputs))
-    collapsed = progress.is_collapsed(question.config, outputs, trial.scale)
-    known.collapsed_in_a_row = known.collapsed_in_a_row + 1 if collapsed else 0
-    known.keep_if_best(question.metric, params, outputs)
-    return None
-
-
-def _steps_per_epoch(question: Question) -> int:
-    return steps_per_epoch(len(question.dataset.train.rows), batch_size=question.config.train.batch_size)
-
-
-def _epoch(run: _Run) -> Epoch:
-    known, config = run.progress, run.question.config.train
-    latest, best = known.curve[-1], known.best[run.question.metric]
-    assert latest["train_loss"] is not None and best is not None
-    return Epoch(
-        epoch=known.epoch,
-        max_epochs=config.max_epochs,
-        step=run.step,
-        max_steps=config.max_epochs * _steps_per_epoch(run.question),
-        train_loss=latest["train_loss"],
-        metrics=known.last,
-        best=best,
-        best_epoch=known.best_epoch,
-        seconds=run.wall_s,
-    )

@@ -34,22 +34,27 @@ class Beside:
     """Copies on the host lie there too."""
     saves: bool
     """Training states are saved: copied to the host first."""
+    n_members: int = 1
+    """Of a population: each has a state and a best step."""
 
     def in_segment(self, training: step.Training) -> int:
         """Bytes while training."""
         return training.n_bytes + self._validation + self._best
 
     def in_evaluation(self, forward: step.Forward) -> int:
-        """Bytes while evaluating, or copying what comes of it; the forward pass reads the parameters in the state."""
-        moments = 8 * self.n_params
+        """Bytes while evaluating, or copying what comes of it.
+
+        A trial's forward pass reads the parameters in its state, a member's a copy of them.
+        """
+        rest_of_state = (8 if self.n_members == 1 else 12 * self.n_members) * self.n_params
         # A new best is copied, or the whole state, and once more by Orbax while it writes.
         copied = (24 if self.saves else 4) * self.n_params if self.host_is_device else 0
         copying = 4 * self.n_params + self._validation + copied
-        return max(forward.n_bytes, copying) + moments + self._train + self._best
+        return max(forward.n_bytes, copying) + rest_of_state + self._train + self._best
 
     @property
     def _best(self) -> int:
-        return 4 * self.n_params if self.host_is_device else 0
+        return 4 * self.n_params * self.n_members if self.host_is_device else 0
 
     @property
     def _train(self) -> int:
@@ -94,15 +99,23 @@ def lower_bound(config: TrialConfig, *, host_is_device: bool = True) -> int:
 
 
 def plan(
-    config: TrialConfig, train: step.Windows, validation: step.Windows, *, limit: int, micro_batch: int, saves: bool
+    config: TrialConfig,
+    train: step.Windows,
+    validation: step.Windows,
+    *,
+    limit: int,
+    micro_batch: int,
+    saves: bool,
+    n_members: int = 1,
 ) -> Plan | TooBig:
     """Compile the trial's programs in the largest micro-batch that fits, by halves.
 
     Call `too_big` first: the compiler itself dies of absurd shapes.
 
     Args:
-        micro_batch: where to begin.
+        micro_batch: where to begin; a population tries no other.
         saves: training states will be saved.
+        n_members: trials side by side, of which the config is one.
     """
     n_rows, n_features = train.features.shape
     n_train, n_validation = len(train.rows), len(validation.rows)
@@ -114,16 +127,18 @@ def plan(
         n_validation=n_validation,
         host_is_device=_host_is_device(),
         saves=saves,
+        n_members=n_members,
     )
     common = {"n_features": n_features, "n_rows": n_rows}
     forward = step.compile_logits(for_program(config.model), config.shape, **common, n_samples=n_validation)
     evaluating = beside.in_evaluation(forward)
     if evaluating > limit:
         return TooBig(n_bytes=evaluating, limit=limit)
+    members = {} if n_members == 1 else {"n_members": n_members}
     while True:
         try:
             static = program(config, micro_batch=micro_batch)
-            training = step.compile_training(static, **common, n_samples=n_train)
+            training = step.compile_training(static, **common, n_samples=n_train, **members)
             needed = max(evaluating, beside.in_segment(training))
         except jax.errors.JaxRuntimeError as error:  # a GPU's compiler tries kernels out, on memory of its own
             if not is_out_of_memory(error):
@@ -131,7 +146,7 @@ def plan(
             needed = limit + 1
         if needed <= limit:
             return Plan(micro_batch=micro_batch, n_bytes=needed, training=training, forward=forward)
-        if micro_batch == 1:
+        if micro_batch == 1 or n_members > 1:
             return TooBig(n_bytes=needed, limit=limit)
         micro_batch //= 2
 

@@ -145,6 +145,10 @@ class Keeper:
         self._since = time.perf_counter()
         self._cost_s = self._since - began
 
+    def saved_beside_others(self, cost_s: float) -> None:
+        """A round of saves is over, which took so many seconds for all members of a population."""
+        self._since, self._cost_s = time.perf_counter(), cost_s
+
     def _identity(self) -> dict[str, Any]:
         """What must be equal for a state to be this trial's, beside its config."""
         dataset = self._question.dataset

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import jax
@@ -21,6 +20,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from fintx.config import ModelConfig, Shape
 from fintx.model import transformer
 from fintx.train import losses, optim
+from fintx.train.once import once
 from fintx.train.state import ORDER, STEP, Hyper, Program, TrainState, abstract_hyper, abstract_state, init, stream
 from fintx.types import Floats, Ints, Params
 
@@ -209,13 +209,17 @@ def _gather_windows(
 
 @dataclass(frozen=True)
 class Training:
-    """The two compiled programs of a trial's training."""
+    """The compiled programs of a training: a trial's, or of several trials side by side (a population)."""
 
     start: Callable[[Hyper], TrainState]
+    """Of one trial."""
     segment: Callable[[Hyper, TrainState, Tally, Windows, np.int32], tuple[TrainState, Tally]]
-    """Takes the state over: the one that it was handed is gone afterwards."""
+    """Takes the state over: the one that it was handed is gone afterwards. A population's hyper, state and tally have
+    a leading axis R; the number of steps is one for all."""
     n_bytes: int
-    """What the larger of them holds on the device, its arguments included."""
+    """What the largest of them holds on the device, its arguments included."""
+    member: Callable[[Params, np.int32], Params] = lambda params, index: params
+    """A copy of one member's parameters out of the population's; a trial alone has its own."""
 
 
 @dataclass(frozen=True)
@@ -227,11 +231,14 @@ class Forward:
     """What it holds on the device, its arguments included."""
 
 
-@lru_cache(maxsize=16)
-def compile_training(static: Program, *, n_features: int, n_rows: int, n_samples: int) -> Training:
+@once(kept=16)
+def compile_training(static: Program, *, n_features: int, n_rows: int, n_samples: int, n_members: int = 1) -> Training:
     """Trace, lower and compile a trial's start and segment, once per process and set of arguments (sizes: capacities).
 
     Nothing is allocated.
+
+    Args:
+        n_members: R. Above 1, the segment is that of a population: `vmap` of the trial's, over one set of windows.
     """
     windows = _abstract_windows(n_features, n_rows, n_samples)
 
@@ -244,14 +251,25 @@ def compile_training(static: Program, *, n_features: int, n_rows: int, n_samples
         return train_segment(static, hyper, state, tally, windows, n_steps)
 
     state = abstract_state(static, n_features=n_features)
-    tally = jax.eval_shape(empty_tally)
+    values = (abstract_hyper(), state, jax.eval_shape(empty_tally))
     count = jax.ShapeDtypeStruct((), jnp.int32)
     started = jax.jit(start).lower(abstract_hyper()).compile()
-    going = jax.jit(segment, donate_argnums=1).lower(abstract_hyper(), state, tally, windows, count).compile()
-    return Training(start=started, segment=going, n_bytes=max(_bytes(started), _bytes(going)))
+    if n_members == 1:
+        going = jax.jit(segment, donate_argnums=1).lower(*values, windows, count).compile()
+        return Training(start=started, segment=going, n_bytes=max(_bytes(started), _bytes(going)))
+    together = jax.vmap(segment, in_axes=(0, 0, 0, None, None))
+    values = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((n_members, *leaf.shape), leaf.dtype), values)
+    going = jax.jit(together, donate_argnums=1).lower(*values, windows, count).compile()
+    taken = jax.jit(member).lower(values[1].params, count).compile()
+    return Training(start=started, segment=going, n_bytes=max(map(_bytes, (started, going, taken))), member=taken)
 
 
-@lru_cache(maxsize=16)
+def member(population: Params, index: Int[Array, ""] | int) -> Params:
+    """One member's part of a tree whose leaves have a leading axis R."""
+    return jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False), population)
+
+
+@once(kept=16)
 def compile_logits(model: ModelConfig, shape: Shape, *, n_features: int, n_rows: int, n_samples: int) -> Forward:
     """Trace, lower and compile the forward pass over windows, once per process and set of arguments."""
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fintx.config import TrialConfig
@@ -58,6 +58,7 @@ def lengths(cuts: set[int]) -> list[int]:
     return [end - begin for begin, end in zip([0, *ends], ends, strict=False)]
 
 
+@settings(deadline=None)
 @given(cuts=st.sets(st.integers(1, 2 * N_STEPS)))
 def test_no_cut_shows(run: Segments, cuts: set[int]) -> None:
     whole, whole_tallies = run([N_STEPS, N_STEPS])

@@ -1,0 +1,165 @@
+"""What is known of one attempt at a trial while it runs, and what does it come to?"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import jax
+
+from fintx.config import TrialConfig
+from fintx.model import sizes
+from fintx.train.progress import End, Progress, Question
+from fintx.train.result import Epoch, FitResult
+from fintx.train.resume import Keeper, Saves, TrainingState
+from fintx.train.state import TrainState, steps_per_epoch
+from fintx.train.step import Tally, empty_tally
+
+
+@dataclass(frozen=True)
+class Member:
+    """A trial that is trained, alone or beside others: what it is, whom it tells, where it is saved; as in `loop.fit`.
+
+    What one of its hooks or its saves raises ends this member and no other.
+    """
+
+    config: TrialConfig
+    on_epoch: Callable[[Epoch], None] | None = None
+    on_progress: Callable[[int], None] | None = None
+    on_warning: Callable[[str], None] | None = None
+    saves: Saves | None = None
+
+
+@dataclass
+class Attempt:
+    """One member under way."""
+
+    member: Member
+    question: Question
+    progress: Progress = field(default_factory=Progress)
+    step: int = 0
+    tally: Tally = field(default_factory=empty_tally)
+    """Of the epoch under way, on the host."""
+    slot: int = 0
+    """Its place in the population."""
+    resumed_step: int = 0
+    micro_batch: int = 0
+    memory_bytes: int | None = None
+    compile_s: float = 0.0
+    wall_s: float = 0.0
+    """Of this attempt and those before it; where several train at once, its share."""
+    warnings: list[str] = field(default_factory=list)
+    keeper: Keeper | None = None
+    ended: End | Exception | None = None
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """The same for all members of a population."""
+        question = self.question
+        return steps_per_epoch(len(question.dataset.train.rows), batch_size=question.config.train.batch_size)
+
+    @property
+    def at_epochs_end(self) -> bool:
+        """Between two epochs, or at the very beginning."""
+        return self.step % self.steps_per_epoch == 0
+
+    @contextlib.contextmanager
+    def own(self) -> Iterator[None]:
+        """Whatever goes wrong within ends this attempt; a device's errors are everybody's."""
+        try:
+            yield
+        except (jax.errors.JaxRuntimeError, MemoryError):
+            raise
+        except Exception as error:
+            self.ended = error
+
+    def warn(self, line: str) -> None:
+        """A line for the result's warnings."""
+        self.warnings.append(line)
+        if self.member.on_warning is not None:
+            self.member.on_warning(line)
+
+    def adopt(self, saved: TrainingState) -> None:
+        """Go on from what an earlier attempt saved."""
+        self.progress, self.step, self.resumed_step, self.tally = saved.progress, saved.step, saved.step, saved.tally
+        self.micro_batch, self.compile_s, self.wall_s = saved.micro_batch, saved.compile_s, saved.wall_s
+
+    def save(self, state: TrainState) -> None:
+        """Commit the member's state.
+
+        Args:
+            state: as host arrays that nobody writes over.
+        """
+        assert self.keeper is not None
+        self.keeper.save(
+            TrainingState(
+                state=state,
+                tally=self.tally,
+                progress=self.progress,
+                micro_batch=self.micro_batch,
+                compile_s=self.compile_s,
+                wall_s=self.wall_s,
+            )
+        )
+
+    def epoch(self) -> Epoch:
+        """What is told after an epoch."""
+        known, config = self.progress, self.question.config.train
+        latest, best = known.curve[-1], known.best[self.question.metric]
+        assert latest["train_loss"] is not None and best is not None
+        return Epoch(
+            epoch=known.epoch,
+            max_epochs=config.max_epochs,
+            step=self.step,
+            max_steps=config.max_epochs * self.steps_per_epoch,
+            train_loss=latest["train_loss"],
+            metrics=known.last,
+            best=best,
+            best_epoch=known.best_epoch,
+            seconds=self.wall_s,
+        )
+
+    def result(self) -> FitResult | Exception:
+        """What the attempt came to, once it has ended."""
+        end, known, config = self.ended, self.progress, self.question.config
+        if isinstance(end, Exception):
+            return end
+        assert end is not None
+        return FitResult(
+            outcome=end.outcome,
+            detail=end.detail,
+            best=known.best,
+            last=known.last,
+            best_epoch=known.best_epoch,
+            best_step=known.best_epoch * self.steps_per_epoch,
+            epochs=known.epoch,
+            steps=self.step,
+            curve=known.curve,
+            outputs=known.outputs,
+            params=known.params,
+            param_count=sizes.count(config.model, config.shape, self.question.dataset.features.shape[1]).total,
+            compile_s=self.compile_s,
+            wall_s=self.wall_s,
+            warnings=tuple(self.warnings),
+            resumed_step=self.resumed_step,
+            micro_batch=self.micro_batch,
+            memory_bytes=self.memory_bytes,
+        )
+
+
+class Watch:
+    """Wall time, shared out among the attempts that were under way."""
+
+    def __init__(self) -> None:
+        self._since = time.perf_counter()
+
+    def charge(self, attempts: Sequence[Attempt]) -> float:
+        """The time since the last call, to these; returns each one's share."""
+        now = time.perf_counter()
+        share = (now - self._since) / max(len(attempts), 1)
+        self._since = now
+        for attempt in attempts:
+            attempt.wall_s += share
+        return share

@@ -1,0 +1,287 @@
+"""How do trials run from config to result, one alone or several side by side? The loop over segments and epochs.
+
+Members of a population share a program: one dispatch takes the next steps of all, `vmap` of what a trial alone would
+run. All that a member's own numbers decide happens on the host, member by member: when its epoch ends, whether that is
+its best, whether it stops early, diverged or collapsed. Whoever has ended is left to compute on unheeded, until the
+others have ended too; that is free of errors and of a second program. Evaluation is the single trial's program, one
+member after the other, so that records and later evaluations agree.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+
+from fintx.data.windows import Dataset
+from fintx.evaluate import metrics
+from fintx.train import memory, progress, step
+from fintx.train.attempt import Attempt, Member, Watch
+from fintx.train.pace import Pace
+from fintx.train.progress import EXPLODED_LOSS, End, Question
+from fintx.train.result import FitResult
+from fintx.train.resume import Keeper, TrainingState
+from fintx.train.state import Hyper, TargetScale, TrainState, hyper, in_target_units, program, target_scale
+from fintx.train.step import empty_tally
+from fintx.types import FintxError, Params
+
+_Begun = tuple[Attempt, TrainingState | None]
+"""An attempt, and what an earlier one has left."""
+
+
+def fit_population(
+    members: Sequence[Member],
+    dataset: Dataset,
+    *,
+    metric: str,
+    should_stop: Callable[[], bool] | None = None,
+    memory_limit: int | None = None,
+) -> list[FitResult | Exception]:
+    """Train trials side by side; each comes to what it comes to alone, but for the rounding of float32 sums.
+
+    A member is saved as the trial that it is, and may be taken up alone or in any other company. Where not all fit
+    into memory at once, halves are trained one after the other.
+
+    Args:
+        members: of one program (`state.program`); they may differ in everything else.
+        metric, should_stop, memory_limit: as in `loop.fit`, for all of them together.
+
+    Returns:
+        For each member its result; or what its hooks, its saves or its metric raised: that ended it and no other.
+
+    Raises:
+        FintxError: the metric is unknown.
+        ValueError: the members are of more than one program.
+    """
+    watch = Watch()
+    if metric not in metrics.MINIMIZE:
+        raise FintxError(f'metric = "{metric}" is unknown; use one of {", ".join(metrics.MINIMIZE)}')
+    if len({program(member.config) for member in members}) != 1:
+        raise ValueError("the members of a population share one program")
+    limit = memory.available() if memory_limit is None else memory_limit
+    attempts = [Attempt(member, Question(member.config, dataset, metric)) for member in members]
+    try:
+        _run(attempts, watch, limit=limit, should_stop=should_stop or (lambda: False))
+    except (jax.errors.JaxRuntimeError, MemoryError) as error:
+        if len(attempts) > 1 or not memory.is_out_of_memory(error):
+            raise
+        attempts[0].ended = End("out_of_memory", str(error).partition("\n")[0])
+        watch.charge(attempts)
+    return [attempt.result() for attempt in attempts]
+
+
+def _run(attempts: list[Attempt], watch: Watch, *, limit: int, should_stop: Callable[[], bool]) -> None:
+    begun: dict[int, list[_Begun]] = {}
+    for attempt in attempts:
+        with attempt.own():
+            saved = _begin(attempt, limit=limit)
+            if attempt.ended is None:
+                begun.setdefault(attempt.micro_batch, []).append((attempt, saved))
+    watch.charge(attempts)
+    waiting = list(begun.values())  # more than one only where memory was once too short for some of them
+    some_began = False
+    while waiting:
+        group, *waiting = waiting
+        together = [attempt for attempt, _ in group]
+        if some_began and should_stop():
+            for attempt in together:
+                attempt.ended = _interrupted(attempt)
+            continue
+        loaded = _load(group, watch, limit=limit)
+        if isinstance(loaded, _Loaded):
+            some_began = True
+            _train(together, loaded, watch, should_stop)
+        elif len(group) > 1:
+            half = len(group) // 2
+            waiting = [group[:half], group[half:], *waiting]
+        else:
+            together[0].ended = End("out_of_memory", str(loaded))
+        watch.charge(together)
+
+
+def _begin(attempt: Attempt, *, limit: int) -> TrainingState | None:
+    """What an earlier attempt has left; this one may be at its end already."""
+    config, saves = attempt.question.config, attempt.member.saves
+    attempt.micro_batch = config.train.batch_size
+    if too_big := memory.too_big(config, limit=limit):
+        attempt.memory_bytes = too_big.n_bytes
+        attempt.ended = End("out_of_memory", str(too_big))
+        return None
+    if saves is None:
+        return None
+    attempt.keeper = Keeper(saves, attempt.question)
+    saved = attempt.keeper.newest(attempt.warn)
+    if saved is not None:
+        attempt.adopt(saved)
+        if attempt.at_epochs_end:
+            attempt.ended = progress.end(attempt.question, attempt.progress)
+    return saved
+
+
+@dataclass
+class _Loaded:
+    """Members on the device, compiled; their state changes. One alone has no axis R."""
+
+    hyper: Hyper
+    training: step.Training
+    forward: step.Forward
+    train: step.Windows
+    validation: step.Windows
+    scale: TargetScale
+    state: TrainState
+
+    def params(self, slot: int) -> Params:
+        """A member's parameters, in the target's units."""
+        return in_target_units(self.training.member(self.state.params, np.int32(slot)), self.scale)
+
+    def copy(self, slot: int, *, alone: bool) -> TrainState:
+        """A member's state: copies, never views, for the next segment writes over these very buffers."""
+        if alone:
+            return jax.tree.map(np.array, self.state)
+        return jax.tree.map(lambda leaf: np.array(np.asarray(leaf)[slot]), self.state)
+
+
+def _load(begun: list[_Begun], watch: Watch, *, limit: int) -> _Loaded | memory.TooBig:
+    first = begun[0][0]
+    config, dataset = first.question.config, first.question.dataset
+    labels = dataset.train.labels
+    scale = target_scale(config.task, labels)
+    values = [hyper(attempt.question.config, labels=labels, scale=scale) for attempt, _ in begun]
+    train = step.place(dataset.features, dataset.train.rows, scale.apply(labels))
+    validation = step.place(dataset.features, dataset.validation.rows)
+    watch.charge([attempt for attempt, _ in begun])
+    saves = any(attempt.keeper is not None for attempt, _ in begun)
+    plan = memory.plan(
+        config, train, validation, limit=limit, micro_batch=first.micro_batch, saves=saves, n_members=len(begun)
+    )
+    compile_s = watch.charge([attempt for attempt, _ in begun])
+    for attempt, _ in begun:
+        attempt.compile_s += compile_s
+        attempt.memory_bytes = plan.n_bytes // len(begun)
+    if isinstance(plan, memory.TooBig):
+        return plan
+    for slot, (attempt, saved) in enumerate(begun):
+        attempt.slot = slot
+        if saved is not None and plan.micro_batch != attempt.micro_batch:
+            attempt.warn(
+                f"the micro-batch of {attempt.micro_batch} that the trial began with doesn't fit any more; goes on "
+                f"with {plan.micro_batch}, which changes its numbers: dropout masks where there is dropout, else last "
+                "digits"
+            )
+        attempt.micro_batch = plan.micro_batch
+    if len(begun) == 1:
+        (value,), ((_, saved),) = values, begun
+        state = plan.training.start(value) if saved is None else jax.device_put(saved.state)
+        return _Loaded(value, plan.training, plan.forward, train, validation, scale, state)
+    states = [
+        jax.tree.map(np.asarray, plan.training.start(value)) if saved is None else saved.state
+        for value, (_, saved) in zip(values, begun, strict=True)
+    ]
+    state = jax.device_put(_stacked(states))
+    return _Loaded(_stacked(values), plan.training, plan.forward, train, validation, scale, state)
+
+
+def _train(attempts: list[Attempt], loaded: _Loaded, watch: Watch, should_stop: Callable[[], bool]) -> None:
+    pace = Pace()
+    for attempt in attempts:
+        if attempt.keeper is not None:
+            attempt.keeper.start_clock()
+    while running := [attempt for attempt in attempts if attempt.ended is None]:
+        stopping = should_stop()
+        if stopping or any(attempt.keeper is not None and attempt.keeper.is_due() for attempt in running):
+            _save(running, loaded, alone=len(attempts) == 1)
+        if stopping:
+            for attempt in running:
+                attempt.ended = attempt.ended or _interrupted(attempt)
+            break
+        _segment(attempts, running, loaded, pace)
+        for attempt in running:
+            if attempt.member.on_progress is not None:
+                with attempt.own():
+                    attempt.member.on_progress(attempt.step)
+        closing = [attempt for attempt in running if attempt.ended is None and attempt.at_epochs_end]
+        for attempt in closing:
+            with attempt.own():
+                attempt.ended = _close_epoch(attempt, loaded)
+        watch.charge(running)
+        for attempt in closing:
+            if attempt.ended is None:
+                with attempt.own():
+                    _go_on(attempt, loaded, alone=len(attempts) == 1)
+
+
+def _segment(attempts: list[Attempt], running: list[Attempt], loaded: _Loaded, pace: Pace) -> None:
+    """Steps of all in one dispatch, at most to the first end of an epoch."""
+    n_steps = pace.steps(min(attempt.steps_per_epoch - attempt.step % attempt.steps_per_epoch for attempt in running))
+    alone = len(attempts) == 1
+    tally = attempts[0].tally if alone else _stacked([attempt.tally for attempt in attempts])
+    began = time.perf_counter()
+    loaded.state, tally = loaded.training.segment(loaded.hyper, loaded.state, tally, loaded.train, np.int32(n_steps))
+    jax.block_until_ready(loaded.state)
+    pace.note(n_steps, time.perf_counter() - began)
+    tally = jax.tree.map(np.array, tally)
+    for attempt in running:
+        attempt.step += n_steps
+        attempt.tally = tally if alone else jax.tree.map(lambda leaf, slot=attempt.slot: leaf[slot], tally)
+
+
+def _save(running: list[Attempt], loaded: _Loaded, *, alone: bool) -> None:
+    saving = [attempt for attempt in running if attempt.keeper is not None]
+    began = time.perf_counter()
+    for attempt in saving:
+        with attempt.own():
+            attempt.save(loaded.copy(attempt.slot, alone=alone))
+    cost_s = time.perf_counter() - began
+    for attempt in saving:
+        assert attempt.keeper is not None
+        if not alone:
+            attempt.keeper.saved_beside_others(cost_s)
+
+
+def _interrupted(attempt: Attempt) -> End:
+    epochs = f"after epoch {attempt.progress.epoch} of {attempt.question.config.train.max_epochs}"
+    return End("interrupted", f"asked to stop at step {attempt.step}, {epochs}")
+
+
+def _close_epoch(attempt: Attempt, loaded: _Loaded) -> End | None:
+    """Evaluate the epoch's parameters and note the result; an end if the epoch diverged."""
+    question, known = attempt.question, attempt.progress
+    n = np.float32(len(question.dataset.train.rows))
+    loss, bad_step = float(np.float32(attempt.tally.loss_sum) / n), int(attempt.tally.bad_step)
+    attempt.tally = empty_tally()
+    if bad_step >= 0 or not loss <= EXPLODED_LOSS:
+        known.note(step=attempt.step, train_loss=None, evaluated={})
+        what = f"loss, gradients or parameters not finite at step {bad_step + 1}"
+        return End("diverged", what if bad_step >= 0 else f"mean training loss {loss:.3g} in epoch {known.epoch}")
+    params = loaded.params(attempt.slot)
+    n_validation = len(question.dataset.validation.rows)
+    outputs = np.array(loaded.forward.run(params, loaded.validation))[:n_validation].copy()
+    # Losses of a regression are in variances of the target; the record's are in squared log returns.
+    train_loss = loss * loaded.scale.sd**2
+    if not np.isfinite(outputs).all():
+        known.note(step=attempt.step, train_loss=train_loss, evaluated={})
+        return End("diverged", f"validation outputs not finite after epoch {known.epoch}")
+    known.note(step=attempt.step, train_loss=train_loss, evaluated=progress.evaluate(question, outputs))
+    collapsed = progress.is_collapsed(question.config, outputs, loaded.scale)
+    known.collapsed_in_a_row = known.collapsed_in_a_row + 1 if collapsed else 0
+    known.keep_if_best(question.metric, params, outputs)
+    return None
+
+
+def _go_on(attempt: Attempt, loaded: _Loaded, *, alone: bool) -> None:
+    """Tell of the epoch; was it the last?"""
+    if attempt.member.on_epoch is not None:
+        attempt.member.on_epoch(attempt.epoch())
+    end = progress.end(attempt.question, attempt.progress)
+    if end is not None and attempt.member.saves is not None and attempt.member.saves.at_end:
+        attempt.save(loaded.copy(attempt.slot, alone=alone))
+    attempt.ended = end
+
+
+def _stacked(trees: Sequence[TrainState | Hyper | step.Tally]) -> Any:
+    """Trees of host arrays as one whose leaves have a leading axis R."""
+    return jax.tree.map(lambda *leaves: np.stack(leaves), *trees)
