@@ -19,6 +19,7 @@ from pydantic import (
     ConfigDict,
     Discriminator,
     Field,
+    PlainValidator,
     Tag,
     field_serializer,
     model_validator,
@@ -67,6 +68,13 @@ def _as_tuple(value: Any) -> Any:
     if isinstance(value, str):
         return (value,)
     return tuple(value) if isinstance(value, list) else value
+
+
+def _population(value: Any) -> Any:
+    """One complaint, where a union's parts would make three."""
+    if value != "auto" and (not isinstance(value, int) or (value < 1 and not isinstance(value, bool))):
+        raise ValueError('wanted "auto", true, false or a number ≥ 1')
+    return value
 
 
 class _Config(BaseModel):
@@ -303,6 +311,8 @@ class StudyConfig(_Config):
     """Random trials before TPE begins to model."""
     keep_checkpoints: PositiveInt = 3
     """How many of the best trials keep their checkpoint."""
+    replicates: PositiveInt = 1
+    """Seeds that every trial is trained with; its value is their mean, and the record holds the standard error."""
     queue_extremes: bool = False
     """Queue the smallest and largest feasible value of each shape axis, so that a search has seen the edges first."""
 
@@ -326,6 +336,13 @@ class ExecutionConfig(_Config):
     """Failures of the same kind in a row that stop the study: something is wrong that more trials won't mend."""
     memory: Annotated[PositiveInt, BeforeValidator(_parse_bytes)] | None = None
     """Memory that all running trials may take together, such as "12GB"; none: what the machine or its GPU has free."""
+
+    population: Annotated[Literal["auto"] | bool | int, PlainValidator(_population)] = "auto"
+    """Trials that share a program trained at once. auto: where it pays, a trial's replicates, and trials that wait for
+    no result (random start, unfinished, queued with values of their own), so that what is proposed stays the same.
+    true: all of one shape where it pays; a number: as many, pay or not; false: none."""
+    pipeline: bool | None = None
+    """Ask for the next trial and compile it while one trains; none: on a GPU (on a CPU compiling takes its cores)."""
 
     @field_serializer("storage")
     def _storage_without_password(self, storage: str) -> str:

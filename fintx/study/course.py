@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from fintx.config import StudySpec, TrialConfig
-from fintx.study import queue, records, sampler, stopping, trial
+from fintx.study import queue, records, sampler, seeds, stopping, trial
 from fintx.study.events import EpochDone, Event, Notice, TrialEnded, TrialFinished, TrialStarted
 from fintx.study.ledger import Answer, Choice, Claim, Proposal, Withdrawal
 from fintx.study.opening import Opened, write
 from fintx.study.records import TrialRecord
 from fintx.study.storage import StorageAway
-from fintx.train import loop
+from fintx.train import loop, together
+from fintx.train.state import program
 from fintx.types import FintxError
 
 _RENEW_S = 15.0
@@ -43,6 +44,9 @@ class Course:
     """The sweep file again, if it has changed since the last call; none: it has not."""
     queue_only: bool
     """Run what is queued, beyond n_trials too, and nothing else."""
+    on_gpu: bool = False
+    """Whether the workers' trials run on one."""
+    n_workers: int = 1
     spec: StudySpec = field(init=False)
     finished: dict[int, TrialRecord] = field(init=False)
     held: dict[int, Claim] = field(default_factory=dict)
@@ -86,6 +90,12 @@ class Course:
         """Whether another trial may be started."""
         return not (self.over or self.problem or self.stop_asked)
 
+    @property
+    def pipelines(self) -> bool:
+        """Whether the next trial is asked for while one trains."""
+        wanted = self.spec.execution.pipeline
+        return self.on_gpu if wanted is None else wanted
+
     # --- what next ---
 
     def next_job(self, fits: Callable[[TrialConfig], int | None]) -> trial.Job | None:
@@ -103,8 +113,7 @@ class Course:
             choice = self._choose(claims)
             if choice is None or isinstance(choice, Answer | Withdrawal):
                 return choice
-            number = choice.number if isinstance(choice, Claim) else len(self._trials())
-            config = self._config(choice, number)
+            config = self._config(choice, self._number(choice))
             limit = fits(config)
             if limit is None:
                 return None
@@ -123,18 +132,74 @@ class Course:
             self._idle_until = time.monotonic() + _IDLE_S
             return None
         (config, limit), self.over = chosen[0], False
+        return self._job(claim, config, limit or None, self._at_once(claim, config))
+
+    def more_like(self, first: trial.Job, *, beside: int) -> trial.Job | None:
+        """Another trial that may train together with one just handed out, claimed; none: no more of them.
+
+        Args:
+            beside: trials that are to train together so far, the first included.
+        """
+        setting, k = self.spec.execution.population, self.spec.study.replicates
+        to_go = self.spec.study.n_trials - len(self.finished) - len(self.held) + beside
+        fair = -(-to_go // self.n_workers)  # some are for the other workers
+        if (beside + 1) * k > first.at_once or beside >= fair or not self.asks or self._todo:
+            return None
+        chosen: list[TrialConfig] = []
+
+        def choose(claims: tuple[Claim, ...]) -> Choice:
+            chosen.clear()
+            random = len(self._trials()) < self.spec.study.n_startup_trials
+            choice = self._choose(claims, propose=random or setting != "auto")
+            if choice is None or isinstance(choice, Answer | Withdrawal):
+                return choice
+            config = self._config(choice, self._number(choice))
+            alike = program(config) == program(first.config)
+            if not alike or (isinstance(choice, Claim) and self._at_once(choice, config) == 1):
+                return None
+            if setting == "auto" and isinstance(choice, Proposal) and choice.entry and not self._is_settled(choice):
+                return None
+            chosen.append(config)
+            return choice
+
+        try:
+            claim = self._reach(lambda: self.opened.ledger.claim(choose))
+        except sampler.SpaceExhausted:
+            return None
+        return None if claim is None else self._job(claim, chosen[0], first.memory_limit, first.at_once)
+
+    def _at_once(self, claim: Claim, config: TrialConfig) -> int:
+        """Members that may train side by side. After failures the last attempt is alone: the others may be to blame."""
+        setting, tried = self.spec.execution.population, self._tried[claim.number]
+        if setting is False or 0 < tried >= self.spec.execution.max_attempts - 1:
+            return 1
+        if setting == "auto" or setting is True:
+            return together.pays(config, on_gpu=self.on_gpu)
+        return setting
+
+    def _is_settled(self, proposal: Proposal) -> bool:
+        """Whether a queued trial's values depend on no result that may still come in."""
+        entry = next(entry for entry in self._entries() if queue.identity(entry) == proposal.entry)
+        return proposal.training == "" or entry.training == "defaults"
+
+    def _job(self, claim: Claim, config: TrialConfig, limit: int | None, at_once: int) -> trial.Job:
         self.held[claim.number] = claim
         self._steps[claim.number] = claim.step
         job = trial.Job(
-            spec=self.spec, config=config, number=claim.number, attempt=claim.attempt, params=claim.params,
-            entry=claim.entry, note=claim.note, training=claim.training, study_folder=self.opened.folder.resolve(),
-            data_root=self.data_root.resolve(), memory_limit=limit or None,
+            spec=self.spec.model_copy(update={"queue": ()}), config=config, number=claim.number, attempt=claim.attempt,
+            params=claim.params, entry=claim.entry, note=claim.note, training=claim.training,
+            study_folder=self.opened.folder.resolve(), data_root=self.data_root.resolve(), memory_limit=limit,
+            at_once=at_once,
         )  # fmt: skip
         self.notify(TrialStarted(self.name, claim.number, claim.attempt, claim.shape, job.source, claim.note))
         return job
 
-    def _choose(self, claims: tuple[Claim, ...]) -> Choice:
-        """Own unfinished trials, then the queue, then the sampler, then what other machines have left behind."""
+    def _choose(self, claims: tuple[Claim, ...], *, propose: bool = True) -> Choice:
+        """Own unfinished trials, then the queue, then the sampler, then what other machines have left behind.
+
+        Args:
+            propose: ask the sampler too.
+        """
         open_claims = list({claim.number: claim for claim in claims if not claim.finished}.values())
         cancelled = {queue.identity(entry) for entry in self.spec.queue if entry.cancelled}
         for claim in open_claims:
@@ -147,7 +212,9 @@ class Course:
             mine = [claim for claim in loose if claim.owner == self.opened.ledger.owner]
             if mine:
                 return mine[0]
-            if (self.queue_only or total < self.spec.study.n_trials) and (new := self._new(claims)) is not None:
+            if (self.queue_only or total < self.spec.study.n_trials) and (
+                new := self._new(claims, propose)
+            ) is not None:
                 return new
             if loose:
                 return loose[0]
@@ -178,14 +245,14 @@ class Course:
             return False
         return now - since > self.spec.execution.hang_s + 2 * self._renew_s
 
-    def _new(self, claims: tuple[Claim, ...]) -> Proposal | Answer | None:
+    def _new(self, claims: tuple[Claim, ...], propose: bool) -> Proposal | Answer | None:
         trained = {self._identity(claim): claim.number for claim in claims}
         taken = {claim.entry for claim in claims}
         for entry in self._entries():
             identity = queue.identity(entry)
             if identity not in taken:
                 return self._queued(entry, identity, trained)
-        if self.queue_only:
+        if self.queue_only or not propose:
             return None
         params = self._proposed({}, None, trained)
         return self._proposal(params, self.opened.space.decode(params))
@@ -218,8 +285,11 @@ class Course:
         known = {"entry": None, "note": "", "training": "", **entry}
         return Proposal(params, self.opened.space.distributions, shape, **known)  # type: ignore[arg-type]
 
+    def _number(self, choice: Claim | Proposal) -> int:
+        return choice.number if isinstance(choice, Claim) else len(self._trials())
+
     def _config(self, trial_: Claim | Proposal, number: int) -> TrialConfig:
-        seed = sampler.derive_seed(self.spec.study.seed, sampler.TRIAL, number)
+        seed = seeds.derive_seed(self.spec.study.seed, seeds.TRIAL, number)
         return self.opened.space.trial_config(self.spec, trial_.params, trial_.shape, seed=seed)
 
     def _identity(self, claim: Claim) -> str:
@@ -241,13 +311,16 @@ class Course:
                 epoch = loop.Epoch(**values["epoch"])
                 n_folds = len(self.opened.prepared.folds)
                 self._progressed.add(number)
-                self.notify(EpochDone(self.name, number, values["fold"], n_folds, epoch))
+                of = (n_folds, values["replicate"], self.spec.study.replicates)
+                self.notify(EpochDone(self.name, number, values["fold"], *of, epoch))
             case "warning":
                 self.notify(Notice(self.name, f"trial {number}: {values['text']}"))
             case "done":
                 self._done(claim)
             case "interrupted":
                 self._release(claim, "interrupted", "stopped on request")
+            case "returned":  # it had no part in its worker's end
+                self._release(claim, "interrupted", values["text"])
             case "superseded":
                 del self.held[number]
                 self.notify(TrialEnded(self.name, number, "taken over by another attempt"))

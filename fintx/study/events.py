@@ -36,12 +36,14 @@ class TrialStarted:
 
 @dataclass(frozen=True)
 class EpochDone:
-    """One epoch of one fold is done."""
+    """One epoch of one fold and seed is done."""
 
     study: str
     number: int
     fold: int
     n_folds: int
+    replicate: int
+    n_replicates: int
     epoch: loop.Epoch
 
 

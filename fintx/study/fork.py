@@ -74,6 +74,8 @@ def _misfit(record: TrialRecord, before: dict[str, Any], spec: StudySpec, space:
             return f"{key} is {after.get(key)}, they ran on {before.get(key)}"
     if record.metric != spec.study.metric:
         return f"study.metric is {spec.study.metric}, their best step was chosen by {record.metric}"
+    if 1 + len(record.replicates) != spec.study.replicates:
+        return f"study.replicates is {spec.study.replicates}, they have {1 + len(record.replicates)}"
     if record.config.shape not in space.shapes and record.source == "sampler":
         return "their shape is no candidate any more"
     if not spec.budget.low <= record.param_count <= spec.budget.high:
@@ -125,8 +127,9 @@ def _copy(record: TrialRecord, old: Path, folder: Path, new: TrialRecord) -> Non
     """Predictions and checkpoint first, the record last: a trial is there once its record is."""
     source, target = records.trial_folder(old, record.trial_number), records.trial_folder(folder, new.trial_number)
     target.mkdir(parents=True, exist_ok=True)
-    if (source / "predictions.parquet").is_file():
-        shutil.copy2(source / "predictions.parquet", target)
+    for name in ("predictions.parquet", "replicates.parquet"):
+        if (source / name).is_file():
+            shutil.copy2(source / name, target)
     if (source / "checkpoint").is_dir():
         shutil.copytree(source / "checkpoint", target / "checkpoint", dirs_exist_ok=True)
     records.append(folder, new)

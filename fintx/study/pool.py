@@ -1,4 +1,8 @@
-"""How are worker processes kept? Started, given jobs, listened to, stopped; the dead and the hung are reported."""
+"""How are worker processes kept? Started, given jobs, listened to, stopped; the dead and the hung are reported.
+
+A worker trains one assignment, the jobs of a line, and may have a second one that waits behind it. When it dies, those
+that trained are reported as such; those that waited are given back, for they had no part in it.
+"""
 
 from __future__ import annotations
 
@@ -11,14 +15,18 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import IO, Any
 
-from fintx.study.worker import STOP
+from fintx.study.worker import LEAVE, RECALL, STOP
 
 _FREEZE_S = 5.0
 """A coordinator that was not run for longer than this (a stopped process, a suspended machine) blames no worker."""
+
+_PIPE = 1 << 20
+"""Bytes that a worker need not have read (it is still starting, or frozen) before the coordinator has to wait for it:
+a population's jobs take some tens of thousands. Linux only; elsewhere it is the system's own size."""
 
 
 @dataclass(eq=False)
@@ -31,7 +39,8 @@ class Worker:
     process: subprocess.Popen[bytes] | None = None
     log: IO[bytes] | None = None
     """What it prints before its first job."""
-    busy: bool = False
+    assigned: list[set[str]] = field(default_factory=list)
+    """Tickets of the jobs that it trains, and of those that wait behind them; who has ended is out."""
     ready: bool = False
     """It waits for a job; a worker whose job ended may be about to end itself."""
     stopping: bool = False
@@ -41,9 +50,19 @@ class Worker:
     unread: bytes = field(default=b"", repr=False)
 
     @property
+    def busy(self) -> bool:
+        """Whether it has jobs that have not ended."""
+        return bool(self.assigned)
+
+    @property
     def free(self) -> bool:
-        """Whether a job may be sent."""
+        """Whether jobs may be sent to be trained at once."""
         return not self.busy and (self.process is None or self.ready)
+
+    @property
+    def takes_one_more(self) -> bool:
+        """Whether jobs may be sent to wait behind those that train."""
+        return len(self.assigned) == 1 and self.process is not None and not self.stopping
 
     @property
     def pid(self) -> int:
@@ -56,12 +75,14 @@ class Event:
     """What a worker said, or what became of it."""
 
     worker: Worker
+    ticket: str
+    """Of the job that it is about."""
     kind: str
     """loaded, progress, epoch, warning; and how a job ended: one of `ENDS`."""
     values: dict[str, Any]
 
 
-ENDS = ("done", "interrupted", "superseded", "mistake", "failed", "died", "hung")
+ENDS = ("done", "interrupted", "superseded", "mistake", "failed", "died", "hung", "returned")
 
 
 class Pool:
@@ -73,15 +94,29 @@ class Pool:
         self._selector = selectors.DefaultSelector()
         self._polled = time.monotonic()
 
-    def send(self, worker: Worker, job: str) -> None:
-        """Hand a job (a line of JSON) to an idle worker."""
-        assert worker.free
+    def send(self, worker: Worker, jobs: str, tickets: Iterable[str]) -> None:
+        """Hand jobs (a line of JSON) to a worker that is free, or that takes one more assignment."""
+        assert worker.free or worker.takes_one_more
         if worker.process is None:
             self._start(worker)
+        if not worker.busy:
+            worker.ready, worker.heard = False, time.monotonic()
+        worker.assigned.append(set(tickets))
+        self._say(worker, jobs)  # if it died meanwhile, the next poll says so
+
+    def leave(self, worker: Worker, ticket: str) -> None:
+        """Have a worker give up one of the jobs that it trains; the others go on."""
+        self._say(worker, f"{LEAVE}{ticket}")
+
+    def recall(self, worker: Worker) -> None:
+        """Have a worker give back the jobs that wait, if they still do when their turn comes."""
+        for ticket in sorted(set().union(*worker.assigned[1:])):
+            self._say(worker, f"{RECALL}{ticket}")
+
+    def _say(self, worker: Worker, line: str) -> None:
         assert worker.process is not None and worker.process.stdin is not None
-        worker.busy, worker.ready, worker.heard = True, False, time.monotonic()
-        with contextlib.suppress(BrokenPipeError):  # it died meanwhile: the next poll says so
-            worker.process.stdin.write(job.encode() + b"\n")
+        with contextlib.suppress(BrokenPipeError):
+            worker.process.stdin.write(line.encode() + b"\n")
             worker.process.stdin.flush()
 
     def poll(self, *, wait_s: float, hang_s: dict[Worker, float]) -> list[Event]:
@@ -103,8 +138,9 @@ class Pool:
                 worker.heard += frozen
             silent = now - worker.heard
             if worker.busy and silent > hang_s.get(worker, float("inf")):
+                assigned = worker.assigned
                 self.kill(worker)
-                events.append(self._ended(worker, "hung", text=f"no step for {silent:.0f} s"))
+                events += _casualties(worker, assigned, "hung", f"no step for {silent:.0f} s")
         return events
 
     def stop(self) -> None:
@@ -117,9 +153,7 @@ class Pool:
         if worker.process is None or worker.process.stdin is None or worker.stopping:
             return
         worker.stopping = True
-        with contextlib.suppress(BrokenPipeError):
-            worker.process.stdin.write(f"{STOP}\n".encode())
-            worker.process.stdin.flush()
+        self._say(worker, STOP)
 
     def kill(self, worker: Worker) -> None:
         """End a worker now, whatever it does; a stopped process too."""
@@ -127,7 +161,7 @@ class Pool:
             worker.process.kill()
             worker.process.wait()
             self._forget(worker)
-        worker.busy = worker.ready = False
+        worker.assigned, worker.ready = [], False
 
     def close(self) -> None:
         """End all workers: idle ones by closing their stdin, busy ones by force."""
@@ -152,8 +186,9 @@ class Pool:
         worker.log = tempfile.TemporaryFile()
         # A session of its own: Ctrl-C on the terminal reaches the coordinator alone.
         worker.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=worker.log, start_new_session=True
-        )
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=worker.log, start_new_session=True,
+            pipesize=_PIPE,
+        )  # fmt: skip
         assert worker.process.stdout is not None
         os.set_blocking(worker.process.stdout.fileno(), False)
         worker.unread, worker.stopping = b"", False
@@ -170,24 +205,24 @@ class Pool:
             worker.heard = time.monotonic()
             if kind == "ready":
                 worker.ready = True
-            elif kind in ENDS:
-                yield self._ended(worker, kind, **values)
-            else:
-                yield Event(worker, kind, values)
+                continue
+            ticket = values.pop("ticket")
+            if kind in ENDS:
+                for tickets in worker.assigned:
+                    tickets.discard(ticket)
+                worker.assigned = [tickets for tickets in worker.assigned if tickets]
+                worker.ready = False
+            yield Event(worker, ticket, kind, values)
         if chunk == b"":  # end of file; None: nothing to read now
             yield from self._buried(worker)
 
     def _buried(self, worker: Worker) -> Iterator[Event]:
         assert worker.process is not None
-        code, was_busy, said = worker.process.wait(), worker.busy, _last_line(worker)
+        code, assigned, said = worker.process.wait(), worker.assigned, _last_line(worker)
         self._forget(worker)
-        if was_busy:
-            how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"
-            yield self._ended(worker, "died", text=f"{how}{f' ({said})' if said else ''}")
-
-    def _ended(self, worker: Worker, kind: str, **values: Any) -> Event:
-        worker.busy = worker.ready = False
-        return Event(worker, kind, values)
+        worker.assigned, worker.ready = [], False
+        how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"
+        yield from _casualties(worker, assigned, "died", f"{how}{f' ({said})' if said else ''}")
 
     def _forget(self, worker: Worker) -> None:
         if worker.process is None:
@@ -225,6 +260,16 @@ def _shares(n: int) -> list[tuple[int, ...]]:
     if n == 1 or len(cores) < n:
         return [()] * n
     return [tuple(cores[i::n]) for i in range(n)]
+
+
+def _casualties(worker: Worker, assigned: list[set[str]], kind: str, text: str) -> list[Event]:
+    """What a worker's end means for its jobs."""
+    events = []
+    for place, tickets in enumerate(assigned):
+        for ticket in sorted(tickets):
+            words = text if place == 0 else f"its worker {kind} before its turn"
+            events.append(Event(worker, ticket, kind if place == 0 else "returned", {"text": words}))
+    return events
 
 
 def _last_line(worker: Worker) -> str:

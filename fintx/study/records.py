@@ -6,6 +6,7 @@ outputs/<study>/
   baselines.json                what must be beaten, on the identical rows, written once
   trials/0007/record.json       a TrialRecord, written once, last of all: a folder without one is unfinished work
   trials/0007/predictions.parquet   one row per validation sample: fold, date, asset, label, output
+  trials/0007/replicates.parquet    the same of its other seeds, with a column replicate; only where replicates > 1
   trials/0007/checkpoint/fold_0     the best step, for the best trials (train.checkpoint)
   trials/0007/run/              while it trains: its lock, its training states, and the log of each attempt
   trials/0007/attempts.jsonl    one line per attempt: who, where, from which step
@@ -74,8 +75,25 @@ class FoldRecord(_Kept):
     wall_s: float
 
 
+class Replicate(_Kept):
+    """The same trial trained with another seed."""
+
+    seed: int
+    folds: tuple[FoldRecord, ...]
+
+    @property
+    def best(self) -> Metrics:
+        """Every metric at the best step, over its folds."""
+        return mean_metrics([fold.best for fold in self.folds])
+
+
 class TrialRecord(_Kept):
-    """Everything known of one finished trial. Rebuilding its model from `config` gives `param_count` parameters."""
+    """Everything known of one finished trial. Rebuilding its model from `config` gives `param_count` parameters.
+
+    Of a study with `replicates = k` the value, its standard error and `best` are over all k seeds. All that is one
+    model's is that of the first seed, `config.seed`: `folds`, predictions.parquet and the checkpoint. The first is no
+    better and no worse than the others; the best of them would be a choice of noise.
+    """
 
     study: str
     trial_number: int
@@ -100,7 +118,9 @@ class TrialRecord(_Kept):
     seeds: dict[str, int]
     metric: str
     value: float | None
-    """The metric at the restored best step, mean over folds; none unless the trial succeeded."""
+    """The metric at the restored best step, mean over folds and replicates; none unless the trial succeeded."""
+    value_se: float | None = None
+    """Standard error of the value by its seeds: their SD / √k. None with a single one."""
     outcome: Outcome
     detail: str = ""
     warnings: tuple[str, ...] = ()
@@ -113,6 +133,8 @@ class TrialRecord(_Kept):
     memory_bytes: int | None
     """Estimate from the compiled program; none where it never came to that."""
     folds: tuple[FoldRecord, ...]
+    replicates: tuple[Replicate, ...] = ()
+    """The other seeds, from the second on; a failure in a fold is that of any seed, and no further fold is trained."""
     libraries: dict[str, str]
     device: str
     git_commit: str | None
@@ -120,6 +142,10 @@ class TrialRecord(_Kept):
     finished: str
     compile_s: float
     wall_s: float
+    """Where trials were trained side by side, its share of their time; so is compile_s."""
+    wait_s: float | None = None
+    """How long its device waited, from the end of the worker's last trial to this one's first step, its share; none:
+    it was the worker's first."""
 
     @model_validator(mode="after")
     def _consistent(self) -> TrialRecord:
@@ -138,8 +164,9 @@ class TrialRecord(_Kept):
 
     @property
     def best(self) -> Metrics:
-        """Every metric at the best step, averaged over folds (counts are summed)."""
-        return mean_metrics([fold.best for fold in self.folds])
+        """Every metric at the best step, averaged over folds (counts are summed) and over replicates."""
+        first = mean_metrics([fold.best for fold in self.folds])
+        return mean_over_seeds([first, *(replicate.best for replicate in self.replicates)])
 
 
 def mean_metrics(folds: list[Metrics]) -> Metrics:
@@ -155,6 +182,19 @@ def mean_metrics(folds: list[Metrics]) -> Metrics:
             merged[key] = sum(values)  # type: ignore[arg-type]
         else:
             merged[key] = float(np.mean(np.asarray(values, dtype=float)))
+    return merged
+
+
+def mean_over_seeds(members: list[Metrics]) -> Metrics:
+    """Average each metric over models scored on the same rows; what all agree on (counts) stays as it is."""
+    merged: Metrics = {}
+    for key in members[0] if members else ():
+        values = [member.get(key) for member in members]
+        if any(value is None for value in values):
+            merged[key] = None
+        else:
+            same = all(value == values[0] for value in values)
+            merged[key] = values[0] if same else float(np.mean(np.asarray(values, dtype=float)))
     return merged
 
 
@@ -316,6 +356,8 @@ def definition(spec: StudySpec) -> dict[str, Any]:
     """
     tree = spec.model_dump(mode="json", exclude={"queue", "execution"})
     tree["study"] = {key: value for key, value in tree["study"].items() if key not in _FREE_TO_CHANGE}
+    if spec.study.replicates == 1:  # as studies that began before there were any say it
+        del tree["study"]["replicates"]
     tree["software"] = {name: environment.libraries()[name] for name in _SOFTWARE}
     return dict(_flatten(tree))
 
@@ -336,7 +378,7 @@ def _flatten(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]
 # --- derived tables ---------------------------------------------------------------------------------------------------
 
 _CSV_HEAD = (
-    "study trial_number value metric skill outcome source d_model n_layers n_heads d_ff param_count seed "
+    "study trial_number value value_se metric skill outcome source d_model n_layers n_heads d_ff param_count seed "
     "best_epoch epochs compile_s wall_s device config_hash label_hash finished"
 ).split()
 
@@ -346,6 +388,8 @@ def flat(record: TrialRecord) -> dict[str, Any]:
     row: dict[str, Any] = {
         "trial_number": record.trial_number,
         "value": record.value,
+        "value_se": record.value_se,
+        "n_replicates": 1 + len(record.replicates),
         "metric": record.metric,
         "d_model": record.d_model,
         "n_layers": record.n_layers,

@@ -24,6 +24,7 @@ from fintx.study.lead import Lead, over_baselines
 from fintx.study.opening import begin
 from fintx.study.pool import ENDS, Pool, Worker
 from fintx.study.records import TrialRecord
+from fintx.study.trial import Job, Jobs
 from fintx.train import memory
 from fintx.types import FintxError
 
@@ -124,12 +125,24 @@ def run_all(
     names = [order.spec.study.name for order in orders]
     if repeated := sorted({name for name in names if names.count(name) > 1}):
         raise FintxError(f"study.name {', '.join(repeated)}: stands in more than one of the files; each needs its own")
-    gpus = pools.n_gpus() if workers > 1 else 0
-    if gpus and workers > gpus:
+    gpus = pools.n_gpus()
+    if workers > gpus > 0:
         raise FintxError(f"--workers {workers}: this machine has {gpus} GPUs, and a worker needs one of its own")
     with contextlib.ExitStack() as stack:
         pool = stack.enter_context(contextlib.closing(Pool(workers, gpus=gpus > 0)))
         return _Run(list(orders), outputs, data_root, notify, pool, gpus > 0, stack).to_the_end(should_stop)
+
+
+@dataclass(eq=False)
+class _Handed:
+    """A job that a worker has."""
+
+    worker: Worker
+    course: Course
+    number: int
+    need: int
+    """Memory that it takes at least."""
+    begun: bool = False
 
 
 @dataclass(eq=False)
@@ -146,8 +159,9 @@ class _Run:
         self.waiting = list(self.orders)
         self.courses: dict[str, Course] = {}
         self.results: dict[int, Summary | Failure] = {}
-        self.jobs: dict[Worker, tuple[Course, int, int]] = {}
-        """Worker → its study, trial, and the memory that the trial takes at least."""
+        self.handed: dict[str, _Handed] = {}
+        """By ticket."""
+        self.recalled: set[Worker] = set()
         self.stopping = False
 
     def to_the_end(self, should_stop: Callable[[], bool]) -> list[Summary | Failure]:
@@ -156,7 +170,7 @@ class _Run:
                 self.stopping = True
                 self.pool.stop()
             self._give_work()
-            if not self.jobs and not any(self._open(course) for course in self.courses.values()):
+            if not self.handed and not any(self._open(course) for course in self.courses.values()):
                 if self.stopping or not self.waiting:
                     break
             self._listen()
@@ -175,23 +189,39 @@ class _Run:
 
     def _give_work(self) -> None:
         for worker in self.pool.workers:
-            if worker.free and not self.stopping:
+            if self.stopping:
+                return
+            if worker.free:
                 self._give(worker)
+            elif worker.takes_one_more and all(handed.begun for handed in self._of(worker)):
+                self._offer(worker, [course for course in self._asking() if course.pipelines])
 
     def _give(self, worker: Worker) -> None:
-        while True:
-            running = [course for course, _, _ in self.jobs.values()]
-            for course in sorted(self._asking(), key=running.count):
-                job = None
-                with _blamed_on(course):
-                    job = course.next_job(self._limit)
-                if job is not None:
-                    need = memory.lower_bound(job.config)
-                    self.jobs[worker] = (course, job.number, need)
-                    self.pool.send(worker, job.model_dump_json())
-                    return
+        while not self._offer(worker, self._asking()):
             if len(self._asking()) >= len(self.pool.workers) or not self._begin_next():
                 return
+
+    def _offer(self, worker: Worker, courses: list[Course]) -> bool:
+        """Hand the worker what one of the studies wants next; false: none wants anything now."""
+        running = [handed.course for handed in self.handed.values()]
+        for course in sorted(courses, key=running.count):
+            jobs: list[Job] = []
+            with _blamed_on(course):
+                if (first := course.next_job(lambda config: self._limit(config, worker))) is not None:
+                    jobs.append(first)
+                    while (other := course.more_like(first, beside=len(jobs))) is not None:
+                        jobs.append(other)
+            if jobs:
+                for job in jobs:
+                    need = memory.lower_bound(job.config)
+                    self.handed[job.ticket] = _Handed(worker, course, job.number, need)
+                self.recalled.discard(worker)
+                self.pool.send(worker, Jobs.dump_json(tuple(jobs)).decode(), [job.ticket for job in jobs])
+                return True
+        return False
+
+    def _of(self, worker: Worker) -> list[_Handed]:
+        return [handed for handed in self.handed.values() if handed.worker is worker]
 
     def _asking(self) -> list[Course]:
         return [course for course in self.courses.values() if course.asks and not course.over]
@@ -216,7 +246,10 @@ class _Run:
                     queue_only=order.queue_only,
                 )  # fmt: skip
             )
-            course = Course(opened, self.outputs, self.data_root, self.notify, order.reload, order.queue_only)
+            course = Course(
+                opened, self.outputs, self.data_root, self.notify, order.reload, order.queue_only,
+                on_gpu=self.on_gpus, n_workers=len(self.pool.workers),
+            )  # fmt: skip
         except FintxError as error:
             self.results[id(order)] = Failure(order.spec, error)
             return True
@@ -225,8 +258,8 @@ class _Run:
         self.notify(StudyReady(name, opened.spec, opened.prepared, n_shapes, finished))
         return True
 
-    def _limit(self, config: TrialConfig) -> int | None:
-        """Memory that a trial may take if it starts now, 0: all that its device has; none: not now.
+    def _limit(self, config: TrialConfig, worker: Worker) -> int | None:
+        """Memory that a trial may take on a worker if it starts now, 0: all that its device has; none: not now.
 
         On GPUs each worker has its own. On the CPU all share the machine: a trial gets the share of one worker; one
         that needs more gets everything, when nothing else runs.
@@ -237,7 +270,7 @@ class _Run:
         if n == 1 or self.on_gpus:
             return given // n
         total = given or memory.available()
-        needs = [need for _, _, need in self.jobs.values()]
+        needs = [handed.need for handed in self.handed.values() if handed.worker is not worker]
         if any(need > total // n for need in needs):
             return None
         if memory.lower_bound(config) <= total // n:
@@ -247,26 +280,50 @@ class _Run:
     # --- hearing ---
 
     def _listen(self) -> None:
-        patience = {worker: course.spec.execution.hang_s for worker, (course, _, _) in self.jobs.items()}
+        patience = {handed.worker: handed.course.spec.execution.hang_s for handed in self.handed.values()}
         for event in self.pool.poll(wait_s=_POLL_S, hang_s=patience):
-            if event.worker not in self.jobs:
+            handed = self.handed.get(event.ticket)
+            if handed is None:
                 continue
-            course, number, _ = self.jobs[event.worker]
             if event.kind in ENDS:
-                del self.jobs[event.worker]
-            if number in course.held:
-                with _blamed_on(course):
-                    course.heard(number, event.kind, event.values, pid=event.worker.pid)
+                del self.handed[event.ticket]
+            handed.begun = handed.begun or event.kind == "progress"
+            self._hear(handed, event.kind, event.values)
+            if event.kind == "progress":  # a sign of life of all that its worker has
+                for other in self._of(event.worker):
+                    if other is not handed:
+                        self._hear(other, "loaded", {})
+
+    def _hear(self, handed: _Handed, kind: str, values: dict[str, Any]) -> None:
+        if handed.number in handed.course.held:
+            with _blamed_on(handed.course):
+                handed.course.heard(handed.number, kind, values, pid=handed.worker.pid)
 
     def _end_those_who_must(self) -> None:
-        for worker, (course, number, _) in list(self.jobs.items()):
-            if number in course.superseded:
-                course.superseded.discard(number)
-                self.pool.kill(worker)
-                del self.jobs[worker]
-                course.heard(number, "superseded", {}, pid=worker.pid)
-            elif course.problem is not None:
+        for worker in self.pool.workers:
+            mine = {ticket: handed for ticket, handed in self.handed.items() if handed.worker is worker}
+            lost = {ticket for ticket, handed in mine.items() if handed.number in handed.course.superseded}
+            if lost:
+                self._end(worker, mine, lost)
+            if any(handed.course.problem is not None for handed in mine.values()):
                 self.pool.stop_one(worker)
+            elif worker not in self.recalled and any(handed.course.stop_asked for handed in mine.values()):
+                self.recalled.add(worker)
+                self.pool.recall(worker)
+
+    def _end(self, worker: Worker, mine: dict[str, _Handed], lost: set[str]) -> None:
+        """Superseded trials leave their worker; with nobody else to train there, it is ended: it may be frozen."""
+        if worker.assigned[0] <= lost:
+            self.pool.kill(worker)
+            ends = {ticket: "superseded" if ticket in lost else "returned" for ticket in mine}
+        else:
+            ends = dict.fromkeys(lost, "superseded")
+            for ticket in lost:
+                self.pool.leave(worker, ticket)
+        for ticket, kind in ends.items():
+            handed = self.handed.pop(ticket)
+            handed.course.superseded.discard(handed.number)
+            self._hear(handed, kind, {"text": "its worker had to be ended"})
 
     # --- the end ---
 

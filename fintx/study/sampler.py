@@ -20,21 +20,16 @@ from optuna.trial import FrozenTrial, TrialState
 
 from fintx.config import Shape, StudySpec, TrialConfig, config_hash
 from fintx.evaluate import metrics
+from fintx.study.seeds import SAMPLER, derive_seed
 from fintx.study.space import AXES, SearchSpace
 from fintx.types import FintxError
 
-SAMPLER, TRIAL = 0, 1  # streams of derive_seed
 _TRIES = 20
 _ENUMERABLE = 200_000
 
 
 class SpaceExhausted(FintxError):
     """Every config of a finite space has been trained, or is being."""
-
-
-def derive_seed(seed: int, stream: int, number: int) -> int:
-    """The number-th seed of one of a study's streams: 31 bits, spread by NumPy's SeedSequence."""
-    return int(np.random.SeedSequence([seed, stream, number]).generate_state(1)[0] >> 1)
 
 
 def identity(config: TrialConfig) -> str:

@@ -1,27 +1,35 @@
-"""How does one trial become a record? Fit every fold, keep predictions and checkpoints, and write the record last."""
+"""How does a trial become a record? Fit every fold, keep predictions and checkpoints, and write the record last.
+
+Several trials that share a program, and the seeds of one (`study.replicates`), may be trained side by side. Each trial
+holds its own run folder, writes its own record and has its own end.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
 import socket
-from collections.abc import Callable
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, TypeAdapter
 
 from fintx.config import StudySpec, TrialConfig, config_hash
 from fintx.data import sources
 from fintx.data.windows import Dataset
 from fintx.evaluate import baselines, metrics
-from fintx.study import environment, lock, records
-from fintx.study.records import FoldRecord, TrialRecord
-from fintx.train import checkpoint, loop, resume
+from fintx.study import environment, lock, records, seeds
+from fintx.study.records import FoldRecord, Replicate, TrialRecord
+from fintx.train import checkpoint, loop, population, resume
+from fintx.train.attempt import Member
+from fintx.train.population import fit_population
 from fintx.types import Floats
 
 
@@ -43,6 +51,21 @@ class Job(BaseModel):
     data_root: Path
     memory_limit: int | None
     """Bytes; none: what the device has."""
+    at_once: int = 1
+    """Members (trials × replicates) that may train side by side."""
+
+    @property
+    def ticket(self) -> str:
+        """Names the attempt among all of a run's."""
+        return f"{self.spec.study.name}/{self.number}/{self.attempt}"
+
+    @property
+    def replicates(self) -> tuple[TrialConfig, ...]:
+        """The config with each of its seeds."""
+        return tuple(
+            self.config.model_copy(update={"seed": seeds.replicate_seed(self.config.seed, replicate)})
+            for replicate in range(self.spec.study.replicates)
+        )
 
     @property
     def source(self) -> Literal["queue", "sampler"]:
@@ -55,17 +78,25 @@ class Job(BaseModel):
         return records.trial_folder(self.study_folder, self.number)
 
 
+Jobs = TypeAdapter(tuple[Job, ...])
+"""Trials that are trained together, as a worker is told of them."""
+
+
 @dataclass(frozen=True)
 class Hooks:
     """What a running trial tells, and asks."""
 
-    on_epoch: Callable[[int, loop.Epoch], None]
-    """Fold, and what is known after the epoch."""
+    on_epoch: Callable[[int, int, loop.Epoch], None]
+    """Fold, replicate, and what is known after the epoch."""
     on_progress: Callable[[int, int], None]
     """Fold and step; at least every few seconds of training."""
     on_warning: Callable[[str], None]
     should_stop: Callable[[], bool]
-    """Asked between segments of steps."""
+    """Asked between segments of steps; of trials trained together, the first one's is asked for all."""
+
+
+Ending = TrialRecord | None | Exception
+"""The record; none: stopped on request, its state saved; or what ended this trial alone, such as `Superseded`."""
 
 
 def run(job: Job, folds: tuple[Dataset, ...], hooks: Hooks) -> TrialRecord | None:
@@ -78,65 +109,145 @@ def run(job: Job, folds: tuple[Dataset, ...], hooks: Hooks) -> TrialRecord | Non
         Superseded: another attempt has taken the trial over; nothing has been written since.
         FintxError: the disk is full, or the study's metric is undefined on its rows.
     """
-    where = job.folder
-    with lock.seize(where / "run") as check:
-        if (where / "record.json").is_file():  # an earlier attempt that lost its coordinator came to the end
-            return records.read(where / "record.json")
-        started = environment.now()
-        fits = _fit_folds(job, folds, hooks, check)
-        if fits is None:
-            return None
-        record = _record(job, fits, folds, started=started)
-        check()
-        records.write_predictions(where, _predictions(fits, folds))
-        if record.value is not None:
-            for index, (fit, dataset) in enumerate(zip(fits, folds, strict=True)):
-                assert fit.params is not None
-                meta = _checkpoint_meta(record, dataset, fold=index)
-                checkpoint.save(where / "checkpoint" / f"fold_{index}", fit.params, config=job.config, meta=meta)
-        check()
-        records.append(job.study_folder, record)
-        shutil.rmtree(where / "run", ignore_errors=True)
-    return record
+    ((_, ending),) = run_together([job], folds, [hooks])
+    if isinstance(ending, Exception):
+        raise ending
+    return ending
 
 
-def _fit_folds(
-    job: Job, folds: tuple[Dataset, ...], hooks: Hooks, check: Callable[[], None]
-) -> list[loop.FitResult] | None:
-    fits: list[loop.FitResult] = []
-    for index, dataset in enumerate(folds):
-        hook = _FoldHooks(job, index, hooks)
-        folder, every_s = job.folder / "run" / f"fold_{index}", job.spec.execution.checkpoint_s
-        fit = loop.fit(
-            job.config,
+def run_together(
+    jobs: Sequence[Job], folds: tuple[Dataset, ...], hooks: Sequence[Hooks], *, idle_since: float | None = None
+) -> Iterator[tuple[Job, Ending]]:
+    """As `run`, for trials that share a program: each with its ending, as soon as it has come to it.
+
+    Args:
+        idle_since: `time.perf_counter` of when the device last had work; none: it never had.
+    """
+    trials = [_Trial(job, hook, idle_since=idle_since, beside=len(jobs)) for job, hook in zip(jobs, hooks, strict=True)]
+    with contextlib.ExitStack() as stack:
+        for trial in trials:
+            with trial.own():
+                trial.check = stack.enter_context(lock.seize(trial.job.folder / "run"))
+                if (trial.job.folder / "record.json").is_file():  # an attempt that lost its coordinator came to the end
+                    trial.end(records.read(trial.job.folder / "record.json"))
+        yield from _news(trials)
+        for index, dataset in enumerate(folds):
+            _fit_fold([trial for trial in trials if not trial.ended], dataset, index, n_folds=len(folds))
+            for trial in trials:
+                if not trial.ended and (trial.failed or index + 1 == len(folds)):
+                    with trial.own():
+                        trial.end(_finish(trial, folds))
+            yield from _news(trials)
+
+
+def _news(trials: list[_Trial]) -> Iterator[tuple[Job, Ending]]:
+    """Those that have ended since the last call."""
+    for trial in trials:
+        if trial.ended and not trial.told:
+            trial.told = True
+            yield trial.job, trial.ending
+
+
+@dataclass
+class _Trial:
+    """One of those that are trained together."""
+
+    job: Job
+    hooks: Hooks
+    idle_since: float | None
+    beside: int
+    """Trials that are trained together, this one included."""
+    started: str = field(default_factory=environment.now)
+    check: Callable[[], None] = lambda: None
+    fits: list[list[loop.FitResult]] = field(default_factory=list)
+    """By fold, then by replicate."""
+    wait_s: float | None = None
+    ended: bool = False
+    ending: Ending = None
+    told: bool = False
+
+    @contextlib.contextmanager
+    def own(self) -> Iterator[None]:
+        """What goes wrong within ends this trial alone."""
+        try:
+            yield
+        except Exception as error:
+            self.end(error)
+
+    def end(self, ending: Ending) -> None:
+        self.ended, self.ending = True, ending
+
+    @property
+    def failed(self) -> bool:
+        """Whether a seed came to no good end in the latest fold: then no other fold is trained."""
+        return any(fit.outcome not in records.SUCCESSES for fit in self.fits[-1])
+
+    def on_begin(self) -> None:
+        if self.idle_since is not None and self.wait_s is None:
+            self.wait_s = (time.perf_counter() - self.idle_since) / self.beside
+
+
+def _fit_fold(trials: list[_Trial], dataset: Dataset, fold: int, *, n_folds: int) -> None:
+    """Train every seed of every trial on a fold, as many at once as may be; stopped ones end here."""
+    if not trials:
+        return
+    pairs = [(trial, replicate) for trial in trials for replicate in range(len(trial.job.replicates))]
+    should_stop, n_parts = trials[0].hooks.should_stop, -(-len(pairs) // trials[0].job.at_once)
+    fits: dict[int, list[loop.FitResult]] = {trial.job.number: [] for trial in trials}
+    for part in range(n_parts):
+        going = [pair for pair in pairs[part::n_parts] if not pair[0].ended]
+        if part > 0 and should_stop():
+            for trial, _ in going:
+                trial.end(None)
+            continue
+        last = fold + 1 == n_folds and len(pairs) == 1
+        members = [_member(trial, replicate, fold, at_end=not last, beside=len(going)) for trial, replicate in going]
+        results = fit_population(
+            members,
             dataset,
-            metric=job.spec.study.metric,
-            on_epoch=hook.on_epoch,
-            on_progress=hook.on_progress,
-            on_warning=hooks.on_warning,
-            should_stop=hooks.should_stop,
-            saves=resume.Saves(folder, every_s, check, at_end=index + 1 < len(folds)),
-            memory_limit=job.memory_limit,
+            metric=trials[0].job.spec.study.metric,
+            should_stop=should_stop,
+            memory_limit=trials[0].job.memory_limit,
         )
-        if fit.outcome == "interrupted":
-            return None
-        fits.append(fit)
-        if fit.outcome not in records.SUCCESSES:
-            break
-    return fits
+        for (trial, _), result in zip(going, results, strict=True):
+            if isinstance(result, Exception):
+                trial.end(result)
+            elif result.outcome == "interrupted" and not trial.ended:
+                trial.end(None)
+            elif not trial.ended:
+                fits[trial.job.number].append(result)
+    for trial in trials:
+        if not trial.ended:
+            trial.fits.append(fits[trial.job.number])
+
+
+def _member(trial: _Trial, replicate: int, fold: int, *, at_end: bool, beside: int) -> Member:
+    job = trial.job
+    hook = _FoldHooks(job, fold, replicate, beside, trial.hooks)
+    name = f"fold_{fold}" if replicate == 0 else f"fold_{fold}_replicate_{replicate}"
+    return Member(
+        job.replicates[replicate],
+        on_begin=trial.on_begin,
+        on_epoch=hook.on_epoch,
+        on_progress=hook.on_progress,
+        on_warning=trial.hooks.on_warning,
+        saves=resume.Saves(job.folder / "run" / name, job.spec.execution.checkpoint_s, trial.check, at_end=at_end),
+    )
 
 
 @dataclass
 class _FoldHooks:
-    """One fold's calls, with its number; the first step is logged as the one that the attempt went on from."""
+    """One training's calls, with its fold; its first step is logged as the one that the attempt went on from."""
 
     job: Job
     fold: int
+    replicate: int
+    beside: int
     hooks: Hooks
     begun: bool = False
 
     def on_epoch(self, epoch: loop.Epoch) -> None:
-        self.hooks.on_epoch(self.fold, epoch)
+        self.hooks.on_epoch(self.fold, self.replicate, epoch)
 
     def on_progress(self, step: int) -> None:
         if not self.begun:
@@ -145,16 +256,58 @@ class _FoldHooks:
                 "attempt": self.job.attempt, "fold": self.fold, "from_step": step, "host": socket.gethostname(),
                 "pid": os.getpid(), "at": environment.now(),
             }  # fmt: skip
+            if len(self.job.replicates) > 1:
+                line["replicate"] = self.replicate
+            if self.beside > 1:
+                line["population"] = self.beside
             with (self.job.folder / "attempts.jsonl").open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
         self.hooks.on_progress(self.fold, step)
 
 
-def _record(job: Job, fits: list[loop.FitResult], folds: tuple[Dataset, ...], *, started: str) -> TrialRecord:
+def prepare(jobs: Sequence[Job], folds: tuple[Dataset, ...]) -> None:
+    """Compile what `run_together` will ask for; from another thread, while others train."""
+    first = jobs[0]
+    n_members = sum(len(job.replicates) for job in jobs)
+    n_parts = -(-n_members // first.at_once)
+    for n in {len(range(part, n_members, n_parts)) for part in range(n_parts)}:
+        for dataset in folds:
+            population.prepare(first.config, dataset, n_members=n, memory_limit=first.memory_limit)
+
+
+def _finish(trial: _Trial, folds: tuple[Dataset, ...]) -> TrialRecord:
+    """Write all that is kept of a trial, the record last."""
+    job, where = trial.job, trial.job.folder
+    record = _record(trial, folds)
+    first = [fits[0] for fits in trial.fits]
+    trial.check()
+    records.write_predictions(where, _predictions(first, folds))
+    if len(job.replicates) > 1:
+        records.write_predictions(where, _of_replicates(trial.fits, folds), name="replicates.parquet")
+    if record.value is not None:
+        for index, (fit, dataset) in enumerate(zip(first, folds, strict=True)):
+            assert fit.params is not None
+            meta = _checkpoint_meta(record, dataset, fold=index)
+            checkpoint.save(where / "checkpoint" / f"fold_{index}", fit.params, config=job.config, meta=meta)
+    trial.check()
+    records.append(job.study_folder, record)
+    shutil.rmtree(where / "run", ignore_errors=True)
+    return record
+
+
+def _record(trial: _Trial, folds: tuple[Dataset, ...]) -> TrialRecord:
+    job, fits = trial.job, [fit for of_fold in trial.fits for fit in of_fold]
     spec, config = job.spec, job.config
-    kept = tuple(_fold_record(spec, fit, fold) for fit, fold in zip(fits, folds, strict=False))
-    outcome = kept[-1].outcome
-    value = records.mean_metrics([fold.best for fold in kept]).get(spec.study.metric)
+    seeds_of_folds = [
+        tuple(_fold_record(spec, of_fold[replicate], fold) for of_fold, fold in zip(trial.fits, folds, strict=False))
+        for replicate in range(len(job.replicates))
+    ]
+    deciding = next((fit for fit in fits if fit.outcome not in records.SUCCESSES), trial.fits[-1][0])
+    assert deciding.outcome != "interrupted"
+    values = [
+        records.mean_metrics([fold.best for fold in of_seed]).get(spec.study.metric) for of_seed in seeds_of_folds
+    ]
+    value, value_se = _mean_and_error(values) if deciding.outcome in records.SUCCESSES else (None, None)
     estimates = [fit.memory_bytes for fit in fits if fit.memory_bytes is not None]
     return TrialRecord(
         study=spec.study.name,
@@ -171,23 +324,38 @@ def _record(job: Job, fits: list[loop.FitResult], folds: tuple[Dataset, ...], *,
         param_count=fits[0].param_count,
         seeds={"study": spec.study.seed, "trial": config.seed},
         metric=spec.study.metric,
-        value=value if outcome in records.SUCCESSES else None,
-        outcome=outcome,
-        detail=fits[-1].detail,
+        value=value,
+        value_se=value_se,
+        outcome=deciding.outcome,
+        detail=deciding.detail,
         warnings=tuple(warning for fit in fits for warning in fit.warnings),
         attempt=job.attempt,
         host=socket.gethostname(),
         micro_batch=fits[-1].micro_batch,
         memory_bytes=max(estimates, default=None),
-        folds=kept,
+        folds=seeds_of_folds[0],
+        replicates=tuple(
+            Replicate(seed=other.seed, folds=of_seed)
+            for other, of_seed in zip(job.replicates[1:], seeds_of_folds[1:], strict=True)
+        ),
         libraries=environment.libraries(),
         device=environment.device(),
         git_commit=environment.git_commit(),
-        started=started,
+        started=trial.started,
         finished=environment.now(),
         compile_s=sum(fit.compile_s for fit in fits),
         wall_s=sum(fit.wall_s for fit in fits),
+        wait_s=trial.wait_s,
     )
+
+
+def _mean_and_error(values: Sequence[float | int | None]) -> tuple[float, float | None]:
+    """Mean over seeds and its standard error, SD / √k; a single seed tells no error, and its value stays as it is."""
+    if len(values) == 1:
+        assert values[0] is not None
+        return values[0], None
+    found = np.asarray(values, dtype=float)
+    return float(found.mean()), float(found.std(ddof=1) / np.sqrt(len(found)))
 
 
 def _fold_record(spec: StudySpec, fit: loop.FitResult, dataset: Dataset) -> FoldRecord:
@@ -281,6 +449,15 @@ def ensure_baselines(folder: Path, folds: tuple[Dataset, ...], spec: StudySpec, 
     records.write_predictions(folder, pa.concat_tables(outputs), name="baselines.parquet")
     records.write_atomically(path, json.dumps(result, indent=1) + "\n")
     return result
+
+
+def _of_replicates(fits: list[list[loop.FitResult]], folds: tuple[Dataset, ...]) -> pa.Table:
+    """The predictions of every seed but the first, with its number as the last column."""
+    tables = []
+    for replicate in range(1, len(fits[0])):
+        table = _predictions([of_fold[replicate] for of_fold in fits], folds)
+        tables.append(table.append_column("replicate", pa.array(np.full(len(table), replicate, np.int32))))
+    return pa.concat_tables(tables, promote_options="permissive")
 
 
 def _predictions(fits: list[loop.FitResult], folds: tuple[Dataset, ...]) -> pa.Table:

@@ -1,27 +1,34 @@
-"""What does a worker process do? It trains the trials it is handed, one at a time, and tells how far it is.
+"""What does a worker process do? It trains the trials it is handed, and tells how far they are.
 
-A process of its own, so that a crash, a kill or a hang ends one trial's attempt and nothing else. Jobs come as lines of
-JSON on stdin, events go as lines of JSON to stdout; whatever libraries print goes to the attempt's log. When stdin ends
-the coordinator is gone: the worker saves its trial and ends.
+A process of its own, so that a crash, a kill or a hang ends the attempts that it trains and nothing else. Each line of
+JSON on stdin holds jobs that train together; a line that comes while others train waits for its turn, and is compiled
+meanwhile. Events, with the ticket of their job, go as lines of JSON to stdout; whatever libraries print goes to the
+attempt's log. When stdin ends the coordinator is gone: the worker saves what it trains and ends.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import faulthandler
-import functools
 import json
 import os
 import queue
 import signal
 import sys
 import threading
+import time
 import traceback
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from fintx.train.once import once
+
 STOP = "stop"
+LEAVE, RECALL = "leave ", "recall "
+"""Before a ticket: give the trial up though it trains; give it back unless it trains."""
 
 
 class _Channel:
@@ -31,20 +38,40 @@ class _Channel:
         self._events = os.fdopen(os.dup(1), "w", encoding="utf-8")
         os.dup2(2, 1)  # a library's print is no event
         self.stopping = threading.Event()
+        self.left: set[str] = set()
+        """Tickets of trials that were given to somebody else."""
+        self.recalled: set[str] = set()
+        self.busy = False
+        self.preparing: threading.Thread | None = None
         self._jobs: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         threading.Thread(target=self._listen, daemon=True).start()
 
     def _listen(self) -> None:
-        for line in sys.stdin:
-            if line.strip() == STOP:
+        for line in map(str.strip, sys.stdin):
+            if line == STOP:
                 break
-            self._jobs.put(line)
+            if line.startswith(LEAVE):
+                self.left.add(line.removeprefix(LEAVE))
+            elif line.startswith(RECALL):
+                self.recalled.add(line.removeprefix(RECALL))
+            else:
+                self._jobs.put(line)
+                if self.busy:
+                    self.preparing = threading.Thread(target=_prepare, args=(line,), daemon=True)
+                    self.preparing.start()
         self.stopping.set()
         self._jobs.put(None)
 
-    def next_job(self) -> str | None:
-        """Waits for it; none: there will be no more."""
+    def next_jobs(self) -> str | None:
+        """Waits for them; none: there will be no more."""
         return self._jobs.get()
+
+    def rest(self) -> Iterator[str]:
+        """What has come and was not looked at."""
+        with contextlib.suppress(queue.Empty):
+            while True:
+                if (line := self._jobs.get_nowait()) is not None:
+                    yield line
 
     def tell(self, event: str, **values: Any) -> None:
         """Say something; without a coordinator there is nobody to say it to, and the trial is to be saved."""
@@ -72,70 +99,141 @@ def main() -> None:
 
         jax.config.update("jax_cuda_visible_devices", given.gpu)
     channel.tell("ready")
-    # A job that came with the request to stop is served too: it saves and is given back, and is not taken for a crash.
-    while (line := channel.next_job()) is not None and _serve(channel, line) and not channel.stopping.is_set():
+    idle_since: float | None = None
+    while (line := channel.next_jobs()) is not None:
+        trusted = _serve(channel, line, idle_since)
+        idle_since = time.perf_counter()
+        if not trusted or channel.stopping.is_set():
+            break
         channel.tell("ready")
+    for line in channel.rest():
+        _give_back(channel, line)
+    if channel.preparing is not None and channel.preparing.is_alive():
+        os._exit(0)  # Python can't end while another thread compiles
 
 
-def _serve(channel: _Channel, line: str) -> bool:
-    """Train one trial; false if this process is not to be trusted with another."""
+def _give_back(channel: _Channel, line: str) -> None:
+    """Jobs that never began."""
     from fintx.study import trial
+
+    for job in trial.Jobs.validate_json(line):
+        channel.tell("interrupted", ticket=job.ticket)
+
+
+def _serve(channel: _Channel, line: str, idle_since: float | None) -> bool:
+    """Train jobs together; false if this process is not to be trusted with others."""
+    if channel.stopping.is_set():
+        _give_back(channel, line)
+        return True
+    from fintx.study import trial
+
+    jobs = []
+    for job in trial.Jobs.validate_json(line):
+        if job.ticket in channel.recalled:
+            channel.tell("interrupted", ticket=job.ticket)
+        else:
+            jobs.append(job)
+    if not jobs:
+        return True
+    channel.busy = True
+    open_jobs, trusted = {job.ticket: job for job in jobs}, True
+    try:
+        _log_to([job.folder / "run" / f"attempt-{job.attempt}.log" for job in jobs])
+        folds = _folds(*_data_of(jobs[0]))
+        for job in jobs:
+            channel.tell("loaded", ticket=job.ticket)
+        for job, ending in trial.run_together(
+            jobs, folds, [_hooks(channel, job) for job in jobs], idle_since=idle_since
+        ):
+            del open_jobs[job.ticket]
+            trusted = _tell_ending(channel, job, ending) and trusted
+    except Exception as error:
+        for job in open_jobs.values():
+            trusted = _tell_ending(channel, job, error) and trusted
+    finally:
+        channel.busy = False
+    return trusted
+
+
+def _hooks(channel: _Channel, job: Any) -> Any:
+    from fintx.study import trial
+    from fintx.study.lock import Superseded
+
+    def on_progress(fold: int, step: int) -> None:
+        channel.tell("progress", ticket=job.ticket, fold=fold, step=step)
+        if job.ticket in channel.left:
+            raise Superseded(f"{job.folder} was given to another attempt")
+
+    def on_epoch(fold: int, replicate: int, epoch: Any) -> None:
+        values = dataclasses.asdict(epoch)
+        channel.tell("epoch", ticket=job.ticket, fold=fold, replicate=replicate, epoch=values)
+
+    return trial.Hooks(
+        on_epoch=on_epoch,
+        on_progress=on_progress,
+        on_warning=lambda text: channel.tell("warning", ticket=job.ticket, text=text),
+        should_stop=channel.stopping.is_set,
+    )
+
+
+def _tell_ending(channel: _Channel, job: Any, ending: Any) -> bool:
+    """Say how a job ended; false if the process is not to be trusted after it."""
     from fintx.study.lock import Superseded
     from fintx.types import DISK_ERRORS, FintxError
 
-    job = trial.Job.model_validate_json(line)
-    hooks = trial.Hooks(
-        on_epoch=lambda fold, epoch: channel.tell("epoch", fold=fold, epoch=dataclasses.asdict(epoch)),
-        on_progress=lambda fold, step: channel.tell("progress", fold=fold, step=step),
-        on_warning=lambda text: channel.tell("warning", text=text),
-        should_stop=channel.stopping.is_set,
-    )
-    try:
-        _log_to(job.folder / "run" / f"attempt-{job.attempt}.log")
-        folds = _folds(*_data_of(job))
-        channel.tell("loaded")
-        record = trial.run(job, folds, hooks)
-    except Superseded:
-        channel.tell("superseded")
-    except FintxError as error:
-        channel.tell("mistake", text=str(error))
-    except OSError as error:
-        if error.errno not in DISK_ERRORS:
-            return _failed(channel, error)
-        where = f"{error.filename}: " if error.filename else ""
-        channel.tell(
-            "mistake", text=f"{where}{os.strerror(error.errno or 0)}; mend that, and the same command continues"
-        )
-    except Exception as error:
-        return _failed(channel, error)
-    else:
-        channel.tell("interrupted" if record is None else "done")
-        # After a device ran out of memory, what it computes next is not to be trusted.
-        return record is None or record.outcome != "out_of_memory"
+    match ending:
+        case Superseded():
+            channel.tell("superseded", ticket=job.ticket)
+        case FintxError():
+            channel.tell("mistake", ticket=job.ticket, text=str(ending))
+        case OSError() if ending.errno in DISK_ERRORS:
+            where = f"{ending.filename}: " if ending.filename else ""
+            words = f"{where}{os.strerror(ending.errno or 0)}; mend that, and the same command continues"
+            channel.tell("mistake", ticket=job.ticket, text=words)
+        case Exception():
+            traceback.print_exception(ending)
+            sys.stderr.flush()
+            first = next(iter(str(ending).splitlines()), "")
+            channel.tell("failed", ticket=job.ticket, text=f"{type(ending).__name__}: {first}")
+            return False
+        case None:
+            channel.tell("interrupted", ticket=job.ticket)
+        case _:
+            channel.tell("done", ticket=job.ticket)
+            # After a device ran out of memory, what it computes next is not to be trusted.
+            return ending.outcome != "out_of_memory"
     return True
 
 
-def _failed(channel: _Channel, error: Exception) -> bool:
-    traceback.print_exc()
-    sys.stderr.flush()
-    first = next(iter(str(error).splitlines()), "")
-    channel.tell("failed", text=f"{type(error).__name__}: {first}")
-    return False
+def _prepare(line: str) -> None:
+    """Compile, in a thread of its own, what jobs that wait will run; what fails here fails again where it is told."""
+    from fintx.study import trial
+
+    jobs = trial.Jobs.validate_json(line)
+    try:
+        trial.prepare(jobs, _folds(*_data_of(jobs[0])))
+    except Exception:
+        traceback.print_exc()
 
 
-def _log_to(path: Path) -> None:
-    """All that this process, its libraries and a crash print belongs to the attempt from now on."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("ab") as file:
+def _log_to(paths: list[Path]) -> None:
+    """All that this process, its libraries and a crash print belongs to these attempts from now on: one file."""
+    first, *others = paths
+    for path in paths:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    with first.open("ab") as file:
         os.dup2(file.fileno(), 2)
         os.dup2(file.fileno(), 1)
+    for other in others:
+        other.unlink(missing_ok=True)
+        other.hardlink_to(first)
 
 
 def _data_of(job: Any) -> tuple[Any, ...]:
     return job.config.data, job.config.task, job.config.split, job.config.model.context_length, job.data_root
 
 
-@functools.lru_cache(maxsize=4)
+@once(kept=4)
 def _folds_of(key: str, root: Path) -> Any:
     from fintx.config import DataConfig, SplitConfig, TaskConfig
     from fintx.data import windows

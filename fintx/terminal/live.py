@@ -109,7 +109,8 @@ class View:
         task, trial = self._trials[key]
         metric = self._studies[event.study].spec.study.metric
         fold = f", fold {event.fold + 1}/{event.n_folds}" if event.n_folds > 1 else ""
-        words = f"{trial}{fold}: {metric} {number(epoch.metrics.get(metric))}, best {number(epoch.best)}"
+        seed = f", seed {event.replicate + 1}/{event.n_replicates}" if event.n_replicates > 1 else ""
+        words = f"{trial}{fold}{seed}: {metric} {number(epoch.metrics.get(metric))}, best {number(epoch.best)}"
         self._progress.update(task, completed=epoch.epoch, total=epoch.max_epochs, words=words)
         if time.monotonic() - self._said[key] > _SAY_EVERY_S:
             self._said[key] = time.monotonic()

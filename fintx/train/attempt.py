@@ -26,6 +26,8 @@ class Member:
     """
 
     config: TrialConfig
+    on_begin: Callable[[], None] | None = None
+    """Called once all is compiled and in place, right before the first step."""
     on_epoch: Callable[[Epoch], None] | None = None
     on_progress: Callable[[int], None] | None = None
     on_warning: Callable[[str], None] | None = None

@@ -17,6 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from fintx.config import TrialConfig
 from fintx.data.windows import Dataset
 from fintx.evaluate import metrics
 from fintx.train import memory, progress, step
@@ -72,6 +73,22 @@ def fit_population(
         attempts[0].ended = End("out_of_memory", str(error).partition("\n")[0])
         watch.charge(attempts)
     return [attempt.result() for attempt in attempts]
+
+
+def prepare(config: TrialConfig, dataset: Dataset, *, n_members: int = 1, memory_limit: int | None = None) -> None:
+    """Compile what `fit_population` will ask for, from any thread, so that it finds it made."""
+    limit = memory.available() if memory_limit is None else memory_limit
+    if memory.too_big(config, limit=limit) is None:
+        train, validation = (
+            step.abstract_windows(
+                n_features=dataset.features.shape[1],
+                n_rows=step.capacity(len(dataset.features)),
+                n_samples=step.capacity(len(part.rows)),
+            )
+            for part in (dataset.train, dataset.validation)
+        )
+        size = config.train.batch_size
+        memory.plan(config, train, validation, limit=limit, micro_batch=size, saves=True, n_members=n_members)
 
 
 def _run(attempts: list[Attempt], watch: Watch, *, limit: int, should_stop: Callable[[], bool]) -> None:
@@ -190,6 +207,9 @@ def _train(attempts: list[Attempt], loaded: _Loaded, watch: Watch, should_stop: 
     for attempt in attempts:
         if attempt.keeper is not None:
             attempt.keeper.start_clock()
+        if attempt.member.on_begin is not None:
+            with attempt.own():
+                attempt.member.on_begin()
     while running := [attempt for attempt in attempts if attempt.ended is None]:
         stopping = should_stop()
         if stopping or any(attempt.keeper is not None and attempt.keeper.is_due() for attempt in running):

@@ -240,7 +240,7 @@ def compile_training(static: Program, *, n_features: int, n_rows: int, n_samples
     Args:
         n_members: R. Above 1, the segment is that of a population: `vmap` of the trial's, over one set of windows.
     """
-    windows = _abstract_windows(n_features, n_rows, n_samples)
+    windows = abstract_windows(n_features=n_features, n_rows=n_rows, n_samples=n_samples)
 
     def start(hyper: Hyper) -> TrainState:
         return init(static, hyper, n_features=n_features)
@@ -277,7 +277,8 @@ def compile_logits(model: ModelConfig, shape: Shape, *, n_features: int, n_rows:
         return logits(model, shape, params, windows)
 
     params = transformer.abstract_params(model, shape, n_features)
-    compiled = jax.jit(forward).lower(params, _abstract_windows(n_features, n_rows, n_samples)).compile()
+    windows = abstract_windows(n_features=n_features, n_rows=n_rows, n_samples=n_samples)
+    compiled = jax.jit(forward).lower(params, windows).compile()
     return Forward(run=compiled, n_bytes=_bytes(compiled))
 
 
@@ -306,7 +307,8 @@ def capacity(n: int) -> int:
     return max(EVALUATION_BATCH, 1 << (n - 1).bit_length())
 
 
-def _abstract_windows(n_features: int, n_rows: int, n_samples: int) -> Windows:
+def abstract_windows(*, n_features: int, n_rows: int, n_samples: int) -> Windows:
+    """`Windows` of shapes and dtypes, to compile with; sizes are capacities."""
     return Windows(
         features=jax.ShapeDtypeStruct((n_rows, n_features), jnp.float32),
         rows=jax.ShapeDtypeStruct((n_samples,), jnp.int32),

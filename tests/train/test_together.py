@@ -1,0 +1,42 @@
+"""When trials are trained together by themselves: never on a CPU, and on a GPU the smaller the more."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from fintx.config import TrialConfig
+from fintx.train import together
+
+Trials = Callable[..., TrialConfig]
+
+
+def shaped(make_trial: Trials, d_model: int, n_layers: int, **changes: object) -> TrialConfig:
+    shape = {"shape.d_model": d_model, "shape.n_layers": n_layers, "shape.d_ff": 4 * d_model}
+    window = {"model.context_length": 60, "model.patch_length": 10, "model.stride": 5}
+    return make_trial(shape | window | {"train.batch_size": 32} | changes)
+
+
+@pytest.mark.parametrize(("d_model", "n_layers"), [(8, 2), (64, 6), (768, 28)])
+def test_on_a_cpu_each_trial_is_alone(make_trial: Trials, d_model: int, n_layers: int) -> None:
+    assert together.pays(shaped(make_trial, d_model, n_layers), on_gpu=False) == 1
+
+
+@pytest.mark.parametrize(
+    ("d_model", "n_layers", "wanted"),
+    [(64, 6, 16), (128, 10, 4), (768, 28, 1)],
+    ids=["0.3M: launches take 30 times as long as its work", "2M: six times", "200M: they take less"],
+)
+def test_on_a_gpu_as_many_as_the_launches_leave_time_for(
+    make_trial: Trials, d_model: int, n_layers: int, wanted: int
+) -> None:
+    assert together.pays(shaped(make_trial, d_model, n_layers), on_gpu=True) == wanted
+
+
+def test_a_larger_batch_leaves_less_room(make_trial: Trials) -> None:
+    found = [
+        together.pays(shaped(make_trial, 128, 10, **{"train.batch_size": size}), on_gpu=True)
+        for size in (8, 32, 128, 512)
+    ]
+    assert found == sorted(found, reverse=True) and found[0] > found[-1] == 1
