@@ -141,8 +141,7 @@ class Course:
             beside: trials that are to train together so far, the first included.
         """
         setting, k = self.spec.execution.population, self.spec.study.replicates
-        to_go = self.spec.study.n_trials - len(self.finished) - len(self.held) + beside
-        fair = -(-to_go // self.n_workers)  # some are for the other workers
+        fair = -(-(self.spec.study.n_trials - len(self.finished)) // self.n_workers)  # the rest is for other workers
         if (beside + 1) * k > first.at_once or beside >= fair or not self.asks or self._todo:
             return None
         chosen: list[TrialConfig] = []
