@@ -327,7 +327,7 @@ class Course:
                 self.problem = self.problem or FintxError(f"trial {number}: {values['text']}")
                 self._release(claim, "interrupted", values["text"])
             case _:
-                self._failed(claim, kind, values["text"])
+                self._failed(claim, kind, values["text"], counts=not values["beside"])
 
     def _done(self, claim: Claim) -> None:
         del self.held[claim.number]
@@ -350,7 +350,7 @@ class Course:
         words = f"trial {claim.number} had been given to another machine; the result that came late is set aside"
         self.notify(Notice(self.name, words))
 
-    def _failed(self, claim: Claim, kind: str, text: str) -> None:
+    def _failed(self, claim: Claim, kind: str, text: str, *, counts: bool) -> None:
         number = claim.number
         self._tried[number] += 1
         log = records.trial_folder(self.opened.folder, number) / "run" / f"attempt-{claim.attempt}.log"
@@ -360,7 +360,8 @@ class Course:
             self._aside[number] = f"trial {number} {words}"
         more = f"{left} attempts left" if left > 0 else "left aside; the next run tries it again"
         self._release(claim, "failed", words, said=f"attempt {claim.attempt} {words}; {more}")
-        self._count_failure(f"{kind} ({text})", words)
+        if counts:  # not once for each of those who trained together
+            self._count_failure(f"{kind} ({text})", words)
 
     def _release(self, claim: Claim, state: Any, detail: str, *, said: str = "") -> None:
         del self.held[claim.number]

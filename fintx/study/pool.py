@@ -263,13 +263,16 @@ def _shares(n: int) -> list[tuple[int, ...]]:
 
 
 def _casualties(worker: Worker, assigned: list[set[str]], kind: str, text: str) -> list[Event]:
-    """What a worker's end means for its jobs."""
-    events = []
-    for place, tickets in enumerate(assigned):
-        for ticket in sorted(tickets):
-            words = text if place == 0 else f"its worker {kind} before its turn"
-            events.append(Event(worker, ticket, kind if place == 0 else "returned", {"text": words}))
-    return events
+    """What a worker's end means for its jobs; it is one failure, however many it trained."""
+    training, *waiting = assigned or [set()]
+    died = [
+        Event(worker, ticket, kind, {"text": text, "beside": place > 0})
+        for place, ticket in enumerate(sorted(training))
+    ]
+    words = f"its worker {kind} before its turn"
+    return died + [
+        Event(worker, ticket, "returned", {"text": words}) for tickets in waiting for ticket in sorted(tickets)
+    ]
 
 
 def _last_line(worker: Worker) -> str:

@@ -148,8 +148,8 @@ def _serve(channel: _Channel, line: str, idle_since: float | None) -> bool:
             del open_jobs[job.ticket]
             trusted = _tell_ending(channel, job, ending) and trusted
     except Exception as error:
-        for job in open_jobs.values():
-            trusted = _tell_ending(channel, job, error) and trusted
+        for place, job in enumerate(open_jobs.values()):
+            trusted = _tell_ending(channel, job, error, beside=place > 0) and trusted
     finally:
         channel.busy = False
     return trusted
@@ -176,8 +176,12 @@ def _hooks(channel: _Channel, job: Any) -> Any:
     )
 
 
-def _tell_ending(channel: _Channel, job: Any, ending: Any) -> bool:
-    """Say how a job ended; false if the process is not to be trusted after it."""
+def _tell_ending(channel: _Channel, job: Any, ending: Any, *, beside: bool = False) -> bool:
+    """Say how a job ended; false if the process is not to be trusted after it.
+
+    Args:
+        beside: the ending was another job's too, which told of it.
+    """
     from fintx.study.lock import Superseded
     from fintx.types import DISK_ERRORS, FintxError
 
@@ -194,7 +198,7 @@ def _tell_ending(channel: _Channel, job: Any, ending: Any) -> bool:
             traceback.print_exception(ending)
             sys.stderr.flush()
             first = next(iter(str(ending).splitlines()), "")
-            channel.tell("failed", ticket=job.ticket, text=f"{type(ending).__name__}: {first}")
+            channel.tell("failed", ticket=job.ticket, text=f"{type(ending).__name__}: {first}", beside=beside)
             return False
         case None:
             channel.tell("interrupted", ticket=job.ticket)

@@ -95,7 +95,7 @@ def test_a_worker_that_is_asked_to_stop_with_its_first_job_gives_the_trial_back(
     )  # fmt: skip
     command = [sys.executable, "-m", "fintx.study.worker", "--gpu", "0"]
     said = subprocess.run(
-        command, input=f"{job.model_dump_json()}\nstop\n", env={**ENVIRONMENT, "JAX_PLATFORMS": "cpu"},
+        command, input=f"[{job.model_dump_json()}]\nstop\n", env={**ENVIRONMENT, "JAX_PLATFORMS": "cpu"},
         capture_output=True, text=True, timeout=120, cwd=Path(__file__).parents[2],
     )  # fmt: skip
     assert said.returncode == 0, said.stderr[-2000:]

@@ -120,12 +120,13 @@ def test_what_was_given_back_is_taken_up_together(course: Courses) -> None:
 
 def test_the_last_attempt_is_alone(course: Courses) -> None:
     """Whoever takes a worker down takes the others with it: twice, and then each shows by itself who it was."""
-    search = course("study.n_startup_trials=3", "study.n_trials=3", "execution.max_failures=99")
+    search = course("study.n_startup_trials=3", "study.n_trials=3", "execution.max_failures=3")
     for together in (3, 3):
         jobs = handed(search)
         assert len(jobs) == together
-        for job in jobs:
-            search.heard(job.number, "died", {"text": "killed"}, pid=1)
+        for place, job in enumerate(jobs):
+            search.heard(job.number, "died", {"text": "killed", "beside": place > 0}, pid=1)
+    assert search.problem is None  # two failures so far, not six
     assert [numbers(handed(search)) for _ in range(3)] == [[0], [1], [2]]
 
 

@@ -1,0 +1,117 @@
+"""Trials that train together, and one that waits behind another: a worker's end costs each no more than alone."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+
+import pytest
+
+from tests.faults.machine import ENVIRONMENT, FINTX, LONG, MEDIUM, SHORT, Machine, Running, wait_for
+
+THREE = ("study.n_trials=3", "execution.population=3")
+BEHIND = ("study.n_trials=3", "execution.pipeline=true")
+
+
+@pytest.fixture(scope="module")
+def undisturbed_three(tmp_path_factory, fault_file) -> list[tuple]:
+    """The numbers of three trials that trained together where nothing happened."""
+    machine = Machine(tmp_path_factory.mktemp("undisturbed"), fault_file)
+    machine.run(*MEDIUM, *THREE)
+    return machine.numbers()
+
+
+def all_saved(machine: Machine) -> bool:
+    return len({path.parents[2] for path in machine.steps()}) == 3
+
+
+def under_way(machine: Machine) -> tuple[Running, int]:
+    """A population that trains and has saved every member, and the process of its worker."""
+    running = machine.start(*MEDIUM, *THREE)
+    wait_for(lambda: all_saved(machine), running=running)
+    (worker,) = running.workers()
+    return running, worker
+
+
+def one_waits(machine: Machine, *changes: str) -> Running:
+    """A study whose second trial waits behind the first, which trains."""
+    running = machine.start(*changes, *BEHIND)
+    wait_for(lambda: len(machine.claims()) == 2 and machine.steps(), running=running)
+    return running
+
+
+def test_a_worker_that_dies_in_a_population_costs_no_member_its_numbers(machine, undisturbed_three):
+    here = machine()
+    running, worker = under_way(here)
+    os.kill(worker, signal.SIGKILL)
+    said = running.end(code=0)
+    assert said.count("died: killed by SIGKILL") == 3
+    assert here.numbers() == undisturbed_three
+    assert [record.attempt for record in here.records()] == [2, 2, 2]
+    for number in range(3):
+        first, second = here.first_steps(number)
+        assert first < second
+
+
+def test_an_interrupted_population_goes_on_to_the_same_numbers(machine, undisturbed_three):
+    here = machine()
+    running, _ = under_way(here)
+    running.process.send_signal(signal.SIGINT)
+    running.end(code=75)
+    claims = here.claims()
+    assert [(claims[n].state, claims[n].failures) for n in range(3)] == [("interrupted", 0)] * 3
+    assert len({claims[n].step for n in range(3)}) == 1 and claims[0].step > 0
+    here.run(*MEDIUM, *THREE)
+    assert here.numbers() == undisturbed_three
+    assert all(here.first_steps(n)[1] > claims[n].step for n in range(3))
+
+
+def test_one_member_diverges_and_the_others_come_to_their_end(machine, tmp_path, fault_file):
+    rates = (2e-3, 1e30, 4e-3)
+    entries = "".join(
+        f"\n[[queue]]\nd_model = 8\nn_layers = 2\nn_heads = 1\nd_ff = 16\nvalues = {{'optim.learning_rate' = {rate}}}\n"
+        for rate in rates
+    )
+    file = tmp_path / "queued.toml"
+    file.write_text(fault_file.read_text().replace("high = 1e-2", "high = 1e30") + entries)
+    here = machine("queued", file=file)
+    here.run(*SHORT, *THREE)
+    found = here.records()
+    assert [record.config.optim.learning_rate for record in found] == list(rates)
+    assert [record.outcome for record in found] == ["completed", "diverged", "completed"]
+    assert found[1].value is None and found[0].value != found[2].value
+    assert [len(here.first_steps(number)) for number in range(3)] == [1, 1, 1]
+
+
+def test_a_trial_that_waits_is_given_back_by_a_request_to_stop(machine, undisturbed):
+    here = machine()
+    running = one_waits(here, *MEDIUM)
+    running.process.send_signal(signal.SIGINT)
+    running.end(code=75)
+    claims = here.claims()
+    assert [(claims[n].state, claims[n].failures) for n in (0, 1)] == [("interrupted", 0)] * 2
+    assert claims[0].step > 0 and claims[1].step == 0 and here.first_steps(1) == []
+    here.run(*MEDIUM, *BEHIND)
+    assert [record.trial_number for record in here.records()] == [0, 1, 2]
+    assert here.numbers()[0] == undisturbed[0]
+
+
+def test_a_trial_that_waits_is_not_blamed_for_its_workers_death(machine):
+    here = machine()
+    running = one_waits(here, *LONG)
+    os.kill(running.workers()[0], signal.SIGKILL)
+    wait_for(lambda: len(here.first_steps()) == 2, running=running)
+    claims = here.claims()
+    assert [claims[n].failures for n in (0, 1)] == [1, 0]
+    assert "its worker died before its turn" in running.said.replace("\n", " ")
+
+
+def test_stop_lets_the_running_trial_finish_and_not_the_one_behind_it(machine, undisturbed):
+    here = machine()
+    running = one_waits(here, *MEDIUM)
+    done = subprocess.run([FINTX, "stop", here.folder], env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 0, done
+    running.end(code=75)
+    assert here.numbers() == undisturbed[:1]
+    assert here.claims()[1].state == "interrupted" and here.first_steps(1) == []
