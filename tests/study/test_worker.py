@@ -93,8 +93,8 @@ def make_job(tiny_study: Path, tmp_path: Path) -> Callable[..., Job]:
     known, record = records.read_study(tiny_study), records.read_all(tiny_study)[0]
     assert known is not None
 
-    def make(number: int, *, n_layers: int = 2, max_epochs: int = 2, at_once: int = 1) -> Job:
-        shape = Shape(d_model=8, n_layers=n_layers, n_heads=1, d_ff=16)
+    def make(number: int, *, n_heads: int = 1, max_epochs: int = 2, at_once: int = 1) -> Job:
+        shape = Shape(d_model=8, n_layers=2, n_heads=n_heads, d_ff=16)
         train = record.config.train.model_copy(update={"max_epochs": max_epochs, "patience": max_epochs})
         config = record.config.model_copy(update={"shape": shape, "train": train, "seed": number})
         return Job(
@@ -112,7 +112,7 @@ LONG = 10**6
 
 def test_the_training_thread_compiles_the_first_trial_alone(worker: Worker, make_job: Callable[..., Job]) -> None:
     """Two shapes: what the second needs is compiled by another thread while the first trains, all of it."""
-    first, second = make_job(1, n_layers=2, max_epochs=20), make_job(2, n_layers=3)
+    first, second = make_job(1, max_epochs=20), make_job(2, n_heads=2)
     worker.send(first)
     worker.hear("progress", first.ticket)
     worker.send(second)
@@ -125,15 +125,16 @@ def test_the_training_thread_compiles_the_first_trial_alone(worker: Worker, make
 
 
 def test_without_a_line_behind_it_compiles_between_trials(worker: Worker, make_job: Callable[..., Job]) -> None:
-    for job in (make_job(1, n_layers=2), make_job(2, n_layers=3)):
+    for job in (make_job(1), make_job(2, n_heads=2)):
         worker.send(job)
         worker.hear("done", job.ticket)
+        worker.hear("ready")
     assert worker.compiled(by_main=True) == sorted(2 * PROGRAMS) and worker.compiled(by_main=False) == []
 
 
 def test_a_request_to_stop_gives_back_what_waits(worker: Worker, make_job: Callable[..., Job]) -> None:
     """The first is saved; of the second there is no trace, nor of a crash while its program was being compiled."""
-    first, second = make_job(1, max_epochs=LONG), make_job(2, n_layers=3)
+    first, second = make_job(1, max_epochs=LONG), make_job(2, n_heads=2)
     worker.send(first)
     worker.hear("progress", first.ticket)
     worker.send(second)
