@@ -154,7 +154,7 @@ def test_a_frozen_machine_that_wakes_up_superseded_can_neither_save_nor_report(m
     said = first.end(code=0)
     assert "taken over by another attempt" in said
     assert frozen.numbers() == other.numbers()
-    assert frozen.records()[0].attempt == 2
+    assert frozen.records()[0].attempt >= 2
     assert not list(frozen.folder.glob("trials/0000/predictions.parquet"))
     assert set(frozen.steps()) <= set(states)
 
