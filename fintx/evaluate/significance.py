@@ -58,7 +58,7 @@ def row_losses(kind: Kind, loss: RowLoss, outputs: Floats, targets: Floats) -> F
     if loss in ("log_loss", "mse"):
         return whole
     outputs, targets = np.asarray(outputs, np.float64), np.asarray(targets, np.float64)
-    return np.square(metrics.probability(outputs) - targets) if loss == "brier" else np.abs(outputs - targets)
+    return np.square(metrics.sigmoid(outputs) - targets) if loss == "brier" else np.abs(outputs - targets)
 
 
 def by_day(losses: Floats, dates: np.ndarray, *, chosen: np.ndarray | None = None) -> Floats:
@@ -288,17 +288,6 @@ def overfitting(series: Floats, *, n_blocks: int = N_BLOCKS) -> Overfitting:
     picked = np.take_along_axis(outside, inside.argmin(axis=1)[:, None], axis=1)
     rank = (outside > picked).sum(axis=1) + ((outside == picked).sum(axis=1) + 1) / 2  # the best: n_models
     return Overfitting(float(np.mean(rank / (n_models + 1) <= 0.5)), n_models, len(halves))
-
-
-def expected_maximum(n: int) -> float:
-    """Mean of the largest of n independent standard normal numbers: how good the best of n equal trials looks, in SDs.
-
-    ∫ (1[x > 0] − Φ(x)ⁿ) dx, by the trapezoidal rule; 2.25 for 50.
-    """
-    from scipy.special import ndtr
-
-    x = np.linspace(-12, 12, 48_001)
-    return float(np.trapezoid((x > 0) - ndtr(x) ** n + 0.5 * (x == 0), x))
 
 
 def luck_of_the_best(series: Floats, resamples: Resamples) -> float:

@@ -235,7 +235,7 @@ def build(
             )
             for record in trials
         ),
-        notes=_notes(spec, finished, missing),
+        notes=_notes(study_folder, spec, finished, missing),
     )  # fmt: skip
 
 
@@ -363,8 +363,10 @@ def _groups(
     return [group for group in found if group[2].any()]
 
 
-def _notes(spec: StudySpec, finished: Sequence[TrialRecord], missing: Sequence[str]) -> tuple[str, ...]:
-    found = []
+def _notes(
+    study_folder: Path, spec: StudySpec, finished: Sequence[TrialRecord], missing: Sequence[str]
+) -> tuple[str, ...]:  # fmt: skip
+    found = [opened] if (opened := records.openings_words(study_folder)) else []
     if len(finished) < spec.study.n_trials:
         found.append(f"the study is unfinished: its best of {len(finished)} trials so far, of {spec.study.n_trials}")
     if failed := sum(record.value is None for record in finished):
