@@ -17,7 +17,7 @@ from fintx.study import records
 from fintx.study.events import EpochDone, Event, Notice, StudyReady, TrialEnded, TrialFinished, TrialStarted
 from fintx.study.records import TrialRecord
 from fintx.terminal.tables import show_data
-from fintx.terminal.words import count, duration, number, shape_words
+from fintx.report.words import count, duration, number, shape_words
 
 _SAY_EVERY_S = 30
 """Without a terminal: how long a trial may run without a line."""

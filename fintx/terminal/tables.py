@@ -22,7 +22,7 @@ from fintx.study.queue import QueueState
 from fintx.study.queuefile import Edit, Listing
 from fintx.study.runner import Failure, Summary
 from fintx.study.status import StudyStatus
-from fintx.terminal.words import count, duration, number, percent, shape_words, size
+from fintx.report.words import count, duration, number, percent, shape_words, size
 from fintx.types import FintxError
 
 _COMPARED = ("log_loss", "skill", "auc", "brier", "calibration_error")

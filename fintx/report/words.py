@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+from collections.abc import Sequence
 
 from fintx.config import Shape
 
@@ -56,3 +57,18 @@ def size(n_bytes: float) -> str:
 def shape_words(shape: Shape) -> str:
     """d_model 768 · 28 layers · 12 heads · d_ff 3072."""
     return f"d_model {shape.d_model} · {shape.n_layers} layers · {shape.n_heads} heads · d_ff {shape.d_ff}"
+
+
+def interval(low: float | None, high: float | None, digits: int = 4) -> str:
+    """0.0012 … 0.0345, or "–" where there is none."""
+    return "–" if low is None or high is None else f"{number(low, digits)} … {number(high, digits)}"
+
+
+def points(value: float | None) -> str:
+    """A difference of two shares, in percentage points: +1.2 pp; "–" where there is none."""
+    return "–" if value is None else f"{100 * value:+.1f} pp"
+
+
+def listed(names: Sequence[str]) -> str:
+    """a, b and c."""
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}" if names else "none"
