@@ -1,4 +1,4 @@
-"""What does a study's folder hold to judge it by? Its records, and every loss on every validation row.
+"""What does a study's folder hold to judge it by? Its records, and every loss on every validation day.
 
 Reads records and predictions alone, never logs; works on a study that is half finished. What is missing is said in
 `notes`, a line each, and what depends on it is left out.
@@ -8,25 +8,22 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from fintx.config import StudySpec
-from fintx.evaluate import metrics
-from fintx.report import days
-from fintx.report.days import Draws
-from fintx.study import records
+from fintx.evaluate import metrics, significance
+from fintx.evaluate.significance import Resamples
+from fintx.study import predictions, records
+from fintx.study.predictions import Rows
 from fintx.study.records import StudyFile, TrialRecord
-from fintx.types import FintxError, Floats
+from fintx.types import Floats, FintxError
 
-_ROW = ("fold", "date", "asset", "label")
+LOSS_WORDS = {"log_loss": "log loss", "brier": "Brier score", "mse": "squared error", "mae": "absolute error"}
 
 
 class NoEvidence(FintxError):
@@ -34,21 +31,8 @@ class NoEvidence(FintxError):
 
 
 @dataclass(frozen=True, eq=False)
-class Rows:
-    """The validation rows, in the order of the kept predictions."""
-
-    fold: np.ndarray
-    date: np.ndarray
-    """(S,) datetime64[D]."""
-    asset: np.ndarray
-    """(S,) str."""
-    label: Floats
-    """(S,) 0 or 1, or a log return."""
-
-
-@dataclass(frozen=True, eq=False)
 class Evidence:
-    """A study as far as it is. Losses are the mean log loss (nats) or squared error per row, lower is better."""
+    """A study as far as it is. Losses are means over rows, of the study's metric where it is one, else log loss."""
 
     folder: Path
     study: StudyFile
@@ -57,11 +41,15 @@ class Evidence:
     baselines: dict[str, Any]
     """name → words and metrics, as `study.trial` keeps them."""
     rows: Rows | None
-    """None where no predictions are here."""
+    """None where the baselines' predictions are missing: then nothing is compared row by row."""
     outputs: dict[int, Floats]
     """Trial number → (S,) logits or log returns, of the successful trials whose predictions are here."""
-    baseline_outputs: dict[str, Floats]
     notes: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        """The study's."""
+        return self.folder.resolve().name
 
     @property
     def spec(self) -> StudySpec:
@@ -83,45 +71,54 @@ class Evidence:
         """The best trial; none where none succeeded."""
         return next(iter(self.ranked), None)
 
-    @functools.cached_property
-    def losses(self) -> dict[int, Floats]:
-        """Trial number → (S,) loss per row."""
-        return {number: self._loss(outputs) for number, outputs in self.outputs.items()}
-
-    @functools.cached_property
-    def baseline_losses(self) -> dict[str, Floats]:
-        """Baseline → (S,) loss per row."""
-        return {name: self._loss(outputs) for name, outputs in self.baseline_outputs.items()}
-
-    def _loss(self, outputs: Floats) -> Floats:
-        assert self.rows is not None
-        return metrics.per_sample_loss(self.spec.task.kind, outputs, self.rows.label)
+    @property
+    def loss(self) -> str:
+        """What of each row is compared."""
+        return significance.loss_name(self.spec.study.metric)
 
     @property
+    def skill_key(self) -> str:
+        """The metric that says how much of the prior's loss is saved."""
+        return metrics.SKILLS[self.loss]
+
+    def skill(self, scored: dict[str, Any]) -> float | None:
+        """1 − loss / loss of the training prior, of metrics as records and baselines hold them."""
+        return scored.get(self.skill_key)
+
+    @functools.cached_property
     def rival(self) -> str | None:
-        """The best baseline by the study's metric; none where no baseline has it."""
-        metric = self.spec.study.metric
-        scored = {name: held["metrics"].get(metric) for name, held in self.baselines.items()}
-        found = {name: value for name, value in scored.items() if value is not None}
-        sign = 1 if self.minimize else -1
-        return min(found, key=lambda name: sign * found[name]) if found else None
+        """The best baseline by mean loss over all rows; without their predictions by its recorded metric."""
+        if self.rows is not None:
+            return self.rows.best_baseline
+        found = {name: held["metrics"].get(self.loss) for name, held in self.baselines.items()}
+        known = {name: value for name, value in found.items() if value is not None}
+        return min(known, key=lambda name: known[name]) if known else None
 
     @functools.cached_property
-    def prior_loss(self) -> float | None:
-        """Mean loss of the training prior on the rows: what skill is measured by."""
-        held = self.baseline_losses.get("prior")
-        return None if held is None else float(held.mean())
+    def series(self) -> dict[int, Floats]:
+        """Trial number → (D,) losses by day."""
+        return {number: self.by_day(outputs) for number, outputs in self.outputs.items()}
 
     @functools.cached_property
-    def draws(self) -> Draws | None:
-        """Resamples of the validation days, for differences to the best baseline (or to the best trial)."""
-        if self.rows is None or not self.losses:
+    def baseline_series(self) -> dict[str, Floats]:
+        """Baseline → (D,) losses by day."""
+        held = {} if self.rows is None else self.rows.baselines
+        return {name: self.by_day(outputs) for name, outputs in held.items()}
+
+    def by_day(self, outputs: Floats) -> Floats:
+        """(S,) outputs → (D,) losses by day."""
+        assert self.rows is not None
+        return self.rows.series(self.rows.losses(outputs))
+
+    @functools.cached_property
+    def resamples(self) -> Resamples | None:
+        """Draws of the validation days, in blocks as long as the trials' differences to the best baseline ask for."""
+        if not self.series or self.rival is None:
             return None
-        best = next((r.trial_number for r in self.ranked if r.trial_number in self.losses), None)
-        assert best is not None
-        against = self.baseline_losses.get(self.rival or "")
-        series = self.losses[best] - against if against is not None else self.losses[best]
-        return days.draw(self.rows.date, series[None], horizon=self.spec.task.horizon)
+        against = self.baseline_series[self.rival]
+        gains = np.stack([against - each for each in self.series.values()], axis=1)
+        block = significance.block_length(gains, horizon=self.spec.task.horizon)
+        return significance.resample(len(gains), block)
 
 
 def read(folder: Path) -> Evidence:
@@ -129,108 +126,76 @@ def read(folder: Path) -> Evidence:
 
     Raises:
         NoEvidence: no study there, no finished trial, or trials that were scored on different labels.
-        DamagedRecord: a file that does not hold what fintx wrote.
+        FintxError: a file that does not hold what fintx wrote.
     """
     study = records.read_study(folder)
     if study is None:
-        raise NoEvidence(f"{folder}: holds no study (no study.json); give a study's folder, such as outputs/demo")
+        raise NoEvidence(f"{folder}: holds no study (no study.json); give a study's name, or its folder")
     finished = records.read_all(folder)
     if not finished:
-        raise NoEvidence(
-            f"{folder}: has no finished trial yet; run it (just sweep …), then report as often as you like"
-        )
-    check_labels({f"trial {r.trial_number}": r for r in finished}, where=str(folder))
-    held = _json(folder / "baselines.json")
-    tables, notes = _predictions(folder, finished)
-    kept = _baseline_tables(folder, held, notes)
-    rows, outputs, baseline_outputs = _aligned(tables, kept, notes)
-    return Evidence(folder, study, tuple(finished), held, rows, outputs, baseline_outputs, tuple(notes))
+        raise NoEvidence(f"{folder}: has no finished trial yet; run it (just sweep …), then report as often as you like")
+    _check_labels(folder, finished)
+    notes: list[str] = []
+    rows = _rows(folder, study.spec, notes)
+    outputs = {} if rows is None else _outputs(folder, finished, rows, notes)
+    return Evidence(folder, study, tuple(finished), _baselines(folder), rows, outputs, tuple(notes))
 
 
-def check_labels(found: Mapping[str, TrialRecord], *, where: str) -> None:
-    """Losses on different labels are never ranked together.
-
-    Raises:
-        NoEvidence: with which are of which hash.
-    """
+def _check_labels(folder: Path, finished: Sequence[TrialRecord]) -> None:
+    """Losses on different labels are never ranked together."""
     hashes: dict[str, list[str]] = {}
-    for name, record in found.items():
+    for record in finished:
         for label_hash in sorted({fold.label_hash for fold in record.folds}):
-            hashes.setdefault(label_hash, []).append(name)
+            hashes.setdefault(label_hash, []).append(f"trial {record.trial_number}")
     if len(hashes) > 1:
         groups = sorted(hashes.items(), key=lambda pair: -len(pair[1]))
-        words = "; ".join(f"{label_hash[:12]}: {_some(names)}" for label_hash, names in groups)
-        raise NoEvidence(f"{where}: its trials were scored on different labels, which can't be ranked together ({words})")
+        words = "; ".join(f"{label_hash[:12]}: {some(names)}" for label_hash, names in groups)
+        raise NoEvidence(
+            f"{folder}: its trials were scored on different labels and can't be ranked together (label hash {words}); "
+            "move the trials that don't belong to the study away"
+        )
 
 
-def _some(names: Iterable[str]) -> str:
+def some(names: Iterable[str]) -> str:
+    """The first few of a list, and how many more there are."""
     listed = list(names)
     return ", ".join(listed[:4]) + (f" and {len(listed) - 4} more" if len(listed) > 4 else "")
 
 
-def _json(path: Path) -> dict[str, Any]:
+def _baselines(folder: Path) -> dict[str, Any]:
+    path = folder / "baselines.json"
     if not path.is_file():
         return {}
     try:
         return json.loads(path.read_text())
     except ValueError:
-        raise records.DamagedRecord(f"{path}: is not what fintx wrote; remove it, and the next run makes it again") from None
+        raise records.DamagedRecord(f"{path}: is not what fintx wrote; remove it, and the next run makes it") from None
 
 
-def _table(path: Path) -> pa.Table:
-    try:
-        return pq.read_table(path)
-    except (pa.ArrowInvalid, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise records.DamagedRecord(f"{path}: can't be read ({reason}); restore it from a copy, or remove it") from None
+def _rows(folder: Path, spec: StudySpec, notes: list[str]) -> Rows | None:
+    if (folder / "baselines.parquet").is_file():
+        return predictions.read_rows(folder, spec)
+    notes.append(
+        f"{folder / 'baselines.parquet'} is missing: nothing can be compared row by row; "
+        "the next run of the study makes it again."
+    )
+    return None
 
 
-def _predictions(folder: Path, finished: list[TrialRecord]) -> tuple[dict[int, pa.Table], list[str]]:
-    tables, missing = {}, []
+def _outputs(folder: Path, finished: Sequence[TrialRecord], rows: Rows, notes: list[str]) -> dict[int, Floats]:
+    """Of the successful trials whose predictions are here; the others are named."""
+    found, missing = {}, []
     for record in finished:
+        where = records.trial_folder(folder, record.trial_number)
         if record.value is None:
             continue
-        path = records.trial_folder(folder, record.trial_number) / "predictions.parquet"
-        if path.is_file():
-            tables[record.trial_number] = _table(path)
+        if (where / "predictions.parquet").is_file():
+            found[record.trial_number] = predictions.read_outputs(where, rows)
         else:
             missing.append(f"trial {record.trial_number}" + (f" (ran on {record.host})" if record.host else ""))
-    notes = []
     if missing:
         notes.append(
-            f"Predictions are missing of {_some(missing)}: what is compared row by row leaves them out; "
-            "copy their predictions.parquet here."
+            f"predictions.parquet is missing of {some(missing)}: left out of all that is compared row by row; "
+            "copy the trial's folder here."
         )
-    return tables, notes
-
-
-def _baseline_tables(folder: Path, held: dict[str, Any], notes: list[str]) -> dict[str, pa.Table]:
-    path = folder / "baselines.parquet"
-    if not path.is_file():
-        notes.append(f"{path} is missing: no comparison with a baseline row by row; the next run of the study makes it.")
-        return {}
-    table = _table(path)
-    return {name: table.filter(pc.equal(table["baseline"], name)) for name in held}
-
-
-def _aligned(
-    tables: dict[int, pa.Table], kept: dict[str, pa.Table], notes: list[str]
-) -> tuple[Rows | None, dict[int, Floats], dict[str, Floats]]:
-    """Outputs over one set of rows; whatever was scored on other rows is left out and said."""
-    every: dict[Any, pa.Table] = {**kept, **tables}
-    if not every:
-        return None, {}, {}
-    reference = next(iter(every.values())).select(_ROW)
-    strangers = [name for name, table in every.items() if not table.select(_ROW).equals(reference)]
-    if strangers:
-        named = [f"trial {name}" if isinstance(name, int) else str(name) for name in strangers]
-        notes.append(f"Scored on other rows and left out of comparisons: {_some(named)}.")
-    same = {name: table["output"].to_numpy() for name, table in every.items() if name not in strangers}
-    rows = Rows(
-        fold=reference["fold"].to_numpy(),
-        date=reference["date"].to_numpy().astype("datetime64[D]"),
-        asset=np.asarray(reference["asset"].to_pylist()),
-        label=reference["label"].to_numpy().astype(np.float64),
-    )
-    outputs = {name: values for name, values in same.items() if isinstance(name, int)}
-    return rows, outputs, {name: values for name, values in same.items() if isinstance(name, str)}
+    return found

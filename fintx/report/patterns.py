@@ -7,7 +7,7 @@ of a difference of two groups' mean skill is therefore
     s² (1/nᵢ + 1/nⱼ) + Var_days(meanᵢ − meanⱼ)
 
 with s² the variance of trials within groups, pooled (one-way ANOVA), and the second part from the same resampled days
-for both (`days`). Groups are compared with the best one by Tukey's studentised range, so that choosing the best of many
+for both (`evaluate.significance`). Groups are compared with the best one by Tukey's studentised range, so that choosing the best of many
 groups makes no difference out of nothing. Skill is 1 − loss / loss of the training prior.
 """
 
@@ -22,7 +22,6 @@ from scipy import stats
 
 from fintx.config import Choices, Shape
 from fintx.report import ranks
-from fintx.report.days import LEVEL
 from fintx.report.evidence import Evidence
 from fintx.report.ranks import Agreement
 from fintx.report.words import listed
@@ -30,6 +29,7 @@ from fintx.study.records import TrialRecord
 from fintx.types import Floats
 
 DEPTHS = ((12, "≤ 12"), (24, "13–24"), (48, "25–48"), (10**9, "> 48"))
+LEVEL = 0.95
 _FEW_VALUES = 5
 _LEAST_FREEDOM = 2
 
@@ -142,7 +142,7 @@ def _knob(evidence: Evidence, path: str) -> Pattern:
             evidence, key, name, lambda r: int(np.searchsorted(edges, value(r))), lambda i: spans[int(i)]
         )  # fmt: skip
     numeric = all(isinstance(v, int | float) and not isinstance(v, bool) for v in held)
-    trend = ranks.spearman(np.array(held, float), _skills(evidence.ranked)) if numeric else None
+    trend = ranks.spearman(np.array(held, float), _skills(evidence, evidence.ranked)) if numeric else None
     return Pattern(found.name, found.by, found.groups, trend)
 
 
@@ -150,8 +150,9 @@ def _said(value: object) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
-def _skills(found: Sequence[TrialRecord]) -> Floats:
-    return np.array([np.nan if r.best.get("skill") is None else float(r.best["skill"] or 0) for r in found])
+def _skills(evidence: Evidence, found: Sequence[TrialRecord]) -> Floats:
+    """(T,); every successful trial has one."""
+    return np.array([evidence.skill(record.best) for record in found], np.float64)
 
 
 def pattern(
@@ -163,12 +164,12 @@ def pattern(
         key: a trial's group, as a number that orders the groups.
         say: a group in words.
     """
-    found = [r for r in evidence.ranked if r.best.get("skill") is not None]
+    found = [r for r in evidence.ranked if evidence.skill(r.best) is not None]
     keys = np.array([key(record) for record in found])
     order, index = np.unique(keys, return_inverse=True)
     if not len(order):
         return Pattern(name, by, ())
-    skills, counts = _skills(found), np.bincount(index)
+    skills, counts = _skills(evidence, found), np.bincount(index)
     means = np.bincount(index, weights=skills) / counts
     freedom = len(found) - len(order)
     pooled = float(np.sum(np.square(skills - means[index])) / freedom) if freedom >= _LEAST_FREEDOM else None
@@ -206,12 +207,12 @@ def _over_days(evidence: Evidence, found: Sequence[TrialRecord], index: np.ndarr
     Zero where no predictions are here: then the trials alone speak.
     """
     k = int(index.max()) + 1
-    draws, prior = evidence.draws, evidence.baseline_losses.get("prior")
+    resamples, prior = evidence.resamples, evidence.baseline_series.get("prior")
     members = [[r.trial_number for r, i in zip(found, index, strict=True) if i == g] for g in range(k)]
-    known = [[evidence.losses[n] for n in numbers if n in evidence.losses] for numbers in members]
-    if draws is None or prior is None or not all(known):
+    known = [[evidence.series[n] for n in numbers if n in evidence.series] for numbers in members]
+    if resamples is None or prior is None or not all(known):
         return np.zeros(k), np.zeros((k, k))
-    losses = np.array([np.mean(each, axis=0) for each in known])
-    skills = 1 - draws.means(losses) / draws.means(prior)
-    difference = skills[:, None, :] - skills[None, :, :]
-    return skills.var(axis=-1, ddof=1), difference.var(axis=-1, ddof=1)
+    losses = np.stack([np.mean(each, axis=0) for each in known])
+    skills = 1 - (losses @ resamples.weights.T) / (prior @ resamples.weights.T)  # (k, R)
+    differences = skills[:, None, :] - skills[None, :, :]
+    return skills.var(axis=-1, ddof=1), differences.var(axis=-1, ddof=1)
