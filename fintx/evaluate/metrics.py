@@ -87,6 +87,21 @@ def per_sample_loss(kind: Kind, outputs: Floats, targets: Floats) -> Floats:
     return _loss(kind, *_checked(kind, outputs, targets))
 
 
+def ensemble(kind: Kind, outputs: Floats) -> Floats:
+    """(S,) output of several models that speak as one: the logit of their mean probability, or their mean return.
+
+    Args:
+        outputs: (N, S) logits, or log returns.
+    """
+    outputs = np.asarray(outputs, np.float64)
+    if kind == "regression":
+        return outputs.mean(axis=0)
+    # ln Σp − ln Σ(1 − p), each summed as logarithms: no probability is rounded to 0 or 1 on the way.
+    return np.logaddexp.reduce(-np.logaddexp(0.0, -outputs), axis=0) - np.logaddexp.reduce(
+        -np.logaddexp(0.0, outputs), axis=0
+    )
+
+
 def prior_output(kind: Kind, prior: float) -> np.float32:
     """What a model that knows the training prior alone puts out for every row; float32, as every model's output is.
 
