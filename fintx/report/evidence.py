@@ -133,7 +133,9 @@ def read(folder: Path) -> Evidence:
         raise NoEvidence(f"{folder}: holds no study (no study.json); give a study's name, or its folder")
     finished = records.read_all(folder)
     if not finished:
-        raise NoEvidence(f"{folder}: has no finished trial yet; run it (just sweep …), then report as often as you like")
+        raise NoEvidence(
+            f"{folder}: has no finished trial yet; run it (just sweep …), then report as often as you like"
+        )
     _check_labels(folder, finished)
     notes: list[str] = []
     rows = _rows(folder, study.spec, notes)

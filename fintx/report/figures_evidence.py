@@ -95,7 +95,9 @@ def precision_recall(found: Mapping[str, PrecisionRecall]) -> Picture:
         axes = figure.subplots()
         labels = []
         for colour, (words, each) in zip(CYCLE, found.items(), strict=False):
-            axes.fill_between(each.recall, each.precision_low, each.precision_high, color=colour, alpha=0.12, linewidth=0)
+            axes.fill_between(
+                each.recall, each.precision_low, each.precision_high, color=colour, alpha=0.12, linewidth=0
+            )
             axes.plot(each.recall, each.precision, color=colour, linewidth=1.3)
             labels.append((float(each.precision[int(np.searchsorted(each.recall, 0.6))]), words, colour))
         rate = next(iter(found.values())).base_rate
@@ -221,7 +223,9 @@ def ladder(
     """
     with canvas(height=0.95 + 0.42 * len(names)) as figure:
         axes = figure.subplots()
-        for place, ((skill, low, high), (rival, words)) in enumerate(zip(reversed(trials), reversed(rivals), strict=True)):
+        for place, ((skill, low, high), (rival, words)) in enumerate(
+            zip(reversed(trials), reversed(rivals), strict=True)
+        ):
             axes.plot([low, high], [place, place], color=BLUE, linewidth=2, solid_capstyle="round")
             axes.plot([skill], [place], "o", color=BLUE, markersize=6.5, markeredgecolor=PAPER)
             axes.plot([rival], [place], "|", color=VERMILLION, markersize=15, markeredgewidth=2.2)

@@ -223,7 +223,9 @@ def learning_curves(found: Sequence[Curve], *, metric: str, baseline: tuple[str,
         for axes in (left, right):
             axes.set_xlabel("epoch")
             axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
-        caption = "The best trials: training loss to the left, validation to the right; a dot marks the epoch that was kept."
+        caption = (
+            "The best trials: training loss to the left, validation to the right; a dot marks the epoch that was kept."
+        )
         return keep(figure, "learning_curves", "Learning curves", caption)
 
 

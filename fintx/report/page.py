@@ -1,8 +1,8 @@
 """How does a report reach the disk? One HTML file that needs nothing else, and its figures and tables as files beside.
 
-    <folder>/index.html       everything: styles, figures as SVG; no script, no network
-    <folder>/figures/*.svg, *.png
-    <folder>/tables/*.csv
+<folder>/index.html       everything: styles, figures as SVG; no script, no network
+<folder>/figures/*.svg, *.png
+<folder>/tables/*.csv
 """
 
 from __future__ import annotations
@@ -126,5 +126,7 @@ def write(page: Page, folder: Path) -> Path:
         temporary.write_text(render(page), encoding="utf-8")
         os.replace(temporary, target)
     except OSError as error:
-        raise FintxError(f"{target}: can't be written: {error.strerror}; mend that and run the command again") from error
+        raise FintxError(
+            f"{target}: can't be written: {error.strerror}; mend that and run the command again"
+        ) from error
     return target

@@ -100,7 +100,9 @@ def by_shape(evidence: Evidence) -> tuple[Pattern, ...]:
         pattern(evidence, "depth", "depth (layers)", lambda r: depth_bucket(r.n_layers), lambda i: DEPTHS[int(i)][1]),
         pattern(evidence, "d_ff_ratio", "d_ff / d_model", lambda r: round(r.d_ff / r.d_model, 3), "{:g}".format),
         pattern(evidence, "n_heads", "number of heads", lambda r: r.n_heads, str),
-        pattern(evidence, "aspect", "aspect ratio (d_model / layers)", lambda r: aspect_octave(r.config.shape), _octave),
+        pattern(
+            evidence, "aspect", "aspect ratio (d_model / layers)", lambda r: aspect_octave(r.config.shape), _octave
+        ),
     )
 
 

@@ -71,6 +71,8 @@ def cell(value: Any, form: Format) -> str:
     return value if isinstance(value, str) else _WORDS[form](value)  # type: ignore[operator]
 
 
-def of(name: str, title: str, columns: Sequence[tuple[str, Format]], rows: Sequence[Sequence[Any]], **rest: Any) -> Sheet:
+def of(
+    name: str, title: str, columns: Sequence[tuple[str, Format]], rows: Sequence[Sequence[Any]], **rest: Any
+) -> Sheet:
     """A sheet of lists."""
     return Sheet(name, title, tuple(columns), tuple(tuple(row) for row in rows), **rest)
