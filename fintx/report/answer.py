@@ -12,7 +12,7 @@ from fintx.evaluate import significance
 from fintx.evaluate.significance import Estimate
 from fintx.report import confirmation as told
 from fintx.report.evidence import LOSS_WORDS, Evidence
-from fintx.report.words import listed, number, percent, shape_words
+from fintx.report.words import listed, measured, number, percent, shape_words, span
 from fintx.study.confirmation import Confirmation
 
 UNITS = {"log_loss": "nats", "brier": "of Brier score", "mse": "of squared error", "mae": "of absolute error"}
@@ -71,33 +71,38 @@ def _sentence(evidence: Evidence, confirmation: Confirmation | None) -> tuple[st
             f"Can't be said: the best of {n} trials, {who}, has {value}, but there is nothing to compare it with.",
             "open",
         )
-    rows = f"{evidence.spec.task.horizon}-day labels of {len(evidence.rows.labels):,} validation rows"  # type: ignore[union-attr]
-    figures = f"{number(found.mean)} {UNITS[evidence.loss]} per row (95 % interval {number(found.low)} … {number(found.high)})"
+    rows = f"on {len(evidence.rows.labels):,} validation rows"  # type: ignore[union-attr]
+    figures = _per_row(evidence, found)
     beside_prior = gain(evidence, "prior")
     if beside_prior is not None and not beside_prior.positive:
-        prior = f"{number(beside_prior.mean)} {UNITS[evidence.loss]} per row (95 % interval {number(beside_prior.low)} … {number(beside_prior.high)})"  # noqa: E501
         return (
-            f"No skill: the best of {n} trials, {who}, can't be told from the prior, against which it saves {prior}, on {rows}.",
+            f"No skill: the best of {n} trials, {who}, can't be told from the prior: it saves "
+            f"{_per_row(evidence, beside_prior)}, {rows}.",
             "bad",
-        )  # noqa: E501
+        )
     if found.negative:
-        return (
-            f"No: {rival} is better than the best of {n} trials. {who.capitalize()} saves {figures} against it, on {rows}.",
-            "bad",
-        )  # noqa: E501
+        return f"No: {rival} is better than the best of {n} trials, {who}, which saves {figures}, {rows}.", "bad"
     if not found.positive:
         return (
-            f"No: the best of {n} trials doesn't beat {rival} with confidence. {who.capitalize()} saves {figures} "
-            f"against it, on {rows}.",
+            f"No: the best of {n} trials, {who}, doesn't beat {rival} with confidence: it saves {figures}, {rows}.",
             "bad",
         )
     chance = luck(evidence)
-    expected = f" (the best of {n} equal ones looks {number(chance)} better by chance)" if chance is not None else ""
+    expected = (
+        f" (the best of {n} equal ones looks {measured(chance, found.low, found.high)} better by chance)"
+        if chance is not None
+        else ""
+    )
     return (
-        f"Ahead, not confirmed: the best of {n} trials, {who}, saves {figures} against {rival}, on {rows}. It was chosen "
+        f"Ahead, not confirmed: the best of {n} trials, {who}, saves {figures} against {rival}, {rows}. It was chosen "
         f"on these very rows{expected}: run `just confirm {evidence.name}` before you believe it.",
         "open",
     )
+
+
+def _per_row(evidence: Evidence, found: Estimate) -> str:
+    mean = measured(found.mean, found.low, found.high)
+    return f"{mean} {UNITS[evidence.loss]} per row (95 % interval {span(found.low, found.high)})"
 
 
 def _warnings(evidence: Evidence) -> tuple[str, ...]:

@@ -1,8 +1,8 @@
 """How does a figure of a report look, and how is it kept? One style; as SVG for the page, as SVG and PNG beside it.
 
 Only modules named figures… import matplotlib. Colours are Okabe & Ito's (2008), told apart by the colour-blind. Ink,
-grid and paper are painted in stand-in colours: inside a page they become the page's own, so that one figure serves a
-light and a dark screen, and print.
+grid, paper and the darker hues become variables inside a page, so that one figure serves a light and a dark screen,
+and print.
 """
 
 from __future__ import annotations
@@ -20,7 +20,10 @@ from matplotlib.figure import Figure
 BLUE, VERMILLION, GREEN, ORANGE, SKY, PURPLE = "#0072b2", "#d55e00", "#009e73", "#e69f00", "#56b4e9", "#cc79a7"
 CYCLE = (BLUE, VERMILLION, GREEN, ORANGE, PURPLE, SKY)
 INK, MUTED, GRID, PAPER = "#1b1f24", "#68707a", "#dfe3e8", "#fffffe"
-_ON_THE_PAGE = {INK: "var(--ink)", MUTED: "var(--muted)", GRID: "var(--line)", PAPER: "var(--paper)"}
+_ON_THE_PAGE = {
+    INK: "var(--ink)", MUTED: "var(--muted)", GRID: "var(--line)", PAPER: "var(--paper)", BLUE: "var(--blue)",
+    VERMILLION: "var(--vermillion)", GREEN: "var(--green)", SKY: "var(--sky)",
+}  # fmt: skip
 _FONTS = "system-ui, -apple-system, 'Segoe UI', 'DejaVu Sans', sans-serif"
 WIDTH = 7.6
 """Inches; a column of the page."""

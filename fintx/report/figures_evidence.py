@@ -52,9 +52,9 @@ def forest(rows: Sequence[Row], *, baseline: str, unit: str, name: str, title: s
             axes.plot([row.low, row.high], [place, place], color=colour, linewidth=2, solid_capstyle="round")
             axes.plot([row.mean], [place], "o", color=colour, markersize=6, markeredgecolor=PAPER)
         axes.axvline(0, color=INK, linewidth=1)
-        axes.text(0, len(rows) - 0.35, f" {baseline}", va="bottom", ha="left", fontsize=8.5, color=INK)
+        axes.text(0, len(rows) - 0.4, f"  {baseline}", va="bottom", ha="left", fontsize=8.5, color=INK)
         axes.set_yticks(range(len(rows)), [row.words for row in reversed(rows)])
-        axes.set_ylim(-0.6, len(rows) - 0.1)
+        axes.set_ylim(-0.6, len(rows) + 0.25)
         axes.grid(axis="y", visible=False)
         axes.set_xlabel(f"{unit} saved per row against {baseline} (right is better)")
         return keep(figure, name, title, caption)
@@ -93,18 +93,17 @@ def precision_recall(found: Mapping[str, PrecisionRecall]) -> Picture:
     """Precision against recall, with the base rate that guessing reaches."""
     with canvas(height=3.2, width=0.8 * WIDTH) as figure:
         axes = figure.subplots()
-        labels = []
         for colour, (words, each) in zip(CYCLE, found.items(), strict=False):
             axes.fill_between(
                 each.recall, each.precision_low, each.precision_high, color=colour, alpha=0.12, linewidth=0
             )
-            axes.plot(each.recall, each.precision, color=colour, linewidth=1.3)
-            labels.append((float(each.precision[int(np.searchsorted(each.recall, 0.6))]), words, colour))
+            axes.plot(each.recall, each.precision, color=colour, linewidth=1.3, label=words)
         rate = next(iter(found.values())).base_rate
         axes.axhline(rate, color=MUTED, linewidth=0.9, linestyle=(0, (4, 3)))
         axes.set_xlim(0, 1)
         axes.set_ylim(0, 1)
-        label_lines(axes, [*labels, (rate, "base rate", MUTED)])
+        label_lines(axes, [(rate, "base rate", MUTED)])
+        axes.legend(loc="upper right", fontsize=8.5, labelcolor="linecolor")
         for axis in (axes.xaxis, axes.yaxis):
             axis.set_major_formatter(PercentFormatter(1.0, symbol=" %"))
         axes.set_xlabel("recall: share of all events that were called")

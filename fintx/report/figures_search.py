@@ -37,6 +37,7 @@ def history(
     metric: str,
     minimize: bool,
     baselines: Mapping[str, float],
+    rival: str | None,
     queued: Sequence[bool],
 ) -> Picture:
     """Every trial's metric in the order of the search, the best so far, and what must be beaten.
@@ -44,12 +45,13 @@ def history(
     Args:
         values: by trial; none where it failed.
         baselines: name → metric.
+        rival: the baseline that must be seen; another one far off is named at the edge.
     """
     known = [(n, v, q) for n, v, q in zip(numbers, values, queued, strict=True) if v is not None]
     failed = [n for n, v in zip(numbers, values, strict=True) if v is None]
     with canvas(height=3.3) as figure:
         axes = figure.subplots()
-        low, high = robust_limits([v for _, v, _ in known], list(baselines.values()))
+        low, high = _history_limits([v for _, v, _ in known], baselines, rival)
         for wanted, marker, words in ((False, "o", "sampler"), (True, "D", "queue")):
             chosen = [(n, v) for n, v, q in known if q == wanted]
             if chosen:
@@ -67,8 +69,12 @@ def history(
             axes.plot(failed, [edge] * len(failed), "x", color=MUTED, markersize=5, clip_on=False)
         labels = [(float(best[-1]), "best so far", VERMILLION)]
         for name, value in baselines.items():
-            axes.axhline(value, color=INK, linewidth=0.9, linestyle=(0, (4, 3)))
-            labels.append((value, name, INK))
+            if low <= value <= high:
+                axes.axhline(value, color=INK, linewidth=0.9, linestyle=(0, (4, 3)))
+                labels.append((value, name, INK))
+            else:
+                arrow = "↑" if value > high else "↓"
+                labels.append((high if value > high else low, f"{arrow} {name} {value:.4f}", MUTED))
         axes.set_ylim(low, high)
         axes.set_xlim(min(numbers) - 0.5, max(numbers) + 0.5)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -82,6 +88,13 @@ def history(
         more += f" Triangles at the edge: {len(outside)} trials beyond it." if outside else ""
         caption = f"Each point is a trial's validation {metric} at its best step ({words} is better); dashed: baselines on the same rows.{more}"  # noqa: E501
         return keep(figure, "history", "Course of the search", caption)
+
+
+def _history_limits(values: Sequence[float], baselines: Mapping[str, float], rival: str | None) -> tuple[float, float]:
+    """The trials and the best baseline; the others only where they don't flatten the picture."""
+    low, high = robust_limits(values, [baselines[rival]] if rival in baselines else [])
+    near = [value for value in baselines.values() if low - (high - low) <= value <= high + (high - low)]
+    return robust_limits(values, near) if near else (low, high)
 
 
 @dataclass(frozen=True)
@@ -113,7 +126,7 @@ def slices(found: Sequence[Slice], skills: Floats) -> Picture:
                 _log_ticks(axes, [float(v) for v in x])
             axes.set_xlabel(each.words)
             axes.set_ylim(low, high)
-            axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=None, symbol=" %"))
+            axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=1, symbol=" %"))
         for axes in grid.flat[len(found) :]:
             axes.set_visible(False)
         for row in grid:
@@ -175,7 +188,7 @@ def shape_map(trained: Sequence[tuple[Shape, float]], feasible: Sequence[Shape])
         bar = figure.colorbar(points, ax=axes, pad=0.02, aspect=28)
         bar.set_label("skill")
         bar.outline.set_visible(False)
-        bar.ax.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=None, symbol=" %"))
+        bar.ax.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=1, symbol=" %"))
         caption = (
             "Each point is a trained shape, its colour the trial's skill; outlines hold the depths that fit the budget at "
             "each width. Points of one width stand side by side by number of heads."

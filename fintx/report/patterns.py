@@ -97,12 +97,10 @@ def by_shape(evidence: Evidence) -> tuple[Pattern, ...]:
     """The successful trials by width, depth, feed-forward ratio, heads and aspect ratio."""
     return (
         pattern(evidence, "d_model", "d_model", lambda r: r.d_model, str),
-        pattern(evidence, "depth", "depth (layers)", lambda r: depth_bucket(r.n_layers), lambda i: DEPTHS[int(i)][1]),
+        pattern(evidence, "depth", "depth", lambda r: depth_bucket(r.n_layers), lambda i: DEPTHS[int(i)][1]),
         pattern(evidence, "d_ff_ratio", "d_ff / d_model", lambda r: round(r.d_ff / r.d_model, 3), "{:g}".format),
         pattern(evidence, "n_heads", "number of heads", lambda r: r.n_heads, str),
-        pattern(
-            evidence, "aspect", "aspect ratio (d_model / layers)", lambda r: aspect_octave(r.config.shape), _octave
-        ),
+        pattern(evidence, "aspect", "aspect ratio", lambda r: aspect_octave(r.config.shape), _octave),
     )
 
 
@@ -122,7 +120,7 @@ def aspect_octave(shape: Shape) -> int:
 
 
 def _octave(k: float) -> str:
-    return f"{2.0**k:g} – {2.0 ** (k + 1):g}"
+    return f"{2.0**k:g}–{2.0 ** (k + 1):g}"
 
 
 def _knob(evidence: Evidence, path: str) -> Pattern:

@@ -14,13 +14,13 @@ from fintx.report.evidence import Evidence
 from fintx.report.figures_evidence import Row
 from fintx.report.page import Block, Prose, Section
 from fintx.report.sheet import Format, Sheet
-from fintx.report.words import interval, number, percent, shape_words
+from fintx.report.words import number, percent, shape_words, span
 from fintx.study.confirmation import Candidate, Confirmation
 from fintx.study.records import TrialRecord
 from fintx.types import Floats
 
-_SHOWN = ("log_loss", "skill", "auc", "brier", "brier_skill", "average_precision", "calibration_error")
-_SHOWN_REGRESSION = ("mse", "skill", "mae", "mae_skill", "correlation", "sign_accuracy")
+_SHOWN = ("log_loss", "auc", "brier", "average_precision", "calibration_error")
+_SHOWN_REGRESSION = ("mse", "mae", "correlation", "sign_accuracy")
 _VOLATILITY = ("volatility", "vix", "har", "garch", "touch")
 _FOREST = 8
 
@@ -28,30 +28,28 @@ _FOREST = 8
 def beside_baselines(evidence: Evidence) -> Section:
     """The best trial and every baseline on the same rows; gains with intervals."""
     best = evidence.best
-    regression = evidence.spec.task.kind == "regression"
-    keys = [key for key in (_SHOWN_REGRESSION if regression else _SHOWN)]
-    columns: list[tuple[str, Format]] = [("", "text")]
-    columns += [(_head(key), "percent" if "skill" in key else "number") for key in keys]
-    columns += [
-        (f"trial saves ({UNITS[evidence.loss]} per row)", "number"),
-        ("95 % interval", "text"),
-        ("what it is", "text"),
-    ]
+    first, *others = _SHOWN_REGRESSION if evidence.spec.task.kind == "regression" else _SHOWN
+    columns: list[tuple[str, Format]] = [
+        ("", "text"), (_head(first), "number"), ("skill", "percent"), ("the trial saves", "number"),
+        ("95 % interval", "text"), *((_head(key), "number") for key in others), ("what it is", "text"),
+    ]  # fmt: skip
     rows: list[tuple[object, ...]] = []
     if best is not None:
-        rows.append((f"best trial ({best.trial_number})", *(best.best.get(key) for key in keys), None, None,
-                     shape_words(best.config.shape)))  # fmt: skip
-    order = sorted(evidence.baselines.items(), key=lambda pair: pair[1]["metrics"].get(evidence.loss) or 0.0)
-    for name, held in order:
-        gain = answer.gain(evidence, name)
-        rows.append(
-            (name, *(held["metrics"].get(key) for key in keys), gain.mean if gain else None,
-             interval(gain.low, gain.high) if gain else None, held["words"])
-        )  # fmt: skip
+        held = best.best
+        rows.append((f"best trial ({best.trial_number})", held.get(first), evidence.skill(held), None, None,
+                     *(held.get(key) for key in others), shape_words(best.config.shape)))  # fmt: skip
+    for name, baseline in sorted(
+        evidence.baselines.items(), key=lambda pair: pair[1]["metrics"].get(evidence.loss) or 0.0
+    ):
+        held, gain = baseline["metrics"], answer.gain(evidence, name)
+        rows.append((name, held.get(first), evidence.skill(held), gain.mean if gain else None,
+                     span(gain.low, gain.high) if gain else None, *(held.get(key) for key in others),
+                     baseline["words"]))  # fmt: skip
     n = best.best.get("n") if best is not None else None
     made = sheet.of(
         "baselines", f"On the same {number(n)} validation rows", columns, rows, marked=(0,) if best is not None else (),
-        note="The best trial was chosen on these rows; the baselines were not. Intervals: days resampled in blocks.",
+        note=f"What the trial saves: {UNITS[evidence.loss]} per row, with days resampled in blocks. The best trial was "
+        "chosen on these rows; the baselines were not.",
     )  # fmt: skip
     return Section("baselines", "The best trial and what it must beat", (made,))
 
@@ -138,7 +136,7 @@ def _candidate(each: Candidate) -> tuple[object, ...]:
     return (
         str(each.trial), shape_words(each.shape), each.param_count, each.search_value, each.mean_value,
         verdict.gain.mean if verdict else None,
-        interval(verdict.gain.low, verdict.gain.high) if verdict else None,
+        span(verdict.gain.low, verdict.gain.high) if verdict else None,
         verdict.behind.mean if verdict and verdict.behind else None,
         each.ensemble.gain.mean if each.ensemble else None, each.words,
     )  # fmt: skip
@@ -153,7 +151,7 @@ def _groups(found: Confirmation) -> list[Block]:
     for kind, title in (("fold", "fold"), ("year", "year"), ("vix", "third of VIX")):
         groups = [group for group in best.groups if group.kind == kind]
         if len(groups) > 1:
-            rows = [(g.name, g.n, g.gain.mean, interval(g.gain.low, g.gain.high)) for g in groups]
+            rows = [(g.name, g.n, g.gain.mean, span(g.gain.low, g.gain.high)) for g in groups]
             columns: list[tuple[str, Format]] = [
                 (title, "text"),
                 ("rows", "whole"),
@@ -225,20 +223,20 @@ def _mirror_words(found: Mirror) -> str:
         return "One of the two events never came: nothing can be said of direction."
     se = found.direction_se
     told_apart = se is not None and found.direction_auc - 1.645 * se > 0.5
-    side = "there is knowledge of direction" if told_apart else "no knowledge of direction is shown"
+    side = "more than chance" if told_apart else "no knowledge of direction is shown"
     error = f" ± {1.96 * se:.3f}" if se is not None else ""
     return (
         f"The same probabilities score the opposite event at AUC {found.opposite_auc:.3f}, the event itself at "
         f"{found.auc:.3f}. On the {found.one_sided:,} rows where exactly one side was touched they say which at AUC "
-        f"{found.direction_auc:.3f}{error}: {side}; the rest is volatility."
+        f"{found.direction_auc:.3f}{error} (.5 is chance): {side}."
     )
 
 
 def _mirror_sheet(found: dict[str, Mirror], within: dict[str, float | None]) -> Sheet:
     columns: list[tuple[str, Format]] = [
-        ("", "text"), ("AUC of the event", "number"), ("AUC of the opposite", "number"), ("base rate", "percent"),
-        ("opposite's rate", "percent"), ("one side touched", "whole"), ("AUC of which side", "number"),
-        ("its SE", "number"), ("within-year AUC", "number"),
+        ("", "text"), ("event AUC", "number"), ("opposite AUC", "number"), ("base rate", "percent"),
+        ("opposite rate", "percent"), ("one-sided rows", "whole"), ("which-side AUC", "number"), ("SE", "number"),
+        ("within-year AUC", "number"),
     ]  # fmt: skip
     rows = [
         (name, m.auc, m.opposite_auc, m.base_rate, m.opposite_rate, m.one_sided, m.direction_auc, m.direction_se,
@@ -327,7 +325,7 @@ def _scaled(evidence: Evidence, outputs: Floats) -> list[Block]:
         if len(np.unique(rows.fold)) > 1
         else "the older half of the validation days, judged on the newer"
     )  # noqa: E501
-    return [sheet.of("scaling_of_probabilities", "Would scaling help?", columns, made, note=f"Learnt on {what}.")]
+    return [sheet.of("recalibration", "Would recalibration help?", columns, made, note=f"Learnt on {what}.")]
 
 
 def _thresholds(outputs: Floats, labels: Floats) -> Sheet:

@@ -15,7 +15,7 @@ from fintx.report.page import Block, Prose, Section
 from fintx.report.patterns import Pattern
 from fintx.report.search import Search
 from fintx.report.sheet import Format, Sheet
-from fintx.report.words import duration, interval, listed, number, percent, shape_words
+from fintx.report.words import duration, listed, number, percent, shape_words, span
 from fintx.study import importance
 from fintx.study.importance import Importance
 from fintx.study.space import SearchSpace
@@ -53,6 +53,7 @@ def _history(evidence: Evidence) -> Picture:
         metric=metric,
         minimize=evidence.minimize,
         baselines=shown,
+        rival=evidence.rival,
         queued=[record.source == "queue" for record in evidence.records],
     )
 
@@ -125,7 +126,7 @@ def pattern_sheet(found: Pattern) -> Sheet:
     """One pattern as a table."""
     columns: list[tuple[str, Format]] = [
         (found.by, "text"), ("trials", "whole"), ("best skill", "percent"), ("mean skill", "percent"),
-        ("95 % interval", "text"), ("behind the best", "points"), ("interval", "text"), ("", "text"),
+        ("interval", "text"), ("against the best", "points"), ("interval", "text"), ("", "text"),
     ]  # fmt: skip
     rows = [
         (
@@ -138,7 +139,7 @@ def pattern_sheet(found: Pattern) -> Sheet:
     note = found.sentence
     if found.trend is not None and found.trend.rho is not None:
         trend = found.trend
-        note += f" Rank correlation with skill {number(trend.rho, 2)} ({interval(trend.low, trend.high, 2)}; n = {trend.n})."  # noqa: E501
+        note += f" Rank correlation with skill {number(trend.rho, 2)} ({span(trend.low, trend.high)}; n = {trend.n})."  # noqa: E501
     best = tuple(i for i, group in enumerate(found.groups) if group.behind is None)
     return sheet.of(f"by_{found.name}", f"By {found.by}", columns, rows, note=note, marked=best)
 
@@ -173,7 +174,7 @@ def outcome_section(evidence: Evidence, search: Search) -> Section:
     outcomes = sheet.of(
         "outcomes", "Outcomes and run times",
         [("outcome", "text"), ("trials", "whole"), ("mean time", "seconds"), ("of it compiling", "seconds"),
-         ("total", "seconds"), ("newest failure says", "text")],
+         ("total", "seconds"), ("the newest says", "text")],
         [(row.outcome, row.n, row.mean_s, row.compile_s, row.total_s, row.detail or None) for row in search.outcomes],
         note=f"{search.finished} of {search.wanted} trials finished; {duration(search.busy_s)} of training within "
         f"{duration(search.wall_s)}. {'; '.join(search.machines)}.",

@@ -68,7 +68,9 @@ def cell(value: Any, form: Format) -> str:
     """One value in words."""
     if value is None:
         return "–"
-    return value if isinstance(value, str) else _WORDS[form](value)  # type: ignore[operator]
+    if isinstance(value, str):
+        return value
+    return _WORDS[form](value).replace("-", "−", 1) if form != "text" else str(value)  # type: ignore[operator]
 
 
 def of(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import math
 from collections.abc import Sequence
 
 from fintx.config import Shape
@@ -59,9 +60,21 @@ def shape_words(shape: Shape) -> str:
     return f"d_model {shape.d_model} · {shape.n_layers} layers · {shape.n_heads} heads · d_ff {shape.d_ff}"
 
 
-def interval(low: float | None, high: float | None, digits: int = 4) -> str:
-    """0.0012 … 0.0345, or "–" where there is none."""
-    return "–" if low is None or high is None else f"{number(low, digits)} … {number(high, digits)}"
+def span(low: float | None, high: float | None) -> str:
+    """0.0008 … 0.0337: both ends with the digits that their distance deserves; "–" where there are none."""
+    if low is None or high is None:
+        return "–"
+    digits = _digits(high - low)
+    return f"{low:.{digits}f} … {high:.{digits}f}"
+
+
+def measured(mean: float, low: float, high: float) -> str:
+    """A figure with as many digits as its interval deserves: 0.0172."""
+    return f"{mean:.{_digits(high - low)}f}"
+
+
+def _digits(width: float) -> int:
+    return min(max(1 - math.floor(math.log10(width)), 1), 12) if width > 0 else 4
 
 
 def points(value: float | None) -> str:
