@@ -92,7 +92,7 @@ def history(
 
 def _history_limits(values: Sequence[float], baselines: Mapping[str, float], rival: str | None) -> tuple[float, float]:
     """The trials and the best baseline; the others only where they don't flatten the picture."""
-    low, high = robust_limits(values, [baselines[rival]] if rival in baselines else [])
+    low, high = robust_limits(values, [baselines[rival]] if rival is not None and rival in baselines else [])
     near = [value for value in baselines.values() if low - (high - low) <= value <= high + (high - low)]
     return robust_limits(values, near) if near else (low, high)
 
@@ -122,7 +122,7 @@ def slices(found: Sequence[Slice], skills: Floats) -> Picture:
             axes.scatter([x[best]], [skills[best]], s=38, facecolors="none", edgecolors=VERMILLION, linewidths=1.5)
             if words:
                 axes.set_xticks(range(len(names)), names)
-            elif each.log and min(x) > 0:  # type: ignore[type-var]
+            elif each.log and min(x) > 0:  # type: ignore[type-var, operator]
                 _log_ticks(axes, [float(v) for v in x])
             axes.set_xlabel(each.words)
             axes.set_ylim(low, high)
@@ -162,10 +162,10 @@ def shape_map(trained: Sequence[tuple[Shape, float]], feasible: Sequence[Shape])
         widths = sorted({shape.d_model for shape in feasible} | {shape.d_model for shape, _ in trained})
         for width in sorted({shape.d_model for shape in feasible}):
             depths = [shape.n_layers for shape in feasible if shape.d_model == width]
-            x = widths.index(width)
+            place = widths.index(width)
             low, high = math.log2(min(depths)) - 0.18, math.log2(max(depths)) + 0.18
             axes.add_patch(
-                FancyBboxPatch((x - 0.3, low), 0.6, high - low, boxstyle="round,pad=0,rounding_size=0.15",
+                FancyBboxPatch((place - 0.3, low), 0.6, high - low, boxstyle="round,pad=0,rounding_size=0.15",
                                facecolor="none", edgecolor=MUTED, linewidth=0.9)
             )  # fmt: skip
         ordered = sorted(trained, key=lambda pair: pair[1])
@@ -190,7 +190,8 @@ def shape_map(trained: Sequence[tuple[Shape, float]], feasible: Sequence[Shape])
         bar.outline.set_visible(False)
         bar.ax.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=1, symbol=" %"))
         caption = (
-            "Each point is a trained shape, its colour the trial's skill; outlines hold the depths that fit the budget at "
+            "Each point is a trained shape, its colour the trial's skill; outlines hold the depths that fit "
+            "the budget at "
             "each width. Points of one width stand side by side by number of heads."
         )
         return keep(figure, "shape_map", "Map of shapes", caption)
@@ -258,7 +259,8 @@ def importance(found: Sequence[tuple[str, float, float]]) -> Picture:
         axes.xaxis.set_major_formatter(PercentFormatter(1.0, symbol=" %"))
         axes.set_xlabel("share of importance (PED-ANOVA)")
         caption = (
-            "Bars: how differently the best trials are spread along each value. Orange: what 95 % of studies with shuffled "
+            "Bars: how differently the best trials are spread along each value. Orange: what 95 % of studies "
+            "with shuffled "
             "results stay below; a bar that doesn't reach beyond it (grey) shows nothing."
         )
         return keep(figure, "importance", "What matters for a good trial", caption)

@@ -36,8 +36,8 @@ def find(patterns: Sequence[str], *, outputs: Path) -> list[Path]:
             root = Path(given.anchor) if given.is_absolute() else Path()
             inside = str(given.relative_to(given.anchor)) if given.is_absolute() else pattern
             matches = [path for path in sorted(root.glob(inside)) if (path / "study.json").is_file()]
-            matches = matches or [path for path in sorted(outputs.glob(pattern)) if (path / "study.json").is_file()] if (
-                not given.is_absolute()) else matches  # fmt: skip
+            if not matches and not given.is_absolute():
+                matches = [path for path in sorted(outputs.glob(pattern)) if (path / "study.json").is_file()]
         if not matches:
             known = ", ".join(path.name for path in records.study_folders(outputs)) or "none"
             raise FintxError(
@@ -64,8 +64,6 @@ def write(found: Scaling, *, outputs: Path) -> Path:
 
 def build(found: Scaling) -> Page:
     """The page as a value."""
-    from fintx.report.study_report import footer
-
     field = found.field
     return Page(
         title=f"Does it scale? {field.cells[0]} to {field.cells[-1]}",
@@ -82,14 +80,15 @@ def build(found: Scaling) -> Page:
             ("stated difference", percent(found.difference)),
         ),
         sections=(section(found),),
-        footer=footer(),
+        footer=page.footer(),
     )
 
 
 def section(found: Scaling) -> Section:
     """Figure and tables."""
     how = (
-        f"Losses are divided by {found.field.baseline}'s on the same days, so that calm and wild times cancel. The frontier "
+        f"Losses are divided by {found.field.baseline}'s on the same days, so that calm and wild times "
+        f"cancel. The frontier "
         f"is the best quarter of each size's first {found.effort} successful trials: as many for every size, since the "
         "best of more is luckier. Intervals: days resampled in blocks and runs resampled within each size, together."
     )
@@ -117,7 +116,7 @@ def scaling_of_siblings(found: Evidence) -> Section | None:
         read_ = scaling.read(gather([found, *siblings]))
     except NotComparable as error:
         reasons = tuple(str(error).splitlines())
-        words = f"Beside this study lie {names}, of the same label and other budgets, but no line can be fitted through them:"
+        words = f"Beside this study lie {names}, of the same label and other budgets; no line can be fitted:"
         return Section("scaling", "Scaling", (Prose(words), Prose(reasons, "note")))
     return section(read_)
 
@@ -157,13 +156,15 @@ def _sizes(found: Scaling) -> Sheet:
         rows.append(
             (
                 name, " ".join(dict.fromkeys(field.names[s] for s in field.study[mine])), int(mine.sum()),
-                f"{count(field.size[mine].min())} … {count(field.size[mine].max())}", float(np.median(field.flops[mine])),
+                f"{count(field.size[mine].min())} … {count(field.size[mine].max())}",
+                float(np.median(field.flops[mine])),
                 float(field.loss[mine].min()), found.frontier.by_cell[i], found.every.by_cell[i],
                 1 - found.frontier.by_cell[i] * field.baseline_loss / field.prior_loss,
             )
         )  # fmt: skip
     columns: list[tuple[str, Format]] = [
-        ("size", "text"), ("studies", "text"), ("trials", "whole"), (field.size_words, "text"), ("median FLOPs", "size"),
+        ("size", "text"), ("studies", "text"), ("trials", "whole"), (field.size_words, "text"),
+        ("median FLOPs", "size"),
         ("least loss", "number"), ("frontier", "number"), ("all trials", "number"), ("frontier's skill", "percent"),
     ]  # fmt: skip
     note = f"Losses relative to {field.baseline}: 1 is as good, .98 saves two percent."
@@ -181,7 +182,8 @@ def _gains(found: Scaling) -> Sheet:
         ("SE from days", "number"), ("SE from runs", "number"), ("verdict", "text"),
     ]  # fmt: skip
     note = (
-        f"From the smallest size to the largest. Above 0 with its whole interval: scales. Below {percent(found.difference)} "
+        f"From the smallest size to the largest. Above 0 with its whole interval: scales. Below "
+        f"{percent(found.difference)} "
         "with its whole interval: flat (two one-sided tests at 5 %)."
     )
     return sheet.of("gains", "Gain, and the test of flatness", columns, rows, note=note)
@@ -194,12 +196,14 @@ def _laws(found: Scaling) -> Sheet:
             rows.append((reading.which, reading.no_law, *[None] * 7))
         rows += [_law(reading, law) for law in reading.laws]
     columns: list[tuple[str, Format]] = [
-        ("", "text"), ("form", "text"), ("E", "text"), ("A", "text"), ("α", "text"), ("B, β", "text"), ("AICc", "number"),
+        ("", "text"), ("form", "text"), ("E", "text"), ("A", "text"), ("α", "text"), ("B, β", "text"),
+        ("AICc", "number"),
         ("weight", "percent"), ("off at the largest", "percent"),
     ]  # fmt: skip
     return sheet.of(
         "laws", "L(N) = E + A·N^(−α), relative losses", columns, rows,
-        note="Σ Huber of ln loss (Hoffmann et al. 2022, approach 3), 95 % intervals over days and runs. Off at the largest: "
+        note="Σ Huber of ln loss (Hoffmann et al. 2022, approach 3), 95 % intervals over days and runs. "
+        "Off at the largest: "
         "fitted to the smaller sizes alone, the error of its prediction for the largest.",
     )  # fmt: skip
 
