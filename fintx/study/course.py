@@ -169,12 +169,9 @@ class Course:
 
     def _at_once(self, claim: Claim, config: TrialConfig) -> int:
         """Members that may train side by side. After failures the last attempt is alone: the others may be to blame."""
-        setting, tried = self.spec.execution.population, self._tried[claim.number]
-        if setting is False or 0 < tried >= self.spec.execution.max_attempts - 1:
+        if 0 < self._tried[claim.number] >= self.spec.execution.max_attempts - 1:
             return 1
-        if setting == "auto" or setting is True:
-            return together.pays(config, on_gpu=self.on_gpu)
-        return setting
+        return together.at_once(config, self.spec.execution.population, on_gpu=self.on_gpu)
 
     def _is_settled(self, proposal: Proposal) -> bool:
         """Whether a queued trial's values depend on no result that may still come in."""
@@ -507,7 +504,8 @@ class Course:
             folder, records.read_all(folder), n_trials=study.n_trials, metric=study.metric,
             minimize=self.opened.minimize,
         )  # fmt: skip
-        records.write_results_csv(self.outputs)
+        for damage in records.write_results_csv(self.outputs):
+            self._say_once(f"left out of experiment_results.csv: {damage}")
 
     def _keep_best_checkpoints(self) -> None:
         ranked = records.ranked(list(self.finished.values()), minimize=self.opened.minimize)

@@ -9,22 +9,22 @@ is told.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from fintx.config import StudySpec, TrialConfig
+from fintx.config import ConfirmConfig, StudySpec, TrialConfig
+from fintx.study import confirm, records, trial
 from fintx.study import pool as pools
-from fintx.study import records
-from fintx.study.course import Course
+from fintx.study.confirm import Confirmed
+from fintx.study.course import Course as Search
 from fintx.study.events import Event, Notice, StudyReady
 from fintx.study.fork import TakeOver
 from fintx.study.lead import Lead, over_baselines
 from fintx.study.opening import begin
 from fintx.study.pool import ENDS, Pool, Worker
 from fintx.study.records import TrialRecord
-from fintx.study.trial import Job, Jobs
 from fintx.train import memory
 from fintx.types import FintxError
 
@@ -51,6 +51,12 @@ class Summary:
     """What stopped the study before its end."""
 
     @property
+    def to_be_confirmed(self) -> bool:
+        """Whether the search is at its end, its file asks for a confirmation, and this is the place for it."""
+        done = self.problem is None and not self.interrupted and len(self.records) >= self.spec.study.n_trials
+        return done and self.spec.confirm is not None and self.predictions_here
+
+    @property
     def predictions_here(self) -> bool:
         """Whether the best trial's predictions lie in this folder; another machine may have trained it."""
         return self.best is not None and _predictions(self.folder, self.best).is_file()
@@ -75,6 +81,50 @@ class Order:
     """Run what is queued, beyond n_trials too, and nothing else."""
     take_over: TakeOver | None = None
     """Brings trials into a study that is new (a fork)."""
+    confirm: ConfirmConfig | None = None
+    """Train its best trials again with fresh seeds, instead of searching."""
+
+
+class Course(Protocol):
+    """What the runner keeps busy: a search (course), or a confirmation of its best (confirm)."""
+
+    spec: StudySpec
+    superseded: set[int]
+    """Held jobs whose workers are to be killed."""
+    problem: FintxError | None
+    stop_asked: bool
+
+    @property
+    def held(self) -> Container[int]:
+        """Keys of the jobs that workers have."""
+
+    @property
+    def over(self) -> bool:
+        """Nothing is left to do, here or elsewhere."""
+
+    @property
+    def settled(self) -> bool:
+        """Nothing runs here, and all that happened has been told."""
+
+    @property
+    def asks(self) -> bool:
+        """Whether another job may be started."""
+
+    @property
+    def pipelines(self) -> bool:
+        """Whether the next job is asked for while one trains."""
+
+    def next_job(self, fits: Callable[[TrialConfig], int | None]) -> trial.Job | None:
+        """The next job to hand to a worker; none: nothing to do now."""
+
+    def more_like(self, first: trial.Job, *, beside: int) -> trial.Job | None:
+        """Another one that may train together with one just handed out; none: no more of them."""
+
+    def heard(self, key: int, kind: str, values: dict[str, Any], *, pid: int) -> None:
+        """Take what a worker said of a held job, or how it ended."""
+
+    def tick(self) -> None:
+        """What is to be done now and then."""
 
 
 def run(
@@ -109,7 +159,7 @@ def run_all(
     notify: Callable[[Event], None] = lambda event: None,
     should_stop: Callable[[], bool] = lambda: False,
     workers: int = 1,
-) -> list[Summary | Failure]:
+) -> list[Summary | Confirmed | Failure]:
     """Run studies: one after the other with one worker, else as many side by side as there are workers.
 
     A study that fails stops none of the others.
@@ -139,9 +189,9 @@ class _Handed:
 
     worker: Worker
     course: Course
-    number: int
+    key: int
     need: int
-    """Memory that it takes at least."""
+    """Memory that it may take."""
     begun: bool = False
 
 
@@ -158,13 +208,13 @@ class _Run:
     def __post_init__(self) -> None:
         self.waiting = list(self.orders)
         self.courses: dict[str, Course] = {}
-        self.results: dict[int, Summary | Failure] = {}
+        self.results: dict[int, Failure] = {}
         self.handed: dict[str, _Handed] = {}
         """By ticket."""
         self.recalled: set[Worker] = set()
         self.stopping = False
 
-    def to_the_end(self, should_stop: Callable[[], bool]) -> list[Summary | Failure]:
+    def to_the_end(self, should_stop: Callable[[], bool]) -> list[Summary | Confirmed | Failure]:
         while True:
             if should_stop() and not self.stopping:
                 self.stopping = True
@@ -205,7 +255,7 @@ class _Run:
         """Hand the worker what one of the studies wants next; false: none wants anything now."""
         running = [handed.course for handed in self.handed.values()]
         for course in sorted(courses, key=running.count):
-            jobs: list[Job] = []
+            jobs: list[trial.Job] = []
             with _blamed_on(course):
                 if (first := course.next_job(lambda config: self._limit(config, worker))) is not None:
                     jobs.append(first)
@@ -213,10 +263,10 @@ class _Run:
                         jobs.append(other)
             if jobs:
                 for job in jobs:
-                    need = memory.lower_bound(job.config)
-                    self.handed[job.ticket] = _Handed(worker, course, job.number, need)
+                    need = memory.upper_guess(job.config) * min(job.at_once, len(job.replicates))
+                    self.handed[job.ticket] = _Handed(worker, course, job.key, need)
                 self.recalled.discard(worker)
-                self.pool.send(worker, Jobs.dump_json(tuple(jobs)).decode(), [job.ticket for job in jobs])
+                self.pool.send(worker, trial.Jobs.dump_json(tuple(jobs)).decode(), [job.ticket for job in jobs])
                 return True
         return False
 
@@ -236,27 +286,40 @@ class _Run:
             self.notify(Notice(name, words))
 
         try:
-            opened = self.stack.enter_context(
-                begin(
-                    order.spec,
-                    outputs=self.outputs,
-                    data_root=self.data_root,
-                    warn=warn,
-                    take_over=order.take_over,
-                    queue_only=order.queue_only,
-                )  # fmt: skip
-            )
-            course = Course(
-                opened, self.outputs, self.data_root, self.notify, order.reload, order.queue_only,
-                on_gpu=self.on_gpus, n_workers=len(self.pool.workers),
-            )  # fmt: skip
+            if order.confirm is None:
+                self.courses[name] = self._search(order, warn)
+            else:
+                self.courses[name] = self.stack.enter_context(
+                    confirm.begin(
+                        self.outputs / name,
+                        order.confirm,
+                        data_root=self.data_root,
+                        notify=self.notify,
+                        on_gpu=self.on_gpus,
+                    )  # fmt: skip
+                )
         except FintxError as error:
             self.results[id(order)] = Failure(order.spec, error)
-            return True
-        self.courses[name] = course
-        n_shapes, finished = len(opened.space.shapes), len(course.finished)
-        self.notify(StudyReady(name, opened.spec, opened.prepared, n_shapes, finished))
         return True
+
+    def _search(self, order: Order, warn: Callable[[str], None]) -> Search:
+        opened = self.stack.enter_context(
+            begin(
+                order.spec,
+                outputs=self.outputs,
+                data_root=self.data_root,
+                warn=warn,
+                take_over=order.take_over,
+                queue_only=order.queue_only,
+            )  # fmt: skip
+        )
+        course = Search(
+            opened, self.outputs, self.data_root, self.notify, order.reload, order.queue_only,
+            on_gpu=self.on_gpus, n_workers=len(self.pool.workers),
+        )  # fmt: skip
+        n_shapes, finished = len(opened.space.shapes), len(course.finished)
+        self.notify(StudyReady(course.name, opened.spec, opened.prepared, n_shapes, finished))
+        return course
 
     def _limit(self, config: TrialConfig, worker: Worker) -> int | None:
         """Memory that a trial may take on a worker if it starts now, 0: all that its device has; none: not now.
@@ -273,7 +336,7 @@ class _Run:
         needs = [handed.need for handed in self.handed.values() if handed.worker is not worker]
         if any(need > total // n for need in needs):
             return None
-        if memory.lower_bound(config) <= total // n:
+        if memory.upper_guess(config) <= total // n:
             return total // n
         return None if needs else total
 
@@ -295,14 +358,14 @@ class _Run:
                         self._hear(other, "loaded", {})
 
     def _hear(self, handed: _Handed, kind: str, values: dict[str, Any]) -> None:
-        if handed.number in handed.course.held:
+        if handed.key in handed.course.held:
             with _blamed_on(handed.course):
-                handed.course.heard(handed.number, kind, values, pid=handed.worker.pid)
+                handed.course.heard(handed.key, kind, values, pid=handed.worker.pid)
 
     def _end_those_who_must(self) -> None:
         for worker in self.pool.workers:
             mine = {ticket: handed for ticket, handed in self.handed.items() if handed.worker is worker}
-            lost = {ticket for ticket, handed in mine.items() if handed.number in handed.course.superseded}
+            lost = {ticket for ticket, handed in mine.items() if handed.key in handed.course.superseded}
             if lost:
                 self._end(worker, mine, lost)
             if any(handed.course.problem is not None for handed in mine.values()):
@@ -322,19 +385,24 @@ class _Run:
                 self.pool.leave(worker, ticket)
         for ticket, kind in ends.items():
             handed = self.handed.pop(ticket)
-            handed.course.superseded.discard(handed.number)
+            handed.course.superseded.discard(handed.key)
             self._hear(handed, kind, {"text": "its worker had to be ended"})
 
     # --- the end ---
 
-    def _result(self, order: Order) -> Summary | Failure:
+    def _result(self, order: Order) -> Summary | Confirmed | Failure:
         if id(order) in self.results:
             return self.results[id(order)]
         course = self.courses.get(order.spec.study.name)
+        if isinstance(course, confirm.Retraining):
+            return course.result(interrupted=self.stopping)
+        if course is None and order.confirm is not None:  # stopped before its turn
+            return Confirmed(self.outputs / order.spec.study.name, order.spec, None, True, (), None)
         if course is None:  # stopped before its turn
             folder = self.outputs / order.spec.study.name
             kept = tuple(records.read_all(folder)) if folder.is_dir() else ()
             return Summary(folder, order.spec, kept, None, {}, None, True, (), (), None)
+        assert isinstance(course, Search)
         return _summary(course, interrupted=self.stopping)
 
 
@@ -347,15 +415,14 @@ def _blamed_on(course: Course) -> Iterator[None]:
         course.problem = course.problem or error
 
 
-def _summary(course: Course, *, interrupted: bool) -> Summary:
+def _summary(course: Search, *, interrupted: bool) -> Summary:
     with _blamed_on(course):
         course.learn()  # what other machines finished since the last look
     opened, best = course.opened, course.best
     course.write_tables()
-    effective = sum(part.n_effective for part in opened.prepared.parts if part.part.startswith("validation"))
     lead = None
     if best is not None and _predictions(opened.folder, best).is_file():
-        lead = over_baselines(opened.folder, course.spec, best, opened.baselines, n_effective=effective)
+        lead = over_baselines(opened.folder, course.spec, best, opened.baselines)
     return Summary(
         folder=opened.folder,
         spec=course.spec,

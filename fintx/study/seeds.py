@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-SAMPLER, TRIAL, REPLICATE = 0, 1, 2
-"""Streams: of the study's seed, the sampler's and the trials'; of a trial's seed, its replicates'."""
+SAMPLER, TRIAL, CONFIRM, REPLICATE = 0, 1, 2, 3
+"""Streams: of a study's seed, the sampler's, the trials' and the confirmation's; of a trial's seed, its replicates'."""
 
 
 def derive_seed(seed: int, stream: int, number: int) -> int:

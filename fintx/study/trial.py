@@ -7,6 +7,7 @@ holds its own run folder, writes its own record and has its own end.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import shutil
@@ -19,6 +20,7 @@ from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict, TypeAdapter
 
 from fintx.config import StudySpec, TrialConfig, config_hash
@@ -53,18 +55,22 @@ class Job(BaseModel):
     """Bytes; none: what the device has."""
     at_once: int = 1
     """Members (trials × replicates) that may train side by side."""
+    member: int | None = None
+    """Of a confirmation, which trains a trial again with another seed: its place there. None: the trial itself."""
 
     @property
     def ticket(self) -> str:
         """Names the attempt among all of a run's."""
-        return f"{self.spec.study.name}/{self.number}/{self.attempt}"
+        member = "" if self.member is None else f"/member {self.member}"
+        return f"{self.spec.study.name}/{self.number}{member}/{self.attempt}"
 
     @property
     def replicates(self) -> tuple[TrialConfig, ...]:
-        """The config with each of its seeds."""
+        """The config with each of its seeds; a confirmation's has the one that it was given."""
+        k = self.spec.study.replicates if self.member is None else 1
         return tuple(
             self.config.model_copy(update={"seed": seeds.replicate_seed(self.config.seed, replicate)})
-            for replicate in range(self.spec.study.replicates)
+            for replicate in range(k)
         )
 
     @property
@@ -73,9 +79,16 @@ class Job(BaseModel):
         return "sampler" if self.entry is None else "queue"
 
     @property
+    def key(self) -> int:
+        """What tells it from the other jobs of its course."""
+        return self.number if self.member is None else self.member
+
+    @property
     def folder(self) -> Path:
-        """The trial's."""
-        return records.trial_folder(self.study_folder, self.number)
+        """The trial's, or the member's."""
+        if self.member is None:
+            return records.trial_folder(self.study_folder, self.number)
+        return records.member_folder(self.study_folder, self.number, self.config.seed)
 
 
 Jobs = TypeAdapter(tuple[Job, ...])
@@ -193,7 +206,7 @@ def _fit_fold(trials: list[_Trial], dataset: Dataset, fold: int, *, n_folds: int
         return
     pairs = [(trial, replicate) for trial in trials for replicate in range(len(trial.job.replicates))]
     should_stop, n_parts = trials[0].hooks.should_stop, -(-len(pairs) // trials[0].job.at_once)
-    fits: dict[int, list[loop.FitResult]] = {trial.job.number: [] for trial in trials}
+    fits: dict[int, list[loop.FitResult]] = {trial.job.key: [] for trial in trials}
     for part in range(n_parts):
         going = [pair for pair in pairs[part::n_parts] if not pair[0].ended]
         if part > 0 and should_stop():
@@ -215,10 +228,10 @@ def _fit_fold(trials: list[_Trial], dataset: Dataset, fold: int, *, n_folds: int
             elif result.outcome == "interrupted" and not trial.ended:
                 trial.end(None)
             elif not trial.ended:
-                fits[trial.job.number].append(result)
+                fits[trial.job.key].append(result)
     for trial in trials:
         if not trial.ended:
-            trial.fits.append(fits[trial.job.number])
+            trial.fits.append(fits[trial.job.key])
 
 
 def _member(trial: _Trial, replicate: int, fold: int, *, at_end: bool, beside: int) -> Member:
@@ -290,7 +303,7 @@ def _finish(trial: _Trial, folds: tuple[Dataset, ...]) -> TrialRecord:
             meta = _checkpoint_meta(record, dataset, fold=index)
             checkpoint.save(where / "checkpoint" / f"fold_{index}", fit.params, config=job.config, meta=meta)
     trial.check()
-    records.append(job.study_folder, record)
+    records.write_record(where, record)
     shutil.rmtree(where / "run", ignore_errors=True)
     return record
 
@@ -415,8 +428,13 @@ def train_prior(dataset: Dataset) -> float:
     return float(np.mean(dataset.train.labels, dtype=np.float64))
 
 
-def ensure_baselines(folder: Path, folds: tuple[Dataset, ...], spec: StudySpec, data_root: Path) -> dict[str, Any]:
-    """Fit what must be beaten on the very same rows, once per study; later runs read it back.
+def ensure_baselines(
+    folder: Path, folds: tuple[Dataset, ...], spec: StudySpec, data_root: Path, *, tell: Callable[[str], None]
+) -> dict[str, Any]:
+    """What must be beaten on the very same rows: fitted once per data, label and split, whatever study asks.
+
+    Args:
+        tell: told of progress, a line per fold.
 
     Returns:
         name → {"words", "metrics" (mean over folds), "folds" (metrics of each)}.
@@ -424,13 +442,49 @@ def ensure_baselines(folder: Path, folds: tuple[Dataset, ...], spec: StudySpec, 
     path = folder / "baselines.json"
     if path.is_file():
         return json.loads(path.read_text())
+    kept = data_root / "baselines" / _baselines_key(folds, spec)
+    found = _kept_baselines(kept)
+    if found is None:
+        _fit_baselines(kept, folds, spec, data_root, tell)
+        found = _kept_baselines(kept)
+        assert found is not None
+    text, table = found
+    records.write_predictions(folder, table, name="baselines.parquet")
+    records.write_atomically(path, text)  # last: with it the study has them
+    return json.loads(text)
+
+
+def _kept_baselines(kept: Path) -> tuple[str, pa.Table] | None:
+    """None: never fitted, or not whole."""
+    try:
+        text = (kept / "baselines.json").read_text()
+        json.loads(text)
+        return text, pq.read_table(kept / "baselines.parquet")
+    except (OSError, ValueError, pa.ArrowException):
+        return None
+
+
+def _baselines_key(folds: tuple[Dataset, ...], spec: StudySpec) -> str:
+    """Of all that a baseline depends on; the inputs' scaling and the context's bars are in `data`."""
+    hashes = [(fold.data_hash, fold.label_hash, fold.split_hash) for fold in folds]
+    asked = [spec.data.model_dump(mode="json"), spec.task.model_dump(mode="json")]
+    text = json.dumps([baselines.VERSION, hashes, asked], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _fit_baselines(
+    kept: Path, folds: tuple[Dataset, ...], spec: StudySpec, data_root: Path, tell: Callable[[str], None]
+) -> None:
     loaded = {
         symbol: sources.load(symbol, root=data_root, version=spec.data.versions.get(symbol))
         for symbol in (*spec.data.assets, *spec.data.context)
     }
     context = {symbol: loaded[symbol] for symbol in spec.data.context}
     bars = {symbol: loaded[symbol] for symbol in spec.data.assets}
-    per_fold = [baselines.for_dataset(fold, spec.task, bars, context) for fold in folds]
+    per_fold = []
+    for index, fold in enumerate(folds):
+        tell("fitting what must be beaten" + (f", fold {index + 1} of {len(folds)}" if len(folds) > 1 else ""))
+        per_fold.append(baselines.for_dataset(fold, spec.task, bars, context))
     result = {
         first.name: {
             "words": first.words,
@@ -446,9 +500,8 @@ def ensure_baselines(folder: Path, folds: tuple[Dataset, ...], spec: StudySpec, 
         for index, fold in enumerate(folds)
         for baseline in per_fold[index]
     ]
-    records.write_predictions(folder, pa.concat_tables(outputs), name="baselines.parquet")
-    records.write_atomically(path, json.dumps(result, indent=1) + "\n")
-    return result
+    records.write_predictions(kept, pa.concat_tables(outputs), name="baselines.parquet")
+    records.write_atomically(kept / "baselines.json", json.dumps(result, indent=1) + "\n")
 
 
 def _of_replicates(fits: list[list[loop.FitResult]], folds: tuple[Dataset, ...]) -> pa.Table:

@@ -20,6 +20,8 @@ something else than their work, and only there:
 
 from __future__ import annotations
 
+from typing import Literal
+
 from fintx.config import TrialConfig
 from fintx.model import sizes
 
@@ -32,6 +34,13 @@ _RATE = {"float32": 30e12, "bfloat16": 100e12}
 """FLOP/s of matmuls with a few hundred rows."""
 _BANDWIDTH, _TRAFFIC = 1.5e12, 32
 """Bytes per second, and per parameter and step: weights forward and backward, gradients, AdamW's reads and writes."""
+
+
+def at_once(config: TrialConfig, setting: Literal["auto"] | bool | int, *, on_gpu: bool) -> int:
+    """Members that may train side by side under `execution.population`."""
+    if setting is False:
+        return 1
+    return pays(config, on_gpu=on_gpu) if setting == "auto" or setting is True else setting
 
 
 def pays(config: TrialConfig, *, on_gpu: bool) -> int:
