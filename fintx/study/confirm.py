@@ -30,6 +30,7 @@ from fintx.study.events import (
     TrialEnded,
     TrialStarted,
 )
+from fintx.study.job import Job
 from fintx.study.records import TrialRecord
 from fintx.train import loop, together
 from fintx.train.state import program
@@ -115,7 +116,7 @@ class Retraining:
 
     # --- what next ---
 
-    def next_job(self, fits: Callable[[TrialConfig], int | None]) -> trial.Job | None:
+    def next_job(self, fits: Callable[[TrialConfig], int | None]) -> Job | None:
         """The next member to hand to a worker; none: nothing to do now.
 
         Args:
@@ -133,7 +134,7 @@ class Retraining:
         at_once = 1 if alone else together.at_once(config, self.spec.execution.population, on_gpu=self.on_gpu)
         return self._job(open_[0], limit or None, at_once)
 
-    def more_like(self, first: trial.Job, *, beside: int) -> trial.Job | None:
+    def more_like(self, first: Job, *, beside: int) -> Job | None:
         """Another member that may train together with one just handed out; none: no more of them."""
         if beside >= first.at_once or not self.asks:
             return None
@@ -148,12 +149,12 @@ class Retraining:
         record, seed = self.members[key]
         return record.config.model_copy(update={"seed": seed})
 
-    def _job(self, key: int, limit: int | None, at_once: int) -> trial.Job:
+    def _job(self, key: int, limit: int | None, at_once: int) -> Job:
         record, config = self.members[key][0], self._config(key)
         attempt = self._attempts[key] = max(self._attempts.get(key, 0), _attempts_of(self._where(key))) + 1
         self.held[key] = record
         self.notify(TrialStarted(self.name, key, attempt, record.config.shape, "again", "", name=self._words(key)))
-        return trial.Job(
+        return Job(
             spec=self.spec.model_copy(update={"queue": ()}), config=config, number=record.trial_number,
             attempt=attempt, params=record.params, entry=record.entry, note=record.note, training=record.training,
             study_folder=self.folder.resolve(), data_root=self.data_root.resolve(), memory_limit=limit, member=key,

@@ -16,6 +16,7 @@ from typing import Any
 from fintx.config import StudySpec, TrialConfig
 from fintx.study import queue, records, sampler, seeds, stopping, trial
 from fintx.study.events import EpochDone, Event, Notice, TrialEnded, TrialFinished, TrialStarted
+from fintx.study.job import Job
 from fintx.study.ledger import Answer, Choice, Claim, Proposal, Withdrawal
 from fintx.study.opening import Opened, write
 from fintx.study.records import TrialRecord
@@ -98,7 +99,7 @@ class Course:
 
     # --- what next ---
 
-    def next_job(self, fits: Callable[[TrialConfig], int | None]) -> trial.Job | None:
+    def next_job(self, fits: Callable[[TrialConfig], int | None]) -> Job | None:
         """The next trial to hand to a worker, claimed; none: nothing to do now.
 
         Args:
@@ -134,7 +135,7 @@ class Course:
         (config, limit), self.over = chosen[0], False
         return self._job(claim, config, limit or None, self._at_once(claim, config))
 
-    def more_like(self, first: trial.Job, *, beside: int) -> trial.Job | None:
+    def more_like(self, first: Job, *, beside: int) -> Job | None:
         """Another trial that may train together with one just handed out, claimed; none: no more of them.
 
         Args:
@@ -178,10 +179,10 @@ class Course:
         entry = next(entry for entry in self._entries() if queue.identity(entry) == proposal.entry)
         return proposal.training == "" or entry.training == "defaults"
 
-    def _job(self, claim: Claim, config: TrialConfig, limit: int | None, at_once: int) -> trial.Job:
+    def _job(self, claim: Claim, config: TrialConfig, limit: int | None, at_once: int) -> Job:
         self.held[claim.number] = claim
         self._steps[claim.number] = claim.step
-        job = trial.Job(
+        job = Job(
             spec=self.spec.model_copy(update={"queue": ()}), config=config, number=claim.number, attempt=claim.attempt,
             params=claim.params, entry=claim.entry, note=claim.note, training=claim.training,
             study_folder=self.opened.folder.resolve(), data_root=self.data_root.resolve(), memory_limit=limit,

@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from fintx.config import ConfirmConfig, StudySpec, TrialConfig
-from fintx.study import confirm, records, trial
+from fintx.study import confirm, records
 from fintx.study import pool as pools
 from fintx.study.confirm import Confirmed
 from fintx.study.course import Course as Search
 from fintx.study.events import Event, Notice, StudyReady
 from fintx.study.fork import TakeOver
+from fintx.study.job import Job, Jobs
 from fintx.study.lead import Lead, over_baselines
 from fintx.study.opening import begin
 from fintx.study.pool import ENDS, Pool, Worker
@@ -114,10 +115,10 @@ class Course(Protocol):
     def pipelines(self) -> bool:
         """Whether the next job is asked for while one trains."""
 
-    def next_job(self, fits: Callable[[TrialConfig], int | None]) -> trial.Job | None:
+    def next_job(self, fits: Callable[[TrialConfig], int | None]) -> Job | None:
         """The next job to hand to a worker; none: nothing to do now."""
 
-    def more_like(self, first: trial.Job, *, beside: int) -> trial.Job | None:
+    def more_like(self, first: Job, *, beside: int) -> Job | None:
         """Another one that may train together with one just handed out; none: no more of them."""
 
     def heard(self, key: int, kind: str, values: dict[str, Any], *, pid: int) -> None:
@@ -255,7 +256,7 @@ class _Run:
         """Hand the worker what one of the studies wants next; false: none wants anything now."""
         running = [handed.course for handed in self.handed.values()]
         for course in sorted(courses, key=running.count):
-            jobs: list[trial.Job] = []
+            jobs: list[Job] = []
             with _blamed_on(course):
                 if (first := course.next_job(lambda config: self._limit(config, worker))) is not None:
                     jobs.append(first)
@@ -266,7 +267,7 @@ class _Run:
                     need = memory.upper_guess(job.config) * min(job.at_once, len(job.replicates))
                     self.handed[job.ticket] = _Handed(worker, course, job.key, need)
                 self.recalled.discard(worker)
-                self.pool.send(worker, trial.Jobs.dump_json(tuple(jobs)).decode(), [job.ticket for job in jobs])
+                self.pool.send(worker, Jobs.dump_json(tuple(jobs)).decode(), [job.ticket for job in jobs])
                 return True
         return False
 

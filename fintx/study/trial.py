@@ -1,4 +1,4 @@
-"""How does a trial become a record? Fit every fold, keep predictions and checkpoints, and write the record last.
+"""How does a trial become a record? Every fold is fitted, and what comes of it is written.
 
 Several trials that share a program, and the seeds of one (`study.replicates`), may be trained side by side. Each trial
 holds its own run folder, writes its own record and has its own end.
@@ -16,83 +16,22 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pydantic import BaseModel, ConfigDict, TypeAdapter
 
-from fintx.config import StudySpec, TrialConfig, config_hash
+from fintx.config import StudySpec
 from fintx.data import sources
 from fintx.data.windows import Dataset
-from fintx.evaluate import baselines, metrics
-from fintx.study import environment, lock, records, seeds
-from fintx.study.records import FoldRecord, Replicate, TrialRecord
-from fintx.train import checkpoint, loop, population, resume
+from fintx.evaluate import baselines
+from fintx.study import environment, lock, records, results
+from fintx.study.job import Job
+from fintx.study.records import TrialRecord
+from fintx.study.results import Trained
+from fintx.train import loop, population, resume
 from fintx.train.attempt import Member
 from fintx.train.population import fit_population
-from fintx.types import Floats
-
-
-class Job(BaseModel):
-    """One attempt at one trial: all that a worker is told of it, as JSON."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    spec: StudySpec
-    config: TrialConfig
-    number: int
-    attempt: int
-    params: dict[str, bool | int | float | str]
-    entry: str | None
-    """The queue entry's identity; none: the sampler's own proposal."""
-    note: str
-    training: str
-    study_folder: Path
-    data_root: Path
-    memory_limit: int | None
-    """Bytes; none: what the device has."""
-    at_once: int = 1
-    """Members (trials × replicates) that may train side by side."""
-    member: int | None = None
-    """Of a confirmation, which trains a trial again with another seed: its place there. None: the trial itself."""
-
-    @property
-    def ticket(self) -> str:
-        """Names the attempt among all of a run's."""
-        member = "" if self.member is None else f"/member {self.member}"
-        return f"{self.spec.study.name}/{self.number}{member}/{self.attempt}"
-
-    @property
-    def replicates(self) -> tuple[TrialConfig, ...]:
-        """The config with each of its seeds; a confirmation's has the one that it was given."""
-        k = self.spec.study.replicates if self.member is None else 1
-        return tuple(
-            self.config.model_copy(update={"seed": seeds.replicate_seed(self.config.seed, replicate)})
-            for replicate in range(k)
-        )
-
-    @property
-    def source(self) -> Literal["queue", "sampler"]:
-        """Who asked."""
-        return "sampler" if self.entry is None else "queue"
-
-    @property
-    def key(self) -> int:
-        """What tells it from the other jobs of its course."""
-        return self.number if self.member is None else self.member
-
-    @property
-    def folder(self) -> Path:
-        """The trial's, or the member's."""
-        if self.member is None:
-            return records.trial_folder(self.study_folder, self.number)
-        return records.member_folder(self.study_folder, self.number, self.config.seed)
-
-
-Jobs = TypeAdapter(tuple[Job, ...])
-"""Trials that are trained together, as a worker is told of them."""
 
 
 @dataclass(frozen=True)
@@ -149,7 +88,8 @@ def run_together(
             for trial in trials:
                 if not trial.ended and (trial.failed or index + 1 == len(folds)):
                     with trial.own():
-                        trial.end(_finish(trial, folds))
+                        trained = Trained(trial.job, trial.fits, trial.started, trial.wait_s)
+                        trial.end(results.write(trained, folds, trial.check))
             yield from _news(trials)
 
 
@@ -215,14 +155,14 @@ def _fit_fold(trials: list[_Trial], dataset: Dataset, fold: int, *, n_folds: int
             continue
         last = fold + 1 == n_folds and len(pairs) == 1
         members = [_member(trial, replicate, fold, at_end=not last, beside=len(going)) for trial, replicate in going]
-        results = fit_population(
+        fits_of_part = fit_population(
             members,
             dataset,
             metric=trials[0].job.spec.study.metric,
             should_stop=should_stop,
             memory_limit=trials[0].job.memory_limit,
         )
-        for (trial, _), result in zip(going, results, strict=True):
+        for (trial, _), result in zip(going, fits_of_part, strict=True):
             if isinstance(result, Exception):
                 trial.end(result)
             elif result.outcome == "interrupted" and not trial.ended:
@@ -288,144 +228,9 @@ def prepare(jobs: Sequence[Job], folds: tuple[Dataset, ...]) -> None:
             population.prepare(first.config, dataset, n_members=n, memory_limit=first.memory_limit)
 
 
-def _finish(trial: _Trial, folds: tuple[Dataset, ...]) -> TrialRecord:
-    """Write all that is kept of a trial, the record last."""
-    job, where = trial.job, trial.job.folder
-    record = _record(trial, folds)
-    first = [fits[0] for fits in trial.fits]
-    trial.check()
-    records.write_predictions(where, _predictions(first, folds))
-    if len(job.replicates) > 1:
-        records.write_predictions(where, _of_replicates(trial.fits, folds), name="replicates.parquet")
-    if record.value is not None:
-        for index, (fit, dataset) in enumerate(zip(first, folds, strict=True)):
-            assert fit.params is not None
-            meta = _checkpoint_meta(record, dataset, fold=index)
-            checkpoint.save(where / "checkpoint" / f"fold_{index}", fit.params, config=job.config, meta=meta)
-    trial.check()
-    records.write_record(where, record)
-    shutil.rmtree(where / "run", ignore_errors=True)
-    return record
-
-
-def _record(trial: _Trial, folds: tuple[Dataset, ...]) -> TrialRecord:
-    job, fits = trial.job, [fit for of_fold in trial.fits for fit in of_fold]
-    spec, config = job.spec, job.config
-    seeds_of_folds = [
-        tuple(_fold_record(spec, of_fold[replicate], fold) for of_fold, fold in zip(trial.fits, folds, strict=False))
-        for replicate in range(len(job.replicates))
-    ]
-    deciding = next((fit for fit in fits if fit.outcome not in records.SUCCESSES), trial.fits[-1][0])
-    assert deciding.outcome != "interrupted"
-    values = [
-        records.mean_metrics([fold.best for fold in of_seed]).get(spec.study.metric) for of_seed in seeds_of_folds
-    ]
-    value, value_se = _mean_and_error(values) if deciding.outcome in records.SUCCESSES else (None, None)
-    estimates = [fit.memory_bytes for fit in fits if fit.memory_bytes is not None]
-    return TrialRecord(
-        study=spec.study.name,
-        trial_number=job.number,
-        config=config,
-        config_hash=config_hash(config),
-        budget=spec.budget,
-        source=job.source,
-        entry=job.entry,
-        note=job.note,
-        training=job.training,
-        params=job.params,
-        **config.shape.model_dump(),
-        param_count=fits[0].param_count,
-        seeds={"study": spec.study.seed, "trial": config.seed},
-        metric=spec.study.metric,
-        value=value,
-        value_se=value_se,
-        outcome=deciding.outcome,
-        detail=deciding.detail,
-        warnings=tuple(warning for fit in fits for warning in fit.warnings),
-        attempt=job.attempt,
-        host=socket.gethostname(),
-        micro_batch=fits[-1].micro_batch,
-        memory_bytes=max(estimates, default=None),
-        folds=seeds_of_folds[0],
-        replicates=tuple(
-            Replicate(seed=other.seed, folds=of_seed)
-            for other, of_seed in zip(job.replicates[1:], seeds_of_folds[1:], strict=True)
-        ),
-        libraries=environment.libraries(),
-        device=environment.device(),
-        git_commit=environment.git_commit(),
-        started=trial.started,
-        finished=environment.now(),
-        compile_s=sum(fit.compile_s for fit in fits),
-        wall_s=sum(fit.wall_s for fit in fits),
-        wait_s=trial.wait_s,
-    )
-
-
-def _mean_and_error(values: Sequence[float | int | None]) -> tuple[float, float | None]:
-    """Mean over seeds and its standard error, SD / √k; a single seed tells no error, and its value stays as it is."""
-    if len(values) == 1:
-        assert values[0] is not None
-        return values[0], None
-    found = np.asarray(values, dtype=float)
-    return float(found.mean()), float(found.std(ddof=1) / np.sqrt(len(found)))
-
-
-def _fold_record(spec: StudySpec, fit: loop.FitResult, dataset: Dataset) -> FoldRecord:
-    assert fit.outcome != "interrupted"
-    part = dataset.validation
-    per_asset: dict[str, dict[str, Any]] = {}
-    if fit.outputs is not None and np.isfinite(fit.outputs).all():
-        ids = dataset.asset_ids[part.rows]
-        prior = train_prior(dataset)
-        per_asset = metrics.per_asset(spec.task.kind, fit.outputs, part.labels, ids, dataset.assets, prior=prior)
-    return FoldRecord(
-        outcome=fit.outcome,
-        best=fit.best,
-        last=fit.last,
-        per_asset=per_asset,
-        best_epoch=fit.best_epoch,
-        best_step=fit.best_step,
-        epochs=fit.epochs,
-        steps=fit.steps,
-        curve=tuple(fit.curve),
-        data_hash=dataset.data_hash,
-        label_hash=dataset.label_hash,
-        split_hash=dataset.split_hash,
-        n_train=len(dataset.train.rows),
-        n_validation=len(part.rows),
-        compile_s=fit.compile_s,
-        wall_s=fit.wall_s,
-    )
-
-
-def _checkpoint_meta(record: TrialRecord, dataset: Dataset, *, fold: int) -> dict[str, Any]:
-    """What a checkpoint holds beside weights and config, so that its path alone is enough to evaluate it."""
-    return {
-        "study": record.study,
-        "trial_number": record.trial_number,
-        "fold": fold,
-        "metric": record.metric,
-        "best": record.folds[fold].best,
-        "feature_names": list(dataset.feature_names),
-        "param_count": record.param_count,
-        "prior": train_prior(dataset),
-        "scaling": dataset.scaling.to_json(),
-        "data_hash": dataset.data_hash,
-        "label_hash": dataset.label_hash,
-        "split_hash": dataset.split_hash,
-        "libraries": record.libraries,
-    }
-
-
 def drop_checkpoint(study_folder: Path, number: int) -> None:
     """A trial that is no longer among the best keeps its record alone."""
     shutil.rmtree(records.trial_folder(study_folder, number) / "checkpoint", ignore_errors=True)
-
-
-def train_prior(dataset: Dataset) -> float:
-    """Mean training label: the base rate, or the mean log return."""
-    return float(np.mean(dataset.train.labels, dtype=np.float64))
 
 
 def ensure_baselines(
@@ -494,7 +299,7 @@ def _fit_baselines(
         for index, first in enumerate(per_fold[0])
     }
     outputs = [
-        _prediction_table(fold, index, baseline.outputs).append_column(
+        results.prediction_table(fold, index, baseline.outputs).append_column(
             "baseline", pa.array([baseline.name] * len(fold.validation.rows))
         )
         for index, fold in enumerate(folds)
@@ -502,34 +307,3 @@ def _fit_baselines(
     ]
     records.write_predictions(kept, pa.concat_tables(outputs), name="baselines.parquet")
     records.write_atomically(kept / "baselines.json", json.dumps(result, indent=1) + "\n")
-
-
-def _of_replicates(fits: list[list[loop.FitResult]], folds: tuple[Dataset, ...]) -> pa.Table:
-    """The predictions of every seed but the first, with its number as the last column."""
-    tables = []
-    for replicate in range(1, len(fits[0])):
-        table = _predictions([of_fold[replicate] for of_fold in fits], folds)
-        tables.append(table.append_column("replicate", pa.array(np.full(len(table), replicate, np.int32))))
-    return pa.concat_tables(tables, promote_options="permissive")
-
-
-def _predictions(fits: list[loop.FitResult], folds: tuple[Dataset, ...]) -> pa.Table:
-    """One row per validation sample of every fold that has outputs."""
-    parts = [
-        _prediction_table(dataset, index, fit.outputs)
-        for index, (fit, dataset) in enumerate(zip(fits, folds, strict=False))
-        if fit.outputs is not None
-    ]
-    return pa.concat_tables(parts) if parts else pa.table({name: [] for name in records.PREDICTION_COLUMNS})
-
-
-def _prediction_table(dataset: Dataset, fold: int, outputs: Floats) -> pa.Table:
-    rows = dataset.validation.rows
-    columns = (
-        np.full(len(rows), fold, np.int32),
-        dataset.dates[rows].astype("datetime64[D]"),
-        np.asarray(dataset.assets)[dataset.asset_ids[rows]],
-        dataset.validation.labels.astype(np.float32),
-        np.asarray(outputs, np.float32),
-    )
-    return pa.table([pa.array(column) for column in columns], names=list(records.PREDICTION_COLUMNS))

@@ -114,9 +114,9 @@ def main() -> None:
 
 def _give_back(channel: _Channel, line: str) -> None:
     """Jobs that never began."""
-    from fintx.study import trial
+    from fintx.study.job import Jobs
 
-    for job in trial.Jobs.validate_json(line):
+    for job in Jobs.validate_json(line):
         channel.tell("interrupted", ticket=job.ticket)
 
 
@@ -126,9 +126,10 @@ def _serve(channel: _Channel, line: str, idle_since: float | None) -> bool:
         _give_back(channel, line)
         return True
     from fintx.study import trial
+    from fintx.study.job import Jobs
 
     jobs = []
-    for job in trial.Jobs.validate_json(line):
+    for job in Jobs.validate_json(line):
         if job.ticket in channel.recalled:
             channel.tell("interrupted", ticket=job.ticket)
         else:
@@ -212,8 +213,9 @@ def _tell_ending(channel: _Channel, job: Any, ending: Any, *, beside: bool = Fal
 def _prepare(line: str) -> None:
     """Compile, in a thread of its own, what jobs that wait will run; what fails here fails again where it is told."""
     from fintx.study import trial
+    from fintx.study.job import Jobs
 
-    jobs = trial.Jobs.validate_json(line)
+    jobs = Jobs.validate_json(line)
     try:
         trial.prepare(jobs, _folds(*_data_of(jobs[0])))
     except Exception:

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from fintx.study import records
-from fintx.study.trial import Job
+from fintx.study.job import Job
 from fintx.train import memory
 from tests.faults.machine import ENVIRONMENT, LONG, SHORT, wait_for
 

@@ -13,7 +13,7 @@ from fintx import sweepfile
 from fintx.config import StudySpec
 from fintx.study import opening
 from fintx.study.course import Course
-from fintx.study.trial import Job
+from fintx.study.job import Job
 
 Courses = Callable[..., Course]
 SHAPE = {"d_model": 8, "n_layers": 2, "n_heads": 1, "d_ff": 16}

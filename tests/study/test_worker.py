@@ -13,7 +13,7 @@ import pytest
 
 from fintx.config import Shape
 from fintx.study import records
-from fintx.study.trial import Job, Jobs
+from fintx.study.job import Job, Jobs
 from fintx.study.worker import LEAVE, RECALL, STOP
 
 ROOT = Path(__file__).parents[2]
