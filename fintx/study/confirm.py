@@ -76,6 +76,7 @@ class Retraining:
         self._attempts: dict[int, int] = {}
         self._tried: Counter[int] = Counter()
         self._aside: dict[int, str] = {}
+        self._failed_in_a_row = 0
         self._look_at = 0.0
         self._stop_before = stopping.request(self.folder)
 
@@ -145,6 +146,7 @@ class Retraining:
             case "done":
                 del self.held[key]
                 self.done.add(key)
+                self._failed_in_a_row = 0
                 record = records.read(self._where(key) / "record.json")
                 words, total = self._words(key), len(self.members)
                 self.notify(MemberFinished(self.name, key, words, record, len(self.done), total))
@@ -166,6 +168,12 @@ class Retraining:
             self._aside[key] = f"{self._words(key)} {words}"
         more = f"{left} attempts left" if left > 0 else "left aside; the next run tries it again"
         self._release(key, f"attempt {self._attempts[key]} {words}; {more}")
+        self._failed_in_a_row += 1
+        if self._failed_in_a_row >= self.spec.execution.max_failures:
+            self.problem = self.problem or FintxError(
+                f"{self.name}: stopped after {self._failed_in_a_row} failures in a row, the last {words}; mend the "
+                "cause (or raise execution.max_failures), and the same command continues"
+            )
 
     def _release(self, key: int, words: str) -> None:
         del self.held[key]
