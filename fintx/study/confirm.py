@@ -19,7 +19,7 @@ from typing import Any
 from fintx.config import ConfirmConfig, StudySpec, TrialConfig
 from fintx.data import windows
 from fintx.evaluate import metrics
-from fintx.study import confirmation, lock, opening, records, sampler, stopping, trial
+from fintx.study import comparison, confirmation, lock, opening, records, sampler, stopping, trial
 from fintx.study.confirmation import Confirmation
 from fintx.study.events import (
     ConfirmReady,
@@ -189,7 +189,7 @@ class Retraining:
         """Compare what has been trained so far, and write confirmation.json."""
         found = None
         try:
-            found = confirmation.build(self.folder, self.spec, self.trials, self.seeds, data_root=self.data_root)
+            found = comparison.build(self.folder, self.spec, self.trials, self.seeds, data_root=self.data_root)
             confirmation.write(self.folder, found)
         except FintxError as error:
             self.problem = self.problem or error

@@ -14,7 +14,7 @@ from fintx.study import confirmation, records
 from tests.faults.machine import Machine, wait_for
 
 SAVES = "execution.checkpoint_s=0.3"
-MEDIUM = ("train.max_epochs=30", "train.patience=30", SAVES, "study.n_trials=2")
+MEDIUM = ("train.max_epochs=50", "train.patience=50", SAVES, "study.n_trials=2")
 PATIENCE_S = 900
 """A deadline for what hangs, not a measure: these tests start dozens of processes on whatever machine there is."""
 WANTED = ("--top-k", "2", "--n-seeds", "2")
@@ -37,7 +37,8 @@ def verdict(machine: Machine) -> dict:
 
 def steps(machine: Machine) -> list[Path]:
     """Training states of unfinished members."""
-    return sorted(machine.folder.glob("confirm/*/*/run/fold_*/step_*[0-9]"))
+    found = machine.folder.glob("confirm/*/*/run/fold_*/step_*[0-9]")
+    return sorted(path for path in found if not (path.parents[2] / "record.json").exists())
 
 
 def starts(machine: Machine) -> dict[str, list[int]]:

@@ -12,7 +12,7 @@ from fintx.config import ConfirmConfig
 from fintx.data import sources
 from fintx.evaluate import metrics
 from fintx.report import confirmation as words
-from fintx.study import confirm, confirmation, records, sampler
+from fintx.study import comparison, confirm, confirmation, records, sampler
 from fintx.types import FintxError
 from tests.study.planted import Planted
 
@@ -41,7 +41,7 @@ def plant(tiny_study, tmp_path):
 
 
 def build(planted, spec, trials, tmp_path, seeds=SEEDS):
-    return confirmation.build(planted.folder, spec, trials, seeds, data_root=tmp_path)
+    return comparison.build(planted.folder, spec, trials, seeds, data_root=tmp_path)
 
 
 def test_a_planted_signal_is_confirmed_and_its_equal_can_not_be_told_from_it(plant, spec, tmp_path):
