@@ -310,11 +310,11 @@ def read_study(study_folder: Path) -> StudyFile | None:
 
 
 def definition(spec: StudySpec) -> dict[str, Any]:
-    """What defines a study, flat (dotted key → value): all but its name, trial count, wording, queue and execution.
+    """What defines a study, flat (dotted key → value): all but its name, trial count, wording, queue, mesh and execution.
 
     The versions of the libraries that can change a result belong to it.
     """
-    tree = spec.model_dump(mode="json", exclude={"queue", "execution"})
+    tree = spec.model_dump(mode="json", exclude={"queue", "mesh", "execution"})
     tree["study"] = {key: value for key, value in tree["study"].items() if key not in _FREE_TO_CHANGE}
     tree["software"] = {name: environment.libraries()[name] for name in _SOFTWARE}
     return dict(_flatten(tree))
