@@ -434,7 +434,8 @@ class Course:
             folder, records.read_all(folder), n_trials=study.n_trials, metric=study.metric,
             minimize=self.opened.minimize,
         )  # fmt: skip
-        records.write_results_csv(self.outputs)
+        for damage in records.write_results_csv(self.outputs):
+            self._say_once(f"left out of experiment_results.csv: {damage}")
 
     def _keep_best_checkpoints(self) -> None:
         ranked = records.ranked(list(self.finished.values()), minimize=self.opened.minimize)

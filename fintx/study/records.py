@@ -390,19 +390,28 @@ def write_tables(study_folder: Path, records: list[TrialRecord], *, n_trials: in
         write_atomically(study_folder / f"{name}_best.json", json.dumps(whole, indent=1) + "\n")
 
 
-def write_results_csv(outputs: Path) -> None:
+def write_results_csv(outputs: Path) -> list[DamagedRecord]:
     """Rewrite outputs/experiment_results.csv: a line per trial of every study, from their records alone.
 
+    Returns:
+        What is wrong with the studies that are left out: damage to one is no reason to stop another.
+
     Raises:
-        FintxError: the file can't be written, or a record is damaged.
+        FintxError: the file can't be written.
     """
+    damaged = []
     text = io.StringIO()
     writer = csv.DictWriter(text, _CSV_HEAD, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
     for folder in study_folders(outputs):
-        for record in read_all(folder):
-            writer.writerow({**flat(record), "study": record.study})
+        try:
+            found = read_all(folder)
+        except DamagedRecord as error:
+            damaged.append(error)
+            continue
+        writer.writerows({**flat(record), "study": record.study} for record in found)
     write_atomically(outputs / "experiment_results.csv", text.getvalue())
+    return damaged
 
 
 def study_folders(outputs: Path) -> list[Path]:

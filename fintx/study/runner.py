@@ -147,7 +147,7 @@ class _Run:
         self.courses: dict[str, Course] = {}
         self.results: dict[int, Summary | Failure] = {}
         self.jobs: dict[Worker, tuple[Course, int, int]] = {}
-        """Worker → its study, trial, and the memory that the trial takes at least."""
+        """Worker → its study, trial, and the memory that the trial may take."""
         self.stopping = False
 
     def to_the_end(self, should_stop: Callable[[], bool]) -> list[Summary | Failure]:
@@ -186,7 +186,7 @@ class _Run:
                 with _blamed_on(course):
                     job = course.next_job(self._limit)
                 if job is not None:
-                    need = memory.lower_bound(job.config)
+                    need = memory.upper_guess(job.config)
                     self.jobs[worker] = (course, job.number, need)
                     self.pool.send(worker, job.model_dump_json())
                     return
@@ -240,7 +240,7 @@ class _Run:
         needs = [need for _, _, need in self.jobs.values()]
         if any(need > total // n for need in needs):
             return None
-        if memory.lower_bound(config) <= total // n:
+        if memory.upper_guess(config) <= total // n:
             return total // n
         return None if needs else total
 

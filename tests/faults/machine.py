@@ -51,7 +51,7 @@ class Running:
         """Both streams, in the order of writing."""
         return self.log.read_text()
 
-    def end(self, *, code: int, timeout_s: float = 120) -> str:
+    def end(self, *, code: int, timeout_s: float = 300) -> str:
         """Wait for its end; returns what it said."""
         found = self.process.wait(timeout=timeout_s)
         assert found == code, (found, self.said[-3000:])
@@ -111,7 +111,7 @@ class Machine:
         self.started.append(Running(process, log))
         return self.started[-1]
 
-    def run(self, *changes: str, code: int = 0, timeout_s: float = 180, **how: Any) -> str:
+    def run(self, *changes: str, code: int = 0, timeout_s: float = 300, **how: Any) -> str:
         """The same, to its end."""
         return self.start(*changes, **how).end(code=code, timeout_s=timeout_s)
 
@@ -164,7 +164,7 @@ def machines(tmp_path: Path, default_file: Path) -> Iterator[Callable[..., Machi
             machine.close()
 
 
-def wait_for(condition: Callable[[], T], *, running: Running | None = None, timeout_s: float = 120) -> T:
+def wait_for(condition: Callable[[], T], *, running: Running | None = None, timeout_s: float = 300) -> T:
     """Poll a condition until it holds; fails when the process ends first, or after a deadline."""
     deadline = time.monotonic() + timeout_s
     while not (found := condition()):

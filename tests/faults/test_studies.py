@@ -47,7 +47,7 @@ def test_an_edited_space_is_shown_and_nothing_runs_until_it_is_forked(finished, 
 
 def test_a_queue_is_run_once_and_can_be_filled_while_the_study_runs(machine, tmp_path, tiny_file):
     file = tmp_path / "queued.toml"
-    file.write_text(tiny_file.read_text().replace("1.2K", "1.6K") + QUEUED)
+    file.write_text(tiny_file.read_text().replace("1.2K", "1.65K") + QUEUED)
     here = machine("queued", file=file)
     changes = (*MEDIUM, "study.n_trials=4")
     running = here.start(*changes)
@@ -57,7 +57,7 @@ def test_a_queue_is_run_once_and_can_be_filled_while_the_study_runs(machine, tmp
     found = here.records()
     assert [record.note for record in found] == ["deep", "later", "", ""]
     assert [record.config.shape.n_heads for record in found[:2]] == [2, 1]
-    assert "trial" not in here.run(*changes).partition("feasible shapes")[2].partition("of 4 trials")[0]
+    assert "trial 0 (" not in here.run(*changes)
     assert here.records() == found and distinct(here) == 4
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from fintx.study import records
 from fintx.study.trial import Job
+from fintx.train import memory
 from tests.faults.machine import ENVIRONMENT, LONG, SHORT, wait_for
 
 ONE = "study.n_trials=1"
@@ -66,23 +67,13 @@ def test_crashes_of_one_kind_in_a_row_stop_the_study(machine, tmp_path):
     assert sorted(here.claims()) == [0, 1, 2]
 
 
-def test_two_trials_that_are_too_big_together_run_one_after_the_other(machine):
-    """With --workers 2 each gets half of the memory; who needs more waits until nothing else runs."""
-    from fintx.study import records as kept
-    from fintx.train import memory
-
+def test_two_trials_that_are_too_big_together_run_one_after_the_other(machine, finished):
+    """With --workers 2 each gets half of the memory; who may need more waits until nothing else runs."""
     here = machine()
-    here.run(*SHORT, ONE)
-    need = memory.lower_bound(kept.read_all(here.folder)[0].config)
-    running = here.start(
-        *LONG, "study.name='big'", "study.n_trials=2", f"execution.memory={need * 3 // 2}", options=("--workers", "2")
-    )
-    folder = here.folder.with_name("big")
-    wait_for(lambda: (folder / "trials" / "0000" / "attempts.jsonl").is_file() or list(folder.rglob("record.json")),
-             running=running)  # fmt: skip
-    from fintx.study import ledger
-
-    assert [claim.number for claim in ledger.read(folder)] == [0] and len(running.workers()) == 1
+    budget = memory.upper_guess(finished.records()[0].config) * 3 // 2
+    running = here.start(*LONG, "study.n_trials=2", f"execution.memory={budget}", options=("--workers", "2"))
+    wait_for(here.first_steps, running=running)
+    assert list(here.claims()) == [0] and len(running.workers()) == 1
 
 
 def test_a_worker_that_is_asked_to_stop_with_its_first_job_gives_the_trial_back(finished, tmp_path):
