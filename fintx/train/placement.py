@@ -76,19 +76,17 @@ def choose(
 
 
 def layouts(mesh: MeshConfig, shape: Shape, *, batch_size: int, n_devices: int) -> Iterator[Layout]:
-    """What [mesh] leaves open, in order of preference: one device, then fewer parts of the model, then without fsdp."""
-    common = math.gcd(shape.n_heads, shape.d_ff)
-    most = n_devices if mesh.model == "auto" else mesh.model
+    """What [mesh] leaves open, in order of preference: one device, then without fsdp, then fewer parts of the model."""
+    fixed = mesh.data if isinstance(mesh.data, int) and mesh.data > 0 else None
+    common, most = math.gcd(shape.n_heads, shape.d_ff), n_devices if mesh.model == "auto" else mesh.model
     dividing = [parts for parts in range(1, most + 1) if common % parts == 0]
     if mesh.model == "auto":
-        dividing = [parts for parts in dividing if n_devices % parts == 0]
+        dividing = [parts for parts in dividing if n_devices % (parts * (fixed or 1)) == 0] or [1]
     else:
         dividing = dividing[-1:]
     if mesh.data == "auto":
-        yield Layout(model=1 if mesh.model == "auto" else dividing[0])
-    for parts in dividing:
-        fixed = isinstance(mesh.data, int) and mesh.data > 0
-        data = mesh.data if fixed else max(1, min(n_devices // parts, batch_size))
-        assert isinstance(data, int)
-        for fsdp in (False, True) if mesh.fsdp == "auto" else (mesh.fsdp,):
+        yield Layout(model=dividing[0])
+    for fsdp in (False, True) if mesh.fsdp == "auto" else (mesh.fsdp,):
+        for parts in dividing:
+            data = fixed or max(1, min(n_devices // parts, batch_size))
             yield Layout(data=data, model=parts, fsdp=fsdp and data > 1)

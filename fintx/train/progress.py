@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-import jax
 import numpy as np
 
 from fintx.config import TaskConfig, TrialConfig
 from fintx.data.windows import Dataset
 from fintx.evaluate import metrics
+from fintx.train import sharding
 from fintx.train.state import TargetScale
 from fintx.types import FintxError, Floats, Params
 
@@ -89,8 +89,7 @@ class Progress:
             return
         self.best, self.best_epoch, self.outputs = self.last, self.epoch, outputs
         self.best_is_collapsed = self.collapsed_in_a_row > 0
-        # A copy, never a view: on the CPU the next epoch writes over these very buffers.
-        self.params = jax.tree.map(np.array, params)
+        self.params = sharding.to_host(params)
 
 
 def evaluate(question: Question, outputs: Floats) -> Metrics:

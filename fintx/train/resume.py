@@ -12,6 +12,7 @@ having a trial only its owner does it.
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import shutil
 import time
@@ -27,7 +28,8 @@ from fintx.model import transformer
 from fintx.train import checkpoint
 from fintx.train.checkpoint import CheckpointDamaged, Described, NotACheckpoint
 from fintx.train.progress import Progress, Question
-from fintx.train.state import TrainState, abstract_state, program
+from fintx.train.sharding import Layout
+from fintx.train.state import Arrangement, TrainState, abstract_state, program
 from fintx.train.step import Tally, empty_tally
 from fintx.types import FintxError, Params
 
@@ -37,7 +39,7 @@ USUAL_S = 60.0
 COST = 50
 """A save that lasts a second is followed by this many seconds without one: at most 2 % of the time goes into them."""
 
-_FORMAT = 1
+_FORMAT = 2
 _TRAINING, _BEST = "training", "best"
 _STEP = re.compile(r"step_(\d{8,})")
 
@@ -58,12 +60,12 @@ class Saves:
 
 @dataclass(frozen=True, eq=False)
 class TrainingState:
-    """A trial between two segments, as host arrays."""
+    """A trial between two segments, as host arrays: whole, on however many devices they lay."""
 
     state: TrainState
     tally: Tally
     progress: Progress
-    micro_batch: int
+    arrangement: Arrangement
     compile_s: float
     wall_s: float
 
@@ -129,7 +131,7 @@ class Keeper:
             "trial": self._identity(),
             "step": training.step,
             "progress": progress.to_json(),
-            "micro_batch": training.micro_batch,
+            "arrangement": dataclasses.asdict(training.arrangement),
             "compile_s": training.compile_s,
             "wall_s": training.wall_s,
         }
@@ -217,10 +219,14 @@ class Keeper:
             state=state,
             tally=tally,
             progress=Progress(**meta["progress"], **best),
-            micro_batch=meta["micro_batch"],
+            arrangement=_arrangement(**meta["arrangement"]),
             compile_s=meta["compile_s"],
             wall_s=meta["wall_s"],
         )
+
+
+def _arrangement(layout: dict[str, Any], **rest: Any) -> Arrangement:
+    return Arrangement(layout=Layout(**layout), **rest)
 
 
 def _remove(folder: Path) -> None:
