@@ -218,6 +218,10 @@ def plan(
     file: Annotated[Path, typer.Argument(help="A sweep file.")],
     overrides: Overrides = [],  # noqa: B006
     data_dir: DataDir = DATA,
+    devices: Annotated[int | None, typer.Option("--devices", min=1, help="Plan for so many devices.")] = None,
+    device_memory: Annotated[
+        str | None, typer.Option("--device-memory", help='Plan for GPUs of so much memory, such as "141GB".')
+    ] = None,
 ) -> None:
     """Print what a sweep file would run; run and write nothing."""
     from fintx import sweepfile
@@ -225,7 +229,8 @@ def plan(
     from fintx.terminal import tables
 
     spec = sweepfile.load(file, overrides=overrides)
-    tables.print_plan(Console(), planning.build(spec, data_root=data_dir))
+    machine = planning.machine(devices, device_memory)
+    tables.print_plan(Console(), planning.build(spec, data_root=data_dir, on=machine))
 
 
 @app.command()

@@ -110,6 +110,10 @@ class TrialRecord(_Kept):
     host: str = ""
     micro_batch: int
     """Windows per gradient: below the batch size where memory asked for accumulation."""
+    remat: bool = False
+    """Layers were computed again in the backward pass, where memory asked for it."""
+    layout: dict[str, int | bool] = {}
+    """Devices that the trial was spread over: data, model and fsdp, as `train.sharding.Layout`; none: one device."""
     memory_bytes: int | None
     """Estimate from the compiled program; none where it never came to that."""
     folds: tuple[FoldRecord, ...]
@@ -310,7 +314,7 @@ def read_study(study_folder: Path) -> StudyFile | None:
 
 
 def definition(spec: StudySpec) -> dict[str, Any]:
-    """What defines a study, flat (dotted key → value): all but its name, trial count, wording, queue, mesh and execution.
+    """What defines a study, flat (dotted key → value): all but name, trial count, wording, queue, mesh and execution.
 
     The versions of the libraries that can change a result belong to it.
     """

@@ -13,7 +13,7 @@ from fintx.config import MeshConfig, TrialConfig
 from fintx.data.windows import Dataset
 from fintx.evaluate import metrics
 from fintx.model import sizes
-from fintx.train import memory, placement, progress, sharding, step
+from fintx.train import hosts, memory, placement, progress, sharding, step
 from fintx.train.pace import Pace
 from fintx.train.progress import EXPLODED_LOSS, End, Progress, Question
 from fintx.train.result import Epoch, FitResult
@@ -77,7 +77,7 @@ def fit(
             on_progress=on_progress,
             should_stop=should_stop,
             saves=saves,
-            limit=memory.available(layout) if memory_limit is None else memory_limit,
+            limit=hosts.least(memory.available(layout) if memory_limit is None else memory_limit),
         )
     except (jax.errors.JaxRuntimeError, MemoryError) as error:
         if not memory.is_out_of_memory(error):
@@ -96,14 +96,14 @@ def _layout(config: TrialConfig, dataset: Dataset, mesh: MeshConfig) -> Layout:
         n_devices=jax.device_count(),
         device_bytes=memory.device_bytes(),
     )
+    data, model, fsdp = hosts.agree(chosen.data, chosen.model, chosen.fsdp)
+    chosen = Layout(data=data, model=model, fsdp=bool(fsdp))
     if chosen.n_devices > 1:
         sharding.mesh_of(chosen)  # says now if it can't be made
     return chosen
 
 
-def predict(
-    config: TrialConfig, params: Params, features: Floats, rows: Ints, *, layout: Layout = ONE
-) -> Floats:
+def predict(config: TrialConfig, params: Params, features: Floats, rows: Ints, *, layout: Layout = ONE) -> Floats:
     """The model's outputs for the windows that end at `rows`: the numbers that records hold, here as in `fit`.
 
     Args:
@@ -259,30 +259,38 @@ def _attempt(
         keeper.start_clock()
     pace = Pace()
     while True:
-        stopping = should_stop is not None and should_stop()
-        if keeper is not None and (stopping or keeper.is_due()):
+        stopping, due, n_steps = hosts.agree(
+            int(should_stop is not None and should_stop()),
+            int(keeper is not None and keeper.is_due()),
+            pace.steps(_left(run)),
+        )
+        if keeper is not None and (stopping or due):
             keeper.save(_state(run, trial))
         if stopping:
             epochs = f"after epoch {run.progress.epoch} of {config.max_epochs}"
             return End("interrupted", f"asked to stop at step {run.step}, {epochs}")
-        _segment(run, trial, pace)
+        _segment(run, trial, pace, n_steps)
         if on_progress is not None:
             on_progress(run.step)
         if run.step % _steps_per_epoch(run.question) == 0:
-            if end := _close_epoch(run, trial):
+            if end := progress.agreed(_close_epoch(run, trial)):
                 return end
             if on_epoch is not None:
                 on_epoch(_epoch(run))
-            if end := progress.end(run.question, run.progress):
+            if end := progress.agreed(progress.end(run.question, run.progress)):
                 if keeper is not None and saves is not None and saves.at_end:
                     keeper.save(_state(run, trial))
                 return end
 
 
-def _segment(run: _Run, trial: _Loaded, pace: Pace) -> None:
-    """Steps in one dispatch, at most to the epoch's end."""
+def _left(run: _Run) -> int:
+    """Steps to the epoch's end."""
     per_epoch = _steps_per_epoch(run.question)
-    n_steps = pace.steps(per_epoch - run.step % per_epoch)
+    return per_epoch - run.step % per_epoch
+
+
+def _segment(run: _Run, trial: _Loaded, pace: Pace, n_steps: int) -> None:
+    """Steps in one dispatch."""
     began = time.perf_counter()
     trial.state, trial.tally = trial.training.segment(
         trial.hyper, trial.state, trial.tally, trial.train, np.int32(n_steps)

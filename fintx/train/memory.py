@@ -10,14 +10,14 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import jax
 
 from fintx.config import TrialConfig
 from fintx.model import sizes, transformer
-from fintx.train import sharding, step
+from fintx.train import hosts, placement, sharding, step
 from fintx.train.sharding import ONE, Layout
 from fintx.train.state import Arrangement, for_program, program
 
@@ -157,31 +157,17 @@ def plan(
                 config, micro_batch=arrangement.micro_batch, remat=arrangement.remat, layout=arrangement.layout
             )
             training = step.compile_training(static, **common, n_samples=n_train)
-            needed = max(evaluating, beside.in_segment(training))
+            needed = hosts.most(max(evaluating, beside.in_segment(training)))
         except jax.errors.JaxRuntimeError as error:  # a GPU's compiler tries kernels out, on memory of its own
             if not is_out_of_memory(error):
                 raise
             needed = limit + 1
         if needed <= limit:
             return Plan(arrangement=arrangement, n_bytes=needed, training=training, forward=forward)
-        relief = _relieved(arrangement)
+        relief = placement.relieved(arrangement)
         if relief is None:
             return TooBig(n_bytes=needed, limit=limit)
         arrangement = relief
-
-
-def _relieved(arrangement: Arrangement) -> Arrangement | None:
-    """What takes less memory at the least cost; none: nothing does.
-
-    Computing layers again costs a third of a pass more. Halving a micro-batch brings all weights in once more, which
-    costs these models of few tokens more than that, and draws other dropout masks.
-    """
-    if not arrangement.remat:
-        return replace(arrangement, remat=True)
-    least = arrangement.layout.data  # below it devices have nothing to do, and hold as much
-    if arrangement.micro_batch <= least:
-        return None
-    return replace(arrangement, micro_batch=max(least, arrangement.micro_batch // 2))
 
 
 def too_big(config: TrialConfig, *, limit: int, layout: Layout = ONE) -> TooBig | None:

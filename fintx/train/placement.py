@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from fintx.config import MeshConfig, ModelConfig, Shape
 from fintx.model import sizes, transformer
@@ -49,6 +49,20 @@ def footprint(model: ModelConfig, shape: Shape, n_features: int, arrangement: Ar
         layer = sharding.part_bytes(Layout(model=layout.model), params["blocks"]) // shape.n_layers
         working += 2 * layer  # and its gradients, before they are scattered
     return Footprint(parameters=part, gradients=part, moments=2 * part, activations=working)
+
+
+def relieved(arrangement: Arrangement) -> Arrangement | None:
+    """What takes less memory at the least cost; none: nothing does.
+
+    Computing layers again costs a third of a pass more. Halving a micro-batch brings all weights in once more, which
+    costs these models of few tokens more than that, and draws other dropout masks.
+    """
+    if not arrangement.remat:
+        return replace(arrangement, remat=True)
+    least = arrangement.layout.data  # below it devices have nothing to do, and hold as much
+    if arrangement.micro_batch <= least:
+        return None
+    return replace(arrangement, micro_batch=max(least, arrangement.micro_batch // 2))
 
 
 def choose(

@@ -25,7 +25,7 @@ import jax
 import numpy as np
 
 from fintx.model import transformer
-from fintx.train import checkpoint
+from fintx.train import checkpoint, hosts
 from fintx.train.checkpoint import CheckpointDamaged, Described, NotACheckpoint
 from fintx.train.progress import Progress, Question
 from fintx.train.sharding import Layout
@@ -76,7 +76,7 @@ class TrainingState:
 
 
 class Keeper:
-    """One trial's states on the disk, while it runs."""
+    """One trial's states on the disk, while it runs. Of several hosts the first alone changes what lies there."""
 
     def __init__(self, saves: Saves, question: Question):
         self._saves = saves
@@ -92,6 +92,13 @@ class Keeper:
         Raises:
             FintxError: the folder can't be changed.
         """
+        found = self._newest(warn) if hosts.is_first() else None
+        (step,) = hosts.agree(-1 if found is None else found.step)
+        if step >= 0 and not hosts.is_first():
+            found = self._read(checkpoint.describe(self._folder(step)))
+        return found
+
+    def _newest(self, warn: Callable[[str], None]) -> TrainingState | None:
         try:
             self._sweep()
             found, problems = self._search()
@@ -119,7 +126,7 @@ class Keeper:
         Raises:
             FintxError: the disk is full or can't be written; older states are as they were.
         """
-        if training.step == self.saved_step:
+        if training.step == self.saved_step or not hosts.is_first():
             return
         began = time.perf_counter()
         items = {_TRAINING: _as_dicts((training.state, training.tally))}
@@ -135,7 +142,7 @@ class Keeper:
             "compile_s": training.compile_s,
             "wall_s": training.wall_s,
         }
-        folder = self._saves.folder / f"step_{training.step:08d}"
+        folder = self._folder(training.step)
         try:
             checkpoint.write(folder, items, config=self._question.config, meta=meta, guard=self._saves.guard)
         except FintxError:
@@ -146,6 +153,9 @@ class Keeper:
             _remove(old)
         self._since = time.perf_counter()
         self._cost_s = self._since - began
+
+    def _folder(self, step: int) -> Path:
+        return self._saves.folder / f"step_{step:08d}"
 
     def _identity(self) -> dict[str, Any]:
         """What must be equal for a state to be this trial's, beside its config."""

@@ -185,8 +185,8 @@ def _whole(leaf: Any) -> np.ndarray:
         return np.array(leaf)
     if leaf.is_fully_replicated:
         return np.array(leaf.addressable_data(0))
-    mesh = leaf.sharding.mesh  # type: ignore[union-attr]
-    return np.array(_gather(mesh)(leaf).addressable_data(0))
+    assert isinstance(leaf.sharding, NamedSharding)
+    return np.array(_gather(leaf.sharding.mesh)(leaf).addressable_data(0))
 
 
 @lru_cache(maxsize=16)

@@ -84,7 +84,7 @@ class TargetScale:
 class Arrangement:
     """How a trial is computed on what memory and devices there are: no part of what it is.
 
-    Another one gives the same numbers but for rounding, and, where there is dropout, other masks in another micro-batch.
+    Another one gives the same numbers but for rounding; where there is dropout, another micro-batch draws other masks.
     """
 
     micro_batch: int

@@ -1,4 +1,4 @@
-"""Over which devices is a trial spread? What [mesh] means, by size and device count, and what each device then holds."""
+"""Over which devices is a trial spread? What [mesh] means by size and device count, and what each device then holds."""
 
 from __future__ import annotations
 
@@ -20,7 +20,9 @@ TWO_B = Shape(d_model=2048, n_layers=40, n_heads=16, d_ff=8192)
 AUTO: dict[str, Any] = {"data": "auto", "model": "auto"}
 
 
-def chosen(mesh: dict[str, Any], *, device_bytes: int, n_devices: int = 8, shape: Shape = TWO_B, batch: int = 64) -> Layout:
+def chosen(
+    mesh: dict[str, Any], *, device_bytes: int, n_devices: int = 8, shape: Shape = TWO_B, batch: int = 64
+) -> Layout:
     return choose(
         MeshConfig(**mesh), MODEL, shape, 25, batch_size=batch, n_devices=n_devices, device_bytes=device_bytes
     )  # fmt: skip

@@ -321,7 +321,9 @@ def test_a_state_saved_on_eight_devices_restores_on_one_and_on_four_and_back(
         saves = Saves(tmp_path / str(index), 1e9, lambda: None)
         arrangement = Arrangement(16, layout=layout)
         Keeper(saves, question).save(
-            TrainingState(sharding.to_host(placed(layout, state)), step.empty_tally(), Progress(), arrangement, 0.0, 0.0)
+            TrainingState(
+                sharding.to_host(placed(layout, state)), step.empty_tally(), Progress(), arrangement, 0.0, 0.0
+            )
         )
         found = Keeper(saves, question).newest(pytest.fail)
         assert found is not None and found.arrangement == arrangement
