@@ -363,6 +363,15 @@ class MeshConfig(_Config):
     """Cut weights and optimiser state over the data devices too; "auto": where the trial doesn't fit otherwise."""
 
 
+class ConfirmConfig(_Config):
+    """The best trials, trained again with fresh seeds. Where this section stands, a sweep ends with it."""
+
+    top_k: PositiveInt = 5
+    """How many of the best trials are trained again."""
+    n_seeds: Annotated[int, Field(ge=2)] = 5
+    """Fresh seeds, the same for each of them; fewer than 2 show no spread."""
+
+
 class BudgetConfig(_Config):
     """How many parameters a model may hold; solved, not searched."""
 
@@ -491,6 +500,7 @@ class StudySpec(_Config):
     queue: tuple[QueueEntry, ...] = ()
     mesh: MeshConfig = MeshConfig()
     execution: ExecutionConfig = ExecutionConfig()
+    confirm: ConfirmConfig | None = None
 
 
 def canonical_json(config: BaseModel) -> str:

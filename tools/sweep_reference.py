@@ -73,6 +73,7 @@ _SECTIONS: dict[str, type[BaseModel]] = {
     "[train]": config.TrainConfig,
     "[mesh]": config.MeshConfig,
     "[execution]": config.ExecutionConfig,
+    "[confirm]": config.ConfirmConfig,
     "[[queue]]": config.QueueEntry,
 }
 

@@ -24,23 +24,12 @@ def ask(study: str, *, outputs: Path) -> str:
     Raises:
         FintxError: there is no such study, or nobody runs it.
     """
-    folder = next((path for path in (Path(study), outputs / study) if _holds_study(path)), None)
-    if folder is None:
-        known = ", ".join(path.name for path in records.study_folders(outputs)) or "none"
-        shown = ascii(study if len(study) <= 60 else f"{study[:60]}…")
-        raise FintxError(f"{shown}: is no study under {outputs} (there: {known}); give a study's name or its folder")
+    folder = records.find_study(study, outputs=outputs)
     holder = lock.holder(folder)
     if holder is None:
         raise FintxError(f"{folder}: nobody is running it, so there is nothing to stop")
     records.write_atomically(folder / _FILE, f"asked by process {os.getpid()} at {time.time_ns()}\n")
     return f"{folder}: asked {holder} to stop; the trials that run now come to their end first"
-
-
-def _holds_study(folder: Path) -> bool:
-    try:
-        return records.read_study(folder) is not None
-    except OSError:  # a name that no file can have
-        return False
 
 
 def request(study_folder: Path) -> str:

@@ -45,6 +45,8 @@ class Job(BaseModel):
     data_root: Path
     memory_limit: int | None
     """Bytes; none: what the device has."""
+    member: int | None = None
+    """Of a confirmation, which trains a trial again with another seed: its place there. None: the trial itself."""
 
     @property
     def source(self) -> Literal["queue", "sampler"]:
@@ -52,9 +54,16 @@ class Job(BaseModel):
         return "sampler" if self.entry is None else "queue"
 
     @property
+    def key(self) -> int:
+        """What tells it from the other jobs of its course."""
+        return self.number if self.member is None else self.member
+
+    @property
     def folder(self) -> Path:
-        """The trial's."""
-        return records.trial_folder(self.study_folder, self.number)
+        """The trial's, or the member's."""
+        if self.member is None:
+            return records.trial_folder(self.study_folder, self.number)
+        return records.member_folder(self.study_folder, self.number, self.config.seed)
 
 
 @dataclass(frozen=True)
@@ -99,7 +108,7 @@ def run(job: Job, folds: tuple[Dataset, ...], hooks: Hooks) -> TrialRecord | Non
                 meta = _checkpoint_meta(record, dataset, fold=index)
                 checkpoint.save(where / "checkpoint" / f"fold_{index}", fit.params, config=job.config, meta=meta)
         check()
-        records.append(job.study_folder, record)
+        records.write_record(where, record)
         shutil.rmtree(where / "run", ignore_errors=True)
     return record
 

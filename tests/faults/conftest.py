@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -44,16 +45,17 @@ def finished(tmp_path_factory: pytest.TempPathFactory, fault_file: Path) -> Mach
 
 
 @pytest.fixture(scope="session")
-def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[postgres.Server]:
+def server(request: pytest.FixtureRequest) -> Iterator[postgres.Server]:
     """A running PostgreSQL server of this test session's own."""
     programs = postgres.binaries()
     if programs is None:
         assert not request.config.getoption("--require-postgres"), "there is no PostgreSQL server on this machine"
         pytest.skip("no PostgreSQL server on this machine (Debian: apt-get install postgresql)")
-    made = postgres.Server.make(programs, tmp_path_factory.mktemp("postgres"))
-    made.start()
-    yield made
-    made.stop()
+    with tempfile.TemporaryDirectory(prefix="fintx-postgres-") as folder:  # pytest's folders are closed to its user
+        made = postgres.Server.make(programs, Path(folder))
+        made.start()
+        yield made
+        made.stop()
 
 
 _QUICK = ("test_hostile.py", "test_reliability_page.py")

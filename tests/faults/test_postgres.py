@@ -143,7 +143,7 @@ def test_eight_machines_start_on_an_empty_database_at_once(machine, url):
 
 def test_a_frozen_machine_that_wakes_up_superseded_can_neither_save_nor_report(machine, url):
     frozen, other = machine("frozen"), machine("other")
-    changes = ("study.n_trials=1", "train.max_epochs=600", "train.patience=600", "execution.hang_s=15")
+    changes = ("study.n_trials=1", "train.max_epochs=600", "train.patience=600", "execution.hang_s=40")
     first = frozen.start(*changes, "execution.checkpoint_s=0.2", options=sharing(url))
     wait_for(frozen.steps, running=first)
     first.everyone(signal.SIGSTOP)
