@@ -361,6 +361,8 @@ class MeshConfig(_Config):
     """Devices that share out heads and d_ff, at most: what divides both; "auto": as few as make the trial fit."""
     fsdp: Annotated[bool | Literal["auto"], BeforeValidator(_switch)] = "auto"
     """Cut weights and optimiser state over the data devices too; "auto": where the trial doesn't fit otherwise."""
+    hosts: bool = True
+    """Where SLURM, MPI or Kubernetes started several processes: all train each trial; false: each is on its own."""
 
 
 class ConfirmConfig(_Config):
