@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import functools
 import json
 import os
 import signal
@@ -206,15 +207,17 @@ def _conduct(
 
     pool.keep_off_the_gpus()
     console = Console()
-    common = {"outputs": outputs, "data_dir": data_dir, "workers": workers, "hosts": hosts}
-    results = _to_the_end(console, orders, **common)
+    to_the_end = functools.partial(
+        _to_the_end, console, outputs=outputs, data_dir=data_dir, workers=workers, hosts=hosts
+    )  # fmt: skip
+    results = to_the_end(orders)
     if len(results) > 1:
         tables.print_results(console, [each for each in results if not isinstance(each, runner.Confirmed)])
     if confirms:
         finished = [each for each in results if isinstance(each, runner.Summary) and each.to_be_confirmed]
         after = [runner.Order(each.spec, confirm=each.spec.confirm) for each in finished]
         if after:
-            results += _to_the_end(console, after, **common)
+            results += to_the_end(after)
     for result in results:
         if result.problem is not None:
             _complain(str(result.problem))
