@@ -151,4 +151,6 @@ def _interface(address: str, *, one_host: bool) -> str:
         found = ipaddress.ip_address(socket.gethostbyname(host))
     except (OSError, ValueError):  # a name that only others know, such as a service of Kubernetes
         return f"[::]:{port}"
-    return f"{found}:{port}" if one_host or not found.is_loopback else f"[::]:{port}"
+    # Debian lets a host's own name mean its loopback; whoever writes 127.0.0.1 himself means it.
+    misleading = found.is_loopback and host != str(found) and not one_host
+    return f"[::]:{port}" if misleading else f"{found}:{port}"
