@@ -114,7 +114,7 @@ def begin(
                 f"{spec.study.name}: {error}; is the database running, and is its address right?"
             ) from None
         windows.store_processed(prepared, data_root)
-        beaten = trial.ensure_baselines(folder, prepared.folds, spec, data_root)
+        beaten = trial.ensure_baselines(folder, prepared.folds, spec, data_root, tell=warn)
         yield Opened(spec, folder, space, prepared, book, beaten, stop_before)
 
 

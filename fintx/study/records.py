@@ -244,7 +244,7 @@ def write_predictions(folder: Path, table: pa.Table, *, name: str = "predictions
     Raises:
         FintxError: the file can't be written.
     """
-    path, temporary = folder / name, folder / f".{name}.tmp"
+    path, temporary = folder / name, folder / f".{name}.{os.getpid()}.tmp"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         pq.write_table(table, temporary, compression="zstd")

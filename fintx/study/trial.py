@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict
 
 from fintx.config import StudySpec, TrialConfig, config_hash
@@ -295,8 +296,13 @@ def train_prior(dataset: Dataset) -> float:
     return float(np.mean(dataset.train.labels, dtype=np.float64))
 
 
-def ensure_baselines(folder: Path, folds: tuple[Dataset, ...], spec: StudySpec, data_root: Path) -> dict[str, Any]:
-    """Fit what must be beaten on the very same rows, once per study; later runs read it back.
+def ensure_baselines(
+    folder: Path, folds: tuple[Dataset, ...], spec: StudySpec, data_root: Path, *, tell: Callable[[str], None]
+) -> dict[str, Any]:
+    """What must be beaten on the very same rows: fitted once per data, label and split, whatever study asks.
+
+    Args:
+        tell: told of progress, a line per fold.
 
     Returns:
         name → {"words", "metrics" (mean over folds), "folds" (metrics of each)}.
@@ -304,13 +310,49 @@ def ensure_baselines(folder: Path, folds: tuple[Dataset, ...], spec: StudySpec, 
     path = folder / "baselines.json"
     if path.is_file():
         return json.loads(path.read_text())
+    kept = data_root / "baselines" / _baselines_key(folds, spec)
+    found = _kept_baselines(kept)
+    if found is None:
+        _fit_baselines(kept, folds, spec, data_root, tell)
+        found = _kept_baselines(kept)
+        assert found is not None
+    text, table = found
+    records.write_predictions(folder, table, name="baselines.parquet")
+    records.write_atomically(path, text)  # last: with it the study has them
+    return json.loads(text)
+
+
+def _kept_baselines(kept: Path) -> tuple[str, pa.Table] | None:
+    """None: never fitted, or not whole."""
+    try:
+        text = (kept / "baselines.json").read_text()
+        json.loads(text)
+        return text, pq.read_table(kept / "baselines.parquet")
+    except (OSError, ValueError, pa.ArrowException):
+        return None
+
+
+def _baselines_key(folds: tuple[Dataset, ...], spec: StudySpec) -> str:
+    """Of all that a baseline depends on; the inputs' scaling and the context's bars are in `data`."""
+    hashes = [(fold.data_hash, fold.label_hash, fold.split_hash) for fold in folds]
+    asked = [spec.data.model_dump(mode="json"), spec.task.model_dump(mode="json")]
+    text = json.dumps([baselines.VERSION, hashes, asked], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _fit_baselines(
+    kept: Path, folds: tuple[Dataset, ...], spec: StudySpec, data_root: Path, tell: Callable[[str], None]
+) -> None:
     loaded = {
         symbol: sources.load(symbol, root=data_root, version=spec.data.versions.get(symbol))
         for symbol in (*spec.data.assets, *spec.data.context)
     }
     context = {symbol: loaded[symbol] for symbol in spec.data.context}
     bars = {symbol: loaded[symbol] for symbol in spec.data.assets}
-    per_fold = [baselines.for_dataset(fold, spec.task, bars, context) for fold in folds]
+    per_fold = []
+    for index, fold in enumerate(folds):
+        tell("fitting what must be beaten" + (f", fold {index + 1} of {len(folds)}" if len(folds) > 1 else ""))
+        per_fold.append(baselines.for_dataset(fold, spec.task, bars, context))
     result = {
         first.name: {
             "words": first.words,
@@ -326,9 +368,8 @@ def ensure_baselines(folder: Path, folds: tuple[Dataset, ...], spec: StudySpec, 
         for index, fold in enumerate(folds)
         for baseline in per_fold[index]
     ]
-    records.write_predictions(folder, pa.concat_tables(outputs), name="baselines.parquet")
-    records.write_atomically(path, json.dumps(result, indent=1) + "\n")
-    return result
+    records.write_predictions(kept, pa.concat_tables(outputs), name="baselines.parquet")
+    records.write_atomically(kept / "baselines.json", json.dumps(result, indent=1) + "\n")
 
 
 def _predictions(fits: list[loop.FitResult], folds: tuple[Dataset, ...]) -> pa.Table:
