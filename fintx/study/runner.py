@@ -152,6 +152,7 @@ def run_all(
     notify: Callable[[Event], None] = lambda event: None,
     should_stop: Callable[[], bool] = lambda: False,
     workers: int = 1,
+    hosts: bool = False,
 ) -> list[Summary | Confirmed | Failure]:
     """Run studies: one after the other with one worker, else as many side by side as there are workers.
 
@@ -160,7 +161,8 @@ def run_all(
     Args:
         notify: called with every event, for the live view.
         should_stop: asked several times a second; true saves what runs and ends the run.
-        workers: processes that train, each on a GPU of its own or on its share of the cores.
+        workers: processes that train, each on its share of the GPUs or of the cores.
+        hosts: the one worker trains together with those of the launch's other processes (`group.follow`).
 
     Raises:
         FintxError: more workers than GPUs.
@@ -172,7 +174,7 @@ def run_all(
     if gpus and workers > gpus:
         raise FintxError(f"--workers {workers}: this machine has {gpus} GPUs, and a worker needs one of its own")
     with contextlib.ExitStack() as stack:
-        pool = stack.enter_context(contextlib.closing(Pool(workers, gpus=gpus > 0)))
+        pool = stack.enter_context(contextlib.closing(Pool(workers, gpus=gpus, hosts=hosts)))
         return _Run(list(orders), outputs, data_root, notify, pool, gpus > 0, stack).to_the_end(should_stop)
 
 
