@@ -38,7 +38,8 @@ KUBERNETES = {
         {**OPEN_MPI, "OMPI_COMM_WORLD_SIZE": "1"},
     ],
     ids=[
-        "nothing", "a shell", "one task", "a batch script", "a pod alone", "an address alone", "one process", "mpirun -n 1",
+        "nothing", "a shell", "one task", "a batch script", "a pod alone", "an address alone", "one process",
+        "mpirun -n 1",
     ],
 )  # fmt: skip
 def test_who_is_alone_opens_nothing(environment: Mapping[str, str]) -> None:
