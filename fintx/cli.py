@@ -287,21 +287,30 @@ def status(outputs: Outputs = OUTPUTS) -> None:
 @app.command(name="eval")
 def evaluate(
     path: Annotated[Path, typer.Argument(help="A study's folder (its best trial), a trial's, or a checkpoint's.")],
-    test: Annotated[bool, typer.Option("--test", help="Open the sealed test part; the opening is logged.")] = False,
+    test: Annotated[
+        bool, typer.Option("--test", help="Open the sealed test part for what is confirmed; the opening is logged.")
+    ] = False,
+    unconfirmed: Annotated[
+        bool, typer.Option("--unconfirmed", help="With --test: open it without a confirmation, luck and all.")
+    ] = False,
     data: Annotated[Path | None, typer.Option("--data", help="Bars of another asset or later days.")] = None,
     symbol: Annotated[str | None, typer.Option("--symbol", help="With --data: the asset that the file holds.")] = None,
     data_dir: DataDir = DATA,
 ) -> None:
-    """Restore a checkpoint and report all its metrics."""
-    from fintx.study import evaluation
-    from fintx.terminal import tables
+    """Restore a checkpoint and report all its metrics; with --test, those of a study's confirmed models."""
+    from fintx.study import evaluation, sealed
+    from fintx.terminal import confirmation, tables
 
     if test and data is not None:
         raise FintxError("--test and --data exclude each other: the test part belongs to the study's own data")
+    if unconfirmed and not test:
+        raise FintxError("--unconfirmed goes with --test: nothing else asks for a confirmation")
+    if test:
+        opening = sealed.open_test(path, data_root=data_dir, unconfirmed=unconfirmed)
+        confirmation.print_opening(Console(), opening)
+        return
     if data is not None:
         result = evaluation.on_file(path, data, symbol=symbol, data_root=data_dir)
-    elif test:
-        result = evaluation.on_test(path, data_root=data_dir)
     else:
         result = evaluation.on_validation(path, data_root=data_dir)
     tables.print_evaluation(Console(), result)

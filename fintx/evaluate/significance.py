@@ -270,7 +270,8 @@ def overfitting(series: Floats, *, n_blocks: int = N_BLOCKS) -> Overfitting:
 
     Bailey, Borwein, López de Prado & Zhu (2017): the days are cut into blocks; of every half of the blocks the model
     with the least loss is taken, and its relative rank ω on the other half noted. The probability is the share of
-    halves with ln(ω / (1 − ω)) ≤ 0. Ties take their mean rank.
+    halves with ln(ω / (1 − ω)) < 0; where it is 0, the very middle, a half counts half, so that a choice by lot among
+    few models is at 50 % too. Ties take their mean rank.
 
     Args:
         series: (D, M) losses of all trials of a search; M ≥ 2.
@@ -287,18 +288,8 @@ def overfitting(series: Floats, *, n_blocks: int = N_BLOCKS) -> Overfitting:
     outside = (1 - halves) @ sums / ((1 - halves) @ counts)[:, None]
     picked = np.take_along_axis(outside, inside.argmin(axis=1)[:, None], axis=1)
     rank = (outside > picked).sum(axis=1) + ((outside == picked).sum(axis=1) + 1) / 2  # the best: n_models
-    return Overfitting(float(np.mean(rank / (n_models + 1) <= 0.5)), n_models, len(halves))
-
-
-def expected_maximum(n: int) -> float:
-    """Mean of the largest of n independent standard normal numbers: how good the best of n equal trials looks, in SDs.
-
-    ∫ (1[x > 0] − Φ(x)ⁿ) dx, by the trapezoidal rule; 2.25 for 50.
-    """
-    from scipy.special import ndtr
-
-    x = np.linspace(-12, 12, 48_001)
-    return float(np.trapezoid((x > 0) - ndtr(x) ** n + 0.5 * (x == 0), x))
+    twice = 2 * rank - (n_models + 1)  # a whole number: no rounding decides what the middle is
+    return Overfitting(float(np.mean((twice < 0) + 0.5 * (twice == 0))), n_models, len(halves))
 
 
 def luck_of_the_best(series: Floats, resamples: Resamples) -> float:

@@ -73,7 +73,7 @@ class Fit:
         """Losses that the fit predicts."""
         relative = np.asarray(sizes, np.float64) / self.unit
         terms = zip(self.heights, FORMS[self.form], self.exponents, strict=True)
-        return self.floor + sum(h * relative ** (s * x) for h, s, x in terms)
+        return self.floor + np.sum([h * relative ** (s * x) for h, s, x in terms], axis=0)
 
 
 def fit(form: Form, sizes: Floats, losses: Floats, *, starts: Sequence[tuple[float, ...]] | None = None) -> Fit:

@@ -1,4 +1,6 @@
-"""Does loss fall with size? Power laws with intervals, a test of flatness, and a plain sentence: scales, flat, can't tell.
+"""Does loss fall with size? Power laws with intervals, a test of flatness, a plain sentence.
+
+The sentence says *scales*, *flat* or *can't tell*.
 
 Two sets of trials are read. *All trials*: what a search at that size finds on average. *The frontier*: what a tuned
 model of that size reaches, the best quarter of each size's first m trials, where m is the fewest that any size has: of

@@ -30,21 +30,22 @@ def find(patterns: Sequence[str], *, outputs: Path) -> list[Path]:
     """
     found: dict[Path, None] = {}
     for pattern in patterns:
-        given = Path(pattern)
-        matches = [path for path in (given, outputs / pattern) if (path / "study.json").is_file()][:1]
-        if not matches and any(c in pattern for c in "*?["):
-            root = Path(given.anchor) if given.is_absolute() else Path()
-            inside = str(given.relative_to(given.anchor)) if given.is_absolute() else pattern
-            matches = [path for path in sorted(root.glob(inside)) if (path / "study.json").is_file()]
-            matches = matches or [path for path in sorted(outputs.glob(pattern)) if (path / "study.json").is_file()] if (
-                not given.is_absolute()) else matches  # fmt: skip
+        matches = _studies(Path(), pattern) or _studies(outputs, pattern)
         if not matches:
             known = ", ".join(path.name for path in records.study_folders(outputs)) or "none"
             raise FintxError(
-                f"{pattern}: fits no study under {outputs} (there: {known}); give names, folders or a pattern"
+                f"{pattern}: fits no study under {outputs} (there: {known}); give names, folders or a pattern in quotes"
             )
         found.update(dict.fromkeys(matches))
     return list(found)
+
+
+def _studies(root: Path, pattern: str) -> list[Path]:
+    """The study folders under a root that a pattern, or a plain name, fits."""
+    given = root / pattern
+    start = Path(given.anchor) if given.is_absolute() else Path()
+    inside = given.relative_to(start) if given.is_absolute() else given
+    return [path for path in sorted(start.glob(str(inside))) if (path / "study.json").is_file()]
 
 
 def read(folders: Sequence[Path], *, over: Over, difference: float) -> Scaling:
@@ -89,9 +90,9 @@ def build(found: Scaling) -> Page:
 def section(found: Scaling) -> Section:
     """Figure and tables."""
     how = (
-        f"Losses are divided by {found.field.baseline}'s on the same days, so that calm and wild times cancel. The frontier "
-        f"is the best quarter of each size's first {found.effort} successful trials: as many for every size, since the "
-        "best of more is luckier. Intervals: days resampled in blocks and runs resampled within each size, together."
+        f"Losses are divided by {found.field.baseline}'s on the same days, so that calm and wild times cancel. The "
+        f"frontier is the best quarter of each size's first {found.effort} successful trials: as many for every "
+        "size, since the best of more is luckier. Intervals: days resampled in blocks and runs resampled within each size, together."
     )
     blocks: list[Block] = [Prose(found.sentence), Prose(how, "note"), picture(found), *sheets(found)]
     return Section("scaling", "Scaling", tuple(blocks))
@@ -117,7 +118,9 @@ def scaling_of_siblings(found: Evidence) -> Section | None:
         read_ = scaling.read(gather([found, *siblings]))
     except NotComparable as error:
         reasons = tuple(str(error).splitlines())
-        words = f"Beside this study lie {names}, of the same label and other budgets, but no line can be fitted through them:"
+        words = (
+            f"Beside this study lie {names}, of the same label and other budgets; no line can be fitted through them:"
+        )
         return Section("scaling", "Scaling", (Prose(words), Prose(reasons, "note")))
     return section(read_)
 
@@ -157,14 +160,16 @@ def _sizes(found: Scaling) -> Sheet:
         rows.append(
             (
                 name, " ".join(dict.fromkeys(field.names[s] for s in field.study[mine])), int(mine.sum()),
-                f"{count(field.size[mine].min())} … {count(field.size[mine].max())}", float(np.median(field.flops[mine])),
-                float(field.loss[mine].min()), found.frontier.by_cell[i], found.every.by_cell[i],
+                f"{count(field.size[mine].min())} … {count(field.size[mine].max())}",
+                float(np.median(field.flops[mine])), float(field.loss[mine].min()),
+                found.frontier.by_cell[i], found.every.by_cell[i],
                 1 - found.frontier.by_cell[i] * field.baseline_loss / field.prior_loss,
             )
         )  # fmt: skip
     columns: list[tuple[str, Format]] = [
-        ("size", "text"), ("studies", "text"), ("trials", "whole"), (field.size_words, "text"), ("median FLOPs", "size"),
-        ("least loss", "number"), ("frontier", "number"), ("all trials", "number"), ("frontier's skill", "percent"),
+        ("size", "text"), ("studies", "text"), ("trials", "whole"), (field.size_words, "text"),
+        ("median FLOPs", "size"), ("least loss", "number"), ("frontier", "number"), ("all trials", "number"),
+        ("frontier's skill", "percent"),
     ]  # fmt: skip
     note = f"Losses relative to {field.baseline}: 1 is as good, .98 saves two percent."
     return sheet.of("sizes", "By size", columns, rows, note=note)
@@ -181,8 +186,8 @@ def _gains(found: Scaling) -> Sheet:
         ("SE from days", "number"), ("SE from runs", "number"), ("verdict", "text"),
     ]  # fmt: skip
     note = (
-        f"From the smallest size to the largest. Above 0 with its whole interval: scales. Below {percent(found.difference)} "
-        "with its whole interval: flat (two one-sided tests at 5 %)."
+        f"From the smallest size to the largest. Above 0 with its whole interval: scales. Below "
+        f"{percent(found.difference)} with its whole interval: flat (two one-sided tests at 5 %)."
     )
     return sheet.of("gains", "Gain, and the test of flatness", columns, rows, note=note)
 
@@ -194,13 +199,13 @@ def _laws(found: Scaling) -> Sheet:
             rows.append((reading.which, reading.no_law, *[None] * 7))
         rows += [_law(reading, law) for law in reading.laws]
     columns: list[tuple[str, Format]] = [
-        ("", "text"), ("form", "text"), ("E", "text"), ("A", "text"), ("α", "text"), ("B, β", "text"), ("AICc", "number"),
-        ("weight", "percent"), ("off at the largest", "percent"),
+        ("", "text"), ("form", "text"), ("E", "text"), ("A", "text"), ("α", "text"), ("B, β", "text"),
+        ("AICc", "number"), ("weight", "percent"), ("off at the largest", "percent"),
     ]  # fmt: skip
     return sheet.of(
         "laws", "L(N) = E + A·N^(−α), relative losses", columns, rows,
-        note="Σ Huber of ln loss (Hoffmann et al. 2022, approach 3), 95 % intervals over days and runs. Off at the largest: "
-        "fitted to the smaller sizes alone, the error of its prediction for the largest.",
+        note="Σ Huber of ln loss (Hoffmann et al. 2022, approach 3), 95 % intervals over days and runs. Off at the "
+        "largest: fitted to the smaller sizes alone, the error of its prediction for the largest.",
     )  # fmt: skip
 
 

@@ -474,6 +474,13 @@ def log_opening(study_folder: Path, entry: dict[str, Any]) -> int:
     return len(openings(study_folder))
 
 
+def openings_words(study_folder: Path) -> str:
+    """What every later result says of earlier openings; empty: there were none."""
+    n = len(openings(study_folder))
+    times = "once" if n == 1 else f"{n} times"
+    return f"the sealed test part has been opened {times}; what came later may owe something to it" if n else ""
+
+
 def openings(study_folder: Path) -> list[dict[str, Any]]:
     """Every logged opening of the test part, oldest first."""
     path = study_folder / "openings.jsonl"

@@ -355,7 +355,8 @@ def _summary(course: Search, *, interrupted: bool) -> Summary:
     course.write_tables()
     lead = None
     if best is not None and _predictions(opened.folder, best).is_file():
-        lead = over_baselines(opened.folder, course.spec, best, opened.baselines)
+        with _blamed_on(course):
+            lead = over_baselines(opened.folder, course.spec, best, opened.baselines)
     return Summary(
         folder=opened.folder,
         spec=course.spec,

@@ -8,6 +8,7 @@ the coordinator is gone: the worker saves its trial and ends.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import faulthandler
 import functools
@@ -46,6 +47,12 @@ class _Channel:
         """Waits for it; none: there will be no more."""
         return self._jobs.get()
 
+    def has_unbegun(self) -> bool:
+        """Whether a job came that nobody has begun."""
+        with contextlib.suppress(queue.Empty):
+            return self._jobs.get_nowait() is not None
+        return False
+
     def tell(self, event: str, **values: Any) -> None:
         """Say something; without a coordinator there is nobody to say it to, and the trial is to be saved."""
         try:
@@ -75,6 +82,8 @@ def main() -> None:
         channel.tell("ready")
         if (line := channel.next_job()) is None or not _serve(channel, line):
             break
+    if channel.has_unbegun():  # asked to stop while it was still starting: no death, and no failure of the trial
+        channel.tell("interrupted")
 
 
 def _serve(channel: _Channel, line: str) -> bool:

@@ -6,12 +6,17 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
+from fintx.evaluate import significance
 from fintx.evaluate.significance import Estimate
 from fintx.report.confirmation import alike, answer, luck, span
 from fintx.report.words import count, number, shape_words
 from fintx.study.confirm import Confirmed
 from fintx.study.confirmation import Candidate, Confirmation
+from fintx.study.sealed import Opening
 from fintx.terminal.tables import show, table
+
+_KEYS = ("log_loss", "skill", "auc", "brier", "calibration_error", "mse", "mae", "correlation")
+"""Those that a task's kind has."""
 
 
 def print_confirmed(console: Console, result: Confirmed) -> None:
@@ -80,8 +85,11 @@ def _print_groups(console: Console, found: Confirmation) -> None:
         mean = sum(gains) / len(gains)
         spread = (sum((gain - mean) ** 2 for gain in gains) / (len(gains) - 1)) ** 0.5
         rows = [[group.name, f"{group.n:,}", _estimate(group.gain)] for group in groups]
-        words = f"\nTrial {best.trial} by {title}: ahead in {ahead} of {len(groups)}, SD between them {number(spread)}"
-        show(console, table(words, [title, "rows", f"gain over {found.baseline}"], rows))
+        _line(
+            console,
+            f"\nTrial {best.trial} by {title}: ahead in {ahead} of {len(groups)}, SD between them {number(spread)}",
+        )
+        show(console, table("", [title, "rows", f"gain over {found.baseline}"], rows))
 
 
 def _unfinished(found: Confirmation) -> Sequence[str]:
@@ -99,6 +107,29 @@ def _spread(candidate: Candidate) -> float | None:
         return None
     mean = sum(known) / len(known)
     return (sum((value - mean) ** 2 for value in known) / (len(known) - 1)) ** 0.5
+
+
+def print_opening(console: Console, opening: Opening) -> None:
+    """What the sealed test part says."""
+    title = f"{opening.study}: the sealed test part, {opening.first_date} … {opening.last_date}"
+    console.rule(title)
+    for note in opening.notes:
+        _line(console, f"Note: {note}")
+    for each in opening.models:
+        if (doubt := significance.too_good(each.metrics)) is not None:
+            _line(console, f"WARNING: {each.name}: {doubt}")
+    keys = [key for key in _KEYS if key in opening.models[0].metrics]
+    rows = [
+        [each.name, *(number(each.metrics.get(key)) for key in keys), _estimate(each.gain)]
+        for each in (*opening.models, *opening.baselines)
+    ]
+    heads = ["", *keys, f"gain over {opening.baseline}"]
+    show(console, table(f"On the same {opening.n_rows:,} rows (blocks of {opening.block} days)", heads, rows))
+    last = opening.models[-1]
+    if len(last.per_asset) > 1:
+        rows = [[asset, *(number(held.get(key)) for key in keys)] for asset, held in last.per_asset.items()]
+        show(console, table(f"{last.name}, per asset", ["asset", *keys], rows))
+    _line(console, f"{opening.baseline} was the best baseline on validation; gains are in {opening.loss} per row.")
 
 
 def _estimate(each: Estimate | None) -> str:

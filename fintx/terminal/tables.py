@@ -59,6 +59,8 @@ def print_summary(console: Console, summary: Summary) -> None:
         _line(console, _verdict(summary))
         if (doubt := significance.too_good(best.best)) is not None:
             _line(console, f"WARNING: {doubt}")
+    if opened := records.openings_words(summary.folder):
+        _line(console, f"Note: {opened}.")
     if spec.study.question:
         _line(console, spec.study.question)
     if best is None:
@@ -150,11 +152,15 @@ def print_status(console: Console, statuses: Sequence[StudyStatus]) -> None:
                 percent(best.best.get("skill")) if best else "–",  # type: ignore[arg-type]
                 f"{shape_words(best.config.shape)} ({count(best.param_count)})" if best else "–",
                 duration(status.eta) if status.finished < status.n_trials else "–",
+                status.confirmation,
                 str(status.test_openings),
             ]
         )
-    heads = ["study", "finished", "state", "failed", "best", "skill", "best shape", "to go", "test opened"]
+    heads = ["study", "finished", "state", "failed", "best", "skill", "best shape", "to go", "confirmed", "test opened"]
     show(console, table("", heads, rows, left=("state", "failed", "best", "best shape")))
+    for status in statuses:
+        if status.doubt:
+            _line(console, f"WARNING: {status.name}: {status.doubt}")
     unfinished = [
         [
             status.name, str(claim.number), _claim_state(status, claim), f"{claim.step:,}", str(claim.attempt),

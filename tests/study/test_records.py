@@ -146,6 +146,12 @@ def test_fold_metrics_are_averaged_and_counts_summed():
     assert records.mean_metrics(folds) == {"log_loss": pytest.approx(0.6), "n": 40, "auc": None}
 
 
+def test_seeds_are_averaged_and_their_counts_kept():
+    seeds = [{"log_loss": 0.5, "n": 10, "auc": None, "tp": 3}, {"log_loss": 0.7, "n": 10, "auc": 0.6, "tp": 4}]
+    assert records.mean_over_seeds(seeds) == {"log_loss": pytest.approx(0.6), "n": 10, "auc": None, "tp": 3.5}
+    assert records.mean_over_seeds([]) == {}
+
+
 def test_tables_come_from_records_alone(tmp_path):
     folder = tmp_path / "s"
     spec = StudySpec(
