@@ -82,7 +82,8 @@ def fit(form: Form, sizes: Floats, losses: Floats, *, starts: Sequence[tuple[flo
     Args:
         sizes: (n,) positive.
         losses: (n,) positive.
-        starts: exponents to start from; none: a grid.
+        starts: exponents to start from, for a refit near a known fit: the best of them is descended from; none: a grid,
+            and its best three.
 
     Raises:
         ValueError: other lengths, or numbers that aren't positive.
@@ -94,7 +95,8 @@ def fit(form: Form, sizes: Floats, losses: Floats, *, starts: Sequence[tuple[flo
     logs, wanted, signs = np.log(sizes / unit), np.log(losses), FORMS[form]
     grid = starts if starts is not None else list(itertools.product(_EXPONENTS, repeat=len(signs)))
     begun = sorted((_project(logs, wanted, signs, each) for each in grid), key=lambda found: found[0])
-    best = min((_descend(logs, wanted, signs, theta) for _, theta in begun[:_STARTS]), key=lambda found: found[0])
+    few = _STARTS if starts is None else 1
+    best = min((_descend(logs, wanted, signs, theta) for _, theta in begun[:few]), key=lambda found: found[0])
     total, theta = best
     k = len(signs)
     scale = math.exp(float(np.mean(wanted)))
@@ -153,15 +155,14 @@ def _objective(
 ) -> tuple[float, Floats]:
     """Σ Huber_δ and its gradient."""
     k = len(signs)
-    terms = [np.full_like(logs, math.exp(theta[0]))]
-    terms += [np.exp(theta[1 + i] + signs[i] * theta[1 + k + i] * logs) for i in range(k)]
-    whole = sum(terms)
+    slopes = np.concatenate([[0.0], np.multiply(signs, theta[1 + k :])])
+    terms = np.exp(theta[: 1 + k, None] + slopes[:, None] * logs)  # (1 + k, n)
+    whole = terms.sum(axis=0)
     residual = np.log(whole) - wanted
     slope = np.clip(residual, -delta, delta)
-    shares = [term / whole for term in terms]
-    gradient = [np.sum(slope * share) for share in shares]
-    gradient += [np.sum(slope * shares[1 + i] * signs[i] * logs) for i in range(k)]
-    return float(np.sum(slope * residual - 0.5 * np.square(slope))), np.array(gradient)
+    pull = (terms / whole) * slope
+    gradient = np.concatenate([pull.sum(axis=1), np.multiply(signs, pull[1:] @ logs)])
+    return float(slope @ residual - 0.5 * (slope @ slope)), gradient
 
 
 def _aicc(total: float, n: int, k: int) -> float | None:

@@ -32,7 +32,7 @@ DIFFERENCE = 0.01
 """A gain below this share of the baseline's loss, from the smallest to the largest size, counts as none."""
 TEST = 0.05
 POWER = 0.8
-REFITS = 300
+REFITS = 200
 _FRONTIER = 0.25
 _WIDEN = (0.5, 0.8, 1.0, 1.25, 2.0)
 """Exponents that a refit starts from, as multiples of the whole sample's: the best of them is descended from."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 
@@ -48,13 +49,18 @@ def _studies(root: Path, pattern: str) -> list[Path]:
     return [path for path in sorted(start.glob(str(inside))) if (path / "study.json").is_file()]
 
 
-def read(folders: Sequence[Path], *, over: Over, difference: float) -> Scaling:
+def read(folders: Sequence[Path], *, over: str, difference: float) -> Scaling:
     """Gather, fit and judge.
 
     Raises:
-        FintxError: a study that holds nothing, or studies that differ in more than size.
+        FintxError: options that mean nothing, a study that holds nothing, or studies that differ in more than size.
     """
-    return scaling.read(gather([evidence.read(folder) for folder in folders], over=over), difference=difference)
+    if over not in ("parameters", "data"):
+        raise FintxError(f'--over {over!r}: wanted "parameters" or "data"')
+    if not 0 < difference < 1:
+        raise FintxError(f"--difference {difference:g}: wanted a share between 0 and 1, such as 0.01 for one percent")
+    field = gather([evidence.read(folder) for folder in folders], over=cast(Over, over))
+    return scaling.read(field, difference=difference)
 
 
 def write(found: Scaling, *, outputs: Path) -> Path:
@@ -92,7 +98,8 @@ def section(found: Scaling) -> Section:
     how = (
         f"Losses are divided by {found.field.baseline}'s on the same days, so that calm and wild times cancel. The "
         f"frontier is the best quarter of each size's first {found.effort} successful trials: as many for every "
-        "size, since the best of more is luckier. Intervals: days resampled in blocks and runs resampled within each size, together."
+        "size, since the best of more is luckier. Intervals: days resampled in blocks and runs resampled within each "
+        "size, together."
     )
     blocks: list[Block] = [Prose(found.sentence), Prose(how, "note"), picture(found), *sheets(found)]
     return Section("scaling", "Scaling", tuple(blocks))
@@ -211,12 +218,14 @@ def _laws(found: Scaling) -> Sheet:
 
 def _law(reading: Reading, law: Law) -> tuple[object, ...]:
     fit = law.fit
-    falls = (f"{fit.coefficients[0]:.3g}{_span(law.height)}", f"{number(fit.exponents[0], 3)}{_span(law.exponent)}")
+    falls: tuple[str | None, str | None] = (None, None)
     rises = None
+    if fit.exponents:
+        falls = (f"{fit.coefficients[0]:.3g}{_span(law.height)}", f"{number(fit.exponents[0], 3)}{_span(law.exponent)}")
     if len(fit.exponents) > 1:
         rises = f"{fit.coefficients[1]:.3g}, {number(fit.exponents[1], 3)}"
     return (
-        reading.which, fit.form, f"{number(fit.floor)}{_span(law.floor)}", *(falls if fit.exponents else (None, None)),
+        reading.which, fit.form, f"{number(fit.floor)}{_span(law.floor)}", *falls,
         rises, fit.aicc, law.weight, law.held_out,
     )  # fmt: skip
 
