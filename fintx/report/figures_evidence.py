@@ -175,7 +175,7 @@ def scaling(shown: ScalingPlot) -> Picture:
         values = [*shown.loss, 1.0]
         pad = 0.06 * (max(values) - min(values))
         left.set_ylim(_bottom(shown) - pad, _top(shown) + pad)
-        left.text(left.get_xlim()[0], 1.0, f" {shown.baseline}", va="bottom", ha="left", fontsize=8.5, color=INK)
+        left.text(left.get_xlim()[1], 1.0, shown.baseline, va="bottom", ha="right", fontsize=8.5, color=INK)
         left.set_xlabel(shown.size_words)
         right.set_xlabel("training compute (FLOPs)")
         left.set_ylabel(f"{shown.loss_words} ÷ that of {shown.baseline}")
@@ -208,7 +208,7 @@ def _skill_axis(axes: Axes, skill_of: tuple[float, float]) -> None:
         return (skill - a) / b
 
     second = axes.secondary_yaxis("right", functions=(to_skill, to_loss))
-    second.yaxis.set_major_formatter(PercentFormatter(1.0, symbol=" %"))
+    second.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=1, symbol=" %"))
     second.set_ylabel("skill over the prior")
 
 

@@ -23,7 +23,7 @@ from fintx.types import Floats
 HUBER = 1e-3
 """δ in ln loss, the paper's: residuals beyond a thousandth count by their size, not by their square."""
 _EXPONENTS = (0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.7, 0.9, 1.2, 1.6, 2.2, 3.0)
-_BOUND = (0.01, 5.0)
+BOUND = (0.01, 5.0)
 """Of an exponent: below, x^(−α) is a logarithm; above, a step."""
 _TINY = 1e-9
 _STARTS = 3
@@ -136,7 +136,7 @@ def _project(
 def _descend(logs: Floats, wanted: Floats, signs: tuple[int, ...], theta: Floats) -> tuple[float, Floats]:
     """(Σ Huber, parameters) at the minimum that is reached from a start."""
     k, relative = len(signs), wanted - wanted.mean()
-    bounds = [(math.log(_TINY), 5.0)] * (1 + k) + [_BOUND] * k
+    bounds = [(math.log(_TINY), 5.0)] * (1 + k) + [BOUND] * k
     # From a smooth objective to the one that is wanted: at δ = 1e-3 it is nearly one of absolute values, whose kinks
     # stop a quasi-Newton method far from the minimum.
     ends = [(_objective(theta, logs, relative, signs, HUBER)[0], theta)]

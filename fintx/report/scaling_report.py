@@ -14,6 +14,7 @@ from fintx.report.field import NotComparable, Over, gather
 from fintx.report.figures import Picture
 from fintx.report.figures_evidence import ScalingPlot
 from fintx.report.page import Block, Page, Prose, Section
+from fintx.report.powerlaw import BOUND
 from fintx.report.scaling import Law, Reading, Scaling
 from fintx.report.sheet import Format, Sheet
 from fintx.report.words import count, number, percent
@@ -21,6 +22,7 @@ from fintx.study import records
 from fintx.types import FintxError
 
 FOLDER = "_scaling"
+UNKNOWN = " (not determined)"
 
 
 def find(patterns: Sequence[str], *, outputs: Path) -> list[Path]:
@@ -88,20 +90,22 @@ def build(found: Scaling) -> Page:
             ("blocks of days", str(field.resamples.block)),
             ("stated difference", percent(found.difference)),
         ),
-        sections=(section(found),),
+        sections=(section(found, told=False),),
         footer=footer(),
     )
 
 
-def section(found: Scaling) -> Section:
-    """Figure and tables."""
+def section(found: Scaling, *, told: bool = True) -> Section:
+    """Figure and tables; with the verdict before them where it isn't told already."""
     how = (
         f"Losses are divided by {found.field.baseline}'s on the same days, so that calm and wild times cancel. The "
         f"frontier is the best quarter of each size's first {found.effort} successful trials: as many for every "
         "size, since the best of more is luckier. Intervals: days resampled in blocks and runs resampled within each "
         "size, together."
     )
-    blocks: list[Block] = [Prose(found.sentence), Prose(how, "note"), picture(found), *sheets(found)]
+    blocks: list[Block] = [Prose(how, "note"), picture(found), *sheets(found)]
+    if told:
+        blocks.insert(0, Prose(found.sentence))
     return Section("scaling", "Scaling", tuple(blocks))
 
 
@@ -221,7 +225,9 @@ def _law(reading: Reading, law: Law) -> tuple[object, ...]:
     falls: tuple[str | None, str | None] = (None, None)
     rises = None
     if fit.exponents:
-        falls = (f"{fit.coefficients[0]:.3g}{_span(law.height)}", f"{number(fit.exponents[0], 3)}{_span(law.exponent)}")
+        loose = law.exponent is not None and law.exponent[0] <= BOUND[0] * 1.01 and law.exponent[1] >= BOUND[1] * 0.99
+        height, exponent = (UNKNOWN, UNKNOWN) if loose else (_span(law.height), _span(law.exponent))
+        falls = (f"{fit.coefficients[0]:.3g}{height}", f"{number(fit.exponents[0], 3)}{exponent}")
     if len(fit.exponents) > 1:
         rises = f"{fit.coefficients[1]:.3g}, {number(fit.exponents[1], 3)}"
     return (
