@@ -353,6 +353,57 @@ def evaluate(
     tables.print_evaluation(Console(), result)
 
 
+Studies = Annotated[list[str], typer.Argument(help="Names or folders of studies, or patterns in quotes.")]
+
+
+@app.command()
+def report(
+    studies: Studies,
+    outputs: Outputs = OUTPUTS,
+    data_dir: DataDir = DATA,
+) -> None:
+    """Write a study's report, as far as the study is: one HTML page, its figures and tables beside it."""
+    from fintx.report import scaling_report, study_report
+
+    for folder in scaling_report.find(studies, outputs=outputs):
+        print(study_report.write(folder, data_root=data_dir))
+
+
+@app.command()
+def compare(studies: Studies, outputs: Outputs = OUTPUTS) -> None:
+    """Set studies side by side: skill, the same shapes, winners trained elsewhere, rank correlation."""
+    from fintx.report import compare as comparing
+    from fintx.report import compare_report, scaling_report
+    from fintx.terminal import tables
+
+    found = comparing.read(scaling_report.find(studies, outputs=outputs))
+    words = [compare_report.sentence(found), *found.notes]
+    after = [f"To fill an empty cell: {command}" for command in compare_report.fills(found)]
+    console = Console()
+    tables.print_sheets(console, words, compare_report.sheets(found), after)
+    print(compare_report.write(found, outputs=outputs))
+
+
+@app.command()
+def scaling(
+    studies: Studies,
+    over: Annotated[str, typer.Option(help="parameters; or data, for panels of several sizes.")] = "parameters",
+    difference: Annotated[
+        float, typer.Option(help="The smallest gain worth the name, as a share of the best baseline's loss.")
+    ] = 0.01,
+    outputs: Outputs = OUTPUTS,
+) -> None:
+    """Does loss fall with size? Fits over studies that differ in nothing else, and a plain sentence."""
+    from fintx.report import scaling_report
+    from fintx.terminal import tables
+
+    folders = scaling_report.find(studies, outputs=outputs)
+    found = scaling_report.read(folders, over=over, difference=difference)
+    console = Console()
+    tables.print_sheets(console, [found.sentence, *found.field.notes], scaling_report.sheets(found))
+    print(scaling_report.write(found, outputs=outputs))
+
+
 @app.command()
 def verify(data_dir: DataDir = DATA) -> None:
     """Check every ingested and processed file against its manifest."""

@@ -15,6 +15,7 @@ from fintx.data.scaling import Drift
 from fintx.data.splits import PartRow
 from fintx.data.windows import Prepared
 from fintx.evaluate import significance
+from fintx.report.sheet import Sheet
 from fintx.report.words import count, duration, number, percent, shape_words, size
 from fintx.study import records
 from fintx.study.evaluation import Evaluation
@@ -47,6 +48,23 @@ def show(console: Console, made: Table) -> None:
     console.width = max(before, needed)
     console.print(made)
     console.width = before
+
+
+def print_sheets(
+    console: Console, before: Sequence[str], sheets: Sequence[Sheet], after: Sequence[str] = ()
+) -> None:  # fmt: skip
+    """Tables of a report, with what is said before and after them."""
+    for words in before:
+        _line(console, words)
+    for sheet in sheets:
+        made = table(f"\n{sheet.title}", sheet.heads, sheet.cells)
+        for column, left in zip(made.columns, sheet.left, strict=True):
+            column.justify, column.no_wrap = "left" if left else "right", True
+        show(console, made)
+        if sheet.note:
+            console.print(sheet.note, highlight=False, soft_wrap=True, markup=False, style="dim")
+    for words in after:
+        _line(console, words)
 
 
 def print_summary(console: Console, summary: Summary) -> None:
