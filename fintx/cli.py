@@ -318,7 +318,15 @@ def status(outputs: Outputs = OUTPUTS) -> None:
     folders = records.study_folders(outputs)
     if not folders:
         raise FintxError(f"{outputs}: holds no study yet; run one: just sweep sweeps/demo.toml")
-    tables.print_status(Console(), [statuses.read(folder) for folder in folders])
+    found, damage = [], []
+    for folder in folders:
+        try:
+            found.append(statuses.read(folder))
+        except FintxError as error:  # one study's damage hides no other study
+            damage.append(str(error))
+    tables.print_status(Console(), found)
+    if damage:
+        raise FintxError("\n".join(damage))
 
 
 @app.command(name="eval")

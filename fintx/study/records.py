@@ -195,6 +195,15 @@ def member_folder(study_folder: Path, number: int, seed: int) -> Path:
 # --- writing ----------------------------------------------------------------------------------------------------------
 
 
+def _sync(folder: Path) -> None:
+    """A new name is on the disk too, before anything else is said to be done."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def write_atomically(path: Path, text: str, *, once: bool = False) -> None:
     """Write a whole file or nothing: to a neighbour, fsync, rename.
 
@@ -215,6 +224,7 @@ def write_atomically(path: Path, text: str, *, once: bool = False) -> None:
             os.link(temporary, path)
         else:
             os.replace(temporary, path)
+        _sync(path.parent)
     except FileExistsError:
         raise FintxError(f"{path}: is written already; fintx never overwrites a record") from None
     except OSError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -309,7 +310,8 @@ def ensure_baselines(
     """
     path = folder / "baselines.json"
     if path.is_file():
-        return json.loads(path.read_text())
+        with contextlib.suppress(ValueError):  # damaged: made again
+            return json.loads(path.read_text())
     kept = data_root / "baselines" / _baselines_key(folds, spec)
     found = _kept_baselines(kept)
     if found is None:
