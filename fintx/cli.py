@@ -60,6 +60,8 @@ class _StopAtOnce(BaseException):
 
 def main() -> None:
     """The `fintx` command: user mistakes become one line and exit code 2, never a traceback."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _stop_early)
     try:
         app()
     except FintxError as error:
@@ -76,6 +78,12 @@ def main() -> None:
         what = f"{type(error).__name__}: {_first_line(error)}"
         _complain(f"{what}; this is a bug of fintx, please report {_keep_trace()}")
         sys.exit(1)
+
+
+def _stop_early(number: int, frame: object) -> None:
+    """Before a run has its own way to stop: nothing is under way that could be lost, imports at most."""
+    os.write(2, b"fintx: stopped before anything ran; give the same command again to continue\n")
+    os._exit(STOPPED)
 
 
 def _complain(text: str) -> None:

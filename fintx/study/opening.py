@@ -63,6 +63,16 @@ def resolve(spec: StudySpec, *, folder: Path, data_root: Path) -> tuple[StudySpe
     return spec.model_copy(update={"data": prepared.data}), prepared
 
 
+def check_queue(spec: StudySpec, *, outputs: Path, data_root: Path) -> None:
+    """Whether a study could run its queue, before any study of the same command begins; nothing is written.
+
+    Raises:
+        FintxError: data that are missing, or entries that can't be run.
+    """
+    spec, _ = resolve(spec, folder=outputs / spec.study.name, data_root=data_root)
+    queue.validate(spec, n_features=len(spec.data.features))
+
+
 @contextlib.contextmanager
 def begin(
     spec: StudySpec,

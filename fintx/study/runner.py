@@ -22,7 +22,7 @@ from fintx.study.course import Course as Search
 from fintx.study.events import Event, Notice, StudyReady
 from fintx.study.fork import TakeOver
 from fintx.study.lead import Lead, over_baselines
-from fintx.study.opening import begin
+from fintx.study.opening import begin, check_queue
 from fintx.study.pool import ENDS, Pool, Worker
 from fintx.study.records import TrialRecord
 from fintx.train import memory
@@ -170,6 +170,9 @@ def run_all(
     names = [order.spec.study.name for order in orders]
     if repeated := sorted({name for name in names if names.count(name) > 1}):
         raise FintxError(f"study.name {', '.join(repeated)}: stands in more than one of the files; each needs its own")
+    for order in orders:
+        if order.queue_only:  # hand-picked trials are judged as a whole: no study begins while another's can't
+            check_queue(order.spec, outputs=outputs, data_root=data_root)
     gpus = pools.n_gpus() if workers > 1 else 0
     if gpus and workers > gpus:
         raise FintxError(f"--workers {workers}: this machine has {gpus} GPUs, and a worker needs one of its own")
