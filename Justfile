@@ -17,6 +17,11 @@ sweep *args:
 manual *args:
     @fintx manual "$@"
 
+# train a study's best again with fresh seeds, and say what holds: confirm STUDY (the same command again continues)
+[no-exit-message]
+confirm *args:
+    @fintx confirm "$@"
+
 # ask a running study to stop when its running trials are finished: stop STUDY
 [no-exit-message]
 stop *args:
@@ -37,7 +42,7 @@ queue *args:
 status *args:
     @fintx status "$@"
 
-# restore a checkpoint and report its metrics: eval PATH [--test | --data FILE]
+# restore a checkpoint and report its metrics: eval PATH [--data FILE] | eval STUDY --test (for what is confirmed)
 [no-exit-message]
 eval *args:
     @fintx eval "$@"

@@ -24,7 +24,8 @@ from rich.console import Console
 from fintx.types import DISK_ERRORS, FintxError, without_passwords
 
 if TYPE_CHECKING:
-    from fintx.study.runner import Order
+    from fintx.study.confirm import Confirmed
+    from fintx.study.runner import Failure, Order, Summary
 
 STOPPED = 75
 
@@ -52,6 +53,10 @@ OUTPUTS = Path("outputs")
 DATA = Path("data")
 
 
+class _StopAtOnce(BaseException):
+    """The second request to stop. Not a KeyboardInterrupt, which typer takes for itself: exit code 130, and no word."""
+
+
 def main() -> None:
     """The `fintx` command: user mistakes become one line and exit code 2, never a traceback."""
     try:
@@ -59,7 +64,7 @@ def main() -> None:
     except FintxError as error:
         _complain(str(error))
         sys.exit(2)
-    except KeyboardInterrupt:
+    except _StopAtOnce:
         _complain("stopped at once; nothing finished is lost, the same command continues")
         sys.exit(STOPPED)
     except Exception as error:
@@ -103,7 +108,10 @@ def sweep(
         ),
     ] = None,
 ) -> None:
-    """Run studies; the same command again continues them. Several go side by side where there are workers for it."""
+    """Run studies; the same command again continues them. Several go side by side where there are workers for it.
+
+    A study whose file has a section [confirm] is confirmed at its end.
+    """
     from fintx import sweepfile
     from fintx.study import fork as forks
     from fintx.study.runner import Order
@@ -118,7 +126,7 @@ def sweep(
         orders = [Order(new, reloads[0], take_over=forks.taking_over(outputs / specs[0].study.name))]
     else:
         raise FintxError("--fork: takes one sweep file; fork them one by one")
-    _run(orders, outputs=outputs, data_dir=data_dir, workers=workers)
+    _run(orders, outputs=outputs, data_dir=data_dir, workers=workers, confirms=True)
 
 
 @app.command()
@@ -143,34 +151,81 @@ def _with_storage(overrides: list[str], storage: str | None) -> list[str]:
     return overrides if storage is None else [*overrides, f"execution.storage={json.dumps(storage)}"]
 
 
-def _run(orders: list[Order], *, outputs: Path, data_dir: Path, workers: int) -> None:
-    """Run under a live view, print what came of it, and exit with the code that says so."""
+@app.command()
+def confirm(
+    study: Annotated[str, typer.Argument(help="A study's name, or its folder.")],
+    top_k: Annotated[int | None, typer.Option(min=1, help="How many of the best trials are trained again.")] = None,
+    n_seeds: Annotated[int | None, typer.Option(min=2, help="Fresh seeds, the same for each of them.")] = None,
+    outputs: Outputs = OUTPUTS,
+    data_dir: DataDir = DATA,
+    workers: Workers = 1,
+) -> None:
+    """Train a study's best trials again with fresh seeds, and say what of the result holds; continues where it was."""
+    from fintx.config import ConfirmConfig
+    from fintx.study import records
+    from fintx.study.runner import Order
+
+    folder = records.find_study(study, outputs=outputs)
+    known = records.read_study(folder)
+    assert known is not None
+    asked = {key: value for key, value in (("top_k", top_k), ("n_seeds", n_seeds)) if value is not None}
+    wanted = (known.spec.confirm or ConfirmConfig()).model_copy(update=asked)
+    # A folder that was renamed or copied is the study that lies in it.
+    named = known.spec.study.model_copy(update={"name": folder.resolve().name})
+    orders = [Order(known.spec.model_copy(update={"study": named}), confirm=wanted)]
+    _run(orders, outputs=folder.resolve().parent, data_dir=data_dir, workers=workers)
+
+
+def _run(orders: list[Order], *, outputs: Path, data_dir: Path, workers: int, confirms: bool = False) -> None:
+    """Run under a live view, print what came of it, and exit with the code that says so.
+
+    Args:
+        confirms: studies that ask for it are confirmed at their end.
+    """
     from fintx.study import pool, runner
-    from fintx.terminal import live, tables
+    from fintx.terminal import tables
 
     pool.keep_off_the_gpus()
     console = Console()
-    with _stop_on_signal() as should_stop, live.View(console) as view:
-        results = runner.run_all(
-            orders, outputs=outputs, data_root=data_dir, notify=view.notify, should_stop=should_stop, workers=workers
-        )
-    summaries = [result for result in results if isinstance(result, runner.Summary)]
-    for summary in summaries:
-        if summary.records or summary.problem is None:
-            tables.print_summary(console, summary)
-        tables.print_unfinished(console, summary)
+    results = _to_the_end(console, orders, outputs=outputs, data_dir=data_dir, workers=workers)
     if len(results) > 1:
-        tables.print_results(console, results)
+        tables.print_results(console, [each for each in results if not isinstance(each, runner.Confirmed)])
+    if confirms:
+        finished = [each for each in results if isinstance(each, runner.Summary) and each.to_be_confirmed]
+        after = [runner.Order(each.spec, confirm=each.spec.confirm) for each in finished]
+        if after:
+            results += _to_the_end(console, after, outputs=outputs, data_dir=data_dir, workers=workers)
     for result in results:
         if result.problem is not None:
             _complain(str(result.problem))
     if any(result.problem is not None for result in results):
         raise typer.Exit(2)
-    if any(summary.interrupted for summary in summaries):
+    ended = [result for result in results if not isinstance(result, runner.Failure)]
+    if any(result.interrupted for result in ended):
         console.print("stopped on request; give the same command again to continue", soft_wrap=True)
         raise typer.Exit(STOPPED)
-    if any(summary.left_aside for summary in summaries):
+    if any(result.left_aside for result in ended):
         raise typer.Exit(1)
+
+
+def _to_the_end(
+    console: Console, orders: list[Order], *, outputs: Path, data_dir: Path, workers: int
+) -> list[Summary | Confirmed | Failure]:
+    from fintx.study import runner
+    from fintx.terminal import confirmation, live, tables
+
+    with _stop_on_signal() as should_stop, live.View(console) as view:
+        results = runner.run_all(
+            orders, outputs=outputs, data_root=data_dir, notify=view.notify, should_stop=should_stop, workers=workers
+        )
+    for result in results:
+        if isinstance(result, runner.Summary):
+            if result.records or result.problem is None:
+                tables.print_summary(console, result)
+            tables.print_unfinished(console, result)
+        elif isinstance(result, runner.Confirmed):
+            confirmation.print_confirmed(console, result)
+    return results
 
 
 @app.command()
@@ -188,12 +243,16 @@ def stop(
 def _stop_on_signal() -> Iterator[Callable[[], bool]]:
     """First SIGINT, SIGTERM or hang-up: finish the step, save and stop; the second: stop at once."""
     asked = False
+    on_terminal = [descriptor for descriptor in (1, 2) if os.isatty(descriptor)]
 
     def ask(number: int, frame: object) -> None:
         nonlocal asked
         if asked:
-            raise KeyboardInterrupt
+            raise _StopAtOnce
         asked = True
+        if number == signal.SIGHUP:  # the terminal is gone, and whatever is written to it fails
+            for descriptor in on_terminal:
+                os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
         # Not through rich: a handler may run in the middle of any of its calls, even of its import.
         os.write(sys.stderr.fileno(), "fintx: saving what runs, then stopping … (once more: stop at once)\n".encode())
 
@@ -236,21 +295,30 @@ def status(outputs: Outputs = OUTPUTS) -> None:
 @app.command(name="eval")
 def evaluate(
     path: Annotated[Path, typer.Argument(help="A study's folder (its best trial), a trial's, or a checkpoint's.")],
-    test: Annotated[bool, typer.Option("--test", help="Open the sealed test part; the opening is logged.")] = False,
+    test: Annotated[
+        bool, typer.Option("--test", help="Open the sealed test part for what is confirmed; the opening is logged.")
+    ] = False,
+    unconfirmed: Annotated[
+        bool, typer.Option("--unconfirmed", help="With --test: open it without a confirmation, luck and all.")
+    ] = False,
     data: Annotated[Path | None, typer.Option("--data", help="Bars of another asset or later days.")] = None,
     symbol: Annotated[str | None, typer.Option("--symbol", help="With --data: the asset that the file holds.")] = None,
     data_dir: DataDir = DATA,
 ) -> None:
-    """Restore a checkpoint and report all its metrics."""
-    from fintx.study import evaluation
-    from fintx.terminal import tables
+    """Restore a checkpoint and report all its metrics; with --test, those of a study's confirmed models."""
+    from fintx.study import evaluation, sealed
+    from fintx.terminal import confirmation, tables
 
     if test and data is not None:
         raise FintxError("--test and --data exclude each other: the test part belongs to the study's own data")
+    if unconfirmed and not test:
+        raise FintxError("--unconfirmed goes with --test: nothing else asks for a confirmation")
+    if test:
+        opening = sealed.open_test(path, data_root=data_dir, unconfirmed=unconfirmed)
+        confirmation.print_opening(Console(), opening)
+        return
     if data is not None:
         result = evaluation.on_file(path, data, symbol=symbol, data_root=data_dir)
-    elif test:
-        result = evaluation.on_test(path, data_root=data_dir)
     else:
         result = evaluation.on_validation(path, data_root=data_dir)
     tables.print_evaluation(Console(), result)

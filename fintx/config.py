@@ -332,6 +332,15 @@ class ExecutionConfig(_Config):
         return without_passwords(storage)
 
 
+class ConfirmConfig(_Config):
+    """The best trials, trained again with fresh seeds. Where this section stands, a sweep ends with it."""
+
+    top_k: PositiveInt = 5
+    """How many of the best trials are trained again."""
+    n_seeds: Annotated[int, Field(ge=2)] = 5
+    """Fresh seeds, the same for each of them; fewer than 2 show no spread."""
+
+
 class BudgetConfig(_Config):
     """How many parameters a model may hold; solved, not searched."""
 
@@ -459,6 +468,7 @@ class StudySpec(_Config):
     """Dotted path into TrialConfig (model, optim, train) → what to search."""
     queue: tuple[QueueEntry, ...] = ()
     execution: ExecutionConfig = ExecutionConfig()
+    confirm: ConfirmConfig | None = None
 
 
 def canonical_json(config: BaseModel) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import re
+import typing
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -160,5 +161,8 @@ def _valid_keys(parent: KeyPath, tree: Mapping[str, Any]) -> list[str]:
         return list((Choices if "choices" in held else FloatRange).model_fields)
     if parent == ("architecture", "n_layers"):
         return list(LayerRange.model_fields)
-    section = StudySpec.model_fields[str(parent[0])].annotation
-    return list(section.model_fields) if isinstance(section, type) and issubclass(section, BaseModel) else []
+    annotation = StudySpec.model_fields[str(parent[0])].annotation
+    for section in typing.get_args(annotation) or (annotation,):  # a section that may be left out is one or None
+        if isinstance(section, type) and issubclass(section, BaseModel):
+            return list(section.model_fields)
+    return []

@@ -123,12 +123,26 @@ def test_eval_repeats_the_recorded_metrics_exactly(tiny_study):
         assert "equal" in fintx("eval", path, "--data-dir", data).stdout
 
 
-def test_eval_test_opens_the_seal_says_so_and_logs_it(tiny_study, tmp_path):
+def test_the_test_part_stays_sealed_without_a_confirmation(tiny_study, tmp_path):
     study = Path(shutil.copytree(tiny_study, tmp_path / "outputs" / "tiny"))
     data = tiny_study.parents[1] / "data"
-    first = fintx("eval", study, "--test", "--data-dir", data).stdout
-    assert "the sealed test part was opened; opening number 1" in first
-    assert "opening number 2" in fintx("eval", study, "--test", "--data-dir", data).stdout
+    said = mistake("eval", study, "--test", "--data-dir", data).replace("\n", " ")
+    assert f"no trial is confirmed yet; run first: just confirm {study}" in said and "--unconfirmed" in said
+    trial = study / "trials" / "0000"
+    assert "is no study's folder" in mistake("eval", trial, "--test", "--data-dir", data).replace("\n", " ")
+    assert "goes with --test" in mistake("eval", study, "--unconfirmed", "--data-dir", data)
+    assert not (study / "openings.jsonl").exists()
+
+
+def test_eval_test_opens_the_seal_unconfirmed_says_so_and_logs_it(tiny_study, tmp_path):
+    study = Path(shutil.copytree(tiny_study, tmp_path / "outputs" / "tiny"))
+    data = tiny_study.parents[1] / "data"
+    opening = ("eval", study, "--test", "--unconfirmed", "--data-dir", data)
+    first = fintx(*opening).stdout
+    assert "the sealed test part was opened; opening number 1" in first and "is not confirmed" in first
+    assert re.search(r"trial \d.*\nprior .*\nvolatility_logistic ", first)
+    assert "opening number 2" in fintx(*opening).stdout
+    assert "has been opened 2 times" in fintx("eval", study, "--data-dir", data).stdout
     assert len((study / "openings.jsonl").read_text().splitlines()) == 2
     assert re.search(r"tiny.*\s2$", fintx("status", "--outputs", study.parent).stdout.rstrip())
 

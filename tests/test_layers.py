@@ -32,7 +32,7 @@ DOORS = {
     "optuna": ("fintx/study/",),
     "tomllib": ("fintx/sweepsource.py",),
     "optax": ("fintx/train/",),
-    "matplotlib": ("fintx/report/figures.py",),
+    "matplotlib": ("fintx/report/figures",),
     "typer": ("fintx/cli.py",),
     "rich": ("fintx/cli.py", "fintx/terminal/"),
     "talib": ("fintx/data/",),

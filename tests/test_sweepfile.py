@@ -288,6 +288,34 @@ def test_how_it_is_run_survives_a_round_trip_and_its_section_is_found_by_its_nea
     assert 'did you mean "execution.hang_s"?' in problems(write(tmp_path, GOOD), "hang_s=3")[0]
 
 
+@pytest.mark.parametrize(
+    ("lines", "words"),
+    [
+        ("top_k = 0", "confirm.top_k: wanted a value ≥ 1, got 0"),
+        ("n_seeds = 1", "confirm.n_seeds: wanted a value ≥ 2, got 1"),
+        ("n_seeds = true", "confirm.n_seeds: wanted a whole number, got true"),
+        ("n_seed = 3", 'confirm.n_seed: unknown key; did you mean "n_seeds"?'),
+    ],
+)
+def test_a_mistake_in_how_it_is_confirmed_is_named(lines, words, tmp_path):
+    (found,) = problems(write(tmp_path, f"[confirm]\n{lines}\n{GOOD}"))
+    assert found == f"{tmp_path}/x.toml:2: {words}"
+
+
+def test_a_confirmation_is_asked_for_by_its_section_and_defines_no_study(tmp_path):
+    from fintx.study import records
+
+    without = sweepfile.load(write(tmp_path, GOOD))
+    assert without.confirm is None
+    asked = sweepfile.load(write(tmp_path, "[confirm]\n" + GOOD))
+    assert (asked.confirm.top_k, asked.confirm.n_seeds) == (5, 5)
+    more = sweepfile.load(write(tmp_path, GOOD), overrides=["confirm.n_seeds=8"])
+    assert (more.confirm.top_k, more.confirm.n_seeds) == (5, 8)
+    assert sweepfile.load(write(tmp_path, sweepfile.dump(more))) == more
+    definitions = [records.definition(spec) for spec in (without, asked, more)]
+    assert definitions[0] == definitions[1] == definitions[2]
+
+
 @pytest.mark.parametrize("place", ["file", "override"])
 @pytest.mark.parametrize(
     "value",

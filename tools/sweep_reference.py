@@ -72,6 +72,7 @@ _SECTIONS: dict[str, type[BaseModel]] = {
     "[optim]": config.OptimConfig,
     "[train]": config.TrainConfig,
     "[execution]": config.ExecutionConfig,
+    "[confirm]": config.ConfirmConfig,
     "[[queue]]": config.QueueEntry,
 }
 

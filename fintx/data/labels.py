@@ -36,6 +36,25 @@ def cut(task: TaskConfig, bars: Bars) -> Floats:
     return labels
 
 
+def opposite(task: TaskConfig, bars: Bars) -> Floats:
+    """The label's mirror image, for threshold tasks of either sign: the move of the same size to the other side.
+
+    price high:  min(low[t+1 … t+h]) ≤ (1 − threshold) · close[t]
+    price close: close[t+h] ≤ (1 − threshold) · close[t]
+
+    Returns:
+        (T,) float64: 1 or 0; NaN where the future is incomplete, and everywhere for tasks of another kind.
+    """
+    h, close = task.horizon, bars.close
+    mirrored = np.full(len(bars), np.nan)
+    if len(bars) <= h or task.kind != "threshold":
+        return mirrored
+    assert task.threshold is not None
+    reached = -_highest_ahead(-bars.low, h) if task.price == "high" else close[h:]
+    mirrored[:-h] = reached <= (1 - task.threshold) * close[:-h]
+    return mirrored
+
+
 def ends(task: TaskConfig, bars: Bars) -> np.ndarray:
     """(T,) datetime64[D]: the last day that each label looks at; NaT where the future is incomplete."""
     last = np.full(len(bars), np.datetime64("NaT"), "datetime64[D]")

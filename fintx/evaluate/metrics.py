@@ -87,6 +87,21 @@ def per_sample_loss(kind: Kind, outputs: Floats, targets: Floats) -> Floats:
     return _loss(kind, *_checked(kind, outputs, targets))
 
 
+def ensemble(kind: Kind, outputs: Floats) -> Floats:
+    """(S,) output of several models that speak as one: the logit of their mean probability, or their mean return.
+
+    Args:
+        outputs: (N, S) logits, or log returns.
+    """
+    outputs = np.asarray(outputs, np.float64)
+    if kind == "regression":
+        return outputs.mean(axis=0)
+    # ln Σp − ln Σ(1 − p), each summed as logarithms: no probability is rounded to 0 or 1 on the way.
+    return np.logaddexp.reduce(-np.logaddexp(0.0, -outputs), axis=0) - np.logaddexp.reduce(
+        -np.logaddexp(0.0, outputs), axis=0
+    )
+
+
 def prior_output(kind: Kind, prior: float) -> np.float32:
     """What a model that knows the training prior alone puts out for every row; float32, as every model's output is.
 
@@ -113,7 +128,7 @@ def better(metric: str, a: float | None, b: float | None) -> bool:
 def _classification(logits: Floats, targets: Floats, prior: float) -> Metrics:
     # The prior is scored as the constant output it is, rounding included: its own skill is exactly 0.
     constant = np.full(len(targets), prior_output("threshold", prior), np.float64)
-    p, prior_p = _sigmoid(logits), _sigmoid(constant)
+    p, prior_p = sigmoid(logits), sigmoid(constant)
     log_loss = float(_loss("threshold", logits, targets).mean())
     prior_log_loss = float(_loss("threshold", constant, targets).mean())
     brier, prior_brier = float(np.square(p - targets).mean()), float(np.square(prior_p - targets).mean())
@@ -199,7 +214,7 @@ def calibration_error(logits: Floats, targets: Floats) -> float:
     a constant prediction it is |base rate − p|. Of calibrated predictions that differ it is not 0 but, by chance alone,
     about √(2 · bins · p(1 − p) / (π n)); on this bias see Roelofs et al. 2022.
     """
-    p, n = _sigmoid(logits), len(logits)
+    p, n = sigmoid(logits), len(logits)
     _, place, counts = np.unique(logits, return_inverse=True, return_counts=True)
     middle = np.cumsum(counts) - counts / 2
     bins = (middle * CALIBRATION_BINS / n).astype(int)[place]
@@ -272,7 +287,8 @@ def _loss(kind: Kind, outputs: Floats, targets: Floats) -> Floats:
     return np.logaddexp(0.0, (1 - 2 * targets) * outputs)
 
 
-def _sigmoid(logits: Floats) -> Floats:
+def sigmoid(logits: Floats) -> Floats:
+    """1 / (1 + e^(−logit)), float64, without overflow."""
     return np.exp(-np.logaddexp(0.0, -np.asarray(logits, np.float64)))
 
 

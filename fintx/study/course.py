@@ -68,7 +68,7 @@ class Course:
         self._away_tries = 0
         self._retry_at = self._look_at = self._renew_at = self._idle_until = 0.0
         self._seen: dict[int, tuple[tuple[Any, ...], float]] = {}
-        self._stop_before = stopping.request(self.opened.folder)
+        self.stop_asked = self._is_asked_to_stop()
         self._said: set[str] = set()
 
     @property
@@ -114,7 +114,10 @@ class Course:
         try:
             claim = self._reach(lambda: self.opened.ledger.claim(choose))
         except sampler.SpaceExhausted as error:
-            self.problem = error
+            if self.held:  # what runs comes to its end first
+                self._idle_until = time.monotonic() + _IDLE_S
+            else:
+                self.problem = error
             return None
         if claim is None:
             self._idle_until = time.monotonic() + _IDLE_S
@@ -148,16 +151,19 @@ class Course:
                 return new
             if loose:
                 return loose[0]
-        elsewhere = [claim for claim in at_work if claim.number not in self.held]
-        for claim in elsewhere:
-            self._say_once(f"waiting for trial {claim.number}, which runs on {claim.host}")
-        self.over = not at_work
+        awaited = [claim for claim in at_work if self._is_ours(claim)]
+        for claim in awaited:
+            if claim.number not in self.held:
+                self._say_once(f"waiting for trial {claim.number}, which runs on {claim.host}")
+        self.over = not awaited
         return None
 
+    def _is_ours(self, claim: Claim) -> bool:
+        """Whether this run is about it: any trial of the study, or the queue's alone."""
+        return not self.queue_only or claim.entry in {queue.identity(entry) for entry in self._entries()}
+
     def _may_try(self, claim: Claim) -> bool:
-        if self.queue_only and claim.entry not in {queue.identity(entry) for entry in self._entries()}:
-            return False
-        return self._tried[claim.number] < self.spec.execution.max_attempts
+        return self._is_ours(claim) and self._tried[claim.number] < self.spec.execution.max_attempts
 
     def _is_loose(self, claim: Claim) -> bool:
         """Nobody works on it: it was given back, its coordinator is gone, or its lease hasn't been renewed."""
@@ -226,6 +232,8 @@ class Course:
         claim = self.held[number]
         self._pids[number], self._idle_until = pid, 0.0
         match kind:
+            case "loaded":  # a sign of life; from which step the trial goes on is not known yet
+                self._progressed.add(number)
             case "progress":
                 self._steps[number] = values["step"]
                 self._progressed.add(number)
@@ -314,8 +322,11 @@ class Course:
         if now >= self._look_at:
             self._look_at = now + _LOOK_S
             self._reread_file()
-            self.stop_asked = self.stop_asked or stopping.request(self.opened.folder) != self._stop_before
+            self.stop_asked = self.stop_asked or self._is_asked_to_stop()
             self.learn()
+
+    def _is_asked_to_stop(self) -> bool:
+        return stopping.request(self.opened.folder) != self.opened.stop_before
 
     @property
     def _renew_s(self) -> float:
@@ -423,7 +434,8 @@ class Course:
             folder, records.read_all(folder), n_trials=study.n_trials, metric=study.metric,
             minimize=self.opened.minimize,
         )  # fmt: skip
-        records.write_results_csv(self.outputs)
+        for damage in records.write_results_csv(self.outputs):
+            self._say_once(f"left out of experiment_results.csv: {damage}")
 
     def _keep_best_checkpoints(self) -> None:
         ranked = records.ranked(list(self.finished.values()), minimize=self.opened.minimize)

@@ -1,4 +1,4 @@
-"""How good is a checkpoint? Restored from its path alone; scored on validation, the sealed test, or other bars."""
+"""How good is a checkpoint? Restored from its path alone; scored on validation or on other bars."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Evaluation:
 
 
 @dataclass(frozen=True)
-class _Found:
+class Found:
     """A trial's checkpoints, one per fold, and the study folder they lie in, if they still do."""
 
     folders: tuple[Path, ...]
@@ -63,35 +63,8 @@ def on_validation(path: Path, *, data_root: Path) -> Evaluation:
         _check_hashes(folder, meta, dataset)
         scored.append(_score(restored, dataset.features, dataset.validation, dataset))
     recorded = records.mean_metrics([s.meta["best"] for s in scored])
-    return _evaluation("validation", found, scored, recorded=recorded, notes=())
-
-
-def on_test(path: Path, *, data_root: Path) -> Evaluation:
-    """Open the sealed test part for a checkpoint; the opening is logged in the study's folder before any label is cut.
-
-    Raises:
-        FintxError: as on_validation; no test part; or the opening can't be logged.
-    """
-    found = find(path)
-    if found.study is None:
-        raise FintxError(
-            f"{path}: lies in no study's folder, so the opening can't be logged; give the path inside outputs/<study>"
-        )
-    folder = found.folders[-1]
-    restored = checkpoint.load(folder)
-    config, meta = restored.config, restored.meta
-    if config.split.kind == "walk_forward" and config.split.test_start is None:
-        raise FintxError(f"{path}: its walk-forward split has no test part (no split.test_start): nothing is sealed")
-    opened = records.log_opening(found.study, {"trial": meta["trial_number"], "checkpoint": folder.name})
-    scaling = Scaling.from_json(meta["scaling"])
-    dataset, part = windows.build_test(
-        config.data, config.task, config.split,
-        context_length=config.model.context_length, root=data_root, scaling=scaling,
-    )  # fmt: skip
-    notes = [f"the sealed test part was opened; opening number {opened} is logged in {found.study / 'openings.jsonl'}"]
-    if len(found.folders) > 1:
-        notes.append("walk-forward: scored by the last fold's model")
-    return _evaluation("test", found, [_score(restored, dataset.features, part, dataset)], recorded=None, notes=notes)
+    opened = records.openings_words(found.study) if found.study else ""
+    return _evaluation("validation", found, scored, recorded=recorded, notes=(opened,) if opened else ())
 
 
 def on_file(path: Path, file: Path, *, symbol: str | None, data_root: Path) -> Evaluation:
@@ -132,7 +105,7 @@ def on_file(path: Path, file: Path, *, symbol: str | None, data_root: Path) -> E
 # --- finding ----------------------------------------------------------------------------------------------------------
 
 
-def find(path: Path) -> _Found:
+def find(path: Path) -> Found:
     """The checkpoints that a path means: a study's best trial, a trial, a trial's checkpoint folder, or one fold.
 
     Raises:
@@ -150,14 +123,14 @@ def find(path: Path) -> _Found:
     else:
         trial = _trial_of(path)
     only = path if (path / "..").resolve().name == "checkpoint" and path.name.startswith("fold_") else None
-    folders = (only,) if only else tuple(sorted((trial / "checkpoint").glob("fold_*"), key=_fold_number))
+    folders = (only,) if only else tuple(sorted((trial / "checkpoint").glob("fold_*"), key=fold_number))
     if not folders:
         raise FintxError(
             f"{trial}: holds no checkpoint; only the study.keep_checkpoints best trials keep theirs, "
             "or this is no trial's folder"
         )
     above = trial.parent.parent
-    return _Found(folders, trial, above if (above / "study.json").is_file() else None)
+    return Found(folders, trial, above if (above / "study.json").is_file() else None)
 
 
 def _trial_of(path: Path) -> Path:
@@ -169,7 +142,8 @@ def _trial_of(path: Path) -> Path:
     return path
 
 
-def _fold_number(path: Path) -> int:
+def fold_number(path: Path) -> int:
+    """Of a checkpoint's folder; −1: it is none."""
     number = path.name.removeprefix("fold_")
     return int(number) if number.isdigit() else -1
 
@@ -211,7 +185,7 @@ def _check_hashes(folder: Path, meta: dict[str, Any], dataset: Dataset) -> None:
 
 
 def _evaluation(
-    rows: str, found: _Found, scored: list[_Scored], *, recorded: Metrics | None, notes: tuple[str, ...] | list[str]
+    rows: str, found: Found, scored: list[_Scored], *, recorded: Metrics | None, notes: tuple[str, ...] | list[str]
 ) -> Evaluation:
     meta = scored[0].meta
     return Evaluation(

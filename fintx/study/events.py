@@ -32,6 +32,8 @@ class TrialStarted:
     shape: Shape
     source: str
     note: str
+    name: str = ""
+    """What it is called where it is no trial of the search; its number then only tells it from others."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,34 @@ class TrialFinished:
 
 
 @dataclass(frozen=True)
+class ConfirmReady:
+    """A confirmation stands: which trials are trained again; no member of this run has begun."""
+
+    study: str
+    spec: StudySpec
+    prepared: windows.Prepared
+    trials: tuple[int, ...]
+    """The candidates, best first."""
+    n_seeds: int
+    searched: int
+    """Records of the search."""
+    finished: int
+    """Members that are trained already."""
+
+
+@dataclass(frozen=True)
+class MemberFinished:
+    """A candidate has been trained with one of the fresh seeds."""
+
+    study: str
+    number: int
+    name: str
+    record: TrialRecord
+    done: int
+    total: int
+
+
+@dataclass(frozen=True)
 class Notice:
     """Something that its user should know, in a line."""
 
@@ -71,4 +101,4 @@ class Notice:
     words: str
 
 
-Event = StudyReady | TrialStarted | EpochDone | TrialEnded | TrialFinished | Notice
+Event = StudyReady | TrialStarted | EpochDone | TrialEnded | TrialFinished | ConfirmReady | MemberFinished | Notice

@@ -34,8 +34,11 @@ class Superseded(Exception):
 
 
 @contextlib.contextmanager
-def hold(study_folder: Path) -> Iterator[None]:
+def hold(study_folder: Path, *, alone: bool = False) -> Iterator[None]:
     """Hold a study's folder against other coordinators of this host; those of other hosts join.
+
+    Args:
+        alone: against those of other hosts too, as far as they share the folder and its file system has locks.
 
     Raises:
         StudyBusy: another process holds it.
@@ -43,7 +46,8 @@ def hold(study_folder: Path) -> Iterator[None]:
     """
     try:
         study_folder.mkdir(parents=True, exist_ok=True)
-        file = _lock_file(study_folder).open("a+", encoding="utf-8")
+        path = study_folder / "lock" if alone else _lock_file(study_folder)
+        file = path.open("a+", encoding="utf-8")
     except OSError as error:
         raise FintxError(f"{study_folder}: can't be written: {error.strerror}; choose another --outputs") from error
     with file:

@@ -13,7 +13,7 @@ from fintx import sweepfile
 from fintx.config import StudySpec
 from fintx.data import windows
 from fintx.evaluate import metrics
-from fintx.study import environment, ledger, lock, queue, records, storage, trial
+from fintx.study import environment, ledger, lock, queue, records, stopping, storage, trial
 from fintx.study.fork import TakeOver
 from fintx.study.ledger import Ledger
 from fintx.study.records import StudyFile
@@ -38,6 +38,8 @@ class Opened:
     prepared: windows.Prepared
     ledger: Ledger
     baselines: dict[str, Any]
+    stop_before: str
+    """The request to stop that stood in the folder when it was taken; later ones are heeded."""
 
     @property
     def minimize(self) -> bool:
@@ -92,6 +94,7 @@ def begin(
     space = SearchSpace.build(spec, n_features=len(spec.data.features))
     queue.validate(spec, n_features=len(spec.data.features))
     with lock.hold(folder), contextlib.ExitStack() as stack:
+        stop_before = stopping.request(folder)
         if known is None:
             _check_no_strangers(folder)
         try:
@@ -99,7 +102,7 @@ def begin(
             opened = stack.enter_context(
                 storage.open_study(spec.execution.storage, folder, spec.study.name, minimize=minimize, warn=warn)
             )
-            book = Ledger(opened, ledger.owner_of(folder))
+            book = Ledger(opened, ledger.owner_of(folder, shared=opened.shared))
             check_same(folder, book.definition(mine), mine, where=opened.words)
             queued = (known.spec.queue if known else ()) if queue_only else spec.queue
             write(folder, spec.model_copy(update={"queue": queued}), mine, known)
@@ -111,8 +114,8 @@ def begin(
                 f"{spec.study.name}: {error}; is the database running, and is its address right?"
             ) from None
         windows.store_processed(prepared, data_root)
-        beaten = trial.ensure_baselines(folder, prepared.folds, spec, data_root)
-        yield Opened(spec, folder, space, prepared, book, beaten)
+        beaten = trial.ensure_baselines(folder, prepared.folds, spec, data_root, tell=warn)
+        yield Opened(spec, folder, space, prepared, book, beaten, stop_before)
 
 
 def check_same(folder: Path, before: dict[str, Any], after: dict[str, Any], *, where: str = "") -> None:

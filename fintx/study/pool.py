@@ -57,7 +57,7 @@ class Event:
 
     worker: Worker
     kind: str
-    """progress, epoch, warning; and how a job ended: one of `ENDS`."""
+    """loaded, progress, epoch, warning; and how a job ended: one of `ENDS`."""
     values: dict[str, Any]
 
 

@@ -9,7 +9,9 @@ outputs/<study>/
   trials/0007/checkpoint/fold_0     the best step, for the best trials (train.checkpoint)
   trials/0007/run/              while it trains: its lock, its training states, and the log of each attempt
   trials/0007/attempts.jsonl    one line per attempt: who, where, from which step
-  openings.jsonl                one line per opening of the sealed test part
+  confirm/0007/seed_42/         a best trial trained again with a fresh seed (confirm): as a trial's folder
+  confirmation.json             what came of it (confirmation)
+  openings.jsonl                one line per opening of the sealed test part; test/ holds what each one said
   <study>_all_trials.json, <study>_best.json     derived
 outputs/experiment_results.csv                   derived, a line per trial of every study
 """
@@ -46,11 +48,13 @@ class DamagedRecord(FintxError):
     """A file of a study folder does not hold what fintx wrote."""
 
 
-class _Kept(BaseModel):
+class Kept(BaseModel):
+    """What is written to a study's folder as JSON."""
+
     model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="null")
 
 
-class FoldRecord(_Kept):
+class FoldRecord(Kept):
     """One training run on one fold; a split without folds has exactly one."""
 
     outcome: Outcome
@@ -74,7 +78,7 @@ class FoldRecord(_Kept):
     wall_s: float
 
 
-class TrialRecord(_Kept):
+class TrialRecord(Kept):
     """Everything known of one finished trial. Rebuilding its model from `config` gives `param_count` parameters."""
 
     study: str
@@ -158,12 +162,30 @@ def mean_metrics(folds: list[Metrics]) -> Metrics:
     return merged
 
 
+def mean_over_seeds(members: list[Metrics]) -> Metrics:
+    """Average each metric over models scored on the same rows; what all agree on (counts) stays as it is."""
+    merged: Metrics = {}
+    for key in members[0] if members else ():
+        values = [member.get(key) for member in members]
+        if any(value is None for value in values):
+            merged[key] = None
+        else:
+            same = all(value == values[0] for value in values)
+            merged[key] = values[0] if same else float(np.mean(np.asarray(values, dtype=float)))
+    return merged
+
+
 # --- where things lie -------------------------------------------------------------------------------------------------
 
 
 def trial_folder(study_folder: Path, number: int) -> Path:
     """outputs/<study>/trials/0007."""
     return study_folder / "trials" / f"{number:04d}"
+
+
+def member_folder(study_folder: Path, number: int, seed: int) -> Path:
+    """outputs/<study>/confirm/0007/seed_42: trial 7, trained again with seed 42."""
+    return study_folder / "confirm" / f"{number:04d}" / f"seed_{seed}"
 
 
 # --- writing ----------------------------------------------------------------------------------------------------------
@@ -204,8 +226,12 @@ def append(study_folder: Path, record: TrialRecord) -> None:
     Raises:
         FintxError: the trial has a record already, or the file can't be written.
     """
-    path = trial_folder(study_folder, record.trial_number) / "record.json"
-    write_atomically(path, record.model_dump_json(indent=1), once=True)
+    write_record(trial_folder(study_folder, record.trial_number), record)
+
+
+def write_record(folder: Path, record: TrialRecord) -> None:
+    """The same, into the folder of a trial or of one that was trained again."""
+    write_atomically(folder / "record.json", record.model_dump_json(indent=1), once=True)
 
 
 def write_predictions(folder: Path, table: pa.Table, *, name: str = "predictions.parquet") -> None:
@@ -214,7 +240,7 @@ def write_predictions(folder: Path, table: pa.Table, *, name: str = "predictions
     Raises:
         FintxError: the file can't be written.
     """
-    path, temporary = folder / name, folder / f".{name}.tmp"
+    path, temporary = folder / name, folder / f".{name}.{os.getpid()}.tmp"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         pq.write_table(table, temporary, compression="zstd")
@@ -272,7 +298,7 @@ _SOFTWARE = ("fintx", "jax", "jaxlib", "flax", "optax", "optuna", "numpy", "TA-L
 """Libraries whose version can change a result or what the sampler proposes."""
 
 
-class StudyFile(_Kept):
+class StudyFile(Kept):
     """study.json: what the study asks, with its data pinned by content hash."""
 
     spec: StudySpec
@@ -310,11 +336,12 @@ def read_study(study_folder: Path) -> StudyFile | None:
 
 
 def definition(spec: StudySpec) -> dict[str, Any]:
-    """What defines a study, flat (dotted key → value): all but its name, trial count, wording, queue and execution.
+    """What defines a study, flat (dotted key → value).
 
-    The versions of the libraries that can change a result belong to it.
+    All but its name, trial count, wording, queue, execution and confirmation; the versions of the libraries that can
+    change a result belong to it.
     """
-    tree = spec.model_dump(mode="json", exclude={"queue", "execution"})
+    tree = spec.model_dump(mode="json", exclude={"queue", "execution", "confirm"})
     tree["study"] = {key: value for key, value in tree["study"].items() if key not in _FREE_TO_CHANGE}
     tree["software"] = {name: environment.libraries()[name] for name in _SOFTWARE}
     return dict(_flatten(tree))
@@ -390,19 +417,49 @@ def write_tables(study_folder: Path, records: list[TrialRecord], *, n_trials: in
         write_atomically(study_folder / f"{name}_best.json", json.dumps(whole, indent=1) + "\n")
 
 
-def write_results_csv(outputs: Path) -> None:
+def write_results_csv(outputs: Path) -> list[DamagedRecord]:
     """Rewrite outputs/experiment_results.csv: a line per trial of every study, from their records alone.
 
+    Returns:
+        What is wrong with the studies that are left out: damage to one is no reason to stop another.
+
     Raises:
-        FintxError: the file can't be written, or a record is damaged.
+        FintxError: the file can't be written.
     """
+    damaged = []
     text = io.StringIO()
     writer = csv.DictWriter(text, _CSV_HEAD, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
     for folder in study_folders(outputs):
-        for record in read_all(folder):
-            writer.writerow({**flat(record), "study": record.study})
+        try:
+            found = read_all(folder)
+        except DamagedRecord as error:
+            damaged.append(error)
+            continue
+        writer.writerows({**flat(record), "study": record.study} for record in found)
     write_atomically(outputs / "experiment_results.csv", text.getvalue())
+    return damaged
+
+
+def find_study(study: str, *, outputs: Path) -> Path:
+    """The folder of a study, given its name or the folder itself.
+
+    Raises:
+        FintxError: there is no such study.
+    """
+    folder = next((path for path in (Path(study), outputs / study) if _holds_study(path)), None)
+    if folder is None:
+        known = ", ".join(path.name for path in study_folders(outputs)) or "none"
+        shown = ascii(study if len(study) <= 60 else f"{study[:60]}…")
+        raise FintxError(f"{shown}: is no study under {outputs} (there: {known}); give a study's name or its folder")
+    return folder
+
+
+def _holds_study(folder: Path) -> bool:
+    try:
+        return read_study(folder) is not None
+    except OSError:  # a name that no file can have
+        return False
 
 
 def study_folders(outputs: Path) -> list[Path]:
@@ -432,6 +489,13 @@ def log_opening(study_folder: Path, entry: dict[str, Any]) -> int:
     except OSError as error:
         raise FintxError(f"{path}: the opening can't be logged ({error.strerror}), so the test stays sealed") from error
     return len(openings(study_folder))
+
+
+def openings_words(study_folder: Path) -> str:
+    """What every later result says of earlier openings; empty: there were none."""
+    n = len(openings(study_folder))
+    times = "once" if n == 1 else f"{n} times"
+    return f"the sealed test part has been opened {times}; what came later may owe something to it" if n else ""
 
 
 def openings(study_folder: Path) -> list[dict[str, Any]]:

@@ -9,15 +9,16 @@ is told.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from fintx.config import StudySpec, TrialConfig
+from fintx.config import ConfirmConfig, StudySpec, TrialConfig
+from fintx.study import confirm, records, trial
 from fintx.study import pool as pools
-from fintx.study import records
-from fintx.study.course import Course
+from fintx.study.confirm import Confirmed
+from fintx.study.course import Course as Search
 from fintx.study.events import Event, Notice, StudyReady
 from fintx.study.fork import TakeOver
 from fintx.study.lead import Lead, over_baselines
@@ -50,6 +51,12 @@ class Summary:
     """What stopped the study before its end."""
 
     @property
+    def to_be_confirmed(self) -> bool:
+        """Whether the search is at its end, its file asks for a confirmation, and this is the place for it."""
+        done = self.problem is None and not self.interrupted and len(self.records) >= self.spec.study.n_trials
+        return done and self.spec.confirm is not None and self.predictions_here
+
+    @property
     def predictions_here(self) -> bool:
         """Whether the best trial's predictions lie in this folder; another machine may have trained it."""
         return self.best is not None and _predictions(self.folder, self.best).is_file()
@@ -74,6 +81,43 @@ class Order:
     """Run what is queued, beyond n_trials too, and nothing else."""
     take_over: TakeOver | None = None
     """Brings trials into a study that is new (a fork)."""
+    confirm: ConfirmConfig | None = None
+    """Train its best trials again with fresh seeds, instead of searching."""
+
+
+class Course(Protocol):
+    """What the runner keeps busy: a search (course), or a confirmation of its best (confirm)."""
+
+    spec: StudySpec
+    superseded: set[int]
+    """Held jobs whose workers are to be killed."""
+    problem: FintxError | None
+    stop_asked: bool
+
+    @property
+    def held(self) -> Container[int]:
+        """Keys of the jobs that workers have."""
+
+    @property
+    def over(self) -> bool:
+        """Nothing is left to do, here or elsewhere."""
+
+    @property
+    def settled(self) -> bool:
+        """Nothing runs here, and all that happened has been told."""
+
+    @property
+    def asks(self) -> bool:
+        """Whether another job may be started."""
+
+    def next_job(self, fits: Callable[[TrialConfig], int | None]) -> trial.Job | None:
+        """The next job to hand to a worker; none: nothing to do now."""
+
+    def heard(self, key: int, kind: str, values: dict[str, Any], *, pid: int) -> None:
+        """Take what a worker said of a held job, or how it ended."""
+
+    def tick(self) -> None:
+        """What is to be done now and then."""
 
 
 def run(
@@ -108,7 +152,7 @@ def run_all(
     notify: Callable[[Event], None] = lambda event: None,
     should_stop: Callable[[], bool] = lambda: False,
     workers: int = 1,
-) -> list[Summary | Failure]:
+) -> list[Summary | Confirmed | Failure]:
     """Run studies: one after the other with one worker, else as many side by side as there are workers.
 
     A study that fails stops none of the others.
@@ -145,12 +189,12 @@ class _Run:
     def __post_init__(self) -> None:
         self.waiting = list(self.orders)
         self.courses: dict[str, Course] = {}
-        self.results: dict[int, Summary | Failure] = {}
+        self.results: dict[int, Failure] = {}
         self.jobs: dict[Worker, tuple[Course, int, int]] = {}
-        """Worker → its study, trial, and the memory that the trial takes at least."""
+        """Worker → its study, trial, and the memory that the trial may take."""
         self.stopping = False
 
-    def to_the_end(self, should_stop: Callable[[], bool]) -> list[Summary | Failure]:
+    def to_the_end(self, should_stop: Callable[[], bool]) -> list[Summary | Confirmed | Failure]:
         while True:
             if should_stop() and not self.stopping:
                 self.stopping = True
@@ -186,8 +230,8 @@ class _Run:
                 with _blamed_on(course):
                     job = course.next_job(self._limit)
                 if job is not None:
-                    need = memory.lower_bound(job.config)
-                    self.jobs[worker] = (course, job.number, need)
+                    need = memory.upper_guess(job.config)
+                    self.jobs[worker] = (course, job.key, need)
                     self.pool.send(worker, job.model_dump_json())
                     return
             if len(self._asking()) >= len(self.pool.workers) or not self._begin_next():
@@ -206,24 +250,33 @@ class _Run:
             self.notify(Notice(name, words))
 
         try:
-            opened = self.stack.enter_context(
-                begin(
-                    order.spec,
-                    outputs=self.outputs,
-                    data_root=self.data_root,
-                    warn=warn,
-                    take_over=order.take_over,
-                    queue_only=order.queue_only,
-                )  # fmt: skip
-            )
-            course = Course(opened, self.outputs, self.data_root, self.notify, order.reload, order.queue_only)
+            if order.confirm is None:
+                self.courses[name] = self._search(order, warn)
+            else:
+                self.courses[name] = self.stack.enter_context(
+                    confirm.begin(
+                        self.outputs / name, order.confirm, data_root=self.data_root, notify=self.notify
+                    )  # fmt: skip
+                )
         except FintxError as error:
             self.results[id(order)] = Failure(order.spec, error)
-            return True
-        self.courses[name] = course
-        n_shapes, finished = len(opened.space.shapes), len(course.finished)
-        self.notify(StudyReady(name, opened.spec, opened.prepared, n_shapes, finished))
         return True
+
+    def _search(self, order: Order, warn: Callable[[str], None]) -> Search:
+        opened = self.stack.enter_context(
+            begin(
+                order.spec,
+                outputs=self.outputs,
+                data_root=self.data_root,
+                warn=warn,
+                take_over=order.take_over,
+                queue_only=order.queue_only,
+            )  # fmt: skip
+        )
+        course = Search(opened, self.outputs, self.data_root, self.notify, order.reload, order.queue_only)
+        n_shapes, finished = len(opened.space.shapes), len(course.finished)
+        self.notify(StudyReady(course.name, opened.spec, opened.prepared, n_shapes, finished))
+        return course
 
     def _limit(self, config: TrialConfig) -> int | None:
         """Memory that a trial may take if it starts now, 0: all that its device has; none: not now.
@@ -240,7 +293,7 @@ class _Run:
         needs = [need for _, _, need in self.jobs.values()]
         if any(need > total // n for need in needs):
             return None
-        if memory.lower_bound(config) <= total // n:
+        if memory.upper_guess(config) <= total // n:
             return total // n
         return None if needs else total
 
@@ -270,14 +323,19 @@ class _Run:
 
     # --- the end ---
 
-    def _result(self, order: Order) -> Summary | Failure:
+    def _result(self, order: Order) -> Summary | Confirmed | Failure:
         if id(order) in self.results:
             return self.results[id(order)]
         course = self.courses.get(order.spec.study.name)
+        if isinstance(course, confirm.Retraining):
+            return course.result(interrupted=self.stopping)
+        if course is None and order.confirm is not None:  # stopped before its turn
+            return Confirmed(self.outputs / order.spec.study.name, order.spec, None, True, (), None)
         if course is None:  # stopped before its turn
             folder = self.outputs / order.spec.study.name
             kept = tuple(records.read_all(folder)) if folder.is_dir() else ()
             return Summary(folder, order.spec, kept, None, {}, None, True, (), (), None)
+        assert isinstance(course, Search)
         return _summary(course, interrupted=self.stopping)
 
 
@@ -290,15 +348,14 @@ def _blamed_on(course: Course) -> Iterator[None]:
         course.problem = course.problem or error
 
 
-def _summary(course: Course, *, interrupted: bool) -> Summary:
+def _summary(course: Search, *, interrupted: bool) -> Summary:
     with _blamed_on(course):
         course.learn()  # what other machines finished since the last look
     opened, best = course.opened, course.best
     course.write_tables()
-    effective = sum(part.n_effective for part in opened.prepared.parts if part.part.startswith("validation"))
     lead = None
     if best is not None and _predictions(opened.folder, best).is_file():
-        lead = over_baselines(opened.folder, course.spec, best, opened.baselines, n_effective=effective)
+        lead = over_baselines(opened.folder, course.spec, best, opened.baselines)
     return Summary(
         folder=opened.folder,
         spec=course.spec,

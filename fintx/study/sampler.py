@@ -23,7 +23,7 @@ from fintx.evaluate import metrics
 from fintx.study.space import AXES, SearchSpace
 from fintx.types import FintxError
 
-SAMPLER, TRIAL = 0, 1  # streams of derive_seed
+SAMPLER, TRIAL, CONFIRM = 0, 1, 2  # streams of derive_seed
 _TRIES = 20
 _ENUMERABLE = 200_000
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fintx.config import StudySpec
-from fintx.evaluate import metrics
-from fintx.study import ledger, lock, records
+from fintx.evaluate import metrics, significance
+from fintx.study import confirmation, ledger, lock, records
 from fintx.study.ledger import Claim
 from fintx.study.records import TrialRecord
 from fintx.types import FintxError
@@ -32,6 +32,10 @@ class StudyStatus:
     best: TrialRecord | None
     eta: datetime.timedelta | None
     """Mean wall time of the finished trials × trials to go; none before the first."""
+    confirmation: str
+    """What its confirmation came to, in a few words; "–": there was none."""
+    doubt: str | None
+    """Why its best result is too good to be true; none: it is believable."""
     test_openings: int
 
     @property
@@ -54,6 +58,7 @@ def read(study_folder: Path) -> StudyStatus:
     numbers = {record.trial_number for record in finished}
     claims = {claim.number: claim for claim in _claims(study_folder, spec) if claim.number not in numbers}
     to_go = max(spec.study.n_trials - len(finished), 0)
+    best = records.best_of(finished, minimize=metrics.MINIMIZE[spec.study.metric])
     mean_s = sum(record.wall_s for record in finished) / len(finished) if finished else None
     return StudyStatus(
         name=spec.study.name,
@@ -63,10 +68,22 @@ def read(study_folder: Path) -> StudyStatus:
         failed=dict(Counter(record.outcome for record in finished if record.outcome not in records.SUCCESSES)),
         unfinished=tuple(claims[number] for number in sorted(claims)),
         metric=spec.study.metric,
-        best=records.best_of(finished, minimize=metrics.MINIMIZE[spec.study.metric]),
+        best=best,
         eta=None if mean_s is None else datetime.timedelta(seconds=round(mean_s * to_go)),
+        confirmation=_confirmation(study_folder, len(finished)),
+        doubt=significance.too_good(best.best) if best else None,
         test_openings=len(records.openings(study_folder)),
     )
+
+
+def _confirmation(study_folder: Path, finished: int) -> str:
+    found = confirmation.read(study_folder)
+    if found is None:
+        return "–"
+    if not found.complete:
+        return f"{found.n_trained}/{found.n_members} trained"
+    words = f"{len(found.confirmed)} of {len(found.candidates)}"
+    return words if found.n_finished == finished else f"{words} (after {found.n_finished} trials)"
 
 
 def _claims(study_folder: Path, spec: StudySpec) -> tuple[Claim, ...]:

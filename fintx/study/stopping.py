@@ -24,10 +24,7 @@ def ask(study: str, *, outputs: Path) -> str:
     Raises:
         FintxError: there is no such study, or nobody runs it.
     """
-    folder = Path(study) if (Path(study) / "study.json").is_file() else outputs / study
-    if not (folder / "study.json").is_file() or records.read_study(folder) is None:
-        known = ", ".join(path.name for path in records.study_folders(outputs)) or "none"
-        raise FintxError(f"{study}: is no study under {outputs} (there: {known}); give a study's name or its folder")
+    folder = records.find_study(study, outputs=outputs)
     holder = lock.holder(folder)
     if holder is None:
         raise FintxError(f"{folder}: nobody is running it, so there is nothing to stop")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -13,6 +14,7 @@ from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict
 
 from fintx.config import StudySpec, TrialConfig, config_hash
@@ -43,6 +45,8 @@ class Job(BaseModel):
     data_root: Path
     memory_limit: int | None
     """Bytes; none: what the device has."""
+    member: int | None = None
+    """Of a confirmation, which trains a trial again with another seed: its place there. None: the trial itself."""
 
     @property
     def source(self) -> Literal["queue", "sampler"]:
@@ -50,9 +54,16 @@ class Job(BaseModel):
         return "sampler" if self.entry is None else "queue"
 
     @property
+    def key(self) -> int:
+        """What tells it from the other jobs of its course."""
+        return self.number if self.member is None else self.member
+
+    @property
     def folder(self) -> Path:
-        """The trial's."""
-        return records.trial_folder(self.study_folder, self.number)
+        """The trial's, or the member's."""
+        if self.member is None:
+            return records.trial_folder(self.study_folder, self.number)
+        return records.member_folder(self.study_folder, self.number, self.config.seed)
 
 
 @dataclass(frozen=True)
@@ -95,7 +106,7 @@ def run(job: Job, folds: tuple[Dataset, ...], hooks: Hooks) -> TrialRecord | Non
                 meta = _checkpoint_meta(record, dataset, fold=index)
                 checkpoint.save(where / "checkpoint" / f"fold_{index}", fit.params, config=job.config, meta=meta)
         check()
-        records.append(job.study_folder, record)
+        records.write_record(where, record)
         shutil.rmtree(where / "run", ignore_errors=True)
     return record
 
@@ -106,6 +117,7 @@ def _fit_folds(
     fits: list[loop.FitResult] = []
     for index, dataset in enumerate(folds):
         hook = _FoldHooks(job, index, hooks)
+        folder, every_s = job.folder / "run" / f"fold_{index}", job.spec.execution.checkpoint_s
         fit = loop.fit(
             job.config,
             dataset,
@@ -114,7 +126,7 @@ def _fit_folds(
             on_progress=hook.on_progress,
             on_warning=hooks.on_warning,
             should_stop=hooks.should_stop,
-            saves=resume.Saves(job.folder / "run" / f"fold_{index}", job.spec.execution.checkpoint_s, check),
+            saves=resume.Saves(folder, every_s, check, at_end=index + 1 < len(folds)),
             memory_limit=job.memory_limit,
         )
         if fit.outcome == "interrupted":
@@ -246,8 +258,13 @@ def train_prior(dataset: Dataset) -> float:
     return float(np.mean(dataset.train.labels, dtype=np.float64))
 
 
-def ensure_baselines(folder: Path, folds: tuple[Dataset, ...], spec: StudySpec, data_root: Path) -> dict[str, Any]:
-    """Fit what must be beaten on the very same rows, once per study; later runs read it back.
+def ensure_baselines(
+    folder: Path, folds: tuple[Dataset, ...], spec: StudySpec, data_root: Path, *, tell: Callable[[str], None]
+) -> dict[str, Any]:
+    """What must be beaten on the very same rows: fitted once per data, label and split, whatever study asks.
+
+    Args:
+        tell: told of progress, a line per fold.
 
     Returns:
         name → {"words", "metrics" (mean over folds), "folds" (metrics of each)}.
@@ -255,13 +272,49 @@ def ensure_baselines(folder: Path, folds: tuple[Dataset, ...], spec: StudySpec, 
     path = folder / "baselines.json"
     if path.is_file():
         return json.loads(path.read_text())
+    kept = data_root / "baselines" / _baselines_key(folds, spec)
+    found = _kept_baselines(kept)
+    if found is None:
+        _fit_baselines(kept, folds, spec, data_root, tell)
+        found = _kept_baselines(kept)
+        assert found is not None
+    text, table = found
+    records.write_predictions(folder, table, name="baselines.parquet")
+    records.write_atomically(path, text)  # last: with it the study has them
+    return json.loads(text)
+
+
+def _kept_baselines(kept: Path) -> tuple[str, pa.Table] | None:
+    """None: never fitted, or not whole."""
+    try:
+        text = (kept / "baselines.json").read_text()
+        json.loads(text)
+        return text, pq.read_table(kept / "baselines.parquet")
+    except (OSError, ValueError, pa.ArrowException):
+        return None
+
+
+def _baselines_key(folds: tuple[Dataset, ...], spec: StudySpec) -> str:
+    """Of all that a baseline depends on; the inputs' scaling and the context's bars are in `data`."""
+    hashes = [(fold.data_hash, fold.label_hash, fold.split_hash) for fold in folds]
+    asked = [spec.data.model_dump(mode="json"), spec.task.model_dump(mode="json")]
+    text = json.dumps([baselines.VERSION, hashes, asked], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _fit_baselines(
+    kept: Path, folds: tuple[Dataset, ...], spec: StudySpec, data_root: Path, tell: Callable[[str], None]
+) -> None:
     loaded = {
         symbol: sources.load(symbol, root=data_root, version=spec.data.versions.get(symbol))
         for symbol in (*spec.data.assets, *spec.data.context)
     }
     context = {symbol: loaded[symbol] for symbol in spec.data.context}
     bars = {symbol: loaded[symbol] for symbol in spec.data.assets}
-    per_fold = [baselines.for_dataset(fold, spec.task, bars, context) for fold in folds]
+    per_fold = []
+    for index, fold in enumerate(folds):
+        tell("fitting what must be beaten" + (f", fold {index + 1} of {len(folds)}" if len(folds) > 1 else ""))
+        per_fold.append(baselines.for_dataset(fold, spec.task, bars, context))
     result = {
         first.name: {
             "words": first.words,
@@ -277,9 +330,8 @@ def ensure_baselines(folder: Path, folds: tuple[Dataset, ...], spec: StudySpec, 
         for index, fold in enumerate(folds)
         for baseline in per_fold[index]
     ]
-    records.write_predictions(folder, pa.concat_tables(outputs), name="baselines.parquet")
-    records.write_atomically(path, json.dumps(result, indent=1) + "\n")
-    return result
+    records.write_predictions(kept, pa.concat_tables(outputs), name="baselines.parquet")
+    records.write_atomically(kept / "baselines.json", json.dumps(result, indent=1) + "\n")
 
 
 def _predictions(fits: list[loop.FitResult], folds: tuple[Dataset, ...]) -> pa.Table:

@@ -71,10 +71,10 @@ def main() -> None:
         import jax
 
         jax.config.update("jax_cuda_visible_devices", given.gpu)
-    while not channel.stopping.is_set():
+    channel.tell("ready")
+    # A job that came with the request to stop is served too: it saves and is given back, and is not taken for a crash.
+    while (line := channel.next_job()) is not None and _serve(channel, line) and not channel.stopping.is_set():
         channel.tell("ready")
-        if (line := channel.next_job()) is None or not _serve(channel, line):
-            break
 
 
 def _serve(channel: _Channel, line: str) -> bool:
@@ -93,7 +93,7 @@ def _serve(channel: _Channel, line: str) -> bool:
     try:
         _log_to(job.folder / "run" / f"attempt-{job.attempt}.log")
         folds = _folds(*_data_of(job))
-        channel.tell("progress", fold=0, step=0)
+        channel.tell("loaded")
         record = trial.run(job, folds, hooks)
     except Superseded:
         channel.tell("superseded")

@@ -13,11 +13,21 @@ from rich.table import Table
 
 from fintx.config import StudySpec
 from fintx.evaluate import metrics
+from fintx.report.words import count, duration, number, shape_words
 from fintx.study import records
-from fintx.study.events import EpochDone, Event, Notice, StudyReady, TrialEnded, TrialFinished, TrialStarted
+from fintx.study.events import (
+    ConfirmReady,
+    EpochDone,
+    Event,
+    MemberFinished,
+    Notice,
+    StudyReady,
+    TrialEnded,
+    TrialFinished,
+    TrialStarted,
+)
 from fintx.study.records import TrialRecord
 from fintx.terminal.tables import show_data
-from fintx.terminal.words import count, duration, number, shape_words
 
 _SAY_EVERY_S = 30
 """Without a terminal: how long a trial may run without a line."""
@@ -48,6 +58,8 @@ class View:
         self._studies: dict[str, _Study] = {}
         self._trials: dict[tuple[str, int], tuple[TaskID, str]] = {}
         self._said: dict[tuple[str, int], float] = {}
+        self._names: dict[tuple[str, int], str] = {}
+        """Of what is no trial of a search."""
         self._progress = Progress(
             TextColumn("{task.description:<10}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[words]}"),
             TimeElapsedColumn(), console=console,
@@ -74,9 +86,14 @@ class View:
                 self._show_epoch(event)
             case TrialEnded():
                 self._close(event.study, event.number)
-                self._say(event.study, f"trial {event.number}: {event.words}", always=True)
+                name = self._names.get((event.study, event.number), f"trial {event.number}")
+                self._say(event.study, f"{name}: {event.words}", always=True)
             case TrialFinished():
                 self._finish_trial(event)
+            case ConfirmReady():
+                self._open_confirmation(event)
+            case MemberFinished():
+                self._finish_member(event)
             case Notice():
                 self._say(event.study, event.words, always=True)
 
@@ -94,10 +111,36 @@ class View:
         before = f", {event.finished} finished before" if event.finished else ""
         self._console.print(f"{event.n_shapes:,} feasible shapes, {total} trials{before}")
 
+    def _open_confirmation(self, event: ConfirmReady) -> None:
+        total = len(event.trials) * event.n_seeds
+        bar = self._progress.add_task(event.study, total=total, completed=event.finished, words="trained again")
+        self._studies[event.study] = _Study(event.spec, bar, event.finished)
+        numbers = ", ".join(map(str, event.trials))
+        before = f", {event.finished} of {total} done before" if event.finished else ""
+        self._say(
+            event.study,
+            f"confirmation of {event.study}: the best {len(event.trials)} of {event.searched} trials ({numbers}), "
+            f"each trained again with the same {event.n_seeds} fresh seeds{before}",
+            always=True,
+        )
+
+    def _finish_member(self, event: MemberFinished) -> None:
+        self._close(event.study, event.number)
+        shown, record = self._studies[event.study], event.record
+        self._progress.update(shown.bar, completed=event.done)
+        self._say(
+            event.study,
+            f"{event.name} {record.outcome}: {record.metric} {number(record.value)}, skill "
+            f"{number(record.best.get('skill'))}, {duration(record.wall_s)} · {event.done}/{event.total} done",
+        )
+
     def _start_trial(self, event: TrialStarted) -> None:
         note = f' "{event.note}"' if event.note else ""
         attempt = f", attempt {event.attempt}" if event.attempt > 1 else ""
         words = f"trial {event.number} ({event.source}{attempt}{note}): {shape_words(event.shape)}"
+        if event.name:
+            self._names[event.study, event.number] = event.name
+            words = f"{event.name}{attempt}: {shape_words(event.shape)}"
         total = self._studies[event.study].spec.train.max_epochs
         task = self._progress.add_task("  epochs", total=total, words=f"{words}, compiling")
         self._trials[event.study, event.number] = (task, words)

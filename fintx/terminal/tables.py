@@ -14,6 +14,8 @@ from fintx.config import Shape
 from fintx.data.scaling import Drift
 from fintx.data.splits import PartRow
 from fintx.data.windows import Prepared
+from fintx.evaluate import significance
+from fintx.report.words import count, duration, number, percent, shape_words, size
 from fintx.study import records
 from fintx.study.evaluation import Evaluation
 from fintx.study.ledger import Claim
@@ -22,7 +24,6 @@ from fintx.study.queue import QueueState
 from fintx.study.queuefile import Edit, Listing
 from fintx.study.runner import Failure, Summary
 from fintx.study.status import StudyStatus
-from fintx.terminal.words import count, duration, number, percent, shape_words, size
 from fintx.types import FintxError
 
 _COMPARED = ("log_loss", "skill", "auc", "brier", "calibration_error")
@@ -54,6 +55,12 @@ def print_summary(console: Console, summary: Summary) -> None:
     failed = Counter(record.outcome for record in summary.records if record.value is None)
     outcomes = "".join(f", {n} {outcome.replace('_', ' ')}" for outcome, n in failed.items())
     console.rule(f"{spec.study.name}: {len(summary.records)} of {spec.study.n_trials} trials finished{outcomes}")
+    if best is not None:
+        _line(console, _verdict(summary))
+        if (doubt := significance.too_good(best.best)) is not None:
+            _line(console, f"WARNING: {doubt}")
+    if opened := records.openings_words(summary.folder):
+        _line(console, f"Note: {opened}.")
     if spec.study.question:
         _line(console, spec.study.question)
     if best is None:
@@ -66,15 +73,14 @@ def print_summary(console: Console, summary: Summary) -> None:
         ]
         n = best.best.get("n")
         show(console, table(f"On the same {number(n)} validation rows", ["", *keys], rows))
-        _line(console, _verdict(summary))
         _line(console, f"Best shape: {shape_words(best.config.shape)} = {best.param_count:,} parameters")
     folder = summary.folder
     _line(console, f"Records    {folder}/trials/*/record.json   (tables: {folder.name}_all_trials.json, …_best.json)")
-    if best is not None:
+    if best is not None and summary.predictions_here:
         _line(console, f"Checkpoint {records.trial_folder(folder, best.trial_number)}/checkpoint")
     _line(console, f"All trials {folder.parent}/experiment_results.csv")
-    if best is not None:
-        _line(console, f"Next       just eval {folder}     just status")
+    if best is not None and summary.predictions_here:
+        _line(console, f"Next       just confirm {folder}     just eval {folder}     just status")
 
 
 def _verdict(summary: Summary) -> str:
@@ -84,13 +90,13 @@ def _verdict(summary: Summary) -> str:
         return f"The best trial's predictions lie on {best.host}: compare it with the baselines there."
     if lead is None or best is None:
         return f"No baseline has a {metric}."
-    side = "lower" if lead.gain > 0 else "higher"
-    figures = f"mean loss {number(abs(lead.gain))} {side}, standard error {number(lead.se)}"
-    if lead.gain <= 0:
-        return f"The best trial does NOT beat {lead.baseline} ({figures})."
-    if lead.gain < 2 * lead.se:
-        return f"The best trial can't be told from {lead.baseline} ({figures})."
-    n = len(summary.records)
+    gain, n = lead.gain, len(summary.records)
+    side = "lower" if gain.mean > 0 else "higher"
+    figures = f"mean {lead.loss} {number(abs(gain.mean))} {side}; gain 95 %: {number(gain.low)} … {number(gain.high)}"
+    if gain.negative:
+        return f"NO SKILL beyond {lead.baseline}: it is better than the best of {n} trials ({figures})."
+    if not gain.positive:
+        return f"NO SKILL beyond {lead.baseline}: the best of {n} trials can't be told from it ({figures})."
     return (
         f"The best trial is ahead of {lead.baseline} ({figures}), "
         f"but it is the best of {n}, chosen on these very rows: expect less on new days."
@@ -146,11 +152,15 @@ def print_status(console: Console, statuses: Sequence[StudyStatus]) -> None:
                 percent(best.best.get("skill")) if best else "–",  # type: ignore[arg-type]
                 f"{shape_words(best.config.shape)} ({count(best.param_count)})" if best else "–",
                 duration(status.eta) if status.finished < status.n_trials else "–",
+                status.confirmation,
                 str(status.test_openings),
             ]
         )
-    heads = ["study", "finished", "state", "failed", "best", "skill", "best shape", "to go", "test opened"]
+    heads = ["study", "finished", "state", "failed", "best", "skill", "best shape", "to go", "confirmed", "test opened"]
     show(console, table("", heads, rows, left=("state", "failed", "best", "best shape")))
+    for status in statuses:
+        if status.doubt:
+            _line(console, f"WARNING: {status.name}: {status.doubt}")
     unfinished = [
         [
             status.name, str(claim.number), _claim_state(status, claim), f"{claim.step:,}", str(claim.attempt),

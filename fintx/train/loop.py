@@ -194,7 +194,7 @@ def _load(run: _Run, saved: TrainingState | None, *, limit: int, saves: bool) ->
     if saved is not None and plan.micro_batch != run.micro_batch:
         run.warn(
             f"the micro-batch of {run.micro_batch} that the trial began with doesn't fit any more; goes on with "
-            f"{plan.micro_batch}, which changes its numbers in their last digits"
+            f"{plan.micro_batch}, which changes its numbers: dropout masks where there is dropout, else last digits"
         )
     run.micro_batch = plan.micro_batch
     if saved is None:
@@ -222,6 +222,8 @@ def _attempt(
     saved = None if keeper is None else keeper.newest(run.warn)
     if saved is not None:
         run.adopt(saved)
+        if run.step % _steps_per_epoch(run.question) == 0 and (end := progress.end(run.question, run.progress)):
+            return end
     trial = _load(run, saved, limit=limit, saves=saves is not None)
     del saved  # up to 16 bytes per parameter
     if isinstance(trial, memory.TooBig):
@@ -245,6 +247,8 @@ def _attempt(
             if on_epoch is not None:
                 on_epoch(_epoch(run))
             if end := progress.end(run.question, run.progress):
+                if keeper is not None and saves is not None and saves.at_end:
+                    keeper.save(_state(run, trial))
                 return end
 
 

@@ -93,6 +93,15 @@ def lower_bound(config: TrialConfig, *, host_is_device: bool = True) -> int:
     return (20 if host_is_device else 16) * n
 
 
+def upper_guess(config: TrialConfig) -> int:
+    """Bytes that a trial on the CPU hardly exceeds in small micro-batches: to share a machine out before compiling.
+
+    Saving a state takes the most, 40 bytes per parameter (`Beside.in_evaluation`); data and activations are guessed.
+    """
+    n = sizes.count(config.model, config.shape, len(config.data.features)).total
+    return 48 * n + 2**26
+
+
 def plan(
     config: TrialConfig, train: step.Windows, validation: step.Windows, *, limit: int, micro_batch: int, saves: bool
 ) -> Plan | TooBig:

@@ -52,6 +52,8 @@ class Saves:
     """Seconds between saves; none: 60, or 50 times as long as the last save took where that is longer."""
     guard: Callable[[], None]
     """Called right before anything is committed; raises if another worker has taken the trial over."""
+    at_end: bool = False
+    """Save the end too: of a fold that others follow, so that an interruption of theirs doesn't train it again."""
 
 
 @dataclass(frozen=True, eq=False)

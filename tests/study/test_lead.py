@@ -45,21 +45,34 @@ def case(tiny_study, tiny_file, tmp_path):
     return tmp_path, sweepfile.load(tiny_file), best
 
 
-def test_a_planted_lead_is_found_with_its_error(case):
+def test_a_planted_lead_is_found_with_its_interval(case):
     folder, spec, best = case
     rng = np.random.default_rng(0)
     signal = rng.standard_normal(4000)
     labels = (rng.random(4000) < 1 / (1 + np.exp(-signal))).astype(np.float32)
     held = plant(folder, best, {"model": signal, "weak": 0.2 * signal, "none": np.zeros(4000)}, labels)
-    lead = over_baselines(folder, spec, best, held, n_effective=4000)
+    lead = over_baselines(folder, spec, best, held)
     losses = {k: metrics.per_sample_loss("threshold", v, labels) for k, v in (("m", signal), ("w", 0.2 * signal))}
     difference = losses["w"] - losses["m"]
-    assert lead.baseline == "weak" and lead.n == 4000
-    assert lead.gain == pytest.approx(difference.mean(), abs=1e-6)
-    assert lead.se == pytest.approx(difference.std() / np.sqrt(4000), rel=1e-4)
-    assert lead.gain > 4 * lead.se
-    fewer = over_baselines(folder, spec, best, held, n_effective=1000)
-    assert fewer.se == pytest.approx(2 * lead.se)
+    assert lead.baseline == "weak" and lead.n == 4000 and lead.loss == "log_loss"
+    assert lead.gain.mean == pytest.approx(difference.mean(), abs=1e-6)
+    # These rows are independent: blocks change nothing, but for what 2,000 draws and chance correlation add.
+    assert lead.gain.se == pytest.approx(difference.std() / np.sqrt(4000), rel=0.15)
+    assert lead.gain.positive and lead.gain.mean > 4 * lead.gain.se
+
+
+def test_a_lead_that_lasts_for_weeks_has_a_wider_interval(case):
+    """The same differences, where good and bad days come in spells of twenty."""
+    folder, spec, best = case
+    rng = np.random.default_rng(2)
+    labels = (rng.random(2000) < 0.5).astype(np.float32)
+    gap = (2 * labels - 1) * np.repeat(rng.standard_normal(100), 20)
+    alone = over_baselines(folder, spec, best, plant(folder, best, {"model": gap, "prior": np.zeros(2000)}, labels))
+    order = rng.permutation(2000)
+    mixed_up = {"model": gap[order], "prior": np.zeros(2000)}
+    mixed = over_baselines(folder, spec, best, plant(folder, best, mixed_up, labels[order]))
+    assert alone.gain.mean == pytest.approx(mixed.gain.mean)
+    assert alone.gain.se > 2.5 * mixed.gain.se  # √20 = 4.5, were the blocks endless
 
 
 def test_equal_forecasters_have_no_lead(case):
@@ -68,15 +81,25 @@ def test_equal_forecasters_have_no_lead(case):
     labels = (rng.random(2000) < 0.4).astype(np.float32)
     noise = [0.3 * rng.standard_normal(2000) for _ in range(2)]
     held = plant(folder, best, {"model": noise[0], "rival": noise[1]}, labels)
-    lead = over_baselines(folder, spec, best, held, n_effective=2000)
-    assert abs(lead.gain) < 3 * lead.se
+    lead = over_baselines(folder, spec, best, held)
+    assert abs(lead.gain.mean) < 3 * lead.gain.se
 
 
 def test_a_study_has_the_files_the_comparison_needs(tiny_study, tiny_file):
     spec = sweepfile.load(tiny_file)
     held = json.loads((tiny_study / "baselines.json").read_text())
     best = records.best_of(records.read_all(tiny_study), minimize=True)
-    lead = over_baselines(tiny_study, spec, best, held, n_effective=100)
+    lead = over_baselines(tiny_study, spec, best, held)
     scored = {name: rival["metrics"]["log_loss"] for name, rival in held.items()}
     assert lead.baseline == min(scored, key=scored.get)
-    assert lead.gain == pytest.approx(scored[lead.baseline] - best.value, abs=1e-6)
+    assert lead.gain.mean == pytest.approx(scored[lead.baseline] - best.value, abs=1e-6)
+
+
+def test_a_baseline_that_is_truly_best_is_reported_so(case):
+    folder, spec, best = case
+    rng = np.random.default_rng(3)
+    signal = rng.standard_normal(2000)
+    labels = (rng.random(2000) < 1 / (1 + np.exp(-signal))).astype(np.float32)
+    noisy = signal + rng.standard_normal(2000)
+    lead = over_baselines(folder, spec, best, plant(folder, best, {"model": noisy, "truth": signal}, labels))
+    assert lead.baseline == "truth" and lead.gain.negative

@@ -187,6 +187,18 @@ def test_collapse_goes_on_counting(
     assert_same(loop.fit(config, make_dataset(), metric="log_loss", saves=never(tmp_path)), reference)
 
 
+def test_a_saved_end_is_the_result_again_without_a_step(
+    tmp_path: Path, make_trial: Trials, make_dataset: Datasets
+) -> None:
+    config, data = make_trial(DROPOUT), make_dataset()
+    saves = dataclasses.replace(never(tmp_path), at_end=True)
+    first = loop.fit(config, data, metric="log_loss", saves=saves)
+    taken: list[int] = []
+    again = loop.fit(config, data, metric="log_loss", saves=saves, on_progress=taken.append)
+    assert taken == [] and again.resumed_step == first.steps
+    assert_same(again, first)
+
+
 def test_without_saves_a_trial_just_stops(single_steps: None, make_trial: Trials, make_dataset: Datasets) -> None:
     result = stopped_at(make_trial(DROPOUT), make_dataset(), Path("nowhere"), 7, saves=None)
     assert (result.epochs, result.resumed_step) == (1, 0)

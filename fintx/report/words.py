@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import datetime
+import math
+from collections.abc import Sequence
 
 from fintx.config import Shape
 
@@ -56,3 +58,30 @@ def size(n_bytes: float) -> str:
 def shape_words(shape: Shape) -> str:
     """d_model 768 · 28 layers · 12 heads · d_ff 3072."""
     return f"d_model {shape.d_model} · {shape.n_layers} layers · {shape.n_heads} heads · d_ff {shape.d_ff}"
+
+
+def span(low: float | None, high: float | None) -> str:
+    """0.0008 … 0.0337: both ends with the digits that their distance deserves; "–" where there are none."""
+    if low is None or high is None:
+        return "–"
+    digits = _digits(high - low)
+    return f"{low:.{digits}f} … {high:.{digits}f}"
+
+
+def measured(mean: float, low: float, high: float) -> str:
+    """A figure with as many digits as its interval deserves: 0.0172."""
+    return f"{mean:.{_digits(high - low)}f}"
+
+
+def _digits(width: float) -> int:
+    return min(max(1 - math.floor(math.log10(width)), 1), 12) if width > 0 else 4
+
+
+def points(value: float | None) -> str:
+    """A difference of two shares, in percentage points: +1.2 pp; "–" where there is none."""
+    return "–" if value is None else f"{100 * value:+.1f} pp"
+
+
+def listed(names: Sequence[str]) -> str:
+    """a, b and c."""
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}" if names else "none"

@@ -1,0 +1,131 @@
+"""What does `just report` write? One page on one study, as far as it is, for a person who didn't run it."""
+
+from __future__ import annotations
+
+import datetime
+from pathlib import Path
+
+import fintx
+from fintx.report import answer, evidence, page, search, sections_evidence, sections_search, setting, sheet
+from fintx.report.evidence import Evidence
+from fintx.report.page import Block, Page, Prose, Section, Text
+from fintx.report.scaling_report import scaling_of_siblings
+from fintx.report.sheet import Format, Sheet
+from fintx.report.words import listed
+from fintx.study import confirmation, records
+from fintx.study.space import SearchSpace
+
+
+def write(study_folder: Path, *, data_root: Path) -> Path:
+    """Write outputs/<study>/report/.
+
+    Returns:
+        The page.
+
+    Raises:
+        FintxError: no study, no finished trial, different labels, a damaged file, or no room on the disk.
+    """
+    found = evidence.read(study_folder)
+    return page.write(build(found, data_root=data_root), study_folder / "report")
+
+
+def build(found: Evidence, *, data_root: Path) -> Page:
+    """The page as a value."""
+    spec = found.spec
+    confirmed = confirmation.read(found.folder)
+    told = answer.of(found, confirmed)
+    asked = setting.read(found, data_root=data_root)
+    space = SearchSpace.build(spec, n_features=len(spec.data.features))
+    sections = [
+        _asked(asked),
+        sections_evidence.beside_baselines(found),
+        sections_evidence.confirmation_section(found, confirmed),
+        sections_evidence.direction_section(found, asked.bars),
+        sections_evidence.calibration_section(found),
+        sections_search.course(found, space),
+        sections_search.pattern_section(found, space),
+        scaling_of_siblings(found),
+        sections_search.outcome_section(found, search.read(found, space)),
+        _sealed(found),
+        _origin(found),
+    ]
+    return Page(
+        title=found.name,
+        kicker=f"fintx report · {asked.label}",
+        question=spec.study.question,
+        answer=told.sentence,
+        tone=told.tone,
+        warnings=told.warnings,
+        facts=sections_evidence.facts(found),
+        sections=tuple(section for section in sections if section is not None),
+        footer=footer(),
+    )
+
+
+def footer() -> str:
+    """Who made it, when."""
+    today = datetime.datetime.now(datetime.UTC).isoformat(sep=" ", timespec="minutes")
+    return f"Made by fintx {fintx.__version__} on {today} from records and predictions alone."
+
+
+def _asked(asked: setting.Setting) -> Section:
+    blocks: list[Block] = [Prose(f"Label: {asked.label}")]
+    if asked.note:
+        blocks.append(Prose(asked.note, "note"))
+    return Section("asked", "What was asked, on which days", (*blocks, *asked.sheets))
+
+
+def _sealed(found: Evidence) -> Section:
+    """Every opening of the sealed test part."""
+    openings = records.openings(found.folder)
+    if not openings:
+        return Section("test", "The sealed test", (Prose("The sealed test part has never been opened."),))
+    keys = list(dict.fromkeys(key for each in openings for key in each))
+    columns: list[tuple[str, Format]] = [("", "text"), *((key, "text") for key in keys)]
+    rows = [(str(i + 1), *(_said(each.get(key)) for key in keys)) for i, each in enumerate(openings)]
+    times = "once" if len(openings) == 1 else f"{len(openings)} times"
+    words = f"The sealed test part was opened {times}."
+    if len(openings) > 1:
+        words += " From the second time on it is no test any more: whoever looks again chooses by it."
+    return Section("test", "The sealed test", (Prose(words), sheet.of("openings", "Openings", columns, rows)))
+
+
+def _said(value: object) -> str | None:
+    if value is None:
+        return None
+    return (
+        ", ".join(map(str, value))
+        if isinstance(value, list)
+        else f"{value:.4f}"
+        if isinstance(value, float)
+        else str(value)
+    )
+
+
+def _origin(found: Evidence) -> Section:
+    """The whole resolved file, the environment, and where the records lie."""
+    resolved = found.folder / "resolved.toml"
+    body = resolved.read_text() if resolved.is_file() else "resolved.toml is missing"
+    blocks: list[Block] = [
+        _environment(found),
+        Text("The whole sweep file, resolved", body),
+        Prose(
+            f"Records: {found.folder}/trials/*/record.json. Definition hash {found.study.definition_hash[:16]}.", "note"
+        ),
+    ]
+    return Section("origin", "File and environment", tuple(blocks))
+
+
+def _environment(found: Evidence) -> Sheet:
+    """Libraries, devices and commits; several where trials ran in several environments."""
+    rows: list[tuple[str, str]] = []
+    names = list(dict.fromkeys(name for record in found.records for name in record.libraries))
+    for name in names:
+        held = dict.fromkeys(record.libraries.get(name, "–") for record in found.records)
+        rows.append((name, listed(list(held))))
+    for what, values in (
+        ("device", [record.device for record in found.records]),
+        ("commit", [(record.git_commit or "not from a checkout")[:19] for record in found.records]),
+    ):
+        rows.append((what, listed(list(dict.fromkeys(values)))))
+    return sheet.of("environment", "Environment", [("what", "text"), ("version", "text")], rows)

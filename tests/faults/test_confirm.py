@@ -1,0 +1,102 @@
+"""A confirmation is killed, stopped and run by several workers: every member is trained once, to the same numbers."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from fintx.study import confirmation, records
+from tests.faults.machine import Machine, wait_for
+
+SAVES = "execution.checkpoint_s=0.3"
+MEDIUM = ("train.max_epochs=50", "train.patience=50", SAVES, "study.n_trials=2")
+WANTED = ("--top-k", "2", "--n-seeds", "2")
+
+
+def members(machine: Machine) -> dict[tuple[str, str], tuple]:
+    """What of a confirmation must not depend on what happened to its processes."""
+    return {
+        (path.parent.parent.name, path.parent.name): (record.value, record.config_hash, record.folds[0].curve)
+        for path in sorted(machine.folder.glob("confirm/*/*/record.json"))
+        for record in [records.read(path)]
+    }
+
+
+def verdict(machine: Machine) -> dict:
+    """confirmation.json without the time."""
+    held = json.loads((machine.folder / confirmation.FILE).read_text())
+    return {key: value for key, value in held.items() if key != "created"}
+
+
+def steps(machine: Machine) -> list[Path]:
+    """Training states of unfinished members."""
+    return sorted(machine.folder.glob("confirm/*/*/run/fold_*/step_*[0-9]"))
+
+
+def starts(machine: Machine) -> dict[str, list[int]]:
+    """Member → the step that each of its attempts went on from."""
+    return {
+        f"{path.parent.parent.name}/{path.parent.name}": [
+            json.loads(line)["from_step"] for line in path.read_text().splitlines()
+        ]
+        for path in machine.folder.glob("confirm/*/*/attempts.jsonl")
+    }
+
+
+@pytest.fixture
+def confirming(machine):
+    """A machine whose study is searched, and what confirms it there."""
+    here = machine()
+    here.run(*MEDIUM)
+    return dataclasses.replace(here, file=Path("tiny"))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory, tiny_file):
+    """The same where nothing happened: members, and confirmation.json."""
+    here = Machine(tmp_path_factory.mktemp("confirmed"), tiny_file)
+    here.run(*MEDIUM)
+    there = dataclasses.replace(here, file=Path("tiny"))
+    there.start(command="confirm", options=WANTED).end(code=0)
+    return members(there), verdict(there)
+
+
+def test_a_killed_confirmation_continues_to_the_same_numbers(confirming, undisturbed):
+    running = confirming.start(command="confirm", options=WANTED)
+    wait_for(lambda: len(members(confirming)) == 1 and steps(confirming), running=running)
+    done = {path: path.stat().st_mtime_ns for path in confirming.folder.glob("confirm/*/*/record.json")}
+    running.everyone(signal.SIGKILL)
+    running.process.wait()
+    assert not (confirming.folder / confirmation.FILE).exists()
+    said = confirming.start(command="confirm", options=WANTED).end(code=0)
+    assert "1 of 4 done before" in said
+    assert (members(confirming), verdict(confirming)) == undisturbed
+    assert all(path.stat().st_mtime_ns == time for path, time in done.items()), "trained twice"
+    resumed = [each for each in starts(confirming).values() if len(each) == 2]
+    assert len(resumed) == 1 and resumed[0][1] > 1, "the unfinished member went on from its last save"
+
+
+def test_a_dead_worker_costs_neither_members_nor_numbers(confirming, undisturbed):
+    running = confirming.start(command="confirm", options=WANTED)
+    wait_for(lambda: steps(confirming), running=running)
+    os.kill(running.workers()[0], signal.SIGKILL)
+    said = running.end(code=0)
+    assert "died: killed by SIGKILL" in said and "again, seed 1 of 2, attempt 2" in said
+    assert (members(confirming), verdict(confirming)) == undisturbed
+
+
+def test_a_request_to_stop_saves_tells_how_far_it_is_and_exits_with_75(confirming, undisturbed):
+    running = confirming.start(command="confirm", options=WANTED)
+    wait_for(lambda: len(members(confirming)) == 2 and steps(confirming), running=running)
+    running.process.send_signal(signal.SIGINT)
+    said = running.end(code=75)
+    assert "give the same command again to continue" in said and "2 of 4 trainings are done" in said
+    half = confirmation.read(confirming.folder)
+    assert not half.complete and len(half.seeds) == 1 and half.best is not None
+    confirming.start(command="confirm", options=(*WANTED, "--workers", "2")).end(code=0)
+    assert (members(confirming), verdict(confirming)) == undisturbed

@@ -1,0 +1,230 @@
+"""What was planted is what the confirmation says: who is best, confirmed, like the best, and what was luck."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from fintx import sweepfile
+from fintx.data import sources
+from fintx.evaluate import metrics
+from fintx.report import confirmation as words
+from fintx.study import confirm, confirmation, records, sampler
+from fintx.types import FintxError
+from tests.study.planted import Planted
+
+SEEDS = (11, 12, 13)
+DAYS = 900
+
+
+@pytest.fixture
+def spec(tiny_file):
+    return sweepfile.load(tiny_file)
+
+
+@pytest.fixture
+def plant(tiny_study, tmp_path):
+    """An empty study of 900 days; labels follow `signal`."""
+    template = records.read_all(tiny_study)[0]
+
+    def make(*, folds: int = 1, first: str = "2012-01-02") -> tuple[Planted, np.ndarray, np.random.Generator]:
+        rng = np.random.default_rng(0)
+        signal = rng.standard_normal(DAYS)
+        labels = (rng.random(DAYS) < metrics.sigmoid(signal)).astype(np.float32)
+        days = np.busday_offset(first, np.arange(DAYS), roll="forward").astype("datetime64[D]")
+        return Planted(tmp_path, template, labels, days, np.arange(DAYS) * folds // DAYS), signal, rng
+
+    return make
+
+
+def build(planted, spec, trials, tmp_path, seeds=SEEDS):
+    return confirmation.build(planted.folder, spec, trials, seeds, data_root=tmp_path)
+
+
+def test_a_planted_signal_is_confirmed_and_its_equal_can_not_be_told_from_it(plant, spec, tmp_path):
+    planted, signal, rng = plant()
+    planted.baselines({"prior": np.zeros(DAYS), "weak": 0.2 * signal})
+    noise = {0: 0.3, 1: 0.3, 2: 2.0}
+    trials = [planted.trial(n, signal + sd * rng.standard_normal(DAYS)) for n, sd in noise.items()]
+    for number, sd in noise.items():
+        for seed in SEEDS:
+            planted.member(number, seed, signal + sd * rng.standard_normal(DAYS))
+    found = build(planted, spec, trials, tmp_path)
+    assert found.complete and found.baseline == "weak" and found.n_compared == 3 and found.seeds == SEEDS
+    assert {each.trial for each in found.confirmed} == {0, 1}
+    assert {found.best.trial, *(each.trial for each in found.alike)} == {0, 1}
+    assert found.candidates[2].words == "not confirmed"
+    assert found.superior_p_value < 0.01 and found.overfitting < 0.6
+    said = words.answer(found)
+    assert said.startswith(f"CONFIRMED: trial {found.best.trial} beats weak by 0.") and "95 %" in said
+    assert words.alike(found) == f"indistinguishable from the best: trial {found.alike[0].trial}"
+    # By Jensen's inequality an ensemble's log loss is below its members' mean; how far, their noise decides.
+    for each in found.candidates:
+        assert each.ensemble.gain.mean > each.verdict.gain.mean
+        assert each.verdict.gain.mean == pytest.approx(found.baseline_loss - each.mean_value, abs=1e-6)
+    assert confirmation.read(tmp_path) is None
+    confirmation.write(tmp_path, found)
+    assert confirmation.read(tmp_path) == found
+
+
+def test_a_baseline_that_is_truly_best_is_reported_so(plant, spec, tmp_path):
+    planted, signal, rng = plant()
+    planted.baselines({"prior": np.zeros(DAYS), "truth": signal})
+    trials = [planted.trial(n, signal + rng.standard_normal(DAYS)) for n in range(2)]
+    for record in trials:
+        for seed in SEEDS:
+            planted.member(record.trial_number, seed, signal + rng.standard_normal(DAYS))
+    found = build(planted, spec, trials, tmp_path)
+    assert found.baseline == "truth" and found.confirmed == () and found.superior_p_value > 0.5
+    assert words.answer(found).startswith("NOT CONFIRMED: truth is better than every trial trained again")
+
+
+def test_a_lucky_search_is_seen_through(plant, spec, tmp_path):
+    """The winner knew a tenth of the labels; its fresh seeds know nothing."""
+    planted, _, rng = plant()
+    planted.baselines({"prior": np.zeros(DAYS)})
+    lucky = 0.3 * rng.standard_normal(DAYS) + 0.6 * (2 * planted.labels - 1)
+    trials = [planted.trial(0, lucky)]
+    for seed in SEEDS:
+        planted.member(0, seed, 0.3 * rng.standard_normal(DAYS))
+    found = build(planted, spec, trials, tmp_path)
+    (candidate,) = found.candidates
+    assert candidate.too_good.low > 0.2
+    assert candidate.too_good.mean == pytest.approx(candidate.mean_value - candidate.search_value, abs=1e-6)
+    assert found.confirmed == () and found.overfitting is None and found.luck is None
+    assert "too good (95 %:" in words.luck(found)
+
+
+def test_a_candidate_whose_seed_fails_is_not_confirmed_and_says_why(plant, spec, tmp_path):
+    planted, signal, rng = plant()
+    planted.baselines({"prior": np.zeros(DAYS)})
+    trials = [planted.trial(n, signal) for n in range(2)]
+    for seed in SEEDS:
+        planted.member(0, seed, None if seed == 12 else signal + 0.1 * rng.standard_normal(DAYS))
+        planted.member(1, seed, signal + 0.1 * rng.standard_normal(DAYS))
+    found = build(planted, spec, trials, tmp_path)
+    assert found.complete and found.candidates[0].verdict is None
+    assert found.candidates[0].words == "not confirmed: 1 of 3 seeds diverged"
+    assert found.candidates[0].values[1] is None and found.candidates[0].mean_value is not None
+    assert found.candidates[1].words == "best, confirmed"
+
+
+def test_half_a_confirmation_compares_the_seeds_that_all_have(plant, spec, tmp_path):
+    planted, signal, rng = plant()
+    planted.baselines({"prior": np.zeros(DAYS)})
+    trials = [planted.trial(n, signal) for n in range(2)]
+    empty = build(planted, spec, trials, tmp_path)
+    assert not empty.complete and empty.seeds == () and empty.best is None
+    assert "nothing can be said yet" in words.answer(empty)
+    for number, seed in ((0, 11), (1, 11), (0, 12), (1, 12), (0, 13)):
+        planted.member(number, seed, signal + 0.1 * rng.standard_normal(DAYS))
+    found = build(planted, spec, trials, tmp_path)
+    assert (found.n_trained, found.n_members, found.seeds) == (5, 6, (11, 12))
+    assert not found.complete and all(len(each.values) == 2 for each in found.candidates)
+
+
+def test_what_the_search_lacks_is_said(plant, spec, tmp_path):
+    planted, signal, rng = plant()
+    planted.baselines({"prior": np.zeros(DAYS)})
+    trials = [planted.trial(n, signal) for n in range(2)]
+    (records.trial_folder(tmp_path, 1) / "predictions.parquet").unlink()
+    for seed in SEEDS:
+        planted.member(0, seed, signal + 0.1 * rng.standard_normal(DAYS))
+    records.log_opening(tmp_path, {})
+    raised = spec.model_copy(update={"study": spec.study.model_copy(update={"n_trials": 9})})
+    found = build(planted, raised, trials[:1], tmp_path)
+    assert found.n_compared == 1 and found.n_finished == 2
+    for said in ("opened once", "its best of 2 trials so far, of 9", "1 trials are in no test over the whole search"):
+        assert any(said in note for note in found.notes), found.notes
+
+
+@pytest.mark.parametrize("damage", ["no baselines", "no predictions", "torn", "other rows"])
+def test_what_can_not_be_compared_is_one_clear_line(damage, plant, spec, tmp_path):
+    planted, signal, _ = plant()
+    planted.baselines({"prior": np.zeros(DAYS)})
+    trials = [planted.trial(0, signal)]
+    for seed in SEEDS:
+        planted.member(0, seed, signal)
+    path = records.member_folder(tmp_path, 0, 12) / "predictions.parquet"
+    if damage == "no baselines":
+        path = tmp_path / "baselines.parquet"
+        path.unlink()
+    elif damage == "no predictions":
+        path.unlink()
+    elif damage == "torn":
+        path.write_bytes(path.read_bytes()[:100])
+    else:
+        records.write_predictions(path.parent, planted.table(signal).slice(1))
+    with pytest.raises(FintxError) as caught:
+        build(planted, spec, trials, tmp_path)
+    assert str(caught.value).startswith(f"{path}: ") and "\n" not in str(caught.value)
+
+
+def test_a_damaged_confirmation_is_named(tmp_path):
+    (tmp_path / confirmation.FILE).write_text('{"study": 1}')
+    with pytest.raises(records.DamagedRecord, match="is no confirmation of this fintx"):
+        confirmation.read(tmp_path)
+
+
+def test_folds_and_years_share_the_gain_out(plant, spec, tmp_path):
+    """Half of the days have a signal that the model knows, and half have none."""
+    planted, signal, rng = plant(folds=2)
+    late = np.arange(DAYS) >= DAYS // 2
+    planted.labels[late] = (rng.random(late.sum()) < 0.5).astype(np.float32)
+    planted.baselines({"prior": np.zeros(DAYS)})
+    trials = [planted.trial(0, np.where(late, 0.05, 1) * signal)]
+    for seed in SEEDS:
+        planted.member(0, seed, np.where(late, 0.05, 1) * signal + 0.02 * rng.standard_normal(DAYS))
+    found = build(planted, spec, trials, tmp_path)
+    groups = {(group.kind, group.name): group for group in found.candidates[0].groups}
+    first, second = groups["fold", "1"].gain, groups["fold", "2"].gain
+    assert first.low > 0.05 and second.low < 0 < second.high
+    years = [group for (kind, _), group in groups.items() if kind == "year"]
+    assert sum(group.n for group in years) == DAYS and len(years) == 4
+    assert found.candidates[0].verdict.gain.mean == pytest.approx((first.mean + second.mean) / 2)
+    weighted = sum(group.n * group.gain.mean for group in years) / DAYS
+    assert found.candidates[0].verdict.gain.mean == pytest.approx(weighted)
+
+
+def test_thirds_of_vix_are_told_where_vix_is_in_the_data(shared_data, plant, spec, tmp_path):
+    import datetime
+
+    sources.import_file(shared_data / "VIX.csv", "VIX", root=tmp_path, today=datetime.date(2026, 11, 1))
+    planted, signal, _ = plant(first="2008-01-02")
+    planted.baselines({"prior": np.zeros(DAYS)})
+    trials = [planted.trial(0, signal)]
+    for seed in SEEDS:
+        planted.member(0, seed, signal + 0.001 * seed)
+    with_vix = spec.model_copy(update={"data": spec.data.model_copy(update={"context": ("VIX",)})})
+    found = build(planted, with_vix, trials, tmp_path)
+    thirds = [group for group in found.candidates[0].groups if group.kind == "vix"]
+    assert [group.name for group in thirds] == ["calm", "middling", "nervous"]
+    assert all(abs(group.n - DAYS / 3) < 25 for group in thirds)
+
+
+def test_a_regression_is_compared_by_its_squared_error(plant, spec, tmp_path):
+    planted, signal, rng = plant()
+    planted.kind = "regression"
+    planted.labels = (0.01 * signal + 0.01 * rng.standard_normal(DAYS)).astype(np.float32)
+    task = spec.task.model_copy(update={"kind": "regression", "price": None, "threshold": None})
+    study = spec.study.model_copy(update={"metric": "mse"})
+    regression = spec.model_copy(update={"task": task, "study": study})
+    planted.baselines({"zero": np.zeros(DAYS)})
+    trials = [planted.trial(0, 0.01 * signal)]
+    for seed in SEEDS:
+        planted.member(0, seed, 0.01 * signal + 0.001 * rng.standard_normal(DAYS))
+    found = build(planted, regression, trials, tmp_path)
+    assert found.loss == "mse" and found.best.words == "best, confirmed"
+    assert found.best.verdict.gain.mean == pytest.approx(1e-4, rel=0.2)
+
+
+# --- seeds ------------------------------------------------------------------------------------------------------------
+
+
+def test_fresh_seeds_are_the_same_for_ever_and_none_of_the_searchs():
+    few, many = confirm.fresh_seeds(0, 3, used=set()), confirm.fresh_seeds(0, 20, used=set())
+    assert many[:3] == few and len(set(many)) == 20
+    search = {sampler.derive_seed(0, sampler.TRIAL, number) for number in range(200)}
+    assert not search & set(many)
+    assert confirm.fresh_seeds(0, 2, used={few[0]}) == many[1:3]
+    assert confirm.fresh_seeds(1, 3, used=set()) != few
