@@ -1,4 +1,4 @@
-"""Does the study's best trial beat what must be beaten? In a sentence, with its interval, and what makes it doubtful."""
+"""Does the study's best trial beat what must be beaten? In a sentence, with its interval and its doubts."""
 
 from __future__ import annotations
 

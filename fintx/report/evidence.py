@@ -21,7 +21,7 @@ from fintx.evaluate.significance import Resamples
 from fintx.study import predictions, records
 from fintx.study.predictions import Rows
 from fintx.study.records import StudyFile, TrialRecord
-from fintx.types import Floats, FintxError
+from fintx.types import FintxError, Floats
 
 LOSS_WORDS = {"log_loss": "log loss", "brier": "Brier score", "mse": "squared error", "mae": "absolute error"}
 

@@ -20,7 +20,7 @@ from fintx.model import sizes
 from fintx.report.evidence import LOSS_WORDS, Evidence
 from fintx.report.words import count, listed
 from fintx.study.records import TrialRecord
-from fintx.types import Floats, FintxError, Ints
+from fintx.types import FintxError, Floats, Ints
 
 Over = Literal["parameters", "data"]
 LEAST_SIZES, LEAST_TRIALS, LEAST_PER_SIZE = 3, 8, 2

@@ -12,7 +12,7 @@ from fintx.data.bars import Bars
 from fintx.report import sheet
 from fintx.report.evidence import Evidence
 from fintx.report.sheet import Sheet
-from fintx.types import Floats, FintxError
+from fintx.types import FintxError, Floats
 
 
 @dataclass(frozen=True, eq=False)

@@ -19,7 +19,7 @@ from typing import Any
 from fintx.config import ConfirmConfig, StudySpec, TrialConfig
 from fintx.data import windows
 from fintx.evaluate import metrics
-from fintx.study import confirmation, lock, opening, records, sampler, stopping, trial
+from fintx.study import comparison, confirmation, lock, opening, records, sampler, stopping, trial
 from fintx.study.confirmation import Confirmation
 from fintx.study.events import (
     ConfirmReady,
@@ -76,6 +76,7 @@ class Retraining:
         self._attempts: dict[int, int] = {}
         self._tried: Counter[int] = Counter()
         self._aside: dict[int, str] = {}
+        self._failed_in_a_row = 0
         self._look_at = 0.0
         self._stop_before = stopping.request(self.folder)
 
@@ -145,6 +146,7 @@ class Retraining:
             case "done":
                 del self.held[key]
                 self.done.add(key)
+                self._failed_in_a_row = 0
                 record = records.read(self._where(key) / "record.json")
                 words, total = self._words(key), len(self.members)
                 self.notify(MemberFinished(self.name, key, words, record, len(self.done), total))
@@ -166,6 +168,12 @@ class Retraining:
             self._aside[key] = f"{self._words(key)} {words}"
         more = f"{left} attempts left" if left > 0 else "left aside; the next run tries it again"
         self._release(key, f"attempt {self._attempts[key]} {words}; {more}")
+        self._failed_in_a_row += 1
+        if self._failed_in_a_row >= self.spec.execution.max_failures:
+            self.problem = self.problem or FintxError(
+                f"{self.name}: stopped after {self._failed_in_a_row} failures in a row, the last {words}; mend the "
+                "cause (or raise execution.max_failures), and the same command continues"
+            )
 
     def _release(self, key: int, words: str) -> None:
         del self.held[key]
@@ -181,7 +189,7 @@ class Retraining:
         """Compare what has been trained so far, and write confirmation.json."""
         found = None
         try:
-            found = confirmation.build(self.folder, self.spec, self.trials, self.seeds, data_root=self.data_root)
+            found = comparison.build(self.folder, self.spec, self.trials, self.seeds, data_root=self.data_root)
             confirmation.write(self.folder, found)
         except FintxError as error:
             self.problem = self.problem or error

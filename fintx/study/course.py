@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from fintx import sweepchecks
 from fintx.config import StudySpec, TrialConfig
 from fintx.study import queue, records, sampler, stopping, trial
 from fintx.study.events import EpochDone, Event, Notice, TrialEnded, TrialFinished, TrialStarted
@@ -27,6 +28,8 @@ _RENEW_S = 15.0
 _LOOK_S = 2.0
 """How often the file's queue, a request to stop and other machines' results are looked for."""
 _IDLE_S = 1.0
+_FIXED = ("task", "split", "budget", "architecture", "model", "optim", "train", "space")
+"""Sections whose edits wait for the next start, which refuses them or forks."""
 """After there was nothing to do, until it is asked again; the end of a trial of its own ends the wait."""
 _BACKOFF_S = (0.2, 5.0)
 
@@ -288,7 +291,9 @@ class Course:
             self._aside[number] = f"trial {number} {words}"
         more = f"{left} attempts left" if left > 0 else "left aside; the next run tries it again"
         self._release(claim, "failed", words, said=f"attempt {claim.attempt} {words}; {more}")
-        self._count_failure(f"{kind} ({text})", words)
+        # Of one kind whatever path or number its text names: an exception's type, a signal, an exit code.
+        what = "" if kind == "hung" else f" ({text.partition(':')[0].partition(' (')[0]})"
+        self._count_failure(f"{kind}{what}", words)
 
     def _release(self, claim: Claim, state: Any, detail: str, *, said: str = "") -> None:
         del self.held[claim.number]
@@ -363,7 +368,12 @@ class Course:
                 return
             study = self.spec.study.model_copy(update={"n_trials": fresh.study.n_trials})
             spec = self.spec.model_copy(update={"queue": fresh.queue, "study": study})
+            if misfit := next(sweepchecks.cross_checks(spec), None):
+                raise FintxError(f"{'.'.join(map(str, misfit[0]))}: {misfit[1]}")
             queue.validate(spec, n_features=len(spec.data.features))
+            waiting = [name for name in _FIXED if getattr(fresh, name) != getattr(self.spec, name)]
+            if waiting:
+                self._say_once(f"edits of [{'], ['.join(waiting)}] are not taken while the study runs")
         except FintxError as error:
             self.notify(Notice(self.name, f"the edited sweep file is not taken: {error}"))
             return

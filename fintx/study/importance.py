@@ -60,7 +60,9 @@ def ped_anova(found: Sequence[TrialRecord], space: SearchSpace, *, seed: int = 0
 
 
 def _shares(
-    params: Sequence[dict[str, object]], values: np.ndarray, distributions: dict[str, BaseDistribution]
+    params: Sequence[dict[str, bool | int | float | str]],
+    values: np.ndarray,
+    distributions: dict[str, BaseDistribution],
 ) -> dict[str, float]:
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     study = optuna.create_study(direction="minimize")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import hashlib
 import json
 import os
@@ -23,8 +25,8 @@ from fintx.data.windows import Dataset
 from fintx.evaluate import baselines, metrics
 from fintx.study import environment, lock, records
 from fintx.study.records import FoldRecord, TrialRecord
-from fintx.train import checkpoint, loop, resume
-from fintx.types import Floats
+from fintx.train import checkpoint, hosts, loop, resume
+from fintx.types import FintxError, Floats
 
 
 class Job(BaseModel):
@@ -91,7 +93,9 @@ def run(job: Job, folds: tuple[Dataset, ...], hooks: Hooks) -> TrialRecord | Non
     """
     where = job.folder
     with lock.seize(where / "run") as check:
-        if (where / "record.json").is_file():  # an earlier attempt that lost its coordinator came to the end
+        is_done = (where / "record.json").is_file()
+        _gather_hosts(job, folds, is_done=is_done)
+        if is_done:  # an earlier attempt that lost its coordinator came to the end
             return records.read(where / "record.json")
         started = environment.now()
         fits = _fit_folds(job, folds, hooks, check)
@@ -111,12 +115,43 @@ def run(job: Job, folds: tuple[Dataset, ...], hooks: Hooks) -> TrialRecord | Non
     return record
 
 
+def follow(job: Job, folds: tuple[Dataset, ...]) -> None:
+    """What the other processes of several hosts do meanwhile: the same training; nothing is told or written."""
+    if _gather_hosts(job, folds, is_done=False):
+        silent = Hooks(
+            on_epoch=lambda fold, epoch: None,
+            on_progress=lambda fold, step: None,
+            on_warning=lambda text: None,
+            should_stop=lambda: False,
+        )
+        _fit_folds(job, folds, silent, lambda: None)
+
+
+def _gather_hosts(job: Job, folds: tuple[Dataset, ...], *, is_done: bool) -> bool:
+    """Whether there is anything to train, once all hosts are known to see the same.
+
+    Raises:
+        FintxError: some don't see the study's folder, or read other data.
+    """
+    (done,) = hosts.agree(is_done)
+    if not hosts.least(job.study_folder.is_dir()):
+        raise FintxError(
+            f"{job.study_folder}: not all hosts see it; give --outputs a folder on a file system they share"
+        )
+    data = int(
+        hashlib.sha256("".join(fold.data_hash + fold.label_hash for fold in folds).encode()).hexdigest()[:15], 16
+    )
+    if hosts.least(data) != hosts.most(data):
+        raise FintxError(f"{job.data_root}: the hosts read different data there; give --data-dir a folder they share")
+    return not done
+
+
 def _fit_folds(
     job: Job, folds: tuple[Dataset, ...], hooks: Hooks, check: Callable[[], None]
 ) -> list[loop.FitResult] | None:
     fits: list[loop.FitResult] = []
     for index, dataset in enumerate(folds):
-        hook = _FoldHooks(job, index, hooks)
+        hook = _FoldHooks(job, index, hooks, begun=not hosts.is_first())
         folder, every_s = job.folder / "run" / f"fold_{index}", job.spec.execution.checkpoint_s
         fit = loop.fit(
             job.config,
@@ -128,6 +163,7 @@ def _fit_folds(
             should_stop=hooks.should_stop,
             saves=resume.Saves(folder, every_s, check, at_end=index + 1 < len(folds)),
             memory_limit=job.memory_limit,
+            mesh=job.spec.mesh,
         )
         if fit.outcome == "interrupted":
             return None
@@ -189,6 +225,8 @@ def _record(job: Job, fits: list[loop.FitResult], folds: tuple[Dataset, ...], *,
         attempt=job.attempt,
         host=socket.gethostname(),
         micro_batch=fits[-1].micro_batch,
+        remat=fits[-1].arrangement.remat,
+        layout=dataclasses.asdict(fits[-1].arrangement.layout),
         memory_bytes=max(estimates, default=None),
         folds=kept,
         libraries=environment.libraries(),
@@ -245,6 +283,7 @@ def _checkpoint_meta(record: TrialRecord, dataset: Dataset, *, fold: int) -> dic
         "label_hash": dataset.label_hash,
         "split_hash": dataset.split_hash,
         "libraries": record.libraries,
+        "layout": record.layout,
     }
 
 
@@ -271,7 +310,8 @@ def ensure_baselines(
     """
     path = folder / "baselines.json"
     if path.is_file():
-        return json.loads(path.read_text())
+        with contextlib.suppress(ValueError):  # damaged: made again
+            return json.loads(path.read_text())
     kept = data_root / "baselines" / _baselines_key(folds, spec)
     found = _kept_baselines(kept)
     if found is None:

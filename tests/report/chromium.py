@@ -125,7 +125,8 @@ def browser(profile: Path) -> Iterator[Browser]:
     # Chromium reads commands from descriptor 3 and writes answers to 4.
     shell = ["bash", "-c", f'exec "$@" 3<&{to_read} 4>&{from_write}', "bash", *command]
     process = subprocess.Popen(
-        shell, pass_fds=(to_read, from_write), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+        shell, pass_fds=(to_read, from_write), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        start_new_session=True,
     )  # fmt: skip
     os.close(to_read)
     os.close(from_write)
