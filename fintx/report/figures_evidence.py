@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -83,9 +84,8 @@ def reliability(found: Mapping[str, Sequence[ReliabilityBin]]) -> Picture:
         axes.set_xlabel("probability said")
         axes.set_ylabel("share that came")
         caption = (
-            "Ten bins of equal size; bars are 95 % Wilson intervals, too narrow where labels overlap. On the "
-            "dashed line "
-            "a forecast means what it says."
+            "Ten bins of equal size; bars are 95 % Wilson intervals, too narrow where labels overlap. On the dashed "
+            "line a forecast means what it says."
         )
         return keep(figure, "reliability", "Reliability", caption)
 
@@ -175,7 +175,7 @@ def scaling(shown: ScalingPlot) -> Picture:
         values = [*shown.loss, 1.0]
         pad = 0.06 * (max(values) - min(values))
         left.set_ylim(_bottom(shown) - pad, _top(shown) + pad)
-        left.text(left.get_xlim()[0], 1.0, f" {shown.baseline}", va="bottom", ha="left", fontsize=8.5, color=INK)
+        left.text(left.get_xlim()[1], 1.0, shown.baseline, va="bottom", ha="right", fontsize=8.5, color=INK)
         left.set_xlabel(shown.size_words)
         right.set_xlabel("training compute (FLOPs)")
         left.set_ylabel(f"{shown.loss_words} ÷ that of {shown.baseline}")
@@ -183,9 +183,8 @@ def scaling(shown: ScalingPlot) -> Picture:
         right.legend(fontsize=8, loc="upper right", handles=[right.lines[-1]])
         _skill_axis(right, shown.skill_of)
         caption = (
-            f"Below the dashed line a trial beats {shown.baseline}. Dark: the best quarter of each size's "
-            f"first trials; "
-            "light: all. The right-hand scale says the same as skill over the prior."
+            f"Below the dashed line a trial beats {shown.baseline}. Dark: the best quarter of each size's first "
+            "trials; light: all. The right-hand scale says the same as skill over the prior."
         )
         return keep(figure, "scaling", "Loss against size and compute", caption)
 
@@ -201,10 +200,15 @@ def _bottom(shown: ScalingPlot) -> float:
 
 def _skill_axis(axes: Axes, skill_of: tuple[float, float]) -> None:
     a, b = skill_of
-    second = axes.secondary_yaxis(
-        "right", functions=(lambda y: a + b * np.asarray(y), lambda s: (np.asarray(s) - a) / b)
-    )
-    second.yaxis.set_major_formatter(PercentFormatter(1.0, symbol=" %"))
+
+    def to_skill(loss: Any) -> Any:
+        return a + b * loss
+
+    def to_loss(skill: Any) -> Any:
+        return (skill - a) / b
+
+    second = axes.secondary_yaxis("right", functions=(to_skill, to_loss))
+    second.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=1, symbol=" %"))
     second.set_ylabel("skill over the prior")
 
 
@@ -241,8 +245,7 @@ def ladder(
         axes.xaxis.set_major_formatter(PercentFormatter(1.0, symbol=" %"))
         axes.set_xlabel("skill over the prior")
         caption = (
-            "Dots: the best trial of each study with the 95 % interval of its skill over other days; red: "
-            "the best baseline "
-            "on the same rows. Skills compare studies whose labels differ; losses don't."
+            "Dots: the best trial of each study with the 95 % interval of its skill over other days; red: the best "
+            "baseline on the same rows. Skills compare studies whose labels differ; losses don't."
         )
         return keep(figure, "skill_by_study", "Skill by study", caption)

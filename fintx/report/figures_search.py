@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.patches import FancyBboxPatch
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter, PercentFormatter
 
@@ -117,13 +118,13 @@ def slices(found: Sequence[Slice], skills: Floats) -> Picture:
         for axes, each in zip(grid.flat, found, strict=False):
             words = any(isinstance(value, str) for value in each.values)
             names = sorted(set(map(str, each.values)))
-            x = [names.index(str(value)) for value in each.values] if words else list(each.values)
+            x = [float(names.index(str(value)) if words else value) for value in each.values]
             axes.scatter(x, skills, s=14, color=BLUE, alpha=0.5, linewidths=0)
             axes.scatter([x[best]], [skills[best]], s=38, facecolors="none", edgecolors=VERMILLION, linewidths=1.5)
             if words:
                 axes.set_xticks(range(len(names)), names)
-            elif each.log and min(x) > 0:  # type: ignore[type-var, operator]
-                _log_ticks(axes, [float(v) for v in x])
+            elif each.log and min(x) > 0:
+                _log_ticks(axes, x)
             axes.set_xlabel(each.words)
             axes.set_ylim(low, high)
             axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=1, symbol=" %"))
@@ -135,9 +136,9 @@ def slices(found: Sequence[Slice], skills: Floats) -> Picture:
         return keep(figure, "slices", "Slices through the search space", caption)
 
 
-def _log_ticks(axes: object, values: Sequence[float]) -> None:
+def _log_ticks(axes: Axes, values: Sequence[float]) -> None:
     """A log axis with few, plain numbers."""
-    axes.set_xscale("log")  # type: ignore[attr-defined]
+    axes.set_xscale("log")
     low, high = min(values), max(values)
     distinct = sorted(set(values))
     if len(distinct) <= 5:
@@ -145,10 +146,10 @@ def _log_ticks(axes: object, values: Sequence[float]) -> None:
     else:
         middle = math.sqrt(low * high)
         ticks = [_round(low), _round(middle), _round(high)] if high / low > 1.5 else [_round(middle)]
-    axes.set_xticks(ticks)  # type: ignore[attr-defined]
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))  # type: ignore[attr-defined]
-    axes.xaxis.set_minor_formatter(NullFormatter())  # type: ignore[attr-defined]
-    axes.minorticks_off()  # type: ignore[attr-defined]
+    axes.set_xticks(ticks)
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.minorticks_off()
 
 
 def _round(value: float) -> float:
@@ -162,10 +163,10 @@ def shape_map(trained: Sequence[tuple[Shape, float]], feasible: Sequence[Shape])
         widths = sorted({shape.d_model for shape in feasible} | {shape.d_model for shape, _ in trained})
         for width in sorted({shape.d_model for shape in feasible}):
             depths = [shape.n_layers for shape in feasible if shape.d_model == width]
-            place = widths.index(width)
+            middle = widths.index(width)
             low, high = math.log2(min(depths)) - 0.18, math.log2(max(depths)) + 0.18
             axes.add_patch(
-                FancyBboxPatch((place - 0.3, low), 0.6, high - low, boxstyle="round,pad=0,rounding_size=0.15",
+                FancyBboxPatch((middle - 0.3, low), 0.6, high - low, boxstyle="round,pad=0,rounding_size=0.15",
                                facecolor="none", edgecolor=MUTED, linewidth=0.9)
             )  # fmt: skip
         ordered = sorted(trained, key=lambda pair: pair[1])
@@ -190,9 +191,8 @@ def shape_map(trained: Sequence[tuple[Shape, float]], feasible: Sequence[Shape])
         bar.outline.set_visible(False)
         bar.ax.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=1, symbol=" %"))
         caption = (
-            "Each point is a trained shape, its colour the trial's skill; outlines hold the depths that fit "
-            "the budget at "
-            "each width. Points of one width stand side by side by number of heads."
+            "Each point is a trained shape, its colour the trial's skill; outlines hold the depths that fit the budget "
+            "at each width. Points of one width stand side by side by number of heads."
         )
         return keep(figure, "shape_map", "Map of shapes", caption)
 
@@ -259,8 +259,7 @@ def importance(found: Sequence[tuple[str, float, float]]) -> Picture:
         axes.xaxis.set_major_formatter(PercentFormatter(1.0, symbol=" %"))
         axes.set_xlabel("share of importance (PED-ANOVA)")
         caption = (
-            "Bars: how differently the best trials are spread along each value. Orange: what 95 % of studies "
-            "with shuffled "
-            "results stay below; a bar that doesn't reach beyond it (grey) shows nothing."
+            "Bars: how differently the best trials are spread along each value. Orange: what 95 % of studies with "
+            "shuffled results stay below; a bar that doesn't reach beyond it (grey) shows nothing."
         )
         return keep(figure, "importance", "What matters for a good trial", caption)

@@ -7,8 +7,8 @@ of a difference of two groups' mean skill is therefore
     s² (1/nᵢ + 1/nⱼ) + Var_days(meanᵢ − meanⱼ)
 
 with s² the variance of trials within groups, pooled (one-way ANOVA), and the second part from the same resampled days
-for both (`evaluate.significance`). Groups are compared with the best one by Tukey's studentised range, so that choosing
-the best of many groups makes no difference out of nothing. Skill is 1 − loss / loss of the training prior.
+for both. Groups are compared with the best one by Tukey's studentised range, so that choosing the best of many groups
+makes no difference out of nothing. Skill is 1 − loss / loss of the training prior.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from scipy import stats
@@ -127,7 +128,7 @@ def _knob(evidence: Evidence, path: str) -> Pattern:
     section, _, key = path.partition(".")
     name = key.replace("_", " ")
 
-    def value(record: TrialRecord) -> object:
+    def value(record: TrialRecord) -> Any:
         return getattr(getattr(record.config, section), key)
 
     held = [value(record) for record in evidence.ranked]
@@ -139,8 +140,7 @@ def _knob(evidence: Evidence, path: str) -> Pattern:
         thirds = [np.array(held, float)[np.searchsorted(edges, np.array(held, float)) == i] for i in range(3)]
         spans = [f"{_said(each.min())} … {_said(each.max())}" if len(each) else "" for each in thirds]
         found = pattern(
-            evidence, key, name, lambda r: int(np.searchsorted(edges, float(value(r))))  # type: ignore[arg-type]
-            , lambda i: spans[int(i)]
+            evidence, key, name, lambda r: int(np.searchsorted(edges, float(value(r)))), lambda i: spans[int(i)]
         )  # fmt: skip
     numeric = all(isinstance(v, int | float) and not isinstance(v, bool) for v in held)
     trend = ranks.spearman(np.array(held, float), _skills(evidence, evidence.ranked)) if numeric else None

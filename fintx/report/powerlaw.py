@@ -23,7 +23,7 @@ from fintx.types import Floats
 HUBER = 1e-3
 """δ in ln loss, the paper's: residuals beyond a thousandth count by their size, not by their square."""
 _EXPONENTS = (0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.7, 0.9, 1.2, 1.6, 2.2, 3.0)
-_BOUND = (0.01, 5.0)
+BOUND = (0.01, 5.0)
 """Of an exponent: below, x^(−α) is a logarithm; above, a step."""
 _TINY = 1e-9
 _STARTS = 3
@@ -73,7 +73,7 @@ class Fit:
         """Losses that the fit predicts."""
         relative = np.asarray(sizes, np.float64) / self.unit
         terms = zip(self.heights, FORMS[self.form], self.exponents, strict=True)
-        return np.asarray(self.floor + sum(h * relative ** (s * x) for h, s, x in terms), np.float64)
+        return self.floor + np.sum([h * relative ** (s * x) for h, s, x in terms], axis=0)
 
 
 def fit(form: Form, sizes: Floats, losses: Floats, *, starts: Sequence[tuple[float, ...]] | None = None) -> Fit:
@@ -82,7 +82,8 @@ def fit(form: Form, sizes: Floats, losses: Floats, *, starts: Sequence[tuple[flo
     Args:
         sizes: (n,) positive.
         losses: (n,) positive.
-        starts: exponents to start from; none: a grid.
+        starts: exponents to start from, for a refit near a known fit: the best of them is descended from; none: a grid,
+            and its best three.
 
     Raises:
         ValueError: other lengths, or numbers that aren't positive.
@@ -94,7 +95,8 @@ def fit(form: Form, sizes: Floats, losses: Floats, *, starts: Sequence[tuple[flo
     logs, wanted, signs = np.log(sizes / unit), np.log(losses), FORMS[form]
     grid = starts if starts is not None else list(itertools.product(_EXPONENTS, repeat=len(signs)))
     begun = sorted((_project(logs, wanted, signs, each) for each in grid), key=lambda found: found[0])
-    best = min((_descend(logs, wanted, signs, theta) for _, theta in begun[:_STARTS]), key=lambda found: found[0])
+    few = _STARTS if starts is None else 1
+    best = min((_descend(logs, wanted, signs, theta) for _, theta in begun[:few]), key=lambda found: found[0])
     total, theta = best
     k = len(signs)
     scale = math.exp(float(np.mean(wanted)))
@@ -134,7 +136,7 @@ def _project(
 def _descend(logs: Floats, wanted: Floats, signs: tuple[int, ...], theta: Floats) -> tuple[float, Floats]:
     """(Σ Huber, parameters) at the minimum that is reached from a start."""
     k, relative = len(signs), wanted - wanted.mean()
-    bounds = [(math.log(_TINY), 5.0)] * (1 + k) + [_BOUND] * k
+    bounds = [(math.log(_TINY), 5.0)] * (1 + k) + [BOUND] * k
     # From a smooth objective to the one that is wanted: at δ = 1e-3 it is nearly one of absolute values, whose kinks
     # stop a quasi-Newton method far from the minimum.
     ends = [(_objective(theta, logs, relative, signs, HUBER)[0], theta)]
@@ -153,15 +155,14 @@ def _objective(
 ) -> tuple[float, Floats]:
     """Σ Huber_δ and its gradient."""
     k = len(signs)
-    terms = [np.full_like(logs, math.exp(theta[0]))]
-    terms += [np.exp(theta[1 + i] + signs[i] * theta[1 + k + i] * logs) for i in range(k)]
-    whole = sum(terms)
+    slopes = np.concatenate([[0.0], np.multiply(signs, theta[1 + k :])])
+    terms = np.exp(theta[: 1 + k, None] + slopes[:, None] * logs)  # (1 + k, n)
+    whole = terms.sum(axis=0)
     residual = np.log(whole) - wanted
     slope = np.clip(residual, -delta, delta)
-    shares = [term / whole for term in terms]
-    gradient = [np.sum(slope * share) for share in shares]
-    gradient += [np.sum(slope * shares[1 + i] * signs[i] * logs) for i in range(k)]
-    return float(np.sum(slope * residual - 0.5 * np.square(slope))), np.array(gradient)
+    pull = (terms / whole) * slope
+    gradient = np.concatenate([pull.sum(axis=1), np.multiply(signs, pull[1:] @ logs)])
+    return float(slope @ residual - 0.5 * (slope @ slope)), gradient
 
 
 def _aicc(total: float, n: int, k: int) -> float | None:

@@ -7,7 +7,8 @@ more trials the best are luckier, and no size may have more luck than another.
 Two kinds of chance are drawn together, again and again: other days (blocks, the same for all trials and the baseline)
 and other runs (a size's trials, with replacement; the frontier is chosen anew from each draw). The gain is the mean
 relative loss at the smallest size less that at the largest. One interval of 90 % holds two tests of 5 %: its lower
-bound above 0 means *scales*, its upper bound below the stated difference means *flat* (Schuirmann 1987).
+bound above 0 means *scales* (unless AICc finds that a constant explains the trials as well), its upper bound below the
+stated difference means *flat* (Schuirmann 1987), and anything else *can't tell*.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ DIFFERENCE = 0.01
 """A gain below this share of the baseline's loss, from the smallest to the largest size, counts as none."""
 TEST = 0.05
 POWER = 0.8
-REFITS = 300
+REFITS = 200
 _FRONTIER = 0.25
 _WIDEN = (0.5, 0.8, 1.0, 1.25, 2.0)
 """Exponents that a refit starts from, as multiples of the whole sample's: the best of them is descended from."""
@@ -110,8 +111,19 @@ class Scaling:
 
     @property
     def word(self) -> Word:
-        """The verdict on tuned models, the frontier."""
-        return verdict(self.frontier.gain, self.difference)
+        """The verdict on tuned models, the frontier; for "scales" the form with the least AICc must fall, too."""
+        word = verdict(self.frontier.gain, self.difference)
+        return "can't tell" if word == "scales" and self.doubted else word
+
+    @property
+    def preferred(self) -> Law | None:
+        """The form with the least AICc, for the frontier, or for all trials where the frontier is too few."""
+        return self.frontier.preferred or self.every.preferred
+
+    @property
+    def doubted(self) -> bool:
+        """Whether a constant explains the trials as well as anything."""
+        return self.preferred is not None and self.preferred.fit.form == "constant"
 
     @property
     def sentence(self) -> str:
@@ -256,13 +268,18 @@ def sentence(scaling: Scaling) -> str:
         worse = " Bigger is worse." if gain.high < 0 else ""
         said = f"Flat. {span} {figures}: less than {stated}.{worse}"
     else:
-        said = f"Can't tell. {span} {figures}: neither above zero nor below {stated}. {needed(scaling)}"
+        why = f"neither above zero nor below {stated}"
+        if gain.low > 0:
+            why = "above zero, but by AICc a constant explains the trials as well"
+        said = f"Can't tell. {span} {figures}: {why}. {needed(scaling)}"
     return f"{said} {_beside(scaling)}".strip()
 
 
 def needed(scaling: Scaling) -> str:
     """How many days and runs would tell the stated difference from none, four times out of five."""
     gain, wanted = scaling.frontier.gain, scaling.difference / _reach()
+    if gain.se <= wanted:
+        return "Sizes further apart, or more trials of each, would tell."
     rest = wanted**2 - gain.by_days**2
     have = (
         f"To tell {percent(scaling.difference)} from nothing takes a standard error of {number(100 * wanted, 2)} %; "
@@ -292,8 +309,12 @@ def _beside(scaling: Scaling) -> str:
     best = min(scaling.frontier.by_cell)
     if best >= 1:
         parts.append(f"No size beats {scaling.field.baseline}.")
-    preferred = scaling.frontier.preferred or scaling.every.preferred
-    if preferred is not None and preferred.weight is not None:
+    preferred = scaling.preferred
+    if (
+        preferred is not None
+        and preferred.weight is not None
+        and not (scaling.doubted and scaling.word == "can't tell")
+    ):
         which = "the frontier" if scaling.frontier.preferred is not None else "all trials"
         words = {"constant": "a constant", "power law": "a power law"}.get(
             preferred.fit.form, "a power law that turns up again"

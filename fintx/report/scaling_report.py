@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 
@@ -13,6 +14,7 @@ from fintx.report.field import NotComparable, Over, gather
 from fintx.report.figures import Picture
 from fintx.report.figures_evidence import ScalingPlot
 from fintx.report.page import Block, Page, Prose, Section
+from fintx.report.powerlaw import BOUND
 from fintx.report.scaling import Law, Reading, Scaling
 from fintx.report.sheet import Format, Sheet
 from fintx.report.words import count, number, percent
@@ -20,6 +22,7 @@ from fintx.study import records
 from fintx.types import FintxError
 
 FOLDER = "_scaling"
+UNKNOWN = " (not determined)"
 
 
 def find(patterns: Sequence[str], *, outputs: Path) -> list[Path]:
@@ -30,30 +33,36 @@ def find(patterns: Sequence[str], *, outputs: Path) -> list[Path]:
     """
     found: dict[Path, None] = {}
     for pattern in patterns:
-        given = Path(pattern)
-        matches = [path for path in (given, outputs / pattern) if (path / "study.json").is_file()][:1]
-        if not matches and any(c in pattern for c in "*?["):
-            root = Path(given.anchor) if given.is_absolute() else Path()
-            inside = str(given.relative_to(given.anchor)) if given.is_absolute() else pattern
-            matches = [path for path in sorted(root.glob(inside)) if (path / "study.json").is_file()]
-            if not matches and not given.is_absolute():
-                matches = [path for path in sorted(outputs.glob(pattern)) if (path / "study.json").is_file()]
+        matches = _studies(Path(), pattern) or _studies(outputs, pattern)
         if not matches:
             known = ", ".join(path.name for path in records.study_folders(outputs)) or "none"
             raise FintxError(
-                f"{pattern}: fits no study under {outputs} (there: {known}); give names, folders or a pattern"
+                f"{pattern}: fits no study under {outputs} (there: {known}); give names, folders or a pattern in quotes"
             )
         found.update(dict.fromkeys(matches))
     return list(found)
 
 
-def read(folders: Sequence[Path], *, over: Over, difference: float) -> Scaling:
+def _studies(root: Path, pattern: str) -> list[Path]:
+    """The study folders under a root that a pattern, or a plain name, fits."""
+    given = root / pattern
+    start = Path(given.anchor) if given.is_absolute() else Path()
+    inside = given.relative_to(start) if given.is_absolute() else given
+    return [path for path in sorted(start.glob(str(inside))) if (path / "study.json").is_file()]
+
+
+def read(folders: Sequence[Path], *, over: str, difference: float) -> Scaling:
     """Gather, fit and judge.
 
     Raises:
-        FintxError: a study that holds nothing, or studies that differ in more than size.
+        FintxError: options that mean nothing, a study that holds nothing, or studies that differ in more than size.
     """
-    return scaling.read(gather([evidence.read(folder) for folder in folders], over=over), difference=difference)
+    if over not in ("parameters", "data"):
+        raise FintxError(f'--over {over!r}: wanted "parameters" or "data"')
+    if not 0 < difference < 1:
+        raise FintxError(f"--difference {difference:g}: wanted a share between 0 and 1, such as 0.01 for one percent")
+    field = gather([evidence.read(folder) for folder in folders], over=cast(Over, over))
+    return scaling.read(field, difference=difference)
 
 
 def write(found: Scaling, *, outputs: Path) -> Path:
@@ -79,20 +88,22 @@ def build(found: Scaling) -> Page:
             ("blocks of days", str(field.resamples.block)),
             ("stated difference", percent(found.difference)),
         ),
-        sections=(section(found),),
+        sections=(section(found, told=False),),
         footer=page.footer(),
     )
 
 
-def section(found: Scaling) -> Section:
-    """Figure and tables."""
+def section(found: Scaling, *, told: bool = True) -> Section:
+    """Figure and tables; with the verdict before them where it isn't told already."""
     how = (
-        f"Losses are divided by {found.field.baseline}'s on the same days, so that calm and wild times "
-        f"cancel. The frontier "
-        f"is the best quarter of each size's first {found.effort} successful trials: as many for every size, since the "
-        "best of more is luckier. Intervals: days resampled in blocks and runs resampled within each size, together."
+        f"Losses are divided by {found.field.baseline}'s on the same days, so that calm and wild times cancel. The "
+        f"frontier is the best quarter of each size's first {found.effort} successful trials: as many for every "
+        "size, since the best of more is luckier. Intervals: days resampled in blocks and runs resampled within each "
+        "size, together."
     )
-    blocks: list[Block] = [Prose(found.sentence), Prose(how, "note"), picture(found), *sheets(found)]
+    blocks: list[Block] = [Prose(how, "note"), picture(found), *sheets(found)]
+    if told:
+        blocks.insert(0, Prose(found.sentence))
     return Section("scaling", "Scaling", tuple(blocks))
 
 
@@ -116,7 +127,9 @@ def scaling_of_siblings(found: Evidence) -> Section | None:
         read_ = scaling.read(gather([found, *siblings]))
     except NotComparable as error:
         reasons = tuple(str(error).splitlines())
-        words = f"Beside this study lie {names}, of the same label and other budgets; no line can be fitted:"
+        words = (
+            f"Beside this study lie {names}, of the same label and other budgets; no line can be fitted through them:"
+        )
         return Section("scaling", "Scaling", (Prose(words), Prose(reasons, "note")))
     return section(read_)
 
@@ -157,15 +170,15 @@ def _sizes(found: Scaling) -> Sheet:
             (
                 name, " ".join(dict.fromkeys(field.names[s] for s in field.study[mine])), int(mine.sum()),
                 f"{count(field.size[mine].min())} … {count(field.size[mine].max())}",
-                float(np.median(field.flops[mine])),
-                float(field.loss[mine].min()), found.frontier.by_cell[i], found.every.by_cell[i],
+                float(np.median(field.flops[mine])), float(field.loss[mine].min()),
+                found.frontier.by_cell[i], found.every.by_cell[i],
                 1 - found.frontier.by_cell[i] * field.baseline_loss / field.prior_loss,
             )
         )  # fmt: skip
     columns: list[tuple[str, Format]] = [
         ("size", "text"), ("studies", "text"), ("trials", "whole"), (field.size_words, "text"),
-        ("median FLOPs", "size"),
-        ("least loss", "number"), ("frontier", "number"), ("all trials", "number"), ("frontier's skill", "percent"),
+        ("median FLOPs", "size"), ("least loss", "number"), ("frontier", "number"), ("all trials", "number"),
+        ("frontier's skill", "percent"),
     ]  # fmt: skip
     note = f"Losses relative to {field.baseline}: 1 is as good, .98 saves two percent."
     return sheet.of("sizes", "By size", columns, rows, note=note)
@@ -183,8 +196,7 @@ def _gains(found: Scaling) -> Sheet:
     ]  # fmt: skip
     note = (
         f"From the smallest size to the largest. Above 0 with its whole interval: scales. Below "
-        f"{percent(found.difference)} "
-        "with its whole interval: flat (two one-sided tests at 5 %)."
+        f"{percent(found.difference)} with its whole interval: flat (two one-sided tests at 5 %)."
     )
     return sheet.of("gains", "Gain, and the test of flatness", columns, rows, note=note)
 
@@ -197,25 +209,27 @@ def _laws(found: Scaling) -> Sheet:
         rows += [_law(reading, law) for law in reading.laws]
     columns: list[tuple[str, Format]] = [
         ("", "text"), ("form", "text"), ("E", "text"), ("A", "text"), ("α", "text"), ("B, β", "text"),
-        ("AICc", "number"),
-        ("weight", "percent"), ("off at the largest", "percent"),
+        ("AICc", "number"), ("weight", "percent"), ("off at the largest", "percent"),
     ]  # fmt: skip
     return sheet.of(
         "laws", "L(N) = E + A·N^(−α), relative losses", columns, rows,
-        note="Σ Huber of ln loss (Hoffmann et al. 2022, approach 3), 95 % intervals over days and runs. "
-        "Off at the largest: "
-        "fitted to the smaller sizes alone, the error of its prediction for the largest.",
+        note="Σ Huber of ln loss (Hoffmann et al. 2022, approach 3), 95 % intervals over days and runs. Off at the "
+        "largest: fitted to the smaller sizes alone, the error of its prediction for the largest.",
     )  # fmt: skip
 
 
 def _law(reading: Reading, law: Law) -> tuple[object, ...]:
     fit = law.fit
-    falls = (f"{fit.coefficients[0]:.3g}{_span(law.height)}", f"{number(fit.exponents[0], 3)}{_span(law.exponent)}")
+    falls: tuple[str | None, str | None] = (None, None)
     rises = None
+    if fit.exponents:
+        loose = law.exponent is not None and law.exponent[0] <= BOUND[0] * 1.01 and law.exponent[1] >= BOUND[1] * 0.99
+        height, exponent = (UNKNOWN, UNKNOWN) if loose else (_span(law.height), _span(law.exponent))
+        falls = (f"{fit.coefficients[0]:.3g}{height}", f"{number(fit.exponents[0], 3)}{exponent}")
     if len(fit.exponents) > 1:
         rises = f"{fit.coefficients[1]:.3g}, {number(fit.exponents[1], 3)}"
     return (
-        reading.which, fit.form, f"{number(fit.floor)}{_span(law.floor)}", *(falls if fit.exponents else (None, None)),
+        reading.which, fit.form, f"{number(fit.floor)}{_span(law.floor)}", *falls,
         rises, fit.aicc, law.weight, law.held_out,
     )  # fmt: skip
 

@@ -54,7 +54,7 @@ class Search:
     finished: int
     wanted: int
     repeated_configs: tuple[tuple[int, ...], ...]
-    """Trials that differ in nothing but their seed; no config is proposed twice, so a fork or a file did."""
+    """Trials that differ in nothing but their seed."""
     repeated_shapes: tuple[tuple[Shape, tuple[int, ...]], ...]
     """Shapes trained with several training values, most often first."""
     coverage: tuple[Coverage, ...]

@@ -196,9 +196,10 @@ def direction_section(evidence: Evidence, bars: dict[str, Bars]) -> Section | No
         share = sums.best_year_share
         if share is not None:
             blocks.append(
-                Prose(f"Of the whole lead over {rival} ({number(sums.total, 2)} nats), the best year brought "
-                      f"{percent(share)}; "
-                      f"the deepest fall from a peak was {number(sums.deepest_fall, 2)} nats.")
+                Prose(
+                    f"Of the whole lead over {rival} ({number(sums.total, 2)} nats), the best year brought "
+                    f"{percent(share)}; the deepest fall from a peak was {number(sums.deepest_fall, 2)} nats."
+                )
             )  # fmt: skip
         blocks.append(
             figures_evidence.cumulative(
@@ -300,7 +301,7 @@ def _brier(evidence: Evidence, forecasts: dict[str, Floats]) -> Sheet:
         ("", "text"), ("calibration error", "number"), ("Brier", "number"), ("= reliability", "number"),
         ("− resolution", "number"), ("+ uncertainty", "number"), ("+ within bins", "number"),
     ]  # fmt: skip
-    note = "Reliability: how far what is said lies from what came. Resolution: how far days are told apart."
+    note = "Reliability: how far what is said lies from what came, less is better. Resolution: how far days are parted."
     return sheet.of("brier", "Calibration error, and the Brier score in parts", columns, rows, note=note)
 
 

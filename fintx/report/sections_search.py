@@ -15,7 +15,7 @@ from fintx.report.page import Block, Prose, Section
 from fintx.report.patterns import Pattern
 from fintx.report.search import Search
 from fintx.report.sheet import Format, Sheet
-from fintx.report.words import duration, listed, number, percent, shape_words, span
+from fintx.report.words import duration, listed, number, percent, shape_words
 from fintx.study import importance
 from fintx.study.importance import Importance
 from fintx.study.space import SearchSpace
@@ -139,7 +139,7 @@ def pattern_sheet(found: Pattern) -> Sheet:
     note = found.sentence
     if found.trend is not None and found.trend.rho is not None:
         trend = found.trend
-        note += f" Rank correlation with skill {number(trend.rho, 2)} ({span(trend.low, trend.high)}; n = {trend.n})."  # noqa: E501
+        note += f" Rank correlation with skill {number(trend.rho, 2)} ({number(trend.low, 2)} … {number(trend.high, 2)}; n = {trend.n})."  # noqa: E501
     best = tuple(i for i, group in enumerate(found.groups) if group.behind is None)
     return sheet.of(f"by_{found.name}", f"By {found.by}", columns, rows, note=note, marked=best)
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from fintx.evaluate import metrics
 from fintx.report import answer, evidence, page, search, sections_evidence, sections_search, setting, sheet
 from fintx.report.evidence import Evidence
 from fintx.report.page import Block, Page, Prose, Section, Text
 from fintx.report.scaling_report import scaling_of_siblings
 from fintx.report.sheet import Format, Sheet
-from fintx.report.words import listed
-from fintx.study import confirmation, records
+from fintx.report.words import listed, span
+from fintx.study import confirmation, records, sealed
+from fintx.study.sealed import Opening
 from fintx.study.space import SearchSpace
 
 
@@ -68,30 +70,46 @@ def _asked(asked: setting.Setting) -> Section:
 
 
 def _sealed(found: Evidence) -> Section:
-    """Every opening of the sealed test part."""
+    """Every opening of the sealed test part, and what each one said."""
     openings = records.openings(found.folder)
     if not openings:
         return Section("test", "The sealed test", (Prose("The sealed test part has never been opened."),))
-    keys = list(dict.fromkeys(key for each in openings for key in each))
-    columns: list[tuple[str, Format]] = [("", "text"), *((key, "text") for key in keys)]
-    rows = [(str(i + 1), *(_said(each.get(key)) for key in keys)) for i, each in enumerate(openings)]
+    columns: list[tuple[str, Format]] = [("", "text"), ("opened", "text"), ("for", "text"), ("confirmed", "text")]
+    rows = [
+        (str(i + 1), each.get("opened"), ", ".join(each.get("models", [])) or None, _yes(each.get("confirmed")))
+        for i, each in enumerate(openings)
+    ]
     times = "once" if len(openings) == 1 else f"{len(openings)} times"
     words = f"The sealed test part was opened {times}."
     if len(openings) > 1:
         words += " From the second time on it is no test any more: whoever looks again chooses by it."
-    return Section("test", "The sealed test", (Prose(words), sheet.of("openings", "Openings", columns, rows)))
+    said = [_opened(each) for each in sealed.read_openings(found.folder)]
+    return Section("test", "The sealed test", (Prose(words), sheet.of("openings", "Openings", columns, rows), *said))
 
 
-def _said(value: object) -> str | None:
-    if value is None:
-        return None
-    return (
-        ", ".join(map(str, value))
-        if isinstance(value, list)
-        else f"{value:.4f}"
-        if isinstance(value, float)
-        else str(value)
-    )
+def _yes(value: object) -> str | None:
+    return None if value is None else "yes" if value else "no"
+
+
+def _opened(opening: Opening) -> Sheet:
+    """One opening's figures."""
+    columns: list[tuple[str, Format]] = [
+        ("", "text"), (opening.loss.replace("_", " "), "number"), ("skill", "percent"), ("AUC", "number"),
+        (f"saves against {opening.baseline}", "number"), ("95 % interval", "text"),
+    ]  # fmt: skip
+    rows = [
+        (
+            each.name, each.metrics.get(opening.loss), each.metrics.get(metrics.SKILLS[opening.loss]),
+            each.metrics.get("auc"), each.gain.mean if each.gain else None,
+            span(each.gain.low, each.gain.high) if each.gain else None,
+        )
+        for each in (*opening.models, *opening.baselines)
+    ]  # fmt: skip
+    title = f"Opening {opening.number}: {opening.n_rows:,} test rows, {opening.first_date} … {opening.last_date}"
+    return sheet.of(
+        f"test_opening_{opening.number}", title, columns, rows, marked=tuple(range(len(opening.models))),
+        note=" ".join(note[0].upper() + note[1:] + ("" if note.endswith(".") else ".") for note in opening.notes),
+    )  # fmt: skip
 
 
 def _origin(found: Evidence) -> Section:

@@ -19,7 +19,7 @@ from typing import Any
 from fintx.config import ConfirmConfig, StudySpec, TrialConfig
 from fintx.data import windows
 from fintx.evaluate import metrics
-from fintx.study import confirmation, lock, opening, records, seeds, stopping, trial
+from fintx.study import comparison, confirmation, lock, opening, records, seeds, stopping, trial
 from fintx.study.confirmation import Confirmation
 from fintx.study.events import (
     ConfirmReady,
@@ -68,6 +68,8 @@ class Retraining:
     notify: Callable[[Event], None]
     on_gpu: bool = False
     """Whether the workers' trials run on one."""
+    hosts: bool = False
+    """Several train each member: one at a time, and the next when it is over."""
     held: dict[int, TrialRecord] = field(default_factory=dict)
     """Members that a worker trains: their place → the trial that each repeats."""
     superseded: set[int] = field(default_factory=set)
@@ -80,6 +82,7 @@ class Retraining:
         self._attempts: dict[int, int] = {}
         self._tried: Counter[int] = Counter()
         self._aside: dict[int, str] = {}
+        self._failed_in_a_row = 0
         self._look_at = 0.0
         self._stop_before = stopping.request(self.folder)
 
@@ -107,7 +110,7 @@ class Retraining:
     def pipelines(self) -> bool:
         """Whether the next member is asked for while one trains."""
         wanted = self.spec.execution.pipeline
-        return self.on_gpu if wanted is None else wanted
+        return not self.hosts and (self.on_gpu if wanted is None else wanted)
 
     @property
     def left_aside(self) -> tuple[str, ...]:
@@ -130,7 +133,8 @@ class Retraining:
         if limit is None:
             return None
         tried = self._tried[open_[0]]
-        alone = 0 < tried >= self.spec.execution.max_attempts - 1  # the last attempt: the others may be to blame
+        # The last attempt is alone: the others may be to blame.
+        alone = self.hosts or 0 < tried >= self.spec.execution.max_attempts - 1
         at_once = 1 if alone else together.at_once(config, self.spec.execution.population, on_gpu=self.on_gpu)
         return self._job(open_[0], limit or None, at_once)
 
@@ -176,6 +180,7 @@ class Retraining:
             case "done":
                 del self.held[key]
                 self.done.add(key)
+                self._failed_in_a_row = 0
                 record = records.read(self._where(key) / "record.json")
                 words, total = self._words(key), len(self.members)
                 self.notify(MemberFinished(self.name, key, words, record, len(self.done), total))
@@ -189,9 +194,9 @@ class Retraining:
                 self.problem = self.problem or FintxError(f"{self._words(key)}: {values['text']}")
                 self._release(key, values["text"])
             case _:
-                self._failed(key, kind, values["text"])
+                self._failed(key, kind, values["text"], counts=not values["beside"])
 
-    def _failed(self, key: int, kind: str, text: str) -> None:
+    def _failed(self, key: int, kind: str, text: str, *, counts: bool) -> None:
         self._tried[key] += 1
         left = self.spec.execution.max_attempts - self._tried[key]
         words = f"{kind}: {text}"
@@ -199,6 +204,12 @@ class Retraining:
             self._aside[key] = f"{self._words(key)} {words}"
         more = f"{left} attempts left" if left > 0 else "left aside; the next run tries it again"
         self._release(key, f"attempt {self._attempts[key]} {words}; {more}")
+        self._failed_in_a_row += counts  # not once for each of those who trained together
+        if self._failed_in_a_row >= self.spec.execution.max_failures:
+            self.problem = self.problem or FintxError(
+                f"{self.name}: stopped after {self._failed_in_a_row} failures in a row, the last {words}; mend the "
+                "cause (or raise execution.max_failures), and the same command continues"
+            )
 
     def _release(self, key: int, words: str) -> None:
         del self.held[key]
@@ -214,7 +225,7 @@ class Retraining:
         """Compare what has been trained so far, and write confirmation.json."""
         found = None
         try:
-            found = confirmation.build(self.folder, self.spec, self.trials, self.seeds, data_root=self.data_root)
+            found = comparison.build(self.folder, self.spec, self.trials, self.seeds, data_root=self.data_root)
             confirmation.write(self.folder, found)
         except FintxError as error:
             self.problem = self.problem or error
@@ -240,6 +251,7 @@ def begin(
     data_root: Path,
     notify: Callable[[Event], None],
     on_gpu: bool = False,
+    hosts: bool = False,
 ) -> Iterator[Retraining]:
     """Hold a study's folder and choose its best trials so far.
 
@@ -262,7 +274,7 @@ def begin(
         _check_data(folder, best[0], prepared)
         trial.ensure_baselines(folder, prepared.folds, spec, data_root, tell=lambda words: None)
         fresh = fresh_seeds(spec.study.seed, wanted.n_seeds, used={record.config.seed for record in finished})
-        course = Retraining(folder, spec, tuple(best), fresh, data_root, len(prepared.folds), notify, on_gpu=on_gpu)
+        course = Retraining(folder, spec, tuple(best), fresh, data_root, len(prepared.folds), notify, on_gpu, hosts)
         notify(
             ConfirmReady(
                 spec.study.name,

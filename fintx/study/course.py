@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from fintx import sweepchecks
 from fintx.config import StudySpec, TrialConfig
 from fintx.study import queue, records, sampler, seeds, stopping, trial
 from fintx.study.events import EpochDone, Event, Notice, TrialEnded, TrialFinished, TrialStarted
@@ -29,6 +30,8 @@ _RENEW_S = 15.0
 _LOOK_S = 2.0
 """How often the file's queue, a request to stop and other machines' results are looked for."""
 _IDLE_S = 1.0
+_FIXED = ("task", "split", "budget", "architecture", "model", "optim", "train", "space")
+"""Sections whose edits wait for the next start, which refuses them or forks."""
 """After there was nothing to do, until it is asked again; the end of a trial of its own ends the wait."""
 _BACKOFF_S = (0.2, 5.0)
 
@@ -47,6 +50,8 @@ class Course:
     """Run what is queued, beyond n_trials too, and nothing else."""
     on_gpu: bool = False
     """Whether the workers' trials run on one."""
+    hosts: bool = False
+    """Several train each trial: one at a time, and the next when it is over."""
     n_workers: int = 1
     spec: StudySpec = field(init=False)
     finished: dict[int, TrialRecord] = field(init=False)
@@ -95,7 +100,7 @@ class Course:
     def pipelines(self) -> bool:
         """Whether the next trial is asked for while one trains."""
         wanted = self.spec.execution.pipeline
-        return self.on_gpu if wanted is None else wanted
+        return not self.hosts and (self.on_gpu if wanted is None else wanted)
 
     # --- what next ---
 
@@ -170,7 +175,7 @@ class Course:
 
     def _at_once(self, claim: Claim, config: TrialConfig) -> int:
         """Members that may train side by side. After failures the last attempt is alone: the others may be to blame."""
-        if 0 < self._tried[claim.number] >= self.spec.execution.max_attempts - 1:
+        if self.hosts or 0 < self._tried[claim.number] >= self.spec.execution.max_attempts - 1:
             return 1
         return together.at_once(config, self.spec.execution.population, on_gpu=self.on_gpu)
 
@@ -358,8 +363,11 @@ class Course:
             self._aside[number] = f"trial {number} {words}"
         more = f"{left} attempts left" if left > 0 else "left aside; the next run tries it again"
         self._release(claim, "failed", words, said=f"attempt {claim.attempt} {words}; {more}")
-        if counts:  # not once for each of those who trained together
-            self._count_failure(f"{kind} ({text})", words)
+        if not counts:  # not once for each of those who trained together
+            return
+        # Of one kind whatever path or number its text names: an exception's type, a signal, an exit code.
+        what = "" if kind == "hung" else f" ({text.partition(':')[0].partition(' (')[0]})"
+        self._count_failure(f"{kind}{what}", words)
 
     def _release(self, claim: Claim, state: Any, detail: str, *, said: str = "") -> None:
         del self.held[claim.number]
@@ -434,7 +442,12 @@ class Course:
                 return
             study = self.spec.study.model_copy(update={"n_trials": fresh.study.n_trials})
             spec = self.spec.model_copy(update={"queue": fresh.queue, "study": study})
+            if misfit := next(sweepchecks.cross_checks(spec), None):
+                raise FintxError(f"{'.'.join(map(str, misfit[0]))}: {misfit[1]}")
             queue.validate(spec, n_features=len(spec.data.features))
+            waiting = [name for name in _FIXED if getattr(fresh, name) != getattr(self.spec, name)]
+            if waiting:
+                self._say_once(f"edits of [{'], ['.join(waiting)}] are not taken while the study runs")
         except FintxError as error:
             self.notify(Notice(self.name, f"the edited sweep file is not taken: {error}"))
             return

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import optuna
@@ -61,7 +60,9 @@ def ped_anova(found: Sequence[TrialRecord], space: SearchSpace, *, seed: int = 0
 
 
 def _shares(
-    params: Sequence[dict[str, Any]], values: np.ndarray, distributions: dict[str, BaseDistribution]
+    params: Sequence[dict[str, bool | int | float | str]],
+    values: np.ndarray,
+    distributions: dict[str, BaseDistribution],
 ) -> dict[str, float]:
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     study = optuna.create_study(direction="minimize")

@@ -134,6 +134,10 @@ class TrialRecord(Kept):
     host: str = ""
     micro_batch: int
     """Windows per gradient: below the batch size where memory asked for accumulation."""
+    remat: bool = False
+    """Layers were computed again in the backward pass, where memory asked for it."""
+    layout: dict[str, int | bool] = {}
+    """Devices that the trial was spread over: data, model and fsdp, as `train.sharding.Layout`; none: one device."""
     memory_bytes: int | None
     """Estimate from the compiled program; none where it never came to that."""
     folds: tuple[FoldRecord, ...]
@@ -218,6 +222,15 @@ def member_folder(study_folder: Path, number: int, seed: int) -> Path:
 # --- writing ----------------------------------------------------------------------------------------------------------
 
 
+def _sync(folder: Path) -> None:
+    """A new name is on the disk too, before anything else is said to be done."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def write_atomically(path: Path, text: str, *, once: bool = False) -> None:
     """Write a whole file or nothing: to a neighbour, fsync, rename.
 
@@ -238,6 +251,7 @@ def write_atomically(path: Path, text: str, *, once: bool = False) -> None:
             os.link(temporary, path)
         else:
             os.replace(temporary, path)
+        _sync(path.parent)
     except FileExistsError:
         raise FintxError(f"{path}: is written already; fintx never overwrites a record") from None
     except OSError as error:
@@ -365,10 +379,10 @@ def read_study(study_folder: Path) -> StudyFile | None:
 def definition(spec: StudySpec) -> dict[str, Any]:
     """What defines a study, flat (dotted key → value).
 
-    All but its name, trial count, wording, queue, execution and confirmation; the versions of the libraries that can
-    change a result belong to it.
+    All but its name, trial count, wording, queue, mesh, execution and confirmation; the versions of the libraries that
+    can change a result belong to it.
     """
-    tree = spec.model_dump(mode="json", exclude={"queue", "execution", "confirm"})
+    tree = spec.model_dump(mode="json", exclude={"queue", "mesh", "execution", "confirm"})
     tree["study"] = {key: value for key, value in tree["study"].items() if key not in _FREE_TO_CHANGE}
     if spec.study.replicates == 1:  # as studies that began before there were any say it
         del tree["study"]["replicates"]

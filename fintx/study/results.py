@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 import socket
 from collections.abc import Callable, Sequence
@@ -94,6 +95,8 @@ def _record(training: Trained, folds: tuple[Dataset, ...]) -> TrialRecord:
         attempt=job.attempt,
         host=socket.gethostname(),
         micro_batch=fits[-1].micro_batch,
+        remat=fits[-1].arrangement.remat,
+        layout=dataclasses.asdict(fits[-1].arrangement.layout),
         memory_bytes=max(estimates, default=None),
         folds=seeds_of_folds[0],
         replicates=tuple(
@@ -164,6 +167,7 @@ def _checkpoint_meta(record: TrialRecord, dataset: Dataset, *, fold: int) -> dic
         "label_hash": dataset.label_hash,
         "split_hash": dataset.split_hash,
         "libraries": record.libraries,
+        "layout": record.layout,
     }
 
 

@@ -23,7 +23,7 @@ from fintx.study.events import Event, Notice, StudyReady
 from fintx.study.fork import TakeOver
 from fintx.study.job import Job, Jobs
 from fintx.study.lead import Lead, over_baselines
-from fintx.study.opening import begin
+from fintx.study.opening import begin, check_queue
 from fintx.study.pool import ENDS, Pool, Worker
 from fintx.study.records import TrialRecord
 from fintx.train import memory
@@ -160,6 +160,7 @@ def run_all(
     notify: Callable[[Event], None] = lambda event: None,
     should_stop: Callable[[], bool] = lambda: False,
     workers: int = 1,
+    hosts: bool = False,
 ) -> list[Summary | Confirmed | Failure]:
     """Run studies: one after the other with one worker, else as many side by side as there are workers.
 
@@ -168,7 +169,8 @@ def run_all(
     Args:
         notify: called with every event, for the live view.
         should_stop: asked several times a second; true saves what runs and ends the run.
-        workers: processes that train, each on a GPU of its own or on its share of the cores.
+        workers: processes that train, each on its share of the GPUs or of the cores.
+        hosts: the one worker trains together with those of the launch's other processes (`group.follow`).
 
     Raises:
         FintxError: more workers than GPUs.
@@ -176,12 +178,15 @@ def run_all(
     names = [order.spec.study.name for order in orders]
     if repeated := sorted({name for name in names if names.count(name) > 1}):
         raise FintxError(f"study.name {', '.join(repeated)}: stands in more than one of the files; each needs its own")
+    for order in orders:
+        if order.queue_only:  # hand-picked trials are judged as a whole: no study begins while another's can't
+            check_queue(order.spec, outputs=outputs, data_root=data_root)
     gpus = pools.n_gpus()
     if workers > gpus > 0:
         raise FintxError(f"--workers {workers}: this machine has {gpus} GPUs, and a worker needs one of its own")
     with contextlib.ExitStack() as stack:
-        pool = stack.enter_context(contextlib.closing(Pool(workers, gpus=gpus > 0)))
-        return _Run(list(orders), outputs, data_root, notify, pool, gpus > 0, stack).to_the_end(should_stop)
+        pool = stack.enter_context(contextlib.closing(Pool(workers, gpus=gpus, hosts=hosts)))
+        return _Run(list(orders), outputs, data_root, notify, pool, gpus > 0, hosts, stack).to_the_end(should_stop)
 
 
 @dataclass(eq=False)
@@ -204,6 +209,7 @@ class _Run:
     notify: Callable[[Event], None]
     pool: Pool
     on_gpus: bool
+    hosts: bool
     stack: contextlib.ExitStack
 
     def __post_init__(self) -> None:
@@ -297,6 +303,7 @@ class _Run:
                         data_root=self.data_root,
                         notify=self.notify,
                         on_gpu=self.on_gpus,
+                        hosts=self.hosts,
                     )  # fmt: skip
                 )
         except FintxError as error:
@@ -316,7 +323,7 @@ class _Run:
         )
         course = Search(
             opened, self.outputs, self.data_root, self.notify, order.reload, order.queue_only,
-            on_gpu=self.on_gpus, n_workers=len(self.pool.workers),
+            on_gpu=self.on_gpus, hosts=self.hosts, n_workers=len(self.pool.workers),
         )  # fmt: skip
         n_shapes, finished = len(opened.space.shapes), len(course.finished)
         self.notify(StudyReady(course.name, opened.spec, opened.prepared, n_shapes, finished))
@@ -423,7 +430,8 @@ def _summary(course: Search, *, interrupted: bool) -> Summary:
     course.write_tables()
     lead = None
     if best is not None and _predictions(opened.folder, best).is_file():
-        lead = over_baselines(opened.folder, course.spec, best, opened.baselines)
+        with _blamed_on(course):
+            lead = over_baselines(opened.folder, course.spec, best, opened.baselines)
     return Summary(
         folder=opened.folder,
         spec=course.spec,

@@ -29,9 +29,10 @@ from fintx.study import environment, lock, records, results
 from fintx.study.job import Job
 from fintx.study.records import TrialRecord
 from fintx.study.results import Trained
-from fintx.train import loop, population, resume
+from fintx.train import hosts, loop, population, resume
 from fintx.train.attempt import Member
 from fintx.train.population import fit_population
+from fintx.types import FintxError
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,9 @@ def run_together(
         for trial in trials:
             with trial.own():
                 trial.check = stack.enter_context(lock.seize(trial.job.folder / "run"))
-                if (trial.job.folder / "record.json").is_file():  # an attempt that lost its coordinator came to the end
+                is_done = (trial.job.folder / "record.json").is_file()
+                _gather_hosts(trial.job, folds, is_done=is_done)
+                if is_done:  # an earlier attempt that lost its coordinator came to the end
                     trial.end(records.read(trial.job.folder / "record.json"))
         yield from _news(trials)
         for index, dataset in enumerate(folds):
@@ -99,6 +102,44 @@ def _news(trials: list[_Trial]) -> Iterator[tuple[Job, Ending]]:
         if trial.ended and not trial.told:
             trial.told = True
             yield trial.job, trial.ending
+
+
+def follow(job: Job, folds: tuple[Dataset, ...]) -> None:
+    """What the other processes of several hosts do meanwhile: the same training; nothing is told or written."""
+    if not _gather_hosts(job, folds, is_done=False):
+        return
+    silent = Hooks(
+        on_epoch=lambda fold, replicate, epoch: None,
+        on_progress=lambda fold, step: None,
+        on_warning=lambda text: None,
+        should_stop=lambda: False,
+    )
+    trial = _Trial(job, silent, idle_since=None, beside=1)
+    for index, dataset in enumerate(folds):
+        _fit_fold([trial], dataset, index, n_folds=len(folds))
+        if isinstance(trial.ending, Exception):
+            raise trial.ending
+        if trial.ended or trial.failed:
+            return
+
+
+def _gather_hosts(job: Job, folds: tuple[Dataset, ...], *, is_done: bool) -> bool:
+    """Whether there is anything to train, once all hosts are known to see the same.
+
+    Raises:
+        FintxError: some don't see the study's folder, or read other data.
+    """
+    (done,) = hosts.agree(is_done)
+    if not hosts.least(job.study_folder.is_dir()):
+        raise FintxError(
+            f"{job.study_folder}: not all hosts see it; give --outputs a folder on a file system they share"
+        )
+    data = int(
+        hashlib.sha256("".join(fold.data_hash + fold.label_hash for fold in folds).encode()).hexdigest()[:15], 16
+    )
+    if hosts.least(data) != hosts.most(data):
+        raise FintxError(f"{job.data_root}: the hosts read different data there; give --data-dir a folder they share")
+    return not done
 
 
 @dataclass
@@ -149,7 +190,7 @@ def _fit_fold(trials: list[_Trial], dataset: Dataset, fold: int, *, n_folds: int
     fits: dict[int, list[loop.FitResult]] = {trial.job.key: [] for trial in trials}
     for part in range(n_parts):
         going = [pair for pair in pairs[part::n_parts] if not pair[0].ended]
-        if part > 0 and should_stop():
+        if part > 0 and hosts.agree(int(should_stop()))[0]:
             for trial, _ in going:
                 trial.end(None)
             continue
@@ -161,6 +202,7 @@ def _fit_fold(trials: list[_Trial], dataset: Dataset, fold: int, *, n_folds: int
             metric=trials[0].job.spec.study.metric,
             should_stop=should_stop,
             memory_limit=trials[0].job.memory_limit,
+            mesh=trials[0].job.spec.mesh,
         )
         for (trial, _), result in zip(going, fits_of_part, strict=True):
             if isinstance(result, Exception):
@@ -176,7 +218,7 @@ def _fit_fold(trials: list[_Trial], dataset: Dataset, fold: int, *, n_folds: int
 
 def _member(trial: _Trial, replicate: int, fold: int, *, at_end: bool, beside: int) -> Member:
     job = trial.job
-    hook = _FoldHooks(job, fold, replicate, beside, trial.hooks)
+    hook = _FoldHooks(job, fold, replicate, beside, trial.hooks, begun=not hosts.is_first())
     name = f"fold_{fold}" if replicate == 0 else f"fold_{fold}_replicate_{replicate}"
     return Member(
         job.replicates[replicate],
@@ -225,7 +267,9 @@ def prepare(jobs: Sequence[Job], folds: tuple[Dataset, ...]) -> None:
     n_parts = -(-n_members // first.at_once)
     for n in {len(range(part, n_members, n_parts)) for part in range(n_parts)}:
         for dataset in folds:
-            population.prepare(first.config, dataset, n_members=n, memory_limit=first.memory_limit)
+            population.prepare(
+                first.config, dataset, n_members=n, memory_limit=first.memory_limit, mesh=first.spec.mesh
+            )
 
 
 def drop_checkpoint(study_folder: Path, number: int) -> None:
@@ -246,7 +290,8 @@ def ensure_baselines(
     """
     path = folder / "baselines.json"
     if path.is_file():
-        return json.loads(path.read_text())
+        with contextlib.suppress(ValueError):  # damaged: made again
+            return json.loads(path.read_text())
     kept = data_root / "baselines" / _baselines_key(folds, spec)
     found = _kept_baselines(kept)
     if found is None:

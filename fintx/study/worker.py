@@ -3,7 +3,8 @@
 A process of its own, so that a crash, a kill or a hang ends the attempts that it trains and nothing else. Each line of
 JSON on stdin holds jobs that train together; a line that comes while others train waits for its turn, and is compiled
 meanwhile. Events, with the ticket of their job, go as lines of JSON to stdout; whatever libraries print goes to the
-attempt's log. When stdin ends the coordinator is gone: the worker saves what it trains and ends.
+attempt's log. When stdin ends the coordinator is gone: the worker saves what it trains and ends. On
+several hosts the other workers follow it (group).
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from fintx.study import group
 from fintx.train.once import once
 
 STOP = "stop"
@@ -86,21 +88,36 @@ def main() -> None:
     """Serve jobs until there are no more."""
     arguments = argparse.ArgumentParser()
     arguments.add_argument("--cores", help="CPU cores to use, such as 0,1")
-    arguments.add_argument("--gpu", help="the one GPU to use")
+    arguments.add_argument("--gpus", help="GPUs to use, such as 0,1")
+    arguments.add_argument("--hosts", action="store_true", help="train together with the launch's other processes")
+    arguments.add_argument("--follow", action="store_true", help="be one of those")
+    arguments.add_argument("--dismiss", action="store_true", help="send them home")
     given = arguments.parse_args()
     if given.cores:  # before JAX starts its threads, as many as there are cores
         os.sched_setaffinity(0, {int(core) for core in given.cores.split(",")})
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the coordinator, who then asks
+    if given.follow:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # process 0 says when to stop: a trial is saved by all together
+        return group.serve_as_follower(_follow)
+    if given.dismiss:
+        group.join()
+        return group.part(run_is_over=True)
     channel = _Channel()
     signal.signal(signal.SIGTERM, lambda *_: channel.stopping.set())
     faulthandler.enable()
-    if given.gpu:
+    if given.gpus:
         import jax
 
-        jax.config.update("jax_cuda_visible_devices", given.gpu)
+        jax.config.update("jax_cuda_visible_devices", given.gpus)
+    if given.hosts:
+        group.join()
+        return _lead(channel)
     channel.tell("ready")
     idle_since: float | None = None
     while (line := channel.next_jobs()) is not None:
+        if channel.stopping.is_set():
+            _give_back(channel, line)
+            break
         trusted = _serve(channel, line, idle_since)
         idle_since = time.perf_counter()
         if not trusted or channel.stopping.is_set():
@@ -112,6 +129,38 @@ def main() -> None:
         os._exit(0)  # Python can't end while another thread compiles
 
 
+def _lead(channel: _Channel) -> None:
+    """Serve jobs together with the other hosts; whoever is out of step with them, or died, ends all workers."""
+    try:
+        channel.tell("ready")
+        idle_since: float | None = None
+        while (line := channel.next_jobs()) is not None:
+            if channel.stopping.is_set():
+                _give_back(channel, line)
+                break
+            group.lead(line)
+            if not _serve(channel, line, idle_since, together=True):
+                group.leave()
+            if channel.stopping.is_set():
+                break
+            idle_since = time.perf_counter()
+            channel.tell("ready")
+        for line in channel.rest():
+            _give_back(channel, line)
+        group.part(run_is_over=False)
+    except Exception:
+        traceback.print_exc()
+        group.leave()
+
+
+def _follow(line: str) -> None:
+    from fintx.study import trial
+    from fintx.study.job import Jobs
+
+    (job,) = Jobs.validate_json(line)
+    trial.follow(job, _folds(*_data_of(job)))
+
+
 def _give_back(channel: _Channel, line: str) -> None:
     """Jobs that never began."""
     from fintx.study.job import Jobs
@@ -120,11 +169,12 @@ def _give_back(channel: _Channel, line: str) -> None:
         channel.tell("interrupted", ticket=job.ticket)
 
 
-def _serve(channel: _Channel, line: str, idle_since: float | None) -> bool:
-    """Train jobs together; false if this process is not to be trusted with others."""
-    if channel.stopping.is_set():
-        _give_back(channel, line)
-        return True
+def _serve(channel: _Channel, line: str, idle_since: float | None, *, together: bool = False) -> bool:
+    """Train jobs side by side; false if this process is not to be trusted with others.
+
+    Args:
+        together: other hosts train them too, and are left in the middle of it by whatever ends it early.
+    """
     from fintx.study import trial
     from fintx.study.job import Jobs
 
@@ -147,10 +197,12 @@ def _serve(channel: _Channel, line: str, idle_since: float | None) -> bool:
             jobs, folds, [_hooks(channel, job) for job in jobs], idle_since=idle_since
         ):
             del open_jobs[job.ticket]
-            trusted = _tell_ending(channel, job, ending) and trusted
+            trusted = (
+                _tell_ending(channel, job, ending) and trusted and not (together and isinstance(ending, Exception))
+            )
     except Exception as error:
         for place, job in enumerate(open_jobs.values()):
-            trusted = _tell_ending(channel, job, error, beside=place > 0) and trusted
+            trusted = _tell_ending(channel, job, error, beside=place > 0) and trusted and not together
     finally:
         channel.busy = False
     return trusted

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import jax
 
@@ -14,7 +14,7 @@ from fintx.model import sizes
 from fintx.train.progress import End, Progress, Question
 from fintx.train.result import Epoch, FitResult
 from fintx.train.resume import Keeper, Saves, TrainingState
-from fintx.train.state import TrainState, steps_per_epoch
+from fintx.train.state import Arrangement, TrainState, steps_per_epoch
 from fintx.train.step import Tally, empty_tally
 
 
@@ -40,6 +40,7 @@ class Attempt:
 
     member: Member
     question: Question
+    arrangement: Arrangement
     progress: Progress = field(default_factory=Progress)
     step: int = 0
     tally: Tally = field(default_factory=empty_tally)
@@ -47,7 +48,6 @@ class Attempt:
     slot: int = 0
     """Its place in the population."""
     resumed_step: int = 0
-    micro_batch: int = 0
     memory_bytes: int | None = None
     compile_s: float = 0.0
     wall_s: float = 0.0
@@ -61,6 +61,11 @@ class Attempt:
         """The same for all members of a population."""
         question = self.question
         return steps_per_epoch(len(question.dataset.train.rows), batch_size=question.config.train.batch_size)
+
+    @property
+    def steps_left(self) -> int:
+        """To the epoch's end."""
+        return self.steps_per_epoch - self.step % self.steps_per_epoch
 
     @property
     def at_epochs_end(self) -> bool:
@@ -84,9 +89,10 @@ class Attempt:
             self.member.on_warning(line)
 
     def adopt(self, saved: TrainingState) -> None:
-        """Go on from what an earlier attempt saved."""
+        """Go on from what an earlier attempt saved, with the relief that it had, on the devices that there are now."""
         self.progress, self.step, self.resumed_step, self.tally = saved.progress, saved.step, saved.step, saved.tally
-        self.micro_batch, self.compile_s, self.wall_s = saved.micro_batch, saved.compile_s, saved.wall_s
+        self.arrangement = replace(saved.arrangement, layout=self.arrangement.layout)
+        self.compile_s, self.wall_s = saved.compile_s, saved.wall_s
 
     def save(self, state: TrainState) -> None:
         """Commit the member's state.
@@ -100,7 +106,7 @@ class Attempt:
                 state=state,
                 tally=self.tally,
                 progress=self.progress,
-                micro_batch=self.micro_batch,
+                arrangement=self.arrangement,
                 compile_s=self.compile_s,
                 wall_s=self.wall_s,
             )
@@ -146,7 +152,7 @@ class Attempt:
             wall_s=self.wall_s,
             warnings=tuple(self.warnings),
             resumed_step=self.resumed_step,
-            micro_batch=self.micro_batch,
+            arrangement=self.arrangement,
             memory_bytes=self.memory_bytes,
         )
 

@@ -17,16 +17,26 @@ from typing import Any
 import jax
 import numpy as np
 
-from fintx.config import TrialConfig
+from fintx.config import MeshConfig, TrialConfig
 from fintx.data.windows import Dataset
 from fintx.evaluate import metrics
-from fintx.train import memory, progress, step
+from fintx.train import hosts, memory, placement, progress, sharding, step
 from fintx.train.attempt import Attempt, Member, Watch
 from fintx.train.pace import Pace
 from fintx.train.progress import EXPLODED_LOSS, End, Question
 from fintx.train.result import FitResult
 from fintx.train.resume import Keeper, TrainingState
-from fintx.train.state import Hyper, TargetScale, TrainState, hyper, in_target_units, program, target_scale
+from fintx.train.sharding import ONE, Layout
+from fintx.train.state import (
+    Arrangement,
+    Hyper,
+    TargetScale,
+    TrainState,
+    hyper,
+    in_target_units,
+    program,
+    target_scale,
+)
 from fintx.train.step import empty_tally
 from fintx.types import FintxError, Params
 
@@ -41,6 +51,7 @@ def fit_population(
     metric: str,
     should_stop: Callable[[], bool] | None = None,
     memory_limit: int | None = None,
+    mesh: MeshConfig | None = None,
 ) -> list[FitResult | Exception]:
     """Train trials side by side; each comes to what it comes to alone, but for the rounding of float32 sums.
 
@@ -49,13 +60,14 @@ def fit_population(
 
     Args:
         members: of one program (`state.program`); they may differ in everything else.
-        metric, should_stop, memory_limit: as in `loop.fit`, for all of them together.
+        metric, should_stop, memory_limit, mesh: as in `loop.fit`, for all of them together. Over several hosts one
+            member alone can be trained.
 
     Returns:
         For each member its result; or what its hooks, its saves or its metric raised: that ended it and no other.
 
     Raises:
-        FintxError: the metric is unknown.
+        FintxError: the metric is unknown, or there are too few devices for the mesh.
         ValueError: the members are of more than one program.
     """
     watch = Watch()
@@ -63,8 +75,16 @@ def fit_population(
         raise FintxError(f'metric = "{metric}" is unknown; use one of {", ".join(metrics.MINIMIZE)}')
     if len({program(member.config) for member in members}) != 1:
         raise ValueError("the members of a population share one program")
-    limit = memory.available() if memory_limit is None else memory_limit
-    attempts = [Attempt(member, Question(member.config, dataset, metric)) for member in members]
+    layout = _layout(members[0].config, dataset, mesh)
+    limit = hosts.least(memory.available(layout) if memory_limit is None else memory_limit)
+    attempts = [
+        Attempt(
+            member,
+            Question(member.config, dataset, metric),
+            Arrangement(member.config.train.batch_size, layout=layout),
+        )
+        for member in members
+    ]
     try:
         _run(attempts, watch, limit=limit, should_stop=should_stop or (lambda: False))
     except (jax.errors.JaxRuntimeError, MemoryError) as error:
@@ -75,29 +95,57 @@ def fit_population(
     return [attempt.result() for attempt in attempts]
 
 
-def prepare(config: TrialConfig, dataset: Dataset, *, n_members: int = 1, memory_limit: int | None = None) -> None:
+def prepare(
+    config: TrialConfig,
+    dataset: Dataset,
+    *,
+    n_members: int = 1,
+    memory_limit: int | None = None,
+    mesh: MeshConfig | None = None,
+) -> None:
     """Compile what `fit_population` will ask for, from any thread, so that it finds it made."""
-    limit = memory.available() if memory_limit is None else memory_limit
-    if memory.too_big(config, limit=limit) is None:
-        train, validation = (
-            step.abstract_windows(
-                n_features=dataset.features.shape[1],
-                n_rows=step.capacity(len(dataset.features)),
-                n_samples=step.capacity(len(part.rows)),
-            )
-            for part in (dataset.train, dataset.validation)
+    layout = _layout(config, dataset, mesh)
+    limit = memory.available(layout) if memory_limit is None else memory_limit
+    if memory.too_big(config, limit=limit, layout=layout) is not None:
+        return
+    train, validation = (
+        step.abstract_windows(
+            n_features=dataset.features.shape[1],
+            n_rows=step.capacity(len(dataset.features)),
+            n_samples=step.capacity(len(part.rows)),
         )
-        size = config.train.batch_size
-        memory.plan(config, train, validation, limit=limit, micro_batch=size, saves=True, n_members=n_members)
+        for part in (dataset.train, dataset.validation)
+    )
+    arrangement = Arrangement(config.train.batch_size, layout=layout)
+    memory.plan(config, train, validation, limit=limit, arrangement=arrangement, saves=True, n_members=n_members)
+
+
+def _layout(config: TrialConfig, dataset: Dataset, mesh: MeshConfig | None) -> Layout:
+    if mesh is None:
+        return ONE
+    chosen = placement.choose(
+        mesh,
+        config.model,
+        config.shape,
+        dataset.features.shape[1],
+        batch_size=config.train.batch_size,
+        n_devices=jax.device_count(),
+        device_bytes=memory.device_bytes(),
+    )
+    data, model, fsdp = hosts.agree(chosen.data, chosen.model, chosen.fsdp)
+    chosen = Layout(data=data, model=model, fsdp=bool(fsdp))
+    if chosen.n_devices > 1:
+        sharding.mesh_of(chosen)  # says now if it can't be made
+    return chosen
 
 
 def _run(attempts: list[Attempt], watch: Watch, *, limit: int, should_stop: Callable[[], bool]) -> None:
-    begun: dict[int, list[_Begun]] = {}
+    begun: dict[Arrangement, list[_Begun]] = {}
     for attempt in attempts:
         with attempt.own():
             saved = _begin(attempt, limit=limit)
             if attempt.ended is None:
-                begun.setdefault(attempt.micro_batch, []).append((attempt, saved))
+                begun.setdefault(attempt.arrangement, []).append((attempt, saved))
     watch.charge(attempts)
     waiting = list(begun.values())  # more than one only where memory was once too short for some of them
     some_began = False
@@ -123,8 +171,7 @@ def _run(attempts: list[Attempt], watch: Watch, *, limit: int, should_stop: Call
 def _begin(attempt: Attempt, *, limit: int) -> TrainingState | None:
     """What an earlier attempt has left; this one may be at its end already."""
     config, saves = attempt.question.config, attempt.member.saves
-    attempt.micro_batch = config.train.batch_size
-    if too_big := memory.too_big(config, limit=limit):
+    if too_big := memory.too_big(config, limit=limit, layout=attempt.arrangement.layout):
         attempt.memory_bytes = too_big.n_bytes
         attempt.ended = End("out_of_memory", str(too_big))
         return None
@@ -141,65 +188,73 @@ def _begin(attempt: Attempt, *, limit: int) -> TrainingState | None:
 
 @dataclass
 class _Loaded:
-    """Members on the device, compiled; their state changes. One alone has no axis R."""
+    """Members on their devices, compiled; their state changes. One alone has no axis R."""
 
     hyper: Hyper
     training: step.Training
     forward: step.Forward
+    layout: Layout
     train: step.Windows
     validation: step.Windows
     scale: TargetScale
     state: TrainState
+    n_members: int
 
     def params(self, slot: int) -> Params:
         """A member's parameters, in the target's units."""
-        return in_target_units(self.training.member(self.state.params, np.int32(slot)), self.scale)
+        own = self.training.member(self.state.params, np.int32(slot))
+        return sharding.put(self.layout, in_target_units(own, self.scale))
 
-    def copy(self, slot: int, *, alone: bool) -> TrainState:
-        """A member's state: copies, never views, for the next segment writes over these very buffers."""
-        if alone:
-            return jax.tree.map(np.array, self.state)
-        return jax.tree.map(lambda leaf: np.array(np.asarray(leaf)[slot]), self.state)
+    def on_host(self) -> list[TrainState]:
+        """Every member's state, by slot: copies, never views of what the next segment writes over."""
+        whole = sharding.to_host(self.state)
+        if self.n_members == 1:
+            return [whole]
+        return [jax.tree.map(lambda leaf, slot=slot: leaf[slot], whole) for slot in range(self.n_members)]
 
 
 def _load(begun: list[_Begun], watch: Watch, *, limit: int) -> _Loaded | memory.TooBig:
-    first = begun[0][0]
-    config, dataset = first.question.config, first.question.dataset
-    labels = dataset.train.labels
+    attempts = [attempt for attempt, _ in begun]
+    config, dataset = attempts[0].question.config, attempts[0].question.dataset
+    labels, layout = dataset.train.labels, attempts[0].arrangement.layout
     scale = target_scale(config.task, labels)
-    values = [hyper(attempt.question.config, labels=labels, scale=scale) for attempt, _ in begun]
-    train = step.place(dataset.features, dataset.train.rows, scale.apply(labels))
-    validation = step.place(dataset.features, dataset.validation.rows)
-    watch.charge([attempt for attempt, _ in begun])
-    saves = any(attempt.keeper is not None for attempt, _ in begun)
+    train = step.place(dataset.features, dataset.train.rows, scale.apply(labels), layout=layout)
+    validation = step.place(dataset.features, dataset.validation.rows, layout=layout)
+    watch.charge(attempts)
     plan = memory.plan(
-        config, train, validation, limit=limit, micro_batch=first.micro_batch, saves=saves, n_members=len(begun)
+        config,
+        train,
+        validation,
+        limit=limit,
+        arrangement=attempts[0].arrangement,
+        saves=any(attempt.keeper is not None for attempt in attempts),
+        n_members=len(begun),
     )
-    compile_s = watch.charge([attempt for attempt, _ in begun])
-    for attempt, _ in begun:
+    compile_s = watch.charge(attempts)
+    for attempt in attempts:
         attempt.compile_s += compile_s
         attempt.memory_bytes = plan.n_bytes // len(begun)
     if isinstance(plan, memory.TooBig):
         return plan
     for slot, (attempt, saved) in enumerate(begun):
-        attempt.slot = slot
-        if saved is not None and plan.micro_batch != attempt.micro_batch:
+        attempt.slot, attempt.arrangement = slot, plan.arrangement
+        if saved is not None and plan.arrangement != saved.arrangement:
+            masks = config.model.dropout > 0 and plan.arrangement.micro_batch != saved.arrangement.micro_batch
             attempt.warn(
-                f"the micro-batch of {attempt.micro_batch} that the trial began with doesn't fit any more; goes on "
-                f"with {plan.micro_batch}, which changes its numbers: dropout masks where there is dropout, else last "
-                "digits"
+                f"began in {saved.arrangement}, goes on in {plan.arrangement}: its numbers change "
+                f"{'with their dropout masks' if masks else 'in their last digits'}"
             )
-        attempt.micro_batch = plan.micro_batch
-    if len(begun) == 1:
-        (value,), ((_, saved),) = values, begun
-        state = plan.training.start(value) if saved is None else jax.device_put(saved.state)
-        return _Loaded(value, plan.training, plan.forward, train, validation, scale, state)
+    values = [hyper(attempt.question.config, labels=labels, scale=scale) for attempt in attempts]
     states = [
-        jax.tree.map(np.asarray, plan.training.start(value)) if saved is None else saved.state
+        plan.training.start(value) if saved is None else saved.state
         for value, (_, saved) in zip(values, begun, strict=True)
     ]
-    state = jax.device_put(_stacked(states))
-    return _Loaded(_stacked(values), plan.training, plan.forward, train, validation, scale, state)
+    if len(begun) == 1:
+        (value,), (state,) = values, states
+        state = state if begun[0][1] is None else sharding.put(layout, state)
+    else:
+        value, state = _stacked(values), sharding.put(layout, _stacked(sharding.to_host(states)), leading=1)
+    return _Loaded(value, plan.training, plan.forward, layout, train, validation, scale, state, len(begun))
 
 
 def _train(attempts: list[Attempt], loaded: _Loaded, watch: Watch, should_stop: Callable[[], bool]) -> None:
@@ -211,14 +266,18 @@ def _train(attempts: list[Attempt], loaded: _Loaded, watch: Watch, should_stop: 
             with attempt.own():
                 attempt.member.on_begin()
     while running := [attempt for attempt in attempts if attempt.ended is None]:
-        stopping = should_stop()
-        if stopping or any(attempt.keeper is not None and attempt.keeper.is_due() for attempt in running):
-            _save(running, loaded, alone=len(attempts) == 1)
+        stopping, due, n_steps = hosts.agree(
+            int(should_stop()),
+            int(any(attempt.keeper is not None and attempt.keeper.is_due() for attempt in running)),
+            pace.steps(min(attempt.steps_left for attempt in running)),
+        )
+        if stopping or due:
+            _save(running, loaded)
         if stopping:
             for attempt in running:
                 attempt.ended = attempt.ended or _interrupted(attempt)
             break
-        _segment(attempts, running, loaded, pace)
+        _segment(attempts, running, loaded, pace, n_steps)
         for attempt in running:
             if attempt.member.on_progress is not None:
                 with attempt.own():
@@ -226,39 +285,41 @@ def _train(attempts: list[Attempt], loaded: _Loaded, watch: Watch, should_stop: 
         closing = [attempt for attempt in running if attempt.ended is None and attempt.at_epochs_end]
         for attempt in closing:
             with attempt.own():
-                attempt.ended = _close_epoch(attempt, loaded)
+                attempt.ended = progress.agreed(_close_epoch(attempt, loaded))
         watch.charge(running)
         for attempt in closing:
             if attempt.ended is None:
                 with attempt.own():
-                    _go_on(attempt, loaded, alone=len(attempts) == 1)
+                    _go_on(attempt, loaded)
 
 
-def _segment(attempts: list[Attempt], running: list[Attempt], loaded: _Loaded, pace: Pace) -> None:
-    """Steps of all in one dispatch, at most to the first end of an epoch."""
-    n_steps = pace.steps(min(attempt.steps_per_epoch - attempt.step % attempt.steps_per_epoch for attempt in running))
+def _segment(attempts: list[Attempt], running: list[Attempt], loaded: _Loaded, pace: Pace, n_steps: int) -> None:
+    """Steps of all in one dispatch."""
     alone = len(attempts) == 1
     tally = attempts[0].tally if alone else _stacked([attempt.tally for attempt in attempts])
     began = time.perf_counter()
     loaded.state, tally = loaded.training.segment(loaded.hyper, loaded.state, tally, loaded.train, np.int32(n_steps))
     jax.block_until_ready(loaded.state)
     pace.note(n_steps, time.perf_counter() - began)
-    tally = jax.tree.map(np.array, tally)
+    tally = sharding.to_host(tally)
     for attempt in running:
         attempt.step += n_steps
         attempt.tally = tally if alone else jax.tree.map(lambda leaf, slot=attempt.slot: leaf[slot], tally)
 
 
-def _save(running: list[Attempt], loaded: _Loaded, *, alone: bool) -> None:
+def _save(running: list[Attempt], loaded: _Loaded) -> None:
     saving = [attempt for attempt in running if attempt.keeper is not None]
+    if not saving:
+        return
     began = time.perf_counter()
+    states = loaded.on_host()
     for attempt in saving:
         with attempt.own():
-            attempt.save(loaded.copy(attempt.slot, alone=alone))
+            attempt.save(states[attempt.slot])
     cost_s = time.perf_counter() - began
     for attempt in saving:
         assert attempt.keeper is not None
-        if not alone:
+        if loaded.n_members > 1:
             attempt.keeper.saved_beside_others(cost_s)
 
 
@@ -279,7 +340,7 @@ def _close_epoch(attempt: Attempt, loaded: _Loaded) -> End | None:
         return End("diverged", what if bad_step >= 0 else f"mean training loss {loss:.3g} in epoch {known.epoch}")
     params = loaded.params(attempt.slot)
     n_validation = len(question.dataset.validation.rows)
-    outputs = np.array(loaded.forward.run(params, loaded.validation))[:n_validation].copy()
+    outputs = sharding.to_host(loaded.forward.run(params, loaded.validation))[:n_validation].copy()
     # Losses of a regression are in variances of the target; the record's are in squared log returns.
     train_loss = loss * loaded.scale.sd**2
     if not np.isfinite(outputs).all():
@@ -292,13 +353,13 @@ def _close_epoch(attempt: Attempt, loaded: _Loaded) -> End | None:
     return None
 
 
-def _go_on(attempt: Attempt, loaded: _Loaded, *, alone: bool) -> None:
+def _go_on(attempt: Attempt, loaded: _Loaded) -> None:
     """Tell of the epoch; was it the last?"""
     if attempt.member.on_epoch is not None:
         attempt.member.on_epoch(attempt.epoch())
-    end = progress.end(attempt.question, attempt.progress)
+    end = progress.agreed(progress.end(attempt.question, attempt.progress))
     if end is not None and attempt.member.saves is not None and attempt.member.saves.at_end:
-        attempt.save(loaded.copy(attempt.slot, alone=alone))
+        attempt.save(loaded.on_host()[attempt.slot])
     attempt.ended = end
 
 

@@ -314,6 +314,27 @@ def test_what_can_not_be_scored_is_refused(kind, outputs, targets, prior, words)
         metrics.evaluate(kind, np.array(outputs), np.array(targets), prior=prior)
 
 
+def test_an_ensemble_speaks_by_its_mean_probability_however_sure_its_members_are():
+    logits = np.array([[2.0, -700.0, 40.0], [-1.0, -710.0, -40.0]])
+    found = metrics.ensemble("threshold", logits)
+    assert metrics.sigmoid(found[0]) == pytest.approx((metrics.sigmoid(2.0) + metrics.sigmoid(-1.0)) / 2)
+    # Of the two small probabilities the larger counts; of two that are sure of opposite things, the mean is one half.
+    assert found[1] == pytest.approx(-700 - math.log(2), abs=1e-3) and found[2] == pytest.approx(0, abs=1e-12)
+    np.testing.assert_allclose(metrics.ensemble("threshold", logits[:1]), logits[0], rtol=1e-12)
+    np.testing.assert_array_equal(metrics.ensemble("regression", logits), logits.mean(axis=0))
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(0, 2**31 - 1), st.integers(2, 5))
+def test_an_ensembles_loss_is_never_above_its_members_mean(seed, n):
+    """Jensen's inequality: the logarithm is concave."""
+    rng = np.random.default_rng(seed)
+    logits, labels = rng.normal(0, 3, (n, 20)), (rng.random(20) < 0.5).astype(float)
+    members = np.mean([metrics.per_sample_loss("threshold", each, labels) for each in logits], axis=0)
+    together = metrics.per_sample_loss("threshold", metrics.ensemble("threshold", logits), labels)
+    assert (together <= members + 1e-12).all()
+
+
 @pytest.mark.parametrize(
     "metric, good, bad",
     [

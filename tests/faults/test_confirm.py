@@ -15,6 +15,8 @@ from tests.faults.machine import Machine, wait_for
 
 SAVES = "execution.checkpoint_s=0.3"
 MEDIUM = ("train.max_epochs=50", "train.patience=50", SAVES, "study.n_trials=2")
+PATIENCE_S = 900
+"""A deadline for what hangs, not a measure: these tests start dozens of processes on whatever machine there is."""
 WANTED = ("--top-k", "2", "--n-seeds", "2")
 
 
@@ -35,7 +37,8 @@ def verdict(machine: Machine) -> dict:
 
 def steps(machine: Machine) -> list[Path]:
     """Training states of unfinished members."""
-    return sorted(machine.folder.glob("confirm/*/*/run/fold_*/step_*[0-9]"))
+    found = machine.folder.glob("confirm/*/*/run/fold_*/step_*[0-9]")
+    return sorted(path for path in found if not (path.parents[2] / "record.json").exists())
 
 
 def starts(machine: Machine) -> dict[str, list[int]]:
@@ -52,7 +55,7 @@ def starts(machine: Machine) -> dict[str, list[int]]:
 def confirming(machine):
     """A machine whose study is searched, and what confirms it there."""
     here = machine()
-    here.run(*MEDIUM)
+    here.run(*MEDIUM, timeout_s=PATIENCE_S)
     return dataclasses.replace(here, file=Path("tiny"))
 
 
@@ -60,20 +63,20 @@ def confirming(machine):
 def undisturbed(tmp_path_factory, tiny_file):
     """The same where nothing happened: members, and confirmation.json."""
     here = Machine(tmp_path_factory.mktemp("confirmed"), tiny_file)
-    here.run(*MEDIUM)
+    here.run(*MEDIUM, timeout_s=PATIENCE_S)
     there = dataclasses.replace(here, file=Path("tiny"))
-    there.start(command="confirm", options=WANTED).end(code=0)
+    there.start(command="confirm", options=WANTED).end(code=0, timeout_s=PATIENCE_S)
     return members(there), verdict(there)
 
 
 def test_a_killed_confirmation_continues_to_the_same_numbers(confirming, undisturbed):
     running = confirming.start(command="confirm", options=WANTED)
-    wait_for(lambda: len(members(confirming)) == 1 and steps(confirming), running=running)
+    wait_for(lambda: len(members(confirming)) == 1 and steps(confirming), running=running, timeout_s=PATIENCE_S)
     done = {path: path.stat().st_mtime_ns for path in confirming.folder.glob("confirm/*/*/record.json")}
     running.everyone(signal.SIGKILL)
     running.process.wait()
     assert not (confirming.folder / confirmation.FILE).exists()
-    said = confirming.start(command="confirm", options=WANTED).end(code=0)
+    said = confirming.start(command="confirm", options=WANTED).end(code=0, timeout_s=PATIENCE_S)
     assert "1 of 4 done before" in said
     assert (members(confirming), verdict(confirming)) == undisturbed
     assert all(path.stat().st_mtime_ns == time for path, time in done.items()), "trained twice"
@@ -83,20 +86,20 @@ def test_a_killed_confirmation_continues_to_the_same_numbers(confirming, undistu
 
 def test_a_dead_worker_costs_neither_members_nor_numbers(confirming, undisturbed):
     running = confirming.start(command="confirm", options=WANTED)
-    wait_for(lambda: steps(confirming), running=running)
+    wait_for(lambda: steps(confirming), running=running, timeout_s=PATIENCE_S)
     os.kill(running.workers()[0], signal.SIGKILL)
-    said = running.end(code=0)
+    said = running.end(code=0, timeout_s=PATIENCE_S)
     assert "died: killed by SIGKILL" in said and "again, seed 1 of 2, attempt 2" in said
     assert (members(confirming), verdict(confirming)) == undisturbed
 
 
 def test_a_request_to_stop_saves_tells_how_far_it_is_and_exits_with_75(confirming, undisturbed):
     running = confirming.start(command="confirm", options=WANTED)
-    wait_for(lambda: len(members(confirming)) == 2 and steps(confirming), running=running)
+    wait_for(lambda: len(members(confirming)) == 2 and steps(confirming), running=running, timeout_s=PATIENCE_S)
     running.process.send_signal(signal.SIGINT)
-    said = running.end(code=75)
+    said = running.end(code=75, timeout_s=PATIENCE_S)
     assert "give the same command again to continue" in said and "2 of 4 trainings are done" in said
     half = confirmation.read(confirming.folder)
     assert not half.complete and len(half.seeds) == 1 and half.best is not None
-    confirming.start(command="confirm", options=(*WANTED, "--workers", "2")).end(code=0)
+    confirming.start(command="confirm", options=(*WANTED, "--workers", "2")).end(code=0, timeout_s=PATIENCE_S)
     assert (members(confirming), verdict(confirming)) == undisturbed

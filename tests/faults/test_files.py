@@ -185,6 +185,17 @@ def test_a_damaged_record_of_its_own_stops_a_study(machine, finished):
     assert f"{damaged}: is no trial record" in said.replace("\n", " ") and "trial 3 (" not in said
 
 
+def test_a_finished_trial_whose_record_is_gone_is_said_and_can_be_trained_again(machine, finished):
+    here = machine()
+    shutil.copytree(finished.root, here.root)
+    shutil.rmtree(here.folder / "trials" / "0001")
+    said = here.run(*SHORT, "study.n_trials=3", code=2).replace("\n", " ")
+    assert "the records of trials 1 are gone" in said and "move journal.log away" in said
+    (here.folder / "journal.log").rename(here.root / "journal.log")
+    assert "3 of 3 trials finished" in here.run(*SHORT, "study.n_trials=3")
+    assert len({record.config_hash for record in here.records()}) == 3
+
+
 def test_checkpoint_record_and_model_agree(finished):
     """The config read back from a checkpoint is the record's, and its model has the parameters that are recorded."""
     with_checkpoint = 0

@@ -45,6 +45,23 @@ def test_an_edited_space_is_shown_and_nothing_runs_until_it_is_forked(finished, 
     assert here.numbers() == before
 
 
+def test_a_fork_that_was_cut_off_is_made_whole_by_the_same_command(machine, finished):
+    """As if killed while trial 1 was being copied: nothing is trained before all have come over."""
+    here = machine()
+    shutil.copytree(finished.root, here.root)
+    fork = ("--fork", "other")
+    here.run(*SHORT, "study.n_trials=3", options=fork)
+    other = here.folder.parent / "other"
+    (other / "fork-pending").write_text("cut off\n")
+    (other / "journal.log").unlink()
+    for number in (1, 2):
+        (other / "trials" / f"{number:04d}" / "record.json").unlink()
+    said = here.run(*SHORT, "study.n_trials=3", options=fork)
+    assert "3 trials taken over from tiny" in said and "trial 1 (" not in said
+    assert [record.origin for record in records.read_all(other)] == ["tiny/0", "tiny/1", "tiny/2"]
+    assert not (other / "fork-pending").exists()
+
+
 def test_a_queue_is_run_once_and_can_be_filled_while_the_study_runs(machine, tmp_path, tiny_file):
     file = tmp_path / "queued.toml"
     file.write_text(tiny_file.read_text().replace("1.2K", "1.65K") + QUEUED)

@@ -1,8 +1,7 @@
 """Studies whose truth is known: folders as a finished search leaves them, with predictions made instead of trained.
 
 A regression study predicts y = signal + noise. A model whose prediction is signal + √excess · e has the expected
-squared error σ² + excess, so that any law of size can be planted exactly. A threshold study's models say the true
-logit plus an error of a given size.
+squared error σ² + excess, so that any law of size can be planted exactly.
 """
 
 from __future__ import annotations

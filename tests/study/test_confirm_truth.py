@@ -31,9 +31,7 @@ kind = "direction"
 horizon = 1
 
 [split]
-kind = "fractions"
-train = 0.5
-validation = 0.3
+{split}
 
 [budget]
 parameters = "1.2K"
@@ -80,19 +78,28 @@ def bars(strength: float) -> str:
     return "\n".join(["Date,Open,High,Low,Close,Volume", *rows]) + "\n"
 
 
-def swept(name: str, strength: float, tmp_path: Path) -> tuple[Path, str]:
+FRACTIONS = 'kind = "fractions"\ntrain = 0.5\nvalidation = 0.3'
+WALK_FORWARD = """kind = "walk_forward"
+window = "expanding"
+validation_start = 2013-01-01
+test_start = 2015-01-01
+n_folds = 2"""
+
+
+def swept(name: str, strength: float, tmp_path: Path, *, split: str = FRACTIONS) -> tuple[Path, str]:
     """The folder of a study that was searched and confirmed by one command, and what that printed."""
     (tmp_path / "bars.csv").write_text(bars(strength))
-    (tmp_path / "s.toml").write_text(SWEEP.format(name=name))
+    (tmp_path / "s.toml").write_text(SWEEP.format(name=name, split=split))
     fintx("data", "import", "bars.csv", "--symbol", name, cwd=tmp_path)
     return tmp_path / "outputs" / name, fintx("sweep", "s.toml", cwd=tmp_path).stdout
 
 
 def test_a_planted_signal_is_confirmed_and_opens_the_test_part(tmp_path):
-    folder, said = swept("SIGNAL", 0.5, tmp_path)
+    folder, said = swept("SIGNAL", 0.5, tmp_path, split=WALK_FORWARD)
     assert "The best trial is ahead of" in said and "too good to be true" not in said
     assert re.search(r"confirmation of SIGNAL: the best 1 of 2 trials \(\d\), each trained again with the same 2", said)
-    assert "CONFIRMED: trial" in said and "best, confirmed" in said and "by year" in said
+    assert "CONFIRMED: trial" in said and "best, confirmed" in said
+    assert "by fold: ahead in 2 of 2" in said and "by year: ahead in 2 of 2" in said
     found = confirmation.read(folder)
     assert found.complete and found.n_compared == 2
     (best,) = found.confirmed
@@ -112,7 +119,8 @@ def test_a_planted_signal_is_confirmed_and_opens_the_test_part(tmp_path):
     (opening,) = sealed.read_openings(folder)
     assert opening.confirmed and [each.name for each in opening.models][0] == f"trial {best.trial}, mean of 3 seeds"
     assert all(each.gain.positive for each in opening.models)
-    assert opening.first_date > found.created[:0] + "2014" and opening.n_rows > 200
+    assert opening.first_date >= "2015-01-01" and opening.n_rows > 200
+    assert any("scored by the last fold's models" in note for note in opening.notes)
     assert "it had been opened 1 times before" in fintx("eval", folder, "--test", cwd=tmp_path).stdout
     entries = [json.loads(line) for line in (folder / "openings.jsonl").read_text().splitlines()]
     assert [entry["confirmed"] for entry in entries] == [True, True] and len(entries[0]["checkpoints"]) == 3

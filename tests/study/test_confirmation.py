@@ -1,15 +1,18 @@
-"""What was planted is what the confirmation says: who is best, confirmed, like the best, and what was luck."""
+"""What was planted is what the confirmation says: the best, the confirmed, those alike, and what was luck."""
 
 from __future__ import annotations
+
+import shutil
 
 import numpy as np
 import pytest
 
 from fintx import sweepfile
+from fintx.config import ConfirmConfig
 from fintx.data import sources
 from fintx.evaluate import metrics
 from fintx.report import confirmation as words
-from fintx.study import confirm, confirmation, records, seeds
+from fintx.study import comparison, confirm, confirmation, records, seeds
 from fintx.types import FintxError
 from tests.study.planted import Planted
 
@@ -38,7 +41,7 @@ def plant(tiny_study, tmp_path):
 
 
 def build(planted, spec, trials, tmp_path, seeds=SEEDS):
-    return confirmation.build(planted.folder, spec, trials, seeds, data_root=tmp_path)
+    return comparison.build(planted.folder, spec, trials, seeds, data_root=tmp_path)
 
 
 def test_a_planted_signal_is_confirmed_and_its_equal_can_not_be_told_from_it(plant, spec, tmp_path):
@@ -218,7 +221,7 @@ def test_a_regression_is_compared_by_its_squared_error(plant, spec, tmp_path):
     assert found.best.verdict.gain.mean == pytest.approx(1e-4, rel=0.2)
 
 
-# --- seeds ------------------------------------------------------------------------------------------------------------
+# --- what is trained --------------------------------------------------------------------------------------------------
 
 
 def test_fresh_seeds_are_the_same_for_ever_and_none_of_the_searchs():
@@ -228,3 +231,75 @@ def test_fresh_seeds_are_the_same_for_ever_and_none_of_the_searchs():
     assert not search & set(many)
     assert confirm.fresh_seeds(0, 2, used={few[0]}) == many[1:3]
     assert confirm.fresh_seeds(1, 3, used=set()) != few
+
+
+@pytest.fixture
+def course(tiny_study, tmp_path):
+    """The best two of a real study, three seeds each, and what it tells."""
+    folder = shutil.copytree(tiny_study, tmp_path / "tiny")
+    told: list = []
+    wanted = ConfirmConfig(top_k=2, n_seeds=3)
+    with confirm.begin(folder, wanted, data_root=tiny_study.parents[1] / "data", notify=told.append) as made:
+        yield made, told
+
+
+def test_each_of_the_best_gets_the_same_seeds_in_turn(course, tiny_study):
+    made, _ = course
+    ranked = records.ranked(records.read_all(tiny_study), minimize=True)
+    jobs = [made.next_job(lambda config: 0) for _ in range(6)]
+    assert made.next_job(lambda config: 0) is None and not made.over and not made.settled
+    assert [job.number for job in jobs] == [ranked[0].trial_number, ranked[1].trial_number] * 3
+    assert [job.config.seed for job in jobs] == [seed for seed in made.seeds for _ in range(2)]
+    assert len({job.folder for job in jobs}) == 6 and [job.key for job in jobs] == list(range(6))
+    first = ranked[0].config
+    assert jobs[0].config == first.model_copy(update={"seed": made.seeds[0]})
+    assert not {record.config.seed for record in ranked} & set(made.seeds)
+
+
+def test_a_member_that_crashes_is_tried_again_and_then_left_aside(course):
+    made, told = course
+    for attempt in range(1, 4):
+        job = made.next_job(lambda config: 0)
+        assert (job.key, job.attempt) == (0, attempt)
+        made.heard(job.key, "died", {"text": "killed by SIGSEGV"}, pid=1)
+    assert made.left_aside == (f"trial {made.trials[0].trial_number} again, seed 1 of 3 died: killed by SIGSEGV",)
+    assert "2 attempts left" in told[2].words and "left aside; the next run tries it again" in told[-1].words
+    assert made.next_job(lambda config: 0).key == 1
+    assert made.next_job(lambda config: None) is None, "no memory for it now"
+    made.heard(1, "mistake", {"text": "No space left on device"}, pid=1)
+    assert "No space left" in str(made.problem) and made.next_job(lambda config: 0) is None
+    result = made.result(interrupted=False)
+    assert result.problem is made.problem and not result.confirmation.complete
+
+
+def test_failures_in_a_row_stop_it(course):
+    made, _ = course
+    made.spec = made.spec.model_copy(
+        update={"execution": made.spec.execution.model_copy(update={"max_failures": 4})}
+    )  # fmt: skip
+    for _ in range(4):
+        made.heard(made.next_job(lambda config: 0).key, "hung", {"text": "no step for 900 s"}, pid=1)
+    assert "stopped after 4 failures in a row" in str(made.problem) and made.settled
+
+
+def test_a_study_without_a_success_or_with_other_data_is_refused(tiny_study, tmp_path):
+    wanted, data = ConfirmConfig(), tiny_study.parents[1] / "data"
+    empty = shutil.copytree(tiny_study, tmp_path / "empty", ignore=lambda *_: ["trials"])
+    with (
+        pytest.raises(FintxError, match="no successful trial yet"),
+        confirm.begin(empty, wanted, data_root=data, notify=print),
+    ):
+        pass
+    other = shutil.copytree(tiny_study, tmp_path / "other")
+    path = records.trial_folder(other, records.ranked(records.read_all(other), minimize=True)[0].trial_number)
+    text = (path / "record.json").read_text()
+    found = records.read(path / "record.json").folds[0].label_hash
+    (path / "record.json").write_text(text.replace(found, "0" * 64))
+    with (
+        pytest.raises(FintxError, match="trained on other label"),
+        confirm.begin(other, wanted, data_root=data, notify=print),
+    ):
+        pass
+    with pytest.raises(FintxError, match="is no study under"):
+        records.find_study("nowhere", outputs=tmp_path)
+    assert records.find_study("other", outputs=tmp_path) == records.find_study(str(other), outputs=tmp_path) == other

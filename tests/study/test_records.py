@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from fintx.config import (
     BudgetConfig,
     DataConfig,
+    MeshConfig,
     ModelConfig,
     OptimConfig,
     Shape,
@@ -146,6 +147,12 @@ def test_fold_metrics_are_averaged_and_counts_summed():
     assert records.mean_metrics(folds) == {"log_loss": pytest.approx(0.6), "n": 40, "auc": None}
 
 
+def test_seeds_are_averaged_and_their_counts_kept():
+    seeds = [{"log_loss": 0.5, "n": 10, "auc": None, "tp": 3}, {"log_loss": 0.7, "n": 10, "auc": 0.6, "tp": 4}]
+    assert records.mean_over_seeds(seeds) == {"log_loss": pytest.approx(0.6), "n": 10, "auc": None, "tp": 3.5}
+    assert records.mean_over_seeds([]) == {}
+
+
 def test_tables_come_from_records_alone(tmp_path):
     folder = tmp_path / "s"
     spec = StudySpec(
@@ -179,7 +186,8 @@ def test_definition_leaves_out_what_may_change():
     spec = StudySpec(study={"name": "s"}, task=TASK, budget=BudgetConfig(parameters=2000))
     more = spec.model_copy(update={"study": spec.study.model_copy(update={"n_trials": 99, "name": "t"})})
     other = spec.model_copy(update={"train": spec.train.model_copy(update={"batch_size": 7})})
-    assert records.definition(spec) == records.definition(more)
+    spread = spec.model_copy(update={"mesh": MeshConfig(data=4, model=2, fsdp=True)})
+    assert records.definition(spec) == records.definition(more) == records.definition(spread)
     differing = {k for k, v in records.definition(other).items() if records.definition(spec)[k] != v}
     assert differing == {"train.batch_size"}
 

@@ -24,7 +24,7 @@ from fintx.train.pace import Pace
 from fintx.train.progress import Progress, Question
 from fintx.train.result import FitResult
 from fintx.train.resume import Keeper, Saves, TrainingState
-from fintx.train.state import TrainState
+from fintx.train.state import Arrangement, TrainState
 from fintx.train.step import empty_tally
 from fintx.types import FintxError
 
@@ -421,7 +421,7 @@ def training_state(step: int) -> TrainingState:
         state=TrainState(step=np.int32(step), params={}, optimizer=()),
         tally=empty_tally(),
         progress=Progress(),
-        micro_batch=16,
+        arrangement=Arrangement(16),
         compile_s=0.0,
         wall_s=0.0,
     )
