@@ -338,9 +338,9 @@ class ExecutionConfig(_Config):
     """Memory that all running trials may take together, such as "12GB"; none: what the machine or its GPU has free."""
 
     population: Annotated[Literal["auto"] | bool | int, PlainValidator(_population)] = "auto"
-    """Trials that share a program trained at once. auto: where it pays, a trial's replicates, and trials that wait for
-    no result (random start, unfinished, queued with values of their own), so that what is proposed stays the same.
-    true: all of one shape where it pays; a number: as many, pay or not; false: none."""
+    """Trials that share a program trained at once. auto: where it pays, a trial's replicates, and on a GPU trials that
+    wait for no result (random start, unfinished, queued with values of their own): what is proposed stays the same.
+    true: all of one shape where it pays; a number: as many in one program, pay or not; false: none."""
     pipeline: bool | None = None
     """Ask for the next trial and compile it while one trains; none: on a GPU (on a CPU compiling takes its cores)."""
 

@@ -179,6 +179,9 @@ class Course:
             return 1
         return together.at_once(config, self.spec.execution.population, on_gpu=self.on_gpu)
 
+    def _on_cores(self, config: TrialConfig) -> bool:
+        return not self.hosts and together.on_cores(config, self.spec.execution.population, on_gpu=self.on_gpu)
+
     def _is_settled(self, proposal: Proposal) -> bool:
         """Whether a queued trial's values depend on no result that may still come in."""
         entry = next(entry for entry in self._entries() if queue.identity(entry) == proposal.entry)
@@ -191,7 +194,7 @@ class Course:
             spec=self.spec.model_copy(update={"queue": ()}), config=config, number=claim.number, attempt=claim.attempt,
             params=claim.params, entry=claim.entry, note=claim.note, training=claim.training,
             study_folder=self.opened.folder.resolve(), data_root=self.data_root.resolve(), memory_limit=limit,
-            at_once=at_once,
+            at_once=at_once, on_cores=self._on_cores(config),
         )  # fmt: skip
         self.notify(TrialStarted(self.name, claim.number, claim.attempt, claim.shape, job.source, claim.note))
         return job

@@ -30,7 +30,9 @@ class Job(BaseModel):
     memory_limit: int | None
     """Bytes; none: what the device has."""
     at_once: int = 1
-    """Members (trials × replicates) that may train side by side."""
+    """Members (trials × replicates) that may train side by side, in one program."""
+    on_cores: bool = False
+    """Replicates may train at the same time, each by a thread of its worker's."""
     member: int | None = None
     """Of a confirmation, which trains a trial again with another seed: its place there. None: the trial itself."""
 

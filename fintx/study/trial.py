@@ -7,6 +7,7 @@ holds its own run folder, writes its own record and has its own end.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import os
@@ -14,10 +15,12 @@ import shutil
 import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import jax
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -32,6 +35,7 @@ from fintx.study.results import Trained
 from fintx.train import hosts, loop, population, resume
 from fintx.train.attempt import Member
 from fintx.train.population import fit_population
+from fintx.train.result import FitResult
 from fintx.types import FintxError
 
 
@@ -153,7 +157,7 @@ class _Trial:
     """Trials that are trained together, this one included."""
     started: str = field(default_factory=environment.now)
     check: Callable[[], None] = lambda: None
-    fits: list[list[loop.FitResult]] = field(default_factory=list)
+    fits: list[list[FitResult]] = field(default_factory=list)
     """By fold, then by replicate."""
     wait_s: float | None = None
     ended: bool = False
@@ -186,34 +190,52 @@ def _fit_fold(trials: list[_Trial], dataset: Dataset, fold: int, *, n_folds: int
     if not trials:
         return
     pairs = [(trial, replicate) for trial in trials for replicate in range(len(trial.job.replicates))]
-    should_stop, n_parts = trials[0].hooks.should_stop, -(-len(pairs) // trials[0].job.at_once)
-    fits: dict[int, list[loop.FitResult]] = {trial.job.key: [] for trial in trials}
-    for part in range(n_parts):
+    job, should_stop = trials[0].job, trials[0].hooks.should_stop
+    n_parts = -(-len(pairs) // job.at_once)
+    n_threads = _threads(job, n_parts)
+    fits: dict[tuple[int, int], FitResult] = {}
+
+    def train(part: int) -> None:
         going = [pair for pair in pairs[part::n_parts] if not pair[0].ended]
         if part > 0 and hosts.agree(int(should_stop()))[0]:
             for trial, _ in going:
                 trial.end(None)
-            continue
-        last = fold + 1 == n_folds and len(pairs) == 1
-        members = [_member(trial, replicate, fold, at_end=not last, beside=len(going)) for trial, replicate in going]
-        fits_of_part = fit_population(
-            members,
+            return
+        at_end = fold + 1 < n_folds or len(pairs) > 1
+        found = fit_population(
+            [_member(trial, replicate, fold, at_end=at_end, beside=len(going)) for trial, replicate in going],
             dataset,
-            metric=trials[0].job.spec.study.metric,
+            metric=job.spec.study.metric,
             should_stop=should_stop,
-            memory_limit=trials[0].job.memory_limit,
-            mesh=trials[0].job.spec.mesh,
+            memory_limit=job.memory_limit,
+            mesh=job.spec.mesh,
         )
-        for (trial, _), result in zip(going, fits_of_part, strict=True):
+        for (trial, replicate), result in zip(going, found, strict=True):
             if isinstance(result, Exception):
                 trial.end(result)
-            elif result.outcome == "interrupted" and not trial.ended:
-                trial.end(None)
-            elif not trial.ended:
-                fits[trial.job.key].append(result)
+            elif result.outcome == "interrupted":
+                trial.end(trial.ending)
+            else:
+                times = {"wall_s": result.wall_s / n_threads, "compile_s": result.compile_s / n_threads}
+                fits[trial.job.key, replicate] = dataclasses.replace(result, **times)
+
+    if n_threads == 1:
+        for part in range(n_parts):
+            train(part)
+    else:
+        with ThreadPoolExecutor(n_threads) as threads:
+            list(threads.map(train, range(n_parts)))  # the list asks for what they raised
     for trial in trials:
         if not trial.ended:
-            trial.fits.append(fits[trial.job.key])
+            trial.fits.append([fits[trial.job.key, replicate] for replicate in range(len(trial.job.replicates))])
+
+
+def _threads(job: Job, n_parts: int) -> int:
+    """Parts that train at once, each by a thread: where the job allows it, one for each of this process's cores."""
+    if not job.on_cores or jax.device_count() > 1:  # several devices of a mesh wait for each other
+        return 1
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cores, n_parts)
 
 
 def _member(trial: _Trial, replicate: int, fold: int, *, at_end: bool, beside: int) -> Member:

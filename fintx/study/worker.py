@@ -38,6 +38,7 @@ class _Channel:
 
     def __init__(self) -> None:
         self._events = os.fdopen(os.dup(1), "w", encoding="utf-8")
+        self._telling = threading.Lock()
         os.dup2(2, 1)  # a library's print is no event
         self.stopping = threading.Event()
         self.left: set[str] = set()
@@ -78,8 +79,9 @@ class _Channel:
     def tell(self, event: str, **values: Any) -> None:
         """Say something; without a coordinator there is nobody to say it to, and the trial is to be saved."""
         try:
-            self._events.write(json.dumps({"event": event, **values}) + "\n")
-            self._events.flush()
+            with self._telling:
+                self._events.write(json.dumps({"event": event, **values}) + "\n")
+                self._events.flush()
         except BrokenPipeError:
             self.stopping.set()
 

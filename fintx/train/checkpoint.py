@@ -19,6 +19,7 @@ import json
 import os
 import secrets
 import shutil
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +37,8 @@ FORMAT = 2
 _SUMS, _DESCRIPTION, _PARAMS = "SHA256SUMS", "checkpoint.json", "params"
 _Leaf = tuple[tuple[int, ...], str]
 """Shape and dtype."""
+_WRITING = threading.Lock()
+"""Orbax is made for one thread; trials may train on several."""
 _FULL = ("no space left", "disk quota exceeded", "file too large")
 
 
@@ -119,7 +122,8 @@ def write(
         with _disk_errors(folder):
             staging.mkdir(parents=True)
             _reserve(staging, sum(leaf.nbytes for leaf in jax.tree.leaves(items)))
-            _write_arrays(staging, items=items)
+            with _WRITING:
+                _write_arrays(staging, items=items)
             _write_text(staging / _DESCRIPTION, text)
             _write_text(staging / _SUMS, _sums(staging))
             _sync(staging)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -83,6 +84,29 @@ def test_side_by_side_they_come_to_the_same(side_by_side: Path, one_by_one: Path
     assert [r.seed for r in together.replicates] == [r.seed for r in single.replicates]
     for ours, theirs in zip(together.replicates, single.replicates, strict=True):
         assert (ours.folds[0].best_epoch, ours.folds[0].epochs) == (theirs.folds[0].best_epoch, theirs.folds[0].epochs)
+
+
+def test_more_seeds_than_train_at_once_keep_their_order(one_by_one: Path, tiny_file: Path, tmp_path: Path) -> None:
+    record = only(run(load(tiny_file, "study.replicates=3", "execution.population=2"), tmp_path))
+    assert values(record) == pytest.approx(values(only(one_by_one)), rel=TOLERANCE)
+
+
+@pytest.mark.slow
+def test_on_the_cores_of_a_worker_they_come_to_the_same_bit_for_bit(
+    tiny_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On one device: several simulated ones make a mesh, and wait for each other."""
+    if len(os.sched_getaffinity(0)) < 2:
+        pytest.skip("this process may use a single core")
+    monkeypatch.delenv("XLA_FLAGS")
+    found = [
+        run(load(tiny_file, "study.replicates=4", "execution.checkpoint_s=0.01", setting), tmp_path / str(number))
+        for number, setting in enumerate(("execution.population=false", "execution.population='auto'"))
+    ]
+    single, at_once = (only(folder) for folder in found)
+    assert values(at_once) == values(single) and at_once.value_se == single.value_se
+    curves = [[replicate.folds[0].curve for replicate in record.replicates] for record in (single, at_once)]
+    assert curves[0] == curves[1]
 
 
 def test_predictions_and_checkpoint_are_the_first_seeds(side_by_side: Path) -> None:

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import pytest
 
-from fintx.config import TrialConfig
+from fintx.config import MeshConfig, TrialConfig
 from fintx.data.windows import Dataset
 from fintx.train import loop, memory, population, step
 from fintx.train.attempt import Member
@@ -231,6 +231,24 @@ def test_a_metric_that_is_undefined_here_ends_each(configs: list[TrialConfig], m
     data.validation.labels[:] = 1
     results = fit_population([Member(config) for config in configs[:2]], data, metric="auc")
     assert all(isinstance(result, FintxError) and "undefined" in str(result) for result in results)
+
+
+@pytest.mark.slow
+def test_a_population_on_a_mesh_comes_to_the_same(
+    configs: list[TrialConfig], data: Dataset, tmp_path: Path, alone: list[FitResult], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Windows shared out over 4 devices, heads over 2, every matrix cut; stopped there, and gone on with on one."""
+    monkeypatch.setattr(Pace, "steps", lambda self, left: 1)
+    mesh, taken = MeshConfig(data=4, model=2, fsdp=True), [0]
+    members = [Member(config, saves=saves(tmp_path / str(i))) for i, config in enumerate(configs[:2])]
+    noisy = [Member(configs[0], on_progress=taken.append, saves=members[0].saves), members[1]]
+    stopped = together(noisy, data, mesh=mesh, should_stop=lambda: taken[-1] >= 7)
+    assert [str(result.arrangement.layout) for result in stopped] == ["data 4 × model 2, fsdp"] * 2
+    for result, reference in zip(together(members, data, mesh=mesh), alone, strict=False):
+        assert result.resumed_step == 7
+        assert_close(result, reference)
+    joined = together([Member(config, saves=saves(tmp_path / str(i))) for i, config in enumerate(configs[:2])], data)
+    assert all("goes on in" in result.warnings[0] for result in joined)
 
 
 # --- compiled ahead, from another thread ------------------------------------------------------------------------------

@@ -40,3 +40,15 @@ def test_a_larger_batch_leaves_less_room(make_trial: Trials) -> None:
         for size in (8, 32, 128, 512)
     ]
     assert found == sorted(found, reverse=True) and found[0] > found[-1] == 1
+
+
+@pytest.mark.parametrize(
+    ("setting", "on_gpu", "d_model", "wanted"),
+    [("auto", False, 64, True), (True, False, 64, True), ("auto", False, 768, False), ("auto", True, 64, False),
+     (False, False, 64, False), (4, False, 64, False)],
+    ids=["auto", "true", "200M fill the cores", "on a GPU in one program", "switched off", "a number is one program"],
+)  # fmt: skip
+def test_replicates_of_small_models_use_the_cores(
+    make_trial: Trials, setting: bool | int | str, on_gpu: bool, d_model: int, wanted: bool
+) -> None:
+    assert together.on_cores(shaped(make_trial, d_model, 6), setting, on_gpu=on_gpu) is wanted
