@@ -29,7 +29,7 @@ def answer(found: Confirmation) -> str:
         )
     return (
         f"NOT CONFIRMED: no trial beats {found.baseline} with confidence; trial {best.trial}, the best with {seeds}, "
-        f"gains {_per_row(gain.mean, found)} ({interval}; with all {found.n_compared} trials counted "
+        f"{_moved(gain.mean, found)} ({interval}; with all {found.n_compared} trials counted "
         f"p = {number(found.superior_p_value)})."
     )
 
@@ -52,7 +52,7 @@ def luck(found: Confirmation) -> str:
         return ""
     words = (
         f"the search's winner, trial {first.trial}, had {found.metric} {number(first.search_value)}; fresh seeds give "
-        f"{number(first.mean_value)}: the search's figure was {_per_row(first.too_good.mean, found)} too good "
+        f"{number(first.mean_value)}: the search's figure was {_too_good(first.too_good, found)} "
         f"({level(found)}: {span(first.too_good)})"
     )
     if found.luck is not None:
@@ -80,6 +80,16 @@ def span(each: Estimate) -> str:
 
 def _turned(gain: Estimate) -> Estimate:
     return Estimate(-gain.mean, -gain.high, -gain.low, gain.se)
+
+
+def _moved(gain: float, found: Confirmation) -> str:
+    return f"gains {_per_row(gain, found)}" if gain >= 0 else f"loses {_per_row(-gain, found)}"
+
+
+def _too_good(luck: Estimate, found: Confirmation) -> str:
+    if luck.mean < 0:
+        return f"not too good but {_per_row(-luck.mean, found)} too bad; how much too good"
+    return f"{_per_row(luck.mean, found)} too good"
 
 
 def _per_row(value: float, found: Confirmation) -> str:

@@ -64,11 +64,12 @@ def _print_candidates(console: Console, found: Confirmation) -> None:
                 _estimate(behind), _estimate(ensemble.gain if ensemble else None), each.words,
             ]
         )  # fmt: skip
-    title = (
+    _line(
+        console,
         f"\nOn {found.n_rows:,} validation rows of {found.n_days:,} days (blocks of {found.block} days); "
-        f"gains in {found.loss} per row"
+        f"gains in {found.loss} per row",
     )
-    show(console, table(title, heads, rows, left=("shape", "result")))
+    show(console, table("", heads, rows, left=("shape", "result")))
 
 
 def _print_groups(console: Console, found: Confirmation) -> None:
