@@ -179,7 +179,7 @@ def test_too_few_points_are_counted(tmp_path):
     a, b = small(tmp_path, "a", budget="2K", n_trials=1), small(tmp_path, "b", budget="10K")
     said = refusal(a, b)
     assert "2 different parameter budgets, wanted at least 3" in said
-    assert "too few successful trials to know their spread: 2K has 1" in said
+    assert "too few successful trials to know their spread: 2.0K has 1" in said
     assert "4 successful trials in all, wanted at least 8" in said
 
 
