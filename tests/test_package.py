@@ -39,7 +39,7 @@ def test_every_recipe_has_a_line_of_help_and_calls_fintx_or_a_tool():
         match = re.search(r"^(\w+)(?: \*args)?:\n {4}@(.+)$", block, re.MULTILINE)
         if match and "[private]" not in block:
             recipes[match[1]] = (block.startswith("# "), match[2])
-    wanted = "sweep manual confirm stop plan queue status eval data verify params test check".split()
+    wanted = "sweep manual confirm report compare scaling stop plan queue status eval data verify params test check".split()
     assert list(recipes) == wanted
     assert all(helped for helped, _ in recipes.values())
     assert all(call == f'fintx {name} "$@"' for name, (_, call) in recipes.items() if name not in ("test", "check"))
@@ -48,7 +48,7 @@ def test_every_recipe_has_a_line_of_help_and_calls_fintx_or_a_tool():
 def test_just_lists_the_recipes():
     done = subprocess.run([Path(sys.executable).parent / "just"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0
-    assert len(re.findall(r"^    \w+.* # \w", done.stdout, re.MULTILINE)) == 13, done.stdout
+    assert len(re.findall(r"^    \w+.* # \w", done.stdout, re.MULTILINE)) == 16, done.stdout
 
 
 def test_the_readmes_commands_are_recipes():
