@@ -86,3 +86,7 @@ test *args:
 [no-exit-message]
 check:
     @ruff format --check . && ruff check . && mypy && pytest -m "not slow"
+
+# measure speed, beside rivals if given: bench [steps trials populations compile overhead] [--rivals PYTHON] [--write]
+bench *args:
+    @python tools/bench/drive.py "$@"

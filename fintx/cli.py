@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import functools
 import json
 import os
 import signal
@@ -44,7 +45,7 @@ Outputs = Annotated[Path, typer.Option("--outputs", help="Folder that holds one 
 DataDir = Annotated[Path, typer.Option("--data-dir", help="Folder of ingested data.")]
 Overrides = Annotated[list[str], typer.Option("--set", help="Change one setting: section.key=value (TOML).")]
 Workers = Annotated[
-    int, typer.Option("--workers", min=1, help="Processes that train, each on a GPU or its share of cores.")
+    int, typer.Option("--workers", min=1, help="Processes that train, each on its share of GPUs or cores.")
 ]
 Storage = Annotated[
     str | None, typer.Option("--storage", help="postgresql://USER@HOST/DATABASE: share the studies between machines.")
@@ -53,14 +54,20 @@ OUTPUTS = Path("outputs")
 DATA = Path("data")
 
 
+class _StopAtOnce(BaseException):
+    """The second request to stop. Not a KeyboardInterrupt, which typer takes for itself: exit code 130, and no word."""
+
+
 def main() -> None:
     """The `fintx` command: user mistakes become one line and exit code 2, never a traceback."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _stop_early)
     try:
         app()
     except FintxError as error:
         _complain(str(error))
         sys.exit(2)
-    except KeyboardInterrupt:
+    except _StopAtOnce:
         _complain("stopped at once; nothing finished is lost, the same command continues")
         sys.exit(STOPPED)
     except Exception as error:
@@ -71,6 +78,12 @@ def main() -> None:
         what = f"{type(error).__name__}: {_first_line(error)}"
         _complain(f"{what}; this is a bug of fintx, please report {_keep_trace()}")
         sys.exit(1)
+
+
+def _stop_early(number: int, frame: object) -> None:
+    """Before a run has its own way to stop: nothing is under way that could be lost, imports at most."""
+    os.write(2, b"fintx: stopped before anything ran; give the same command again to continue\n")
+    os._exit(STOPPED)
 
 
 def _complain(text: str) -> None:
@@ -178,19 +191,41 @@ def _run(orders: list[Order], *, outputs: Path, data_dir: Path, workers: int, co
     Args:
         confirms: studies that ask for it are confirmed at their end.
     """
+    from fintx.study import group, launcher
+
+    place = launcher.find() if all(order.spec.mesh.hosts for order in orders) else None
+    if place is None:
+        return _conduct(orders, outputs=outputs, data_dir=data_dir, workers=workers, confirms=confirms)
+    if workers > 1:
+        raise FintxError(f"--workers {workers}: {place} trains each trial with all others; leave it out")
+    with _stop_on_signal() as should_stop:
+        if place.index > 0:
+            return group.follow(place, should_stop=should_stop)
+    try:
+        _conduct(orders, outputs=outputs, data_dir=data_dir, workers=1, confirms=confirms, hosts=True)
+    finally:
+        group.dismiss(place)
+
+
+def _conduct(
+    orders: list[Order], *, outputs: Path, data_dir: Path, workers: int, confirms: bool, hosts: bool = False
+) -> None:
     from fintx.study import pool, runner
     from fintx.terminal import tables
 
     pool.keep_off_the_gpus()
     console = Console()
-    results = _to_the_end(console, orders, outputs=outputs, data_dir=data_dir, workers=workers)
+    to_the_end = functools.partial(
+        _to_the_end, console, outputs=outputs, data_dir=data_dir, workers=workers, hosts=hosts
+    )  # fmt: skip
+    results = to_the_end(orders)
     if len(results) > 1:
         tables.print_results(console, [each for each in results if not isinstance(each, runner.Confirmed)])
     if confirms:
         finished = [each for each in results if isinstance(each, runner.Summary) and each.to_be_confirmed]
         after = [runner.Order(each.spec, confirm=each.spec.confirm) for each in finished]
         if after:
-            results += _to_the_end(console, after, outputs=outputs, data_dir=data_dir, workers=workers)
+            results += to_the_end(after)
     for result in results:
         if result.problem is not None:
             _complain(str(result.problem))
@@ -205,15 +240,16 @@ def _run(orders: list[Order], *, outputs: Path, data_dir: Path, workers: int, co
 
 
 def _to_the_end(
-    console: Console, orders: list[Order], *, outputs: Path, data_dir: Path, workers: int
+    console: Console, orders: list[Order], *, outputs: Path, data_dir: Path, workers: int, hosts: bool
 ) -> list[Summary | Confirmed | Failure]:
     from fintx.study import runner
     from fintx.terminal import confirmation, live, tables
 
     with _stop_on_signal() as should_stop, live.View(console) as view:
         results = runner.run_all(
-            orders, outputs=outputs, data_root=data_dir, notify=view.notify, should_stop=should_stop, workers=workers
-        )
+            orders, outputs=outputs, data_root=data_dir, notify=view.notify, should_stop=should_stop,
+            workers=workers, hosts=hosts,
+        )  # fmt: skip
     for result in results:
         if isinstance(result, runner.Summary):
             if result.records or result.problem is None:
@@ -239,12 +275,16 @@ def stop(
 def _stop_on_signal() -> Iterator[Callable[[], bool]]:
     """First SIGINT, SIGTERM or hang-up: finish the step, save and stop; the second: stop at once."""
     asked = False
+    on_terminal = [descriptor for descriptor in (1, 2) if os.isatty(descriptor)]
 
     def ask(number: int, frame: object) -> None:
         nonlocal asked
         if asked:
-            raise KeyboardInterrupt
+            raise _StopAtOnce
         asked = True
+        if number == signal.SIGHUP:  # the terminal is gone, and whatever is written to it fails
+            for descriptor in on_terminal:
+                os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
         # Not through rich: a handler may run in the middle of any of its calls, even of its import.
         os.write(sys.stderr.fileno(), "fintx: saving what runs, then stopping … (once more: stop at once)\n".encode())
 
@@ -261,6 +301,10 @@ def plan(
     file: Annotated[Path, typer.Argument(help="A sweep file.")],
     overrides: Overrides = [],  # noqa: B006
     data_dir: DataDir = DATA,
+    devices: Annotated[int | None, typer.Option("--devices", min=1, help="Plan for so many devices.")] = None,
+    device_memory: Annotated[
+        str | None, typer.Option("--device-memory", help='Plan for GPUs of so much memory, such as "141GB".')
+    ] = None,
 ) -> None:
     """Print what a sweep file would run; run and write nothing."""
     from fintx import sweepfile
@@ -268,7 +312,8 @@ def plan(
     from fintx.terminal import tables
 
     spec = sweepfile.load(file, overrides=overrides)
-    tables.print_plan(Console(), planning.build(spec, data_root=data_dir))
+    machine = planning.machine(devices, device_memory)
+    tables.print_plan(Console(), planning.build(spec, data_root=data_dir, on=machine))
 
 
 @app.command()
@@ -281,7 +326,15 @@ def status(outputs: Outputs = OUTPUTS) -> None:
     folders = records.study_folders(outputs)
     if not folders:
         raise FintxError(f"{outputs}: holds no study yet; run one: just sweep sweeps/demo.toml")
-    tables.print_status(Console(), [statuses.read(folder) for folder in folders])
+    found, damage = [], []
+    for folder in folders:
+        try:
+            found.append(statuses.read(folder))
+        except FintxError as error:  # one study's damage hides no other study
+            damage.append(str(error))
+    tables.print_status(Console(), found)
+    if damage:
+        raise FintxError("\n".join(damage))
 
 
 @app.command(name="eval")

@@ -332,6 +332,39 @@ class ExecutionConfig(_Config):
         return without_passwords(storage)
 
 
+def _devices(value: Any) -> Any:
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    if value == "auto" or (whole and (value == -1 or value >= 1)):
+        return value
+    raise ValueError('wanted a number of devices, -1 for all that are left, or "auto"')
+
+
+def _divisor(value: Any) -> Any:
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    if value == "auto" or (whole and value >= 1):
+        return value
+    raise ValueError('wanted a number of devices, or "auto"')
+
+
+def _switch(value: Any) -> Any:
+    if isinstance(value, bool) or value == "auto":
+        return value
+    raise ValueError('wanted true, false or "auto"')
+
+
+class MeshConfig(_Config):
+    """Over which devices each trial is spread, and how: like [execution] no part of what the study asks."""
+
+    data: Annotated[int | Literal["auto"], BeforeValidator(_devices)] = -1
+    """Devices that share out a step's windows; -1: all that are left; "auto": one if the trial fits there, else -1."""
+    model: Annotated[int | Literal["auto"], BeforeValidator(_divisor)] = 1
+    """Devices that share out heads and d_ff, at most: what divides both; "auto": as few as make the trial fit."""
+    fsdp: Annotated[bool | Literal["auto"], BeforeValidator(_switch)] = "auto"
+    """Cut weights and optimiser state over the data devices too; "auto": where the trial doesn't fit otherwise."""
+    hosts: bool = True
+    """Where SLURM, MPI or Kubernetes started several processes: all train each trial; false: each is on its own."""
+
+
 class ConfirmConfig(_Config):
     """The best trials, trained again with fresh seeds. Where this section stands, a sweep ends with it."""
 
@@ -467,6 +500,7 @@ class StudySpec(_Config):
     space: dict[str, Searched] = {}
     """Dotted path into TrialConfig (model, optim, train) → what to search."""
     queue: tuple[QueueEntry, ...] = ()
+    mesh: MeshConfig = MeshConfig()
     execution: ExecutionConfig = ExecutionConfig()
     confirm: ConfirmConfig | None = None
 

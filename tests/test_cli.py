@@ -140,7 +140,7 @@ def test_eval_test_opens_the_seal_unconfirmed_says_so_and_logs_it(tiny_study, tm
     opening = ("eval", study, "--test", "--unconfirmed", "--data-dir", data)
     first = fintx(*opening).stdout
     assert "the sealed test part was opened; opening number 1" in first and "is not confirmed" in first
-    assert re.search(r"trial \d.*\nprior .*\nvolatility_logistic ", first)
+    assert re.search(r"trial \d.*\nprior .*\n(.*\n)*volatility_logistic ", first)
     assert "opening number 2" in fintx(*opening).stdout
     assert "has been opened 2 times" in fintx("eval", study, "--data-dir", data).stdout
     assert len((study / "openings.jsonl").read_text().splitlines()) == 2

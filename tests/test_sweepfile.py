@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fintx import sweepfile, toml_writer
-from fintx.config import Choices, FloatRange, StudySpec
+from fintx.config import Choices, FloatRange, MeshConfig, StudySpec
 from fintx.sweepfile import SweepFileError
 from fintx.toml_lines import locate
 from fintx.types import FintxError
@@ -276,6 +276,33 @@ def test_a_whole_number_is_asked_of_a_queued_whole_number(tmp_path):
 def test_a_mistake_in_how_it_is_run_is_named(key, wrong, words, tmp_path):
     (found,) = problems(write(tmp_path, f"[execution]\n{key} = {wrong}\n{GOOD}"))
     assert found.startswith(f"{tmp_path}/x.toml:2: execution.{key}: ") and words in found, found
+
+
+@pytest.mark.parametrize(
+    ("key", "wrong", "words"),
+    [
+        ("data", "0", 'wanted a number of devices, -1 for all that are left, or "auto", got 0'),
+        ("data", "true", "wanted a number of devices, -1 for all"),
+        ("data", '"all"', 'wanted a number of devices, -1 for all that are left, or "auto", got "all"'),
+        ("model", "-1", 'wanted a number of devices, or "auto", got -1'),
+        ("model", "1.5", 'wanted a number of devices, or "auto", got 1.5'),
+        ("fsdp", "1", 'wanted true, false or "auto", got 1'),
+        ("fsdp", '"yes"', 'wanted true, false or "auto", got "yes"'),
+        ("hosts", '"no"', 'wanted true or false, got "no"'),
+        ("dat", "1", 'unknown key; did you mean "data"?'),
+    ],
+)
+def test_a_mistake_in_the_mesh_is_named(key, wrong, words, tmp_path):
+    (found,) = problems(write(tmp_path, f"[mesh]\n{key} = {wrong}\n{GOOD}"))
+    assert found.startswith(f"{tmp_path}/x.toml:2: mesh.{key}: ") and words in found, found
+
+
+def test_a_mesh_survives_a_round_trip(tmp_path):
+    assert sweepfile.load(write(tmp_path, GOOD)).mesh == MeshConfig(data=-1, model=1, fsdp="auto", hosts=True)
+    text = '[mesh]\ndata = "auto"\nmodel = 4\nfsdp = true\nhosts = false\n'
+    spec = sweepfile.load(write(tmp_path, text + GOOD))
+    assert spec.mesh == MeshConfig(data="auto", model=4, fsdp=True, hosts=False)
+    assert sweepfile.load(write(tmp_path, sweepfile.dump(spec))) == spec
 
 
 def test_how_it_is_run_survives_a_round_trip_and_its_section_is_found_by_its_nearest_name(tmp_path):

@@ -71,6 +71,7 @@ _SECTIONS: dict[str, type[BaseModel]] = {
     "[model]": config.ModelConfig,
     "[optim]": config.OptimConfig,
     "[train]": config.TrainConfig,
+    "[mesh]": config.MeshConfig,
     "[execution]": config.ExecutionConfig,
     "[confirm]": config.ConfirmConfig,
     "[[queue]]": config.QueueEntry,

@@ -136,17 +136,24 @@ def state_bytes(model: ModelConfig, shape: Shape, n_features: int) -> int:
     return 16 * count(model, shape, n_features).total
 
 
-def memory(model: ModelConfig, shape: Shape, n_features: int, *, batch_size: int) -> int:
-    """Roughly a train step's bytes: state, what the backward pass keeps of every layer, and one block's working set.
+def activation_bytes(model: ModelConfig, shape: Shape, *, windows: int, remat: bool = False, parts: int = 1) -> int:
+    """Roughly what a pass forward and back holds beside parameters and gradients.
 
-    Kept per layer and token: the residual stream (float32) and the linear layers' outputs (3d + d + d_ff + d, in the
-    compute dtype); the block at work holds about twice that again, and its attention weights three times over.
+    Kept per layer and token: the residual stream (float32), and unless layers are computed again the linear layers'
+    outputs (3d + d + d_ff + d, in the compute dtype); the block at work holds about twice all that again, and its
+    attention weights three times over.
+
+    Args:
+        windows: in the pass.
+        remat: layers are computed again, each from its input.
+        parts: devices that share out heads and d_ff.
     """
     n, width = transformer.n_patches(model), 2 if model.compute_dtype == "bfloat16" else 4
-    tokens = batch_size * n
-    kept = tokens * (4 * shape.d_model + width * (5 * shape.d_model + shape.d_ff))
-    weights = 3 * batch_size * shape.n_heads * n * n * 4
-    return state_bytes(model, shape, n_features) + shape.n_layers * kept + 2 * kept + weights
+    tokens = windows * n
+    stream = tokens * 4 * shape.d_model
+    whole = stream + tokens * width * (2 * shape.d_model + (3 * shape.d_model + shape.d_ff) // parts)
+    weights = 3 * windows * shape.n_heads // parts * n * n * 4
+    return shape.n_layers * (stream if remat else whole) + 2 * whole + weights
 
 
 def head_counts(d_model: int) -> tuple[int, ...]:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +31,9 @@ _EPSILON = 1e-5
 _POSITION_STD = 0.02
 _HEAD_STD = 0.1
 """SD of the logits at init: the first predictions lie near one half, and yet every input already matters."""
+
+BeforeLayer = Callable[[Array, Params], tuple[Array, Params]]
+"""(B, N, D) residual stream and one layer's parameters → the same values, laid out as its caller likes."""
 
 
 def n_patches(model: ModelConfig) -> int:
@@ -66,6 +70,8 @@ def apply(
     *,
     key: PRNGKeyArray | None = None,
     dropout: Float[Array, ""] | float | None = None,
+    remat: bool = False,
+    before_layer: BeforeLayer = lambda hidden_BND, block: (hidden_BND, block),
 ) -> Float[Array, " B"]:
     """Logits (regression: predictions) of a batch of windows.
 
@@ -74,6 +80,9 @@ def apply(
         x_BTF: scaled features; time runs forward, the last bar is the decision bar.
         key: none for evaluation; else the dropout masks' key.
         dropout: rate; default `model.dropout`. Pass it traced to share one program between rates.
+        remat: keep of each layer its input alone for the backward pass, and compute the layer again: least memory, a
+            third more work. Values and gradients are the same but for rounding.
+        before_layer: called with what each layer works on, in the forward pass and in what is computed again.
     """
     rate = model.dropout if dropout is None else dropout
     declared = _declare(model, shape, x_BTF.shape[-1])
@@ -83,10 +92,12 @@ def apply(
 
     # Linear layers' outputs alone are saved: attention and elementwise work, cheap to compute and dear to store, is
     # done again. A scan's body needs no guard against common subexpressions: forward and backward are separate loops.
-    policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    policies = jax.checkpoint_policies
+    policy = policies.nothing_saveable if remat else policies.dots_with_no_batch_dims_saveable
 
     @functools.partial(jax.checkpoint, policy=policy, prevent_cse=False)
     def layer(hidden_BND: Array, block: Params, index: Array) -> Array:
+        hidden_BND, block = before_layer(hidden_BND, block)
         block_key = None if layer_key is None else jax.random.fold_in(layer_key, index)
         return nnx.merge(declared.block_graph, block)(hidden_BND, rate, block_key)
 
@@ -205,11 +216,14 @@ class _Block(nnx.Module):
         return x_BND + drop(self.feed_forward_out(active_BNM), rate, keys[3])
 
     def _attend(self, qkv: Array, rate: Any, key: PRNGKeyArray | None) -> Array:
-        """Multi-head attention over N tokens; heads are the middle third of (3, H, K), the width of `qkv`."""
+        """Multi-head attention over N tokens; the width of `qkv` is (H, 3, K): a head's query, key and value together.
+
+        So a contiguous part of it is a number of whole heads, as in Megatron-LM (https://arxiv.org/abs/1909.08053).
+        """
         B, N, D3 = qkv.shape
-        heads_BN3HK = qkv.astype(self._dtype).reshape(B, N, 3, self._n_heads, -1)
+        heads_BNH3K = qkv.astype(self._dtype).reshape(B, N, self._n_heads, 3, -1)
         # Heads first, then plain matmuls: at ten tokens a tenth of a CPU step faster than contracting BNHK in place.
-        q_BHNK, k_BHNK, v_BHNK = heads_BN3HK.transpose(2, 0, 3, 1, 4)
+        q_BHNK, k_BHNK, v_BHNK = heads_BNH3K.transpose(3, 0, 2, 1, 4)
         scores_BHNN = jnp.matmul(q_BHNK, k_BHNK.swapaxes(-1, -2), preferred_element_type=jnp.float32)
         weights_BHNN = drop(jax.nn.softmax(scores_BHNN / math.sqrt(q_BHNK.shape[-1])), rate, key)
         mixed_BHNK = jnp.matmul(weights_BHNN.astype(self._dtype), v_BHNK)

@@ -23,8 +23,6 @@ def write(found: Comparison, *, outputs: Path) -> Path:
 
 def build(found: Comparison) -> Page:
     """The page as a value."""
-    from fintx.report.study_report import footer
-
     told = sentence(found)
     ahead = [row for row in found.rows if row.lead is not None and row.lead.positive]
     return Page(
@@ -41,7 +39,7 @@ def build(found: Comparison) -> Page:
             Section("transfer", "Transfer: a winner trained elsewhere", (transfer_sheet(found), *_fills(found))),
             Section("ranks", "Do studies rank shapes alike?", (pairs_sheet(found),)),
         ),
-        footer=footer(),
+        footer=page.footer(),
     )
 
 

@@ -58,7 +58,7 @@ class Picture:
 @contextmanager
 def canvas(*, height: float = 3.2, width: float = WIDTH) -> Iterator[Figure]:
     """An empty figure in the style."""
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(_STYLE):  # type: ignore[arg-type]
         yield Figure(figsize=(width, height), layout="constrained")
 
 

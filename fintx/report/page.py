@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import datetime
 import functools
 import os
 import shutil
@@ -16,6 +17,7 @@ from typing import Literal
 
 import jinja2
 
+import fintx
 from fintx.report.figures import Picture
 from fintx.report.sheet import Sheet
 from fintx.types import FintxError
@@ -83,6 +85,12 @@ class Page:
     def pictures(self) -> tuple[Picture, ...]:
         """Every figure."""
         return tuple(block for section in self.sections for block in section.blocks if isinstance(block, Picture))
+
+
+def footer() -> str:
+    """Who made it, when."""
+    today = datetime.datetime.now(datetime.UTC).isoformat(sep=" ", timespec="minutes")
+    return f"Made by fintx {fintx.__version__} on {today} from records and predictions alone."
 
 
 def render(page: Page) -> str:

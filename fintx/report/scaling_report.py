@@ -73,8 +73,6 @@ def write(found: Scaling, *, outputs: Path) -> Path:
 
 def build(found: Scaling) -> Page:
     """The page as a value."""
-    from fintx.report.study_report import footer
-
     field = found.field
     return Page(
         title=f"Does it scale? {field.cells[0]} to {field.cells[-1]}",
@@ -91,7 +89,7 @@ def build(found: Scaling) -> Page:
             ("stated difference", percent(found.difference)),
         ),
         sections=(section(found, told=False),),
-        footer=footer(),
+        footer=page.footer(),
     )
 
 

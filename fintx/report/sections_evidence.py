@@ -21,7 +21,7 @@ from fintx.types import Floats
 
 _SHOWN = ("log_loss", "auc", "brier", "average_precision", "calibration_error")
 _SHOWN_REGRESSION = ("mse", "mae", "correlation", "sign_accuracy")
-_VOLATILITY = ("volatility", "vix", "har", "garch", "touch")
+_VOLATILITY = ("volatility_", "vix_", "garch_")
 _FOREST = 8
 
 

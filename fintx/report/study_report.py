@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import datetime
 from pathlib import Path
 
-import fintx
 from fintx.evaluate import metrics
 from fintx.report import answer, evidence, page, search, sections_evidence, sections_search, setting, sheet
 from fintx.report.evidence import Evidence
@@ -60,14 +58,8 @@ def build(found: Evidence, *, data_root: Path) -> Page:
         warnings=told.warnings,
         facts=sections_evidence.facts(found),
         sections=tuple(section for section in sections if section is not None),
-        footer=footer(),
+        footer=page.footer(),
     )
-
-
-def footer() -> str:
-    """Who made it, when."""
-    today = datetime.datetime.now(datetime.UTC).isoformat(sep=" ", timespec="minutes")
-    return f"Made by fintx {fintx.__version__} on {today} from records and predictions alone."
 
 
 def _asked(asked: setting.Setting) -> Section:

@@ -230,7 +230,7 @@ def begin(
             )
         spec, prepared = opening.resolve(known.spec, folder=folder, data_root=data_root)
         _check_data(folder, best[0], prepared)
-        trial.ensure_baselines(folder, prepared.folds, spec, data_root)
+        trial.ensure_baselines(folder, prepared.folds, spec, data_root, tell=lambda words: None)
         seeds = fresh_seeds(spec.study.seed, wanted.n_seeds, used={record.config.seed for record in finished})
         course = Retraining(folder, spec, tuple(best), seeds, data_root, len(prepared.folds), notify)
         notify(

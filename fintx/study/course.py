@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from fintx import sweepchecks
 from fintx.config import StudySpec, TrialConfig
 from fintx.study import queue, records, sampler, stopping, trial
 from fintx.study.events import EpochDone, Event, Notice, TrialEnded, TrialFinished, TrialStarted
@@ -27,6 +28,8 @@ _RENEW_S = 15.0
 _LOOK_S = 2.0
 """How often the file's queue, a request to stop and other machines' results are looked for."""
 _IDLE_S = 1.0
+_FIXED = ("task", "split", "budget", "architecture", "model", "optim", "train", "space")
+"""Sections whose edits wait for the next start, which refuses them or forks."""
 """After there was nothing to do, until it is asked again; the end of a trial of its own ends the wait."""
 _BACKOFF_S = (0.2, 5.0)
 
@@ -68,7 +71,7 @@ class Course:
         self._away_tries = 0
         self._retry_at = self._look_at = self._renew_at = self._idle_until = 0.0
         self._seen: dict[int, tuple[tuple[Any, ...], float]] = {}
-        self._stop_before = stopping.request(self.opened.folder)
+        self.stop_asked = self._is_asked_to_stop()
         self._said: set[str] = set()
 
     @property
@@ -114,7 +117,10 @@ class Course:
         try:
             claim = self._reach(lambda: self.opened.ledger.claim(choose))
         except sampler.SpaceExhausted as error:
-            self.problem = error
+            if self.held:  # what runs comes to its end first
+                self._idle_until = time.monotonic() + _IDLE_S
+            else:
+                self.problem = error
             return None
         if claim is None:
             self._idle_until = time.monotonic() + _IDLE_S
@@ -148,16 +154,19 @@ class Course:
                 return new
             if loose:
                 return loose[0]
-        elsewhere = [claim for claim in at_work if claim.number not in self.held]
-        for claim in elsewhere:
-            self._say_once(f"waiting for trial {claim.number}, which runs on {claim.host}")
-        self.over = not at_work
+        awaited = [claim for claim in at_work if self._is_ours(claim)]
+        for claim in awaited:
+            if claim.number not in self.held:
+                self._say_once(f"waiting for trial {claim.number}, which runs on {claim.host}")
+        self.over = not awaited
         return None
 
+    def _is_ours(self, claim: Claim) -> bool:
+        """Whether this run is about it: any trial of the study, or the queue's alone."""
+        return not self.queue_only or claim.entry in {queue.identity(entry) for entry in self._entries()}
+
     def _may_try(self, claim: Claim) -> bool:
-        if self.queue_only and claim.entry not in {queue.identity(entry) for entry in self._entries()}:
-            return False
-        return self._tried[claim.number] < self.spec.execution.max_attempts
+        return self._is_ours(claim) and self._tried[claim.number] < self.spec.execution.max_attempts
 
     def _is_loose(self, claim: Claim) -> bool:
         """Nobody works on it: it was given back, its coordinator is gone, or its lease hasn't been renewed."""
@@ -226,6 +235,8 @@ class Course:
         claim = self.held[number]
         self._pids[number], self._idle_until = pid, 0.0
         match kind:
+            case "loaded":  # a sign of life; from which step the trial goes on is not known yet
+                self._progressed.add(number)
             case "progress":
                 self._steps[number] = values["step"]
                 self._progressed.add(number)
@@ -280,7 +291,9 @@ class Course:
             self._aside[number] = f"trial {number} {words}"
         more = f"{left} attempts left" if left > 0 else "left aside; the next run tries it again"
         self._release(claim, "failed", words, said=f"attempt {claim.attempt} {words}; {more}")
-        self._count_failure(f"{kind} ({text})", words)
+        # Of one kind whatever path or number its text names: an exception's type, a signal, an exit code.
+        what = "" if kind == "hung" else f" ({text.partition(':')[0].partition(' (')[0]})"
+        self._count_failure(f"{kind}{what}", words)
 
     def _release(self, claim: Claim, state: Any, detail: str, *, said: str = "") -> None:
         del self.held[claim.number]
@@ -314,8 +327,11 @@ class Course:
         if now >= self._look_at:
             self._look_at = now + _LOOK_S
             self._reread_file()
-            self.stop_asked = self.stop_asked or stopping.request(self.opened.folder) != self._stop_before
+            self.stop_asked = self.stop_asked or self._is_asked_to_stop()
             self.learn()
+
+    def _is_asked_to_stop(self) -> bool:
+        return stopping.request(self.opened.folder) != self.opened.stop_before
 
     @property
     def _renew_s(self) -> float:
@@ -352,7 +368,12 @@ class Course:
                 return
             study = self.spec.study.model_copy(update={"n_trials": fresh.study.n_trials})
             spec = self.spec.model_copy(update={"queue": fresh.queue, "study": study})
+            if misfit := next(sweepchecks.cross_checks(spec), None):
+                raise FintxError(f"{'.'.join(map(str, misfit[0]))}: {misfit[1]}")
             queue.validate(spec, n_features=len(spec.data.features))
+            waiting = [name for name in _FIXED if getattr(fresh, name) != getattr(self.spec, name)]
+            if waiting:
+                self._say_once(f"edits of [{'], ['.join(waiting)}] are not taken while the study runs")
         except FintxError as error:
             self.notify(Notice(self.name, f"the edited sweep file is not taken: {error}"))
             return
@@ -423,7 +444,8 @@ class Course:
             folder, records.read_all(folder), n_trials=study.n_trials, metric=study.metric,
             minimize=self.opened.minimize,
         )  # fmt: skip
-        records.write_results_csv(self.outputs)
+        for damage in records.write_results_csv(self.outputs):
+            self._say_once(f"left out of experiment_results.csv: {damage}")
 
     def _keep_best_checkpoints(self) -> None:
         ranked = records.ranked(list(self.finished.values()), minimize=self.opened.minimize)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from fintx.data import features, sources, windows
@@ -15,6 +16,7 @@ from fintx.evaluate import metrics
 from fintx.study import records
 from fintx.study.records import Metrics
 from fintx.train import checkpoint, loop
+from fintx.train.sharding import ONE, Layout
 from fintx.types import FintxError
 
 _OF_VOLUME = ("obv", "adosc_3_10", "vwap_20")
@@ -64,7 +66,11 @@ def on_validation(path: Path, *, data_root: Path) -> Evaluation:
         scored.append(_score(restored, dataset.features, dataset.validation, dataset))
     recorded = records.mean_metrics([s.meta["best"] for s in scored])
     opened = records.openings_words(found.study) if found.study else ""
-    return _evaluation("validation", found, scored, recorded=recorded, notes=(opened,) if opened else ())
+    notes = [opened] if opened else []
+    trained_on = Layout(**scored[0].meta.get("layout", {}))
+    if _layout(trained_on) != trained_on:
+        notes.append(f"trained on {trained_on}, scored on one device: last digits may differ from the recorded ones")
+    return _evaluation("validation", found, scored, recorded=recorded, notes=notes)
 
 
 def on_file(path: Path, file: Path, *, symbol: str | None, data_root: Path) -> Evaluation:
@@ -162,7 +168,8 @@ class _Scored:
 
 def _score(restored: checkpoint.Restored, features: np.ndarray, part: Part, dataset: Dataset) -> _Scored:
     config, meta = restored.config, restored.meta
-    outputs = loop.predict(config, restored.params, features, part.rows)
+    layout = _layout(Layout(**meta.get("layout", {})))
+    outputs = loop.predict(config, restored.params, features, part.rows, layout=layout)
     dates = dataset.dates[part.rows]
     return _Scored(
         meta=meta,
@@ -173,6 +180,11 @@ def _score(restored: checkpoint.Restored, features: np.ndarray, part: Part, data
         first_date=str(dates.min()),
         last_date=str(dates.max()),
     )
+
+
+def _layout(trained_on: Layout) -> Layout:
+    """The devices that a model was trained on, if there are as many here: then its figures are the recorded ones."""
+    return trained_on if trained_on.n_devices <= jax.device_count() else ONE
 
 
 def _check_hashes(folder: Path, meta: dict[str, Any], dataset: Dataset) -> None:

@@ -124,7 +124,10 @@ def _as_of(record: TrialRecord, spec: StudySpec, space: SearchSpace, number: int
 def _copy(record: TrialRecord, old: Path, folder: Path, new: TrialRecord) -> None:
     """Predictions and checkpoint first, the record last: a trial is there once its record is."""
     source, target = records.trial_folder(old, record.trial_number), records.trial_folder(folder, new.trial_number)
-    target.mkdir(parents=True, exist_ok=True)
+    if (target / "record.json").is_file():  # of a fork that was cut off
+        return
+    shutil.rmtree(target, ignore_errors=True)
+    target.mkdir(parents=True)
     if (source / "predictions.parquet").is_file():
         shutil.copy2(source / "predictions.parquet", target)
     if (source / "checkpoint").is_dir():

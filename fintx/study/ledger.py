@@ -102,9 +102,13 @@ Choice = Claim | Proposal | Answer | Withdrawal | None
 """An unfinished trial to take up, a new one, an entry that needs none, one that is not wanted, or nothing to do."""
 
 
-def owner_of(study_folder: Path) -> str:
-    """Names a coordinator's place: two on one host have different folders, or the folder's lock keeps one out."""
-    return f"{socket.gethostname()}:{study_folder.resolve()}"
+def owner_of(study_folder: Path, *, shared: bool) -> str:
+    """Names a coordinator's place.
+
+    A journal lies in the study's folder, whose lock lets one coordinator in per host; the folder may be moved. Two on
+    one host that share a database have different folders.
+    """
+    return f"{socket.gethostname()}:{study_folder.resolve()}" if shared else socket.gethostname()
 
 
 def read(study_folder: Path, *, url: str = storage.JOURNAL) -> tuple[Claim, ...]:
@@ -226,7 +230,8 @@ class Ledger:
         if not self.storage.shared:
             return []
         known = set(known)
-        trials = self.storage.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+        with self.storage.exclusive():
+            trials = self.storage.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
         return [frozen.user_attrs["record"] for frozen in trials if frozen.number not in known]
 
     def definition(self, mine: dict[str, Any]) -> dict[str, Any]:

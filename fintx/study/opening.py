@@ -13,7 +13,7 @@ from fintx import sweepfile
 from fintx.config import StudySpec
 from fintx.data import windows
 from fintx.evaluate import metrics
-from fintx.study import environment, ledger, lock, queue, records, storage, trial
+from fintx.study import environment, ledger, lock, queue, records, stopping, storage, trial
 from fintx.study.fork import TakeOver
 from fintx.study.ledger import Ledger
 from fintx.study.records import StudyFile
@@ -38,6 +38,8 @@ class Opened:
     prepared: windows.Prepared
     ledger: Ledger
     baselines: dict[str, Any]
+    stop_before: str
+    """The request to stop that stood in the folder when it was taken; later ones are heeded."""
 
     @property
     def minimize(self) -> bool:
@@ -59,6 +61,16 @@ def resolve(spec: StudySpec, *, folder: Path, data_root: Path) -> tuple[StudySpe
         spec.data, spec.task, spec.split, context_length=spec.model.context_length, root=data_root
     )  # fmt: skip
     return spec.model_copy(update={"data": prepared.data}), prepared
+
+
+def check_queue(spec: StudySpec, *, outputs: Path, data_root: Path) -> None:
+    """Whether a study could run its queue, before any study of the same command begins; nothing is written.
+
+    Raises:
+        FintxError: data that are missing, or entries that can't be run.
+    """
+    spec, _ = resolve(spec, folder=outputs / spec.study.name, data_root=data_root)
+    queue.validate(spec, n_features=len(spec.data.features))
 
 
 @contextlib.contextmanager
@@ -92,6 +104,7 @@ def begin(
     space = SearchSpace.build(spec, n_features=len(spec.data.features))
     queue.validate(spec, n_features=len(spec.data.features))
     with lock.hold(folder), contextlib.ExitStack() as stack:
+        stop_before = stopping.request(folder)
         if known is None:
             _check_no_strangers(folder)
         try:
@@ -99,20 +112,43 @@ def begin(
             opened = stack.enter_context(
                 storage.open_study(spec.execution.storage, folder, spec.study.name, minimize=minimize, warn=warn)
             )
-            book = Ledger(opened, ledger.owner_of(folder))
+            book = Ledger(opened, ledger.owner_of(folder, shared=opened.shared))
             check_same(folder, book.definition(mine), mine, where=opened.words)
             queued = (known.spec.queue if known else ()) if queue_only else spec.queue
-            write(folder, spec.model_copy(update={"queue": queued}), mine, known)
+            pending = folder / "fork-pending"  # stands until every old trial has come over
             if known is None and take_over is not None:
+                records.write_atomically(pending, "trials are being taken over from another study\n")
+            write(folder, spec.model_copy(update={"queue": queued}), mine, known)
+            if pending.is_file():
+                if take_over is None:
+                    raise FintxError(f"{folder}: its fork was cut off; give the command with --fork again")
                 take_over(folder, spec, space, warn)
+                pending.unlink()
             book.restore(records.read_all(folder), space.distributions, minimize=minimize)
+            _check_records(folder, book)
         except storage.StorageAway as error:
             raise FintxError(
                 f"{spec.study.name}: {error}; is the database running, and is its address right?"
             ) from None
         windows.store_processed(prepared, data_root)
-        beaten = trial.ensure_baselines(folder, prepared.folds, spec, data_root)
-        yield Opened(spec, folder, space, prepared, book, beaten)
+        beaten = trial.ensure_baselines(folder, prepared.folds, spec, data_root, tell=warn)
+        yield Opened(spec, folder, space, prepared, book, beaten, stop_before)
+
+
+def _check_records(folder: Path, book: Ledger) -> None:
+    """A trial that the journal calls finished has its record; a database holds a copy of it.
+
+    Raises:
+        FintxError: with the trials whose records are gone.
+    """
+    there = {record.trial_number for record in records.read_all(folder)}
+    gone = sorted({claim.number for claim in book.claims() if claim.finished} - there)
+    if gone and not book.storage.shared:
+        raise FintxError(
+            f"{folder}: the records of trials {', '.join(map(str, gone))} are gone, which the journal calls finished; "
+            "restore them from a copy, or move journal.log away: the same command then makes it again from the records "
+            "that are there, and trains what is missing"
+        )
 
 
 def check_same(folder: Path, before: dict[str, Any], after: dict[str, Any], *, where: str = "") -> None:

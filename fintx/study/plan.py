@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import jax
@@ -14,6 +13,7 @@ from fintx import sweepfile
 from fintx.config import (
     ArchitectureConfig,
     BudgetConfig,
+    ExecutionConfig,
     ModelConfig,
     Shape,
     StudySpec,
@@ -23,6 +23,10 @@ from fintx.data import windows
 from fintx.model import sizes
 from fintx.study import queue
 from fintx.study.space import SearchSpace
+from fintx.train import memory, placement
+from fintx.train.placement import Footprint
+from fintx.train.sharding import Layout
+from fintx.train.state import Arrangement
 from fintx.types import FintxError
 
 _EFFICIENCY = 0.35
@@ -31,6 +35,31 @@ _LAYER_S = 5e-4
 """Per layer and step beside the matmuls: loop turns, small kernels."""
 _COMPILE_S = 8.0
 """Trace, lower and compile one shape."""
+_POOL = 0.75
+"""Share of a GPU's memory that JAX takes (XLA_PYTHON_CLIENT_MEM_FRACTION unless it is set)."""
+_LARGE_BYTES, _LARGE_GPU = 8 * 2**30, 141_000_000_000
+"""From which size on a trial is also planned on large GPUs, and their memory (an H200's)."""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Devices to plan for."""
+
+    n_devices: int
+    memory: int
+    """Bytes of each."""
+    here: bool = False
+    """They are this machine's, and the memory is what a trial can have of it."""
+
+    @property
+    def usable_bytes(self) -> int:
+        """What a trial can have on each device."""
+        return self.memory if self.here else round(_POOL * self.memory)
+
+    def __str__(self) -> str:
+        if self.here:
+            return "here" if self.n_devices == 1 else f"here, {self.n_devices} devices"
+        return f"{self.n_devices} × {self.memory / 1e9:.0f} GB"
 
 
 @dataclass(frozen=True)
@@ -53,9 +82,25 @@ class Estimate:
     trial_s: tuple[float, float, float]
     """Smallest, median and largest feasible shape, all epochs."""
     study_s: float
-    memory_bytes: tuple[float, float]
-    """Training state and activations: smallest and largest feasible shape."""
-    available_bytes: float
+    memory: tuple[MemoryRow, ...]
+
+
+@dataclass(frozen=True)
+class MemoryRow:
+    """What one shape's trials hold on each of some devices, estimated."""
+
+    machine: str
+    shape: Shape
+    param_count: int
+    batch_size: int
+    layout: Layout
+    footprint: Footprint
+    """In one pass per step, as long as memory asks for no relief."""
+    recomputed_bytes: int
+    """The activations, if layers are computed again."""
+    device_bytes: int
+    fitting: Arrangement | None
+    """With the least relief that makes it fit; none: nothing does."""
 
 
 @dataclass(frozen=True)
@@ -73,8 +118,27 @@ class Plan:
     estimate: Estimate
 
 
-def build(spec: StudySpec, *, data_root: Path) -> Plan:
+def machine(devices: int | None, device_memory: str | None) -> Machine:
+    """This machine, or what the command line says of another.
+
+    Raises:
+        FintxError: the memory is no amount.
+    """
+    if device_memory is None:
+        return Machine(devices or jax.device_count(), memory.device_bytes(), here=True)
+    try:
+        return Machine(
+            devices or jax.device_count(), ExecutionConfig.model_validate({"memory": device_memory}).memory or 0
+        )
+    except ValueError:
+        raise FintxError(f'--device-memory {device_memory}: wanted an amount like "80GB" or "80GiB"') from None
+
+
+def build(spec: StudySpec, *, data_root: Path, on: Machine | None = None) -> Plan:
     """Resolve a spec against its data and count everything; runs and writes nothing.
+
+    Args:
+        on: the devices to plan for; none: this machine's.
 
     Raises:
         FintxError: whatever would stop the study from starting.
@@ -102,12 +166,16 @@ def build(spec: StudySpec, *, data_root: Path) -> Plan:
             )
             for entry in queue.entries(spec, space)
         ),
-        estimate=_estimate(spec, counted, prepared, n_features),
+        estimate=_estimate(spec, counted, prepared, n_features, on or machine(None, None)),
     )
 
 
 def _estimate(
-    spec: StudySpec, counted: tuple[tuple[Shape, int], ...], prepared: windows.Prepared, n_features: int
+    spec: StudySpec,
+    counted: tuple[tuple[Shape, int], ...],
+    prepared: windows.Prepared,
+    n_features: int,
+    machine: Machine,
 ) -> Estimate:
     by_size = sorted(counted, key=lambda pair: pair[1])
     typical = (by_size[0][0], by_size[len(by_size) // 2][0], by_size[-1][0])
@@ -121,14 +189,42 @@ def _estimate(
         steps = n_train / spec.train.batch_size
         epoch_s = epoch / (rate * _EFFICIENCY) + steps * shape.n_layers * _LAYER_S
         seconds.append(_COMPILE_S + spec.train.max_epochs * epoch_s)
-    memory = [sizes.memory(spec.model, shape, n_features, batch_size=spec.train.batch_size) for shape in typical]
     return Estimate(
         matmul_gflops=rate / 1e9,
         trial_s=(seconds[0], seconds[1], seconds[2]),
         study_s=seconds[1] * spec.study.n_trials,
-        memory_bytes=(float(min(memory)), float(max(memory))),
-        available_bytes=float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")),
+        memory=_memory(spec, by_size[0], by_size[-1], n_features, machine),
     )
+
+
+def _memory(
+    spec: StudySpec, smallest: tuple[Shape, int], largest: tuple[Shape, int], n_features: int, machine: Machine
+) -> tuple[MemoryRow, ...]:
+    """The smallest and the largest shape on the machine; a large one on one to eight large GPUs too."""
+    rows = [_memory_row(spec, pair, n_features, machine) for pair in dict.fromkeys((smallest, largest))]
+    if rows[-1].footprint.total > _LARGE_BYTES and machine.here:
+        rows += [_memory_row(spec, largest, n_features, Machine(n, _LARGE_GPU)) for n in (1, 2, 4, 8)]
+    return tuple(rows)
+
+
+def _memory_row(spec: StudySpec, pair: tuple[Shape, int], n_features: int, machine: Machine) -> MemoryRow:
+    (shape, total), batch_size = pair, spec.train.batch_size
+    layout = placement.choose(
+        spec.mesh, spec.model, shape, n_features,
+        batch_size=batch_size, n_devices=machine.n_devices, device_bytes=machine.usable_bytes,
+    )  # fmt: skip
+    plain = Arrangement(batch_size, layout=layout)
+
+    def held(arrangement: Arrangement) -> Footprint:
+        return placement.footprint(spec.model, shape, n_features, arrangement)
+
+    fitting: Arrangement | None = plain
+    while fitting is not None and held(fitting).total > machine.usable_bytes:
+        fitting = placement.relieved(fitting)
+    recomputed = held(replace(plain, remat=True)).activations
+    return MemoryRow(
+        str(machine), shape, total, batch_size, layout, held(plain), recomputed, machine.usable_bytes, fitting
+    )  # fmt: skip
 
 
 def _matmul_rate(dtype: str) -> float:

@@ -27,7 +27,8 @@ class Worker:
 
     cores: tuple[int, ...]
     """Empty: all."""
-    gpu: int | None
+    gpus: tuple[int, ...]
+    """Empty: all."""
     process: subprocess.Popen[bytes] | None = None
     log: IO[bytes] | None = None
     """What it prints before its first job."""
@@ -57,7 +58,7 @@ class Event:
 
     worker: Worker
     kind: str
-    """progress, epoch, warning; and how a job ended: one of `ENDS`."""
+    """loaded, progress, epoch, warning; and how a job ended: one of `ENDS`."""
     values: dict[str, Any]
 
 
@@ -67,9 +68,15 @@ ENDS = ("done", "interrupted", "superseded", "mistake", "failed", "died", "hung"
 class Pool:
     """A fixed number of workers."""
 
-    def __init__(self, n: int, *, gpus: bool):
-        share = _shares(n)
-        self.workers = [Worker(cores=share[i], gpu=i if gpus and n > 1 else None) for i in range(n)]
+    def __init__(self, n: int, *, gpus: int, hosts: bool = False):
+        """
+        Args:
+            n: workers; they share out the cores, and `gpus` of them where there are any.
+            hosts: the workers (it is one) train together with those of the launch's other processes.
+        """
+        cores, each = _shares(n), gpus // n if n > 1 else 0
+        self._hosts = hosts
+        self.workers = [Worker(cores=cores[i], gpus=tuple(range(i * each, (i + 1) * each))) for i in range(n)]
         self._selector = selectors.DefaultSelector()
         self._polled = time.monotonic()
 
@@ -147,8 +154,10 @@ class Pool:
         command = [sys.executable, "-m", "fintx.study.worker"]
         if worker.cores:
             command += ["--cores", ",".join(map(str, worker.cores))]
-        if worker.gpu is not None:
-            command += ["--gpu", str(worker.gpu)]
+        if worker.gpus:
+            command += ["--gpus", ",".join(map(str, worker.gpus))]
+        if self._hosts:
+            command += ["--hosts"]
         worker.log = tempfile.TemporaryFile()
         # A session of its own: Ctrl-C on the terminal reaches the coordinator alone.
         worker.process = subprocess.Popen(

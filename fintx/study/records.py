@@ -114,6 +114,10 @@ class TrialRecord(Kept):
     host: str = ""
     micro_batch: int
     """Windows per gradient: below the batch size where memory asked for accumulation."""
+    remat: bool = False
+    """Layers were computed again in the backward pass, where memory asked for it."""
+    layout: dict[str, int | bool] = {}
+    """Devices that the trial was spread over: data, model and fsdp, as `train.sharding.Layout`; none: one device."""
     memory_bytes: int | None
     """Estimate from the compiled program; none where it never came to that."""
     folds: tuple[FoldRecord, ...]
@@ -191,6 +195,15 @@ def member_folder(study_folder: Path, number: int, seed: int) -> Path:
 # --- writing ----------------------------------------------------------------------------------------------------------
 
 
+def _sync(folder: Path) -> None:
+    """A new name is on the disk too, before anything else is said to be done."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def write_atomically(path: Path, text: str, *, once: bool = False) -> None:
     """Write a whole file or nothing: to a neighbour, fsync, rename.
 
@@ -211,6 +224,7 @@ def write_atomically(path: Path, text: str, *, once: bool = False) -> None:
             os.link(temporary, path)
         else:
             os.replace(temporary, path)
+        _sync(path.parent)
     except FileExistsError:
         raise FintxError(f"{path}: is written already; fintx never overwrites a record") from None
     except OSError as error:
@@ -240,7 +254,7 @@ def write_predictions(folder: Path, table: pa.Table, *, name: str = "predictions
     Raises:
         FintxError: the file can't be written.
     """
-    path, temporary = folder / name, folder / f".{name}.tmp"
+    path, temporary = folder / name, folder / f".{name}.{os.getpid()}.tmp"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         pq.write_table(table, temporary, compression="zstd")
@@ -338,10 +352,10 @@ def read_study(study_folder: Path) -> StudyFile | None:
 def definition(spec: StudySpec) -> dict[str, Any]:
     """What defines a study, flat (dotted key → value).
 
-    All but its name, trial count, wording, queue, execution and confirmation; the versions of the libraries that can
-    change a result belong to it.
+    All but its name, trial count, wording, queue, mesh, execution and confirmation; the versions of the libraries that
+    can change a result belong to it.
     """
-    tree = spec.model_dump(mode="json", exclude={"queue", "execution", "confirm"})
+    tree = spec.model_dump(mode="json", exclude={"queue", "mesh", "execution", "confirm"})
     tree["study"] = {key: value for key, value in tree["study"].items() if key not in _FREE_TO_CHANGE}
     tree["software"] = {name: environment.libraries()[name] for name in _SOFTWARE}
     return dict(_flatten(tree))
@@ -417,19 +431,28 @@ def write_tables(study_folder: Path, records: list[TrialRecord], *, n_trials: in
         write_atomically(study_folder / f"{name}_best.json", json.dumps(whole, indent=1) + "\n")
 
 
-def write_results_csv(outputs: Path) -> None:
+def write_results_csv(outputs: Path) -> list[DamagedRecord]:
     """Rewrite outputs/experiment_results.csv: a line per trial of every study, from their records alone.
 
+    Returns:
+        What is wrong with the studies that are left out: damage to one is no reason to stop another.
+
     Raises:
-        FintxError: the file can't be written, or a record is damaged.
+        FintxError: the file can't be written.
     """
+    damaged = []
     text = io.StringIO()
     writer = csv.DictWriter(text, _CSV_HEAD, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
     for folder in study_folders(outputs):
-        for record in read_all(folder):
-            writer.writerow({**flat(record), "study": record.study})
+        try:
+            found = read_all(folder)
+        except DamagedRecord as error:
+            damaged.append(error)
+            continue
+        writer.writerows({**flat(record), "study": record.study} for record in found)
     write_atomically(outputs / "experiment_results.csv", text.getvalue())
+    return damaged
 
 
 def find_study(study: str, *, outputs: Path) -> Path:
@@ -438,11 +461,19 @@ def find_study(study: str, *, outputs: Path) -> Path:
     Raises:
         FintxError: there is no such study.
     """
-    folder = Path(study) if (Path(study) / "study.json").is_file() else outputs / study
-    if not (folder / "study.json").is_file() or read_study(folder) is None:
+    folder = next((path for path in (Path(study), outputs / study) if _holds_study(path)), None)
+    if folder is None:
         known = ", ".join(path.name for path in study_folders(outputs)) or "none"
-        raise FintxError(f"{study}: is no study under {outputs} (there: {known}); give a study's name or its folder")
+        shown = ascii(study if len(study) <= 60 else f"{study[:60]}…")
+        raise FintxError(f"{shown}: is no study under {outputs} (there: {known}); give a study's name or its folder")
     return folder
+
+
+def _holds_study(folder: Path) -> bool:
+    try:
+        return read_study(folder) is not None
+    except OSError:  # a name that no file can have
+        return False
 
 
 def study_folders(outputs: Path) -> list[Path]:

@@ -22,7 +22,7 @@ from fintx.study.course import Course as Search
 from fintx.study.events import Event, Notice, StudyReady
 from fintx.study.fork import TakeOver
 from fintx.study.lead import Lead, over_baselines
-from fintx.study.opening import begin
+from fintx.study.opening import begin, check_queue
 from fintx.study.pool import ENDS, Pool, Worker
 from fintx.study.records import TrialRecord
 from fintx.train import memory
@@ -152,6 +152,7 @@ def run_all(
     notify: Callable[[Event], None] = lambda event: None,
     should_stop: Callable[[], bool] = lambda: False,
     workers: int = 1,
+    hosts: bool = False,
 ) -> list[Summary | Confirmed | Failure]:
     """Run studies: one after the other with one worker, else as many side by side as there are workers.
 
@@ -160,7 +161,8 @@ def run_all(
     Args:
         notify: called with every event, for the live view.
         should_stop: asked several times a second; true saves what runs and ends the run.
-        workers: processes that train, each on a GPU of its own or on its share of the cores.
+        workers: processes that train, each on its share of the GPUs or of the cores.
+        hosts: the one worker trains together with those of the launch's other processes (`group.follow`).
 
     Raises:
         FintxError: more workers than GPUs.
@@ -168,11 +170,14 @@ def run_all(
     names = [order.spec.study.name for order in orders]
     if repeated := sorted({name for name in names if names.count(name) > 1}):
         raise FintxError(f"study.name {', '.join(repeated)}: stands in more than one of the files; each needs its own")
+    for order in orders:
+        if order.queue_only:  # hand-picked trials are judged as a whole: no study begins while another's can't
+            check_queue(order.spec, outputs=outputs, data_root=data_root)
     gpus = pools.n_gpus() if workers > 1 else 0
     if gpus and workers > gpus:
         raise FintxError(f"--workers {workers}: this machine has {gpus} GPUs, and a worker needs one of its own")
     with contextlib.ExitStack() as stack:
-        pool = stack.enter_context(contextlib.closing(Pool(workers, gpus=gpus > 0)))
+        pool = stack.enter_context(contextlib.closing(Pool(workers, gpus=gpus, hosts=hosts)))
         return _Run(list(orders), outputs, data_root, notify, pool, gpus > 0, stack).to_the_end(should_stop)
 
 
@@ -191,7 +196,7 @@ class _Run:
         self.courses: dict[str, Course] = {}
         self.results: dict[int, Failure] = {}
         self.jobs: dict[Worker, tuple[Course, int, int]] = {}
-        """Worker → its study, trial, and the memory that the trial takes at least."""
+        """Worker → its study, trial, and the memory that the trial may take."""
         self.stopping = False
 
     def to_the_end(self, should_stop: Callable[[], bool]) -> list[Summary | Confirmed | Failure]:
@@ -230,7 +235,7 @@ class _Run:
                 with _blamed_on(course):
                     job = course.next_job(self._limit)
                 if job is not None:
-                    need = memory.lower_bound(job.config)
+                    need = memory.upper_guess(job.config)
                     self.jobs[worker] = (course, job.key, need)
                     self.pool.send(worker, job.model_dump_json())
                     return
@@ -293,7 +298,7 @@ class _Run:
         needs = [need for _, _, need in self.jobs.values()]
         if any(need > total // n for need in needs):
             return None
-        if memory.lower_bound(config) <= total // n:
+        if memory.upper_guess(config) <= total // n:
             return total // n
         return None if needs else total
 

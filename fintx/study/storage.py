@@ -82,7 +82,7 @@ def open_study(url: str, folder: Path, name: str, *, minimize: bool, warn: Calla
     with contextlib.ExitStack() as stack:
         with _translated(words):
             if url == JOURNAL:
-                lock = _journal_lock(folder)
+                lock = _journal_lock(folder, warn)
                 with lock():
                     _mend(folder / "journal.log", warn)
                     backend: BaseStorage = _open_journal(folder / "journal.log")
@@ -167,14 +167,26 @@ def _open_journal(path: Path) -> JournalStorage:
     return JournalStorage(JournalFileBackend(str(path), lock_obj=lock))
 
 
-def _journal_lock(folder: Path) -> Lock:
+def _journal_lock(folder: Path, warn: Callable[[str], None]) -> Lock:
+    journal = folder / "journal.log"
+
     @contextlib.contextmanager
     def hold() -> Iterator[Check]:
         with (folder / "journal.lock").open("a") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
+            if _is_torn(journal):  # by another machine, killed meanwhile, or by a disk that was full
+                _mend(journal, warn)
             yield lambda: None  # the kernel takes it from nobody who lives
 
     return hold
+
+
+def _is_torn(path: Path) -> bool:
+    if not path.is_file() or path.stat().st_size == 0:
+        return False
+    with path.open("rb") as file:
+        file.seek(-1, os.SEEK_END)
+        return file.read() != b"\n"
 
 
 def _mend(path: Path, warn: Callable[[str], None]) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import hashlib
 import json
 import os
 import shutil
@@ -13,6 +16,7 @@ from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict
 
 from fintx.config import StudySpec, TrialConfig, config_hash
@@ -21,8 +25,8 @@ from fintx.data.windows import Dataset
 from fintx.evaluate import baselines, metrics
 from fintx.study import environment, lock, records
 from fintx.study.records import FoldRecord, TrialRecord
-from fintx.train import checkpoint, loop, resume
-from fintx.types import Floats
+from fintx.train import checkpoint, hosts, loop, resume
+from fintx.types import FintxError, Floats
 
 
 class Job(BaseModel):
@@ -89,7 +93,9 @@ def run(job: Job, folds: tuple[Dataset, ...], hooks: Hooks) -> TrialRecord | Non
     """
     where = job.folder
     with lock.seize(where / "run") as check:
-        if (where / "record.json").is_file():  # an earlier attempt that lost its coordinator came to the end
+        is_done = (where / "record.json").is_file()
+        _gather_hosts(job, folds, is_done=is_done)
+        if is_done:  # an earlier attempt that lost its coordinator came to the end
             return records.read(where / "record.json")
         started = environment.now()
         fits = _fit_folds(job, folds, hooks, check)
@@ -109,12 +115,44 @@ def run(job: Job, folds: tuple[Dataset, ...], hooks: Hooks) -> TrialRecord | Non
     return record
 
 
+def follow(job: Job, folds: tuple[Dataset, ...]) -> None:
+    """What the other processes of several hosts do meanwhile: the same training; nothing is told or written."""
+    if _gather_hosts(job, folds, is_done=False):
+        silent = Hooks(
+            on_epoch=lambda fold, epoch: None,
+            on_progress=lambda fold, step: None,
+            on_warning=lambda text: None,
+            should_stop=lambda: False,
+        )
+        _fit_folds(job, folds, silent, lambda: None)
+
+
+def _gather_hosts(job: Job, folds: tuple[Dataset, ...], *, is_done: bool) -> bool:
+    """Whether there is anything to train, once all hosts are known to see the same.
+
+    Raises:
+        FintxError: some don't see the study's folder, or read other data.
+    """
+    (done,) = hosts.agree(is_done)
+    if not hosts.least(job.study_folder.is_dir()):
+        raise FintxError(
+            f"{job.study_folder}: not all hosts see it; give --outputs a folder on a file system they share"
+        )
+    data = int(
+        hashlib.sha256("".join(fold.data_hash + fold.label_hash for fold in folds).encode()).hexdigest()[:15], 16
+    )
+    if hosts.least(data) != hosts.most(data):
+        raise FintxError(f"{job.data_root}: the hosts read different data there; give --data-dir a folder they share")
+    return not done
+
+
 def _fit_folds(
     job: Job, folds: tuple[Dataset, ...], hooks: Hooks, check: Callable[[], None]
 ) -> list[loop.FitResult] | None:
     fits: list[loop.FitResult] = []
     for index, dataset in enumerate(folds):
-        hook = _FoldHooks(job, index, hooks)
+        hook = _FoldHooks(job, index, hooks, begun=not hosts.is_first())
+        folder, every_s = job.folder / "run" / f"fold_{index}", job.spec.execution.checkpoint_s
         fit = loop.fit(
             job.config,
             dataset,
@@ -123,8 +161,9 @@ def _fit_folds(
             on_progress=hook.on_progress,
             on_warning=hooks.on_warning,
             should_stop=hooks.should_stop,
-            saves=resume.Saves(job.folder / "run" / f"fold_{index}", job.spec.execution.checkpoint_s, check),
+            saves=resume.Saves(folder, every_s, check, at_end=index + 1 < len(folds)),
             memory_limit=job.memory_limit,
+            mesh=job.spec.mesh,
         )
         if fit.outcome == "interrupted":
             return None
@@ -186,6 +225,8 @@ def _record(job: Job, fits: list[loop.FitResult], folds: tuple[Dataset, ...], *,
         attempt=job.attempt,
         host=socket.gethostname(),
         micro_batch=fits[-1].micro_batch,
+        remat=fits[-1].arrangement.remat,
+        layout=dataclasses.asdict(fits[-1].arrangement.layout),
         memory_bytes=max(estimates, default=None),
         folds=kept,
         libraries=environment.libraries(),
@@ -242,6 +283,7 @@ def _checkpoint_meta(record: TrialRecord, dataset: Dataset, *, fold: int) -> dic
         "label_hash": dataset.label_hash,
         "split_hash": dataset.split_hash,
         "libraries": record.libraries,
+        "layout": record.layout,
     }
 
 
@@ -255,22 +297,64 @@ def train_prior(dataset: Dataset) -> float:
     return float(np.mean(dataset.train.labels, dtype=np.float64))
 
 
-def ensure_baselines(folder: Path, folds: tuple[Dataset, ...], spec: StudySpec, data_root: Path) -> dict[str, Any]:
-    """Fit what must be beaten on the very same rows, once per study; later runs read it back.
+def ensure_baselines(
+    folder: Path, folds: tuple[Dataset, ...], spec: StudySpec, data_root: Path, *, tell: Callable[[str], None]
+) -> dict[str, Any]:
+    """What must be beaten on the very same rows: fitted once per data, label and split, whatever study asks.
+
+    Args:
+        tell: told of progress, a line per fold.
 
     Returns:
         name → {"words", "metrics" (mean over folds), "folds" (metrics of each)}.
     """
     path = folder / "baselines.json"
     if path.is_file():
-        return json.loads(path.read_text())
+        with contextlib.suppress(ValueError):  # damaged: made again
+            return json.loads(path.read_text())
+    kept = data_root / "baselines" / _baselines_key(folds, spec)
+    found = _kept_baselines(kept)
+    if found is None:
+        _fit_baselines(kept, folds, spec, data_root, tell)
+        found = _kept_baselines(kept)
+        assert found is not None
+    text, table = found
+    records.write_predictions(folder, table, name="baselines.parquet")
+    records.write_atomically(path, text)  # last: with it the study has them
+    return json.loads(text)
+
+
+def _kept_baselines(kept: Path) -> tuple[str, pa.Table] | None:
+    """None: never fitted, or not whole."""
+    try:
+        text = (kept / "baselines.json").read_text()
+        json.loads(text)
+        return text, pq.read_table(kept / "baselines.parquet")
+    except (OSError, ValueError, pa.ArrowException):
+        return None
+
+
+def _baselines_key(folds: tuple[Dataset, ...], spec: StudySpec) -> str:
+    """Of all that a baseline depends on; the inputs' scaling and the context's bars are in `data`."""
+    hashes = [(fold.data_hash, fold.label_hash, fold.split_hash) for fold in folds]
+    asked = [spec.data.model_dump(mode="json"), spec.task.model_dump(mode="json")]
+    text = json.dumps([baselines.VERSION, hashes, asked], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _fit_baselines(
+    kept: Path, folds: tuple[Dataset, ...], spec: StudySpec, data_root: Path, tell: Callable[[str], None]
+) -> None:
     loaded = {
         symbol: sources.load(symbol, root=data_root, version=spec.data.versions.get(symbol))
         for symbol in (*spec.data.assets, *spec.data.context)
     }
     context = {symbol: loaded[symbol] for symbol in spec.data.context}
     bars = {symbol: loaded[symbol] for symbol in spec.data.assets}
-    per_fold = [baselines.for_dataset(fold, spec.task, bars, context) for fold in folds]
+    per_fold = []
+    for index, fold in enumerate(folds):
+        tell("fitting what must be beaten" + (f", fold {index + 1} of {len(folds)}" if len(folds) > 1 else ""))
+        per_fold.append(baselines.for_dataset(fold, spec.task, bars, context))
     result = {
         first.name: {
             "words": first.words,
@@ -286,9 +370,8 @@ def ensure_baselines(folder: Path, folds: tuple[Dataset, ...], spec: StudySpec, 
         for index, fold in enumerate(folds)
         for baseline in per_fold[index]
     ]
-    records.write_predictions(folder, pa.concat_tables(outputs), name="baselines.parquet")
-    records.write_atomically(path, json.dumps(result, indent=1) + "\n")
-    return result
+    records.write_predictions(kept, pa.concat_tables(outputs), name="baselines.parquet")
+    records.write_atomically(kept / "baselines.json", json.dumps(result, indent=1) + "\n")
 
 
 def _predictions(fits: list[loop.FitResult], folds: tuple[Dataset, ...]) -> pa.Table:

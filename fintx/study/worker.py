@@ -2,13 +2,12 @@
 
 A process of its own, so that a crash, a kill or a hang ends one trial's attempt and nothing else. Jobs come as lines of
 JSON on stdin, events go as lines of JSON to stdout; whatever libraries print goes to the attempt's log. When stdin ends
-the coordinator is gone: the worker saves its trial and ends.
+the coordinator is gone: the worker saves its trial and ends. On several hosts the other workers follow it (group).
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import faulthandler
 import functools
@@ -21,6 +20,8 @@ import threading
 import traceback
 from pathlib import Path
 from typing import Any
+
+from fintx.study import group
 
 STOP = "stop"
 
@@ -47,12 +48,6 @@ class _Channel:
         """Waits for it; none: there will be no more."""
         return self._jobs.get()
 
-    def has_unbegun(self) -> bool:
-        """Whether a job came that nobody has begun."""
-        with contextlib.suppress(queue.Empty):
-            return self._jobs.get_nowait() is not None
-        return False
-
     def tell(self, event: str, **values: Any) -> None:
         """Say something; without a coordinator there is nobody to say it to, and the trial is to be saved."""
         try:
@@ -66,28 +61,66 @@ def main() -> None:
     """Serve jobs until there are no more."""
     arguments = argparse.ArgumentParser()
     arguments.add_argument("--cores", help="CPU cores to use, such as 0,1")
-    arguments.add_argument("--gpu", help="the one GPU to use")
+    arguments.add_argument("--gpus", help="GPUs to use, such as 0,1")
+    arguments.add_argument("--hosts", action="store_true", help="train together with the launch's other processes")
+    arguments.add_argument("--follow", action="store_true", help="be one of those")
+    arguments.add_argument("--dismiss", action="store_true", help="send them home")
     given = arguments.parse_args()
     if given.cores:  # before JAX starts its threads, as many as there are cores
         os.sched_setaffinity(0, {int(core) for core in given.cores.split(",")})
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the coordinator, who then asks
+    if given.follow:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # process 0 says when to stop: a trial is saved by all together
+        return group.serve_as_follower(_follow)
+    if given.dismiss:
+        group.join()
+        return group.part(run_is_over=True)
     channel = _Channel()
     signal.signal(signal.SIGTERM, lambda *_: channel.stopping.set())
     faulthandler.enable()
-    if given.gpu:
+    if given.gpus:
         import jax
 
-        jax.config.update("jax_cuda_visible_devices", given.gpu)
-    while not channel.stopping.is_set():
+        jax.config.update("jax_cuda_visible_devices", given.gpus)
+    if given.hosts:
+        group.join()
+        return _lead(channel)
+    channel.tell("ready")
+    # A job that came with the request to stop is served too: it saves and is given back, and is not taken for a crash.
+    while (line := channel.next_job()) is not None and _serve(channel, line) and not channel.stopping.is_set():
         channel.tell("ready")
-        if (line := channel.next_job()) is None or not _serve(channel, line):
-            break
-    if channel.has_unbegun():  # asked to stop while it was still starting: no death, and no failure of the trial
-        channel.tell("interrupted")
 
 
-def _serve(channel: _Channel, line: str) -> bool:
-    """Train one trial; false if this process is not to be trusted with another."""
+def _lead(channel: _Channel) -> None:
+    """Serve jobs together with the other hosts; whoever is out of step with them, or died, ends all workers."""
+    try:
+        channel.tell("ready")
+        while (line := channel.next_job()) is not None:
+            group.lead(line)
+            if not _serve(channel, line, together=True):
+                group.leave()
+            if channel.stopping.is_set():
+                break
+            channel.tell("ready")
+        group.part(run_is_over=False)
+    except Exception:
+        traceback.print_exc()
+        group.leave()
+
+
+def _follow(line: str) -> None:
+    from fintx.study import trial
+
+    job = trial.Job.model_validate_json(line)
+    trial.follow(job, _folds(*_data_of(job)))
+
+
+def _serve(channel: _Channel, line: str, *, together: bool = False) -> bool:
+    """Train one trial; false if this process is not to be trusted with another.
+
+    Args:
+        together: other hosts train it too, and are left in the middle of it by whatever ends it early.
+    """
     from fintx.study import trial
     from fintx.study.lock import Superseded
     from fintx.types import DISK_ERRORS, FintxError
@@ -102,7 +135,7 @@ def _serve(channel: _Channel, line: str) -> bool:
     try:
         _log_to(job.folder / "run" / f"attempt-{job.attempt}.log")
         folds = _folds(*_data_of(job))
-        channel.tell("progress", fold=0, step=0)
+        channel.tell("loaded")
         record = trial.run(job, folds, hooks)
     except Superseded:
         channel.tell("superseded")
@@ -121,7 +154,7 @@ def _serve(channel: _Channel, line: str) -> bool:
         channel.tell("interrupted" if record is None else "done")
         # After a device ran out of memory, what it computes next is not to be trusted.
         return record is None or record.outcome != "out_of_memory"
-    return True
+    return not together
 
 
 def _failed(channel: _Channel, error: Exception) -> bool:

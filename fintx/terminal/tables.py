@@ -20,7 +20,7 @@ from fintx.report.words import count, duration, number, percent, shape_words, si
 from fintx.study import records
 from fintx.study.evaluation import Evaluation
 from fintx.study.ledger import Claim
-from fintx.study.plan import DepthsAnswer, Plan, ShapeAnswer
+from fintx.study.plan import DepthsAnswer, MemoryRow, Plan, ShapeAnswer
 from fintx.study.queue import QueueState
 from fintx.study.queuefile import Edit, Listing
 from fintx.study.runner import Failure, Summary
@@ -94,10 +94,10 @@ def print_summary(console: Console, summary: Summary) -> None:
         _line(console, f"Best shape: {shape_words(best.config.shape)} = {best.param_count:,} parameters")
     folder = summary.folder
     _line(console, f"Records    {folder}/trials/*/record.json   (tables: {folder.name}_all_trials.json, …_best.json)")
-    if best is not None:
+    if best is not None and summary.predictions_here:
         _line(console, f"Checkpoint {records.trial_folder(folder, best.trial_number)}/checkpoint")
     _line(console, f"All trials {folder.parent}/experiment_results.csv")
-    if best is not None:
+    if best is not None and summary.predictions_here:
         _line(console, f"Next       just confirm {folder}     just eval {folder}     just status")
 
 
@@ -415,7 +415,32 @@ def _print_estimate(console: Console, plan: Plan) -> None:
     )
     _line(console, f"  a trial {low} (smallest shape), {middle} (median), {high} (largest)")
     _line(console, f"  the study {duration(guess.study_s)}; early stopping often halves it")
-    few, much = map(size, guess.memory_bytes)
-    _line(console, f"  memory {few} … {much} per trial, of {size(guess.available_bytes)} here")
-    if guess.memory_bytes[1] > guess.available_bytes:
-        _line(console, "  WARNING: the largest shapes don't fit into this machine's memory")
+    show(console, _memory_table(guess.memory))
+    if any(row.fitting is None for row in guess.memory[:2]):
+        _line(console, "WARNING: the largest shapes don't fit: they will be recorded as out of memory")
+    if guess.memory[0].layout.n_devices > 1 and guess.memory[0].footprint.total < guess.memory[0].device_bytes / 4:
+        n = guess.memory[0].layout.n_devices
+        _line(console, f"Small trials: --workers {n} trains {n} at once, one on each device, which is faster")
+
+
+def _memory_table(rows: Sequence[MemoryRow]) -> Table:
+    title = "\nMemory on each device, estimated (again: activations where layers are computed again)"
+    heads = ["on", "shape", "mesh", "parameters", "gradients", "AdamW", "activations", "again", "all", "usable", ""]
+    lines = [
+        [
+            row.machine, f"{shape_words(row.shape)} ({count(row.param_count)})", str(row.layout),
+            *map(size, (row.footprint.parameters, row.footprint.gradients, row.footprint.moments,
+                        row.footprint.activations, row.recomputed_bytes, row.footprint.total, row.device_bytes)),
+            _relief(row),
+        ]
+        for row in rows
+    ]  # fmt: skip
+    return table(title, heads, lines, left=("shape", "mesh", ""))
+
+
+def _relief(row: MemoryRow) -> str:
+    if row.fitting is None:
+        return "DOESN'T FIT"
+    again = "layers computed again" if row.fitting.remat else ""
+    smaller = row.fitting.micro_batch < row.batch_size
+    return ", ".join(filter(None, (again, f"micro-batch {row.fitting.micro_batch}" if smaller else ""))) or "fits"

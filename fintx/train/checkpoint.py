@@ -32,7 +32,7 @@ from fintx.config import TrialConfig
 from fintx.model import transformer
 from fintx.types import FintxError, Params
 
-FORMAT = 1
+FORMAT = 2
 _SUMS, _DESCRIPTION, _PARAMS = "SHA256SUMS", "checkpoint.json", "params"
 _Leaf = tuple[tuple[int, ...], str]
 """Shape and dtype."""
@@ -191,23 +191,32 @@ def _reserve(staging: Path, n_bytes: int) -> None:
 def _write_arrays(staging: Path, *, items: dict[str, Params]) -> None:
     import orbax.checkpoint as ocp  # 2 s: paid by those who save or load
 
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_compression=False)) as checkpointer:
+    with _alone(ocp.PyTreeCheckpointHandler(use_compression=False)) as checkpointer:
         for name, tree in items.items():
             checkpointer.save(staging / name, args=ocp.args.PyTreeSave(jax.tree.map(np.asarray, tree)))
+
+
+def _alone(handler: Any) -> Any:
+    """A checkpointer that waits for no other process: arrays are whole, and of several hosts one writes."""
+    import orbax.checkpoint as ocp
+
+    me = jax.process_index()
+    alone = ocp.options.MultiprocessingOptions(primary_host=me, active_processes={me})
+    return ocp.Checkpointer(handler, multiprocessing_options=alone)
 
 
 def _read_arrays(folder: Path, abstract: Params) -> Params:
     import orbax.checkpoint as ocp
 
     as_saved = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), abstract)
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+    with _alone(ocp.PyTreeCheckpointHandler()) as checkpointer:
         return checkpointer.restore(folder, args=ocp.args.PyTreeRestore(item=abstract, restore_args=as_saved))
 
 
 def _stored_shapes(folder: Path) -> dict[str, _Leaf]:
     import orbax.checkpoint as ocp
 
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+    with _alone(ocp.PyTreeCheckpointHandler()) as checkpointer:
         return _shapes(checkpointer.metadata(folder).item_metadata.tree)
 
 

@@ -1,7 +1,8 @@
-"""Does a trial fit, and in what micro-batch?
+"""Does a trial fit, and with what relief: layers computed again, then smaller micro-batches?
 
 What a program holds while it runs is known once it is compiled, before anything is allocated: arguments, outputs and
-temporaries, from XLA's own buffer assignment. To it comes what lies beside it on the same memory.
+temporaries, from XLA's own buffer assignment. To it comes what lies beside it on the same memory. All figures are sums
+over the trial's devices of this host: simulated ones share its memory.
 """
 
 from __future__ import annotations
@@ -15,16 +16,21 @@ from pathlib import Path
 import jax
 
 from fintx.config import TrialConfig
-from fintx.model import sizes
-from fintx.train import step
-from fintx.train.state import for_program, program
+from fintx.model import sizes, transformer
+from fintx.train import hosts, placement, sharding, step
+from fintx.train.sharding import ONE, Layout
+from fintx.train.state import Arrangement, for_program, program
 
 
 @dataclass(frozen=True)
 class Beside:
-    """What lies on the device beside the programs' own arrays."""
+    """What lies on the devices beside the programs' own arrays."""
 
+    n_devices: int
+    """Of this host; what follows is for each, but for `n_params`."""
     n_params: int
+    part_bytes: int
+    """Of the parameters, as they are cut."""
     n_features: int
     n_rows: int
     """Rows of features, samples to train on and to validate on: as `step.place` pads them."""
@@ -37,15 +43,15 @@ class Beside:
 
     def in_segment(self, training: step.Training) -> int:
         """Bytes while training."""
-        return training.n_bytes + self._validation + self._best
+        return self.n_devices * (training.n_bytes + self._validation) + self._best
 
     def in_evaluation(self, forward: step.Forward) -> int:
         """Bytes while evaluating, or copying what comes of it; the forward pass reads the parameters in the state."""
-        moments = 8 * self.n_params
         # A new best is copied, or the whole state, and once more by Orbax while it writes.
         copied = (24 if self.saves else 4) * self.n_params if self.host_is_device else 0
-        copying = 4 * self.n_params + self._validation + copied
-        return max(forward.n_bytes, copying) + moments + self._train + self._best
+        copying = self.n_devices * (self.part_bytes + self._validation) + copied
+        moments = 2 * self.part_bytes
+        return max(self.n_devices * forward.n_bytes, copying) + self.n_devices * (moments + self._train) + self._best
 
     @property
     def _best(self) -> int:
@@ -64,7 +70,7 @@ class Beside:
 class Plan:
     """How a trial runs within its memory."""
 
-    micro_batch: int
+    arrangement: Arrangement
     n_bytes: int
     """At its peak, estimated."""
     training: step.Training
@@ -73,7 +79,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class TooBig:
-    """No micro-batch makes the trial fit."""
+    """No relief makes the trial fit."""
 
     n_bytes: int
     """What it takes at least."""
@@ -83,31 +89,54 @@ class TooBig:
         return f"out of memory: needs at least {_words(self.n_bytes)}, and {_words(self.limit)} are available"
 
 
-def lower_bound(config: TrialConfig, *, host_is_device: bool = True) -> int:
+def lower_bound(config: TrialConfig, *, host_is_device: bool = True, layout: Layout = ONE) -> int:
     """Bytes a trial takes at least, in whatever micro-batch: training state, gradients, and the best parameters' copy.
 
     Args:
         host_is_device: False: that copy lies elsewhere, and is not counted.
     """
+    n_features = len(config.data.features)
+    n = sizes.count(config.model, config.shape, n_features).total
+    part = 4 * n
+    if layout.n_devices > 1:
+        part = sharding.part_bytes(layout, transformer.abstract_params(config.model, config.shape, n_features))
+    return 4 * part * sharding.n_local(layout) + (4 * n if host_is_device else 0)
+
+
+def upper_guess(config: TrialConfig) -> int:
+    """Bytes that a trial on the CPU hardly exceeds in small micro-batches: to share a machine out before compiling.
+
+    Saving a state takes the most, 40 bytes per parameter (`Beside.in_evaluation`); data and activations are guessed.
+    """
     n = sizes.count(config.model, config.shape, len(config.data.features)).total
-    return (20 if host_is_device else 16) * n
+    return 48 * n + 2**26
 
 
 def plan(
-    config: TrialConfig, train: step.Windows, validation: step.Windows, *, limit: int, micro_batch: int, saves: bool
+    config: TrialConfig,
+    train: step.Windows,
+    validation: step.Windows,
+    *,
+    limit: int,
+    arrangement: Arrangement,
+    saves: bool,
 ) -> Plan | TooBig:
-    """Compile the trial's programs in the largest micro-batch that fits, by halves.
+    """Compile the trial's programs with no more relief than the limit asks for.
 
     Call `too_big` first: the compiler itself dies of absurd shapes.
 
     Args:
-        micro_batch: where to begin.
+        arrangement: where to begin; its layout stays.
         saves: training states will be saved.
     """
+    layout = arrangement.layout
     n_rows, n_features = train.features.shape
     n_train, n_validation = len(train.rows), len(validation.rows)
+    params = transformer.abstract_params(config.model, config.shape, n_features)
     beside = Beside(
+        n_devices=sharding.n_local(layout),
         n_params=sizes.count(config.model, config.shape, n_features).total,
+        part_bytes=sharding.part_bytes(layout, params),
         n_features=n_features,
         n_rows=n_rows,
         n_train=n_train,
@@ -116,29 +145,34 @@ def plan(
         saves=saves,
     )
     common = {"n_features": n_features, "n_rows": n_rows}
-    forward = step.compile_logits(for_program(config.model), config.shape, **common, n_samples=n_validation)
+    forward = step.compile_logits(
+        for_program(config.model), config.shape, **common, n_samples=n_validation, layout=layout
+    )  # fmt: skip
     evaluating = beside.in_evaluation(forward)
     if evaluating > limit:
         return TooBig(n_bytes=evaluating, limit=limit)
     while True:
         try:
-            static = program(config, micro_batch=micro_batch)
+            static = program(
+                config, micro_batch=arrangement.micro_batch, remat=arrangement.remat, layout=arrangement.layout
+            )
             training = step.compile_training(static, **common, n_samples=n_train)
-            needed = max(evaluating, beside.in_segment(training))
+            needed = hosts.most(max(evaluating, beside.in_segment(training)))
         except jax.errors.JaxRuntimeError as error:  # a GPU's compiler tries kernels out, on memory of its own
             if not is_out_of_memory(error):
                 raise
             needed = limit + 1
         if needed <= limit:
-            return Plan(micro_batch=micro_batch, n_bytes=needed, training=training, forward=forward)
-        if micro_batch == 1:
+            return Plan(arrangement=arrangement, n_bytes=needed, training=training, forward=forward)
+        relief = placement.relieved(arrangement)
+        if relief is None:
             return TooBig(n_bytes=needed, limit=limit)
-        micro_batch //= 2
+        arrangement = relief
 
 
-def too_big(config: TrialConfig, *, limit: int) -> TooBig | None:
+def too_big(config: TrialConfig, *, limit: int, layout: Layout = ONE) -> TooBig | None:
     """Is the limit too small for the parameters alone? Nothing is compiled or allocated to tell."""
-    least = lower_bound(config, host_is_device=_host_is_device())
+    least = lower_bound(config, host_is_device=_host_is_device(), layout=layout)
     return TooBig(n_bytes=least, limit=limit) if least > limit else None
 
 
@@ -146,9 +180,18 @@ def _host_is_device() -> bool:
     return jax.default_backend() == "cpu"
 
 
-def available() -> int:
-    """Bytes free for trials on the default device: a GPU's pool, or what the host can still give."""
-    stats = jax.local_devices()[0].memory_stats() if not _host_is_device() else None
+def available(layout: Layout = ONE) -> int:
+    """Bytes free for a trial on its devices of this host: GPUs' pools, or what the host can still give."""
+    return sharding.n_local(layout) * _of_device() if not _host_is_device() else host_available(Path("/"))
+
+
+def device_bytes() -> int:
+    """Bytes free for a trial on each device that this process sees; simulated devices share the host's."""
+    return _of_device() if not _host_is_device() else host_available(Path("/")) // jax.local_device_count()
+
+
+def _of_device() -> int:
+    stats = jax.local_devices()[0].memory_stats()
     if stats and "bytes_limit" in stats:
         return int(stats["bytes_limit"])
     return host_available(Path("/"))

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import typing
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-import jax
 import numpy as np
 
 from fintx.config import TaskConfig, TrialConfig
 from fintx.data.windows import Dataset
 from fintx.evaluate import metrics
+from fintx.train import hosts, sharding
 from fintx.train.state import TargetScale
 from fintx.types import FintxError, Floats, Params
 
@@ -85,12 +86,12 @@ class Progress:
         """Copy the epoch's parameters to the host if its metric is the best so far."""
         new, old = self.last[metric], self.best.get(metric)
         assert new is not None
-        if old is not None and not metrics.better(metric, new, old):
+        (is_best,) = hosts.agree(int(old is None or metrics.better(metric, new, old)))
+        if not is_best:
             return
         self.best, self.best_epoch, self.outputs = self.last, self.epoch, outputs
         self.best_is_collapsed = self.collapsed_in_a_row > 0
-        # A copy, never a view: on the CPU the next epoch writes over these very buffers.
-        self.params = jax.tree.map(np.array, params)
+        self.params = sharding.to_host(params)
 
 
 def evaluate(question: Question, outputs: Floats) -> Metrics:
@@ -140,6 +141,15 @@ def end(question: Question, progress: Progress) -> End | None:
     if progress.epoch >= config.max_epochs:
         return _unless_collapsed(progress, End("completed", f"all {config.max_epochs} epochs"))
     return None
+
+
+def agreed(end: End | None) -> End | None:
+    """What the first process of several hosts holds of it, whose numbers the record has; all must call."""
+    outcomes = typing.get_args(Outcome)
+    (which,) = hosts.agree(-1 if end is None else outcomes.index(end.outcome))
+    if which < 0:
+        return None
+    return end if end is not None and end.outcome == outcomes[which] else End(outcomes[which], "the first process")
 
 
 def _unless_collapsed(progress: Progress, end: End) -> End:

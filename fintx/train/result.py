@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fintx.train.progress import Metrics, Outcome
+from fintx.train.state import Arrangement
 from fintx.types import Floats, Params
 
 
@@ -60,7 +61,12 @@ class FitResult:
     """One line each: what was wrong with saved states."""
     resumed_step: int
     """Where an earlier attempt's state was taken up; 0: at the beginning."""
-    micro_batch: int
-    """Samples in a pass; below train.batch_size, a step is several passes, for memory's sake."""
+    arrangement: Arrangement
+    """Micro-batch, remat and devices, as memory asked for; below train.batch_size, a step is several passes."""
     memory_bytes: int | None
-    """Estimated peak on the device; none: failed before it was known."""
+    """Estimated peak, over the trial's devices of this host; none: failed before it was known."""
+
+    @property
+    def micro_batch(self) -> int:
+        """Samples in a pass."""
+        return self.arrangement.micro_batch

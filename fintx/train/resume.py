@@ -12,6 +12,7 @@ having a trial only its owner does it.
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import shutil
 import time
@@ -24,10 +25,11 @@ import jax
 import numpy as np
 
 from fintx.model import transformer
-from fintx.train import checkpoint
+from fintx.train import checkpoint, hosts
 from fintx.train.checkpoint import CheckpointDamaged, Described, NotACheckpoint
 from fintx.train.progress import Progress, Question
-from fintx.train.state import TrainState, abstract_state, program
+from fintx.train.sharding import Layout
+from fintx.train.state import Arrangement, TrainState, abstract_state, program
 from fintx.train.step import Tally, empty_tally
 from fintx.types import FintxError, Params
 
@@ -37,7 +39,7 @@ USUAL_S = 60.0
 COST = 50
 """A save that lasts a second is followed by this many seconds without one: at most 2 % of the time goes into them."""
 
-_FORMAT = 1
+_FORMAT = 2
 _TRAINING, _BEST = "training", "best"
 _STEP = re.compile(r"step_(\d{8,})")
 
@@ -52,16 +54,18 @@ class Saves:
     """Seconds between saves; none: 60, or 50 times as long as the last save took where that is longer."""
     guard: Callable[[], None]
     """Called right before anything is committed; raises if another worker has taken the trial over."""
+    at_end: bool = False
+    """Save the end too: of a fold that others follow, so that an interruption of theirs doesn't train it again."""
 
 
 @dataclass(frozen=True, eq=False)
 class TrainingState:
-    """A trial between two segments, as host arrays."""
+    """A trial between two segments, as host arrays: whole, on however many devices they lay."""
 
     state: TrainState
     tally: Tally
     progress: Progress
-    micro_batch: int
+    arrangement: Arrangement
     compile_s: float
     wall_s: float
 
@@ -72,7 +76,7 @@ class TrainingState:
 
 
 class Keeper:
-    """One trial's states on the disk, while it runs."""
+    """One trial's states on the disk, while it runs. Of several hosts the first alone changes what lies there."""
 
     def __init__(self, saves: Saves, question: Question):
         self._saves = saves
@@ -88,6 +92,13 @@ class Keeper:
         Raises:
             FintxError: the folder can't be changed.
         """
+        found = self._newest(warn) if hosts.is_first() else None
+        (step,) = hosts.agree(-1 if found is None else found.step)
+        if step >= 0 and not hosts.is_first():
+            found = self._read(checkpoint.describe(self._folder(step)))
+        return found
+
+    def _newest(self, warn: Callable[[str], None]) -> TrainingState | None:
         try:
             self._sweep()
             found, problems = self._search()
@@ -115,7 +126,7 @@ class Keeper:
         Raises:
             FintxError: the disk is full or can't be written; older states are as they were.
         """
-        if training.step == self.saved_step:
+        if training.step == self.saved_step or not hosts.is_first():
             return
         began = time.perf_counter()
         items = {_TRAINING: _as_dicts((training.state, training.tally))}
@@ -127,11 +138,11 @@ class Keeper:
             "trial": self._identity(),
             "step": training.step,
             "progress": progress.to_json(),
-            "micro_batch": training.micro_batch,
+            "arrangement": dataclasses.asdict(training.arrangement),
             "compile_s": training.compile_s,
             "wall_s": training.wall_s,
         }
-        folder = self._saves.folder / f"step_{training.step:08d}"
+        folder = self._folder(training.step)
         try:
             checkpoint.write(folder, items, config=self._question.config, meta=meta, guard=self._saves.guard)
         except FintxError:
@@ -142,6 +153,9 @@ class Keeper:
             _remove(old)
         self._since = time.perf_counter()
         self._cost_s = self._since - began
+
+    def _folder(self, step: int) -> Path:
+        return self._saves.folder / f"step_{step:08d}"
 
     def _identity(self) -> dict[str, Any]:
         """What must be equal for a state to be this trial's, beside its config."""
@@ -215,10 +229,14 @@ class Keeper:
             state=state,
             tally=tally,
             progress=Progress(**meta["progress"], **best),
-            micro_batch=meta["micro_batch"],
+            arrangement=_arrangement(**meta["arrangement"]),
             compile_s=meta["compile_s"],
             wall_s=meta["wall_s"],
         )
+
+
+def _arrangement(layout: dict[str, Any], **rest: Any) -> Arrangement:
+    return Arrangement(layout=Layout(**layout), **rest)
 
 
 def _remove(folder: Path) -> None:

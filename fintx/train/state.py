@@ -15,6 +15,7 @@ from fintx.model import transformer
 from fintx.train import losses, optim
 from fintx.train.losses import LossKind, LossValues
 from fintx.train.optim import OptimValues, ScheduleKind
+from fintx.train.sharding import ONE, Layout
 from fintx.types import Floats, Params
 
 # The streams of random numbers that a trial's seed gives; each is a `fold_in` of one key, and no key is ever stored.
@@ -35,6 +36,9 @@ class Program:
     schedule: ScheduleKind
     stochastic: bool
     """False: the trial's dropout rate is 0, and the program draws no masks."""
+    remat: bool = False
+    """Keep each layer's input alone for the backward pass, and compute the layer again."""
+    layout: Layout = ONE
 
 
 @jax.tree_util.register_dataclass
@@ -76,7 +80,25 @@ class TargetScale:
         return ((labels.astype(np.float64) - self.mean) / self.sd).astype(np.float32)
 
 
-def program(config: TrialConfig, *, micro_batch: int | None = None) -> Program:
+@dataclass(frozen=True)
+class Arrangement:
+    """How a trial is computed on what memory and devices there are: no part of what it is.
+
+    Another one gives the same numbers but for rounding; where there is dropout, another micro-batch draws other masks.
+    """
+
+    micro_batch: int
+    remat: bool = False
+    layout: Layout = ONE
+
+    def __str__(self) -> str:
+        remat = ", layers computed again" if self.remat else ""
+        return f"micro-batch {self.micro_batch} on {self.layout}{remat}"
+
+
+def program(
+    config: TrialConfig, *, micro_batch: int | None = None, remat: bool = False, layout: Layout = ONE
+) -> Program:
     """The static part of a trial; without a micro-batch, a step is one pass."""
     return Program(
         model=for_program(config.model),
@@ -86,6 +108,8 @@ def program(config: TrialConfig, *, micro_batch: int | None = None) -> Program:
         loss=config.train.loss,
         schedule=config.optim.schedule,
         stochastic=config.model.dropout > 0,
+        remat=remat,
+        layout=layout,
     )
 
 

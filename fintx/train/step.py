@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import jax
@@ -20,7 +20,8 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from fintx.config import ModelConfig, Shape
 from fintx.model import transformer
-from fintx.train import losses, optim
+from fintx.train import losses, optim, sharding
+from fintx.train.sharding import ONE, Layout
 from fintx.train.state import ORDER, STEP, Hyper, Program, TrainState, abstract_hyper, abstract_state, init, stream
 from fintx.types import Floats, Ints, Params
 
@@ -104,9 +105,14 @@ def _gradients(static: Program, hyper: Hyper, state: TrainState, batch: Batch) -
     """
     key = jax.random.fold_in(stream(hyper, STEP), state.step) if static.stochastic else None
     total = jnp.sum(batch.weights)
+    before_layer = partial(sharding.before_layer, static.layout)
 
     def share(params: Params, part: Batch, key: PRNGKeyArray | None) -> Float[Array, ""]:
-        outputs_B = transformer.apply(static.model, static.shape, params, part.x, key=key, dropout=hyper.dropout)
+        params, part = sharding.before_pass(static.layout, params, part)
+        outputs_B = transformer.apply(
+            static.model, static.shape, params, part.x,
+            key=key, dropout=hyper.dropout, remat=static.remat, before_layer=before_layer,
+        )  # fmt: skip
         losses_B = losses.per_example(static.loss, outputs_B, part.targets, values=hyper.loss)
         return jnp.sum(part.weights * losses_B) / total
 
@@ -182,14 +188,18 @@ def gather(static: Program, windows: Windows, order_S: Int[Array, " S"], *, firs
     return Batch(x=x_BTF, targets=windows.targets[sample_B], weights=(position_B < windows.n).astype(jnp.float32))
 
 
-def logits(model: ModelConfig, shape: Shape, params: Params, windows: Windows) -> Float[Array, " S"]:
+def logits(
+    model: ModelConfig, shape: Shape, params: Params, windows: Windows, *, layout: Layout = ONE
+) -> Float[Array, " S"]:
     """The model's output for each sample, without dropout; rubbish beyond the n-th."""
+    before_layer = partial(sharding.before_layer, layout)
     n_batches = (windows.n + EVALUATION_BATCH - 1) // EVALUATION_BATCH
 
     def body(i: Any, outputs_S: Any) -> Any:
         rows_B = jax.lax.dynamic_slice_in_dim(windows.rows, i * EVALUATION_BATCH, EVALUATION_BATCH)
         x_BTF = _gather_windows(model.context_length, windows.features, rows_B)
-        outputs_B = transformer.apply(model, shape, params, x_BTF).astype(jnp.float32)
+        together, x_BTF = sharding.before_pass(layout, params, x_BTF)
+        outputs_B = transformer.apply(model, shape, together, x_BTF, before_layer=before_layer).astype(jnp.float32)
         return jax.lax.dynamic_update_slice_in_dim(outputs_S, outputs_B, i * EVALUATION_BATCH, axis=0)
 
     return jax.lax.fori_loop(0, n_batches, body, jnp.zeros(windows.rows.shape, jnp.float32))
@@ -215,7 +225,7 @@ class Training:
     segment: Callable[[Hyper, TrainState, Tally, Windows, np.int32], tuple[TrainState, Tally]]
     """Takes the state over: the one that it was handed is gone afterwards."""
     n_bytes: int
-    """What the larger of them holds on the device, its arguments included."""
+    """What the larger of them holds on each device, its arguments included."""
 
 
 @dataclass(frozen=True)
@@ -224,7 +234,7 @@ class Forward:
 
     run: Callable[[Params, Windows], Array]
     n_bytes: int
-    """What it holds on the device, its arguments included."""
+    """What it holds on each device, its arguments included."""
 
 
 @lru_cache(maxsize=16)
@@ -246,33 +256,50 @@ def compile_training(static: Program, *, n_features: int, n_rows: int, n_samples
     state = abstract_state(static, n_features=n_features)
     tally = jax.eval_shape(empty_tally)
     count = jax.ShapeDtypeStruct((), jnp.int32)
-    started = jax.jit(start).lower(abstract_hyper()).compile()
-    going = jax.jit(segment, donate_argnums=1).lower(abstract_hyper(), state, tally, windows, count).compile()
-    return Training(start=started, segment=going, n_bytes=max(_bytes(started), _bytes(going)))
+    starting, stepping = _placed(static.layout, state)
+    started = jax.jit(start, **starting).lower(abstract_hyper()).compile()
+    going = jax.jit(segment, donate_argnums=1, **stepping).lower(abstract_hyper(), state, tally, windows, count)
+    running = going.compile()
+    return Training(start=started, segment=running, n_bytes=max(_bytes(started), _bytes(running)))
+
+
+def _placed(layout: Layout, state: TrainState) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Where arguments and results of start and segment lie; on one device that goes without saying."""
+    if layout.n_devices == 1:
+        return {}, {}
+    whole, cut = sharding.everywhere(layout), sharding.shardings(layout, state)
+    starting = {"in_shardings": whole, "out_shardings": cut}
+    return starting, {"in_shardings": (whole, cut, whole, whole, whole), "out_shardings": (cut, whole)}
 
 
 @lru_cache(maxsize=16)
-def compile_logits(model: ModelConfig, shape: Shape, *, n_features: int, n_rows: int, n_samples: int) -> Forward:
+def compile_logits(
+    model: ModelConfig, shape: Shape, *, n_features: int, n_rows: int, n_samples: int, layout: Layout = ONE
+) -> Forward:
     """Trace, lower and compile the forward pass over windows, once per process and set of arguments."""
 
     def forward(params: Params, windows: Windows) -> Array:
-        return logits(model, shape, params, windows)
+        return logits(model, shape, params, windows, layout=layout)
 
     params = transformer.abstract_params(model, shape, n_features)
-    compiled = jax.jit(forward).lower(params, _abstract_windows(n_features, n_rows, n_samples)).compile()
+    placed: dict[str, Any] = {}
+    if layout.n_devices > 1:
+        whole = sharding.everywhere(layout)
+        placed = {"in_shardings": (sharding.shardings(layout, params), whole), "out_shardings": whole}
+    compiled = jax.jit(forward, **placed).lower(params, _abstract_windows(n_features, n_rows, n_samples)).compile()
     return Forward(run=compiled, n_bytes=_bytes(compiled))
 
 
 def _bytes(compiled: jax.stages.Compiled) -> int:
-    """Arguments, outputs and temporaries; what is donated serves as both of the first two."""
+    """Arguments, outputs and temporaries on each device; what is donated serves as both of the first two."""
     stats = compiled.memory_analysis()
     assert stats is not None
     held = stats.argument_size_in_bytes + stats.output_size_in_bytes + stats.temp_size_in_bytes
     return held - stats.alias_size_in_bytes
 
 
-def place(features: Floats, rows: Ints, targets: Floats | None = None) -> Windows:
-    """Samples onto the device, padded to a capacity. Without targets they are zeros."""
+def place(features: Floats, rows: Ints, targets: Floats | None = None, *, layout: Layout = ONE) -> Windows:
+    """Samples onto the device, or whole onto each, padded to a capacity. Without targets they are zeros."""
     padded_features = np.zeros((capacity(len(features)), features.shape[1]), np.float32)
     padded_features[: len(features)] = features
     padded_rows = np.full(capacity(len(rows)), rows[0], np.int32)
@@ -280,7 +307,8 @@ def place(features: Floats, rows: Ints, targets: Floats | None = None) -> Window
     padded_targets = np.zeros(capacity(len(rows)), np.float32)
     if targets is not None:
         padded_targets[: len(rows)] = targets
-    return Windows(*jax.device_put((padded_features, padded_rows, padded_targets, np.int32(len(rows)))))
+    arrays = (padded_features, padded_rows, padded_targets, np.int32(len(rows)))
+    return Windows(*sharding.put_everywhere(layout, arrays))
 
 
 def capacity(n: int) -> int:

@@ -80,6 +80,11 @@ def by_name(dataset, task, bars, context) -> dict[str, baselines.Baseline]:
     return {b.name: b for b in baselines.for_dataset(dataset, task, bars, context)}
 
 
+def of_known(names, data, bars, context) -> np.ndarray:
+    known = baselines.Known.at(data, bars, context)
+    return known.vix if names == baselines.VIX else known.volatilities
+
+
 # --- what there is ----------------------------------------------------------------------------------------------------
 
 
@@ -91,18 +96,20 @@ def test_names_and_words_say_what_was_fitted(market):
         for data in [stacked(bars, task)]
         for context in (vix, {})
     }
+    names = {key: [name for name, _ in value] for key, value in said.items()}
+    assert names["threshold", True] == [
+        "prior", "climatology", "last_label", "volatility_logistic", "vix_har_logistic", "volatility_touch",
+        "garch_touch", "bar_logistic", "bar_boosting", "bar_mlp",
+    ]  # fmt: skip
+    assert names["threshold", False] == [name for name in names["threshold", True] if name != "vix_har_logistic"]
+    assert names["regression", True] == names["regression", False] == [
+        "prior", "zero", "har_linear", "volatility_linear",
+    ]  # fmt: skip
     realised = "ln realised volatility of 5, 21 and 63 days"
-    assert said["threshold", True] == [
-        ("prior", "the base rate in training"),
-        ("volatility_logistic", "logistic regression on ln VIX"),
-    ]
-    assert said["threshold", False][1] == ("volatility_logistic", f"logistic regression on {realised}")
-    assert said["regression", True] == [
-        ("prior", "the mean training return"),
-        ("zero", "no move"),
-        ("volatility_linear", "linear regression on ln VIX"),
-    ]
-    assert said["regression", False][2] == ("volatility_linear", f"linear regression on {realised}")
+    words = {key: dict(value) for key, value in said.items()}
+    assert words["threshold", True]["volatility_logistic"] == "logistic regression on ln VIX"
+    assert words["threshold", False]["volatility_logistic"] == f"logistic regression on {realised}"
+    assert words["regression", False]["volatility_linear"] == f"linear regression on {realised}"
 
 
 @pytest.mark.parametrize("task", [THRESHOLD, REGRESSION], ids=lambda task: task.kind)
@@ -194,7 +201,7 @@ def test_inputs_are_those_of_the_rows_own_asset_and_day(market, names):
     bars, vix = market
     shorter = {symbol: b.between(datetime.date(2010, 9, 1), datetime.date(2011, 9, 1)) for symbol, b in bars.items()}
     data = stacked(shorter, THRESHOLD)
-    found = baselines.volatility_inputs(names, data, bars, vix)
+    found = of_known(names, data, bars, vix)
     for row in np.random.default_rng(4).integers(0, len(data.dates), 40):
         asset, day = bars[data.assets[data.asset_ids[row]]], data.dates[row]
         if names == baselines.VIX:
@@ -209,7 +216,7 @@ def test_a_price_that_stands_still_has_a_finite_volatility(market):
     bars, _ = market
     still = priced("AAA", bars["AAA"].dates, np.where(np.arange(N_DAYS) < 300, 0.0, 0.01))
     data = stacked({"AAA": still}, THRESHOLD)
-    found = baselines.volatility_inputs(baselines.VOLATILITIES, data, {"AAA": still}, {})
+    found = of_known(baselines.VOLATILITIES, data, {"AAA": still}, {})
     assert found[200].tolist() == [np.log(1e-4)] * 3
     assert np.isfinite(found[63:]).all()
 
@@ -239,7 +246,7 @@ def test_validation_labels_teach_nothing(market, task):
     before, after = (by_name(d, task, bars, vix) for d in (data, flipped))
     for name in before:
         np.testing.assert_array_equal(before[name].outputs, after[name].outputs)
-    fitted = list(before)[-1]
+    fitted = "volatility_linear" if task.kind == "regression" else "volatility_logistic"
     assert before[fitted].metrics != after[fitted].metrics
 
 
@@ -284,8 +291,9 @@ def test_rows_in_the_warm_up_are_forecast_by_the_prior(market, task):
     bars, _ = market
     newcomer = {"AAA": bars["AAA"], "BBB": bars["BBB"].take(np.arange(500, len(bars["BBB"])))}
     data = stacked(newcomer, task)
-    found = list(by_name(data, task, newcomer, {}).values())
-    prior, fitted = found[0].outputs, found[-1].outputs
+    found = by_name(data, task, newcomer, {})
+    fitted = found["volatility_linear" if task.kind == "regression" else "volatility_logistic"].outputs
+    prior = found["prior"].outputs
     bar = data.validation.rows - np.flatnonzero(data.asset_ids == 1)[0]
     warming = (data.asset_ids[data.validation.rows] == 1) & (bar < 63)
     assert warming.sum() > 30

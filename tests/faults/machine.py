@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import json
 import os
 import shutil
 import signal
@@ -14,27 +15,28 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from fintx.study import ledger, records
 from fintx.study.ledger import Claim
 from fintx.study.records import TrialRecord
 
 FINTX = Path(sys.executable).with_name("fintx")
-_LEFT_OUT = (
-    "XLA_FLAGS",
-    "PYTHONDONTWRITEBYTECODE",
-)  # simulated devices; bytecode is wanted: processes start by the dozen
+# Not simulated devices, nor compiling as quickly as possible: every process here loads the same few programs from a
+# cache, which one of them fills. Bytecode is wanted: processes start by the dozen.
+_LEFT_OUT = ("XLA_FLAGS", "JAX_DISABLE_MOST_OPTIMIZATIONS", "PYTHONDONTWRITEBYTECODE")
 ENVIRONMENT = {key: value for key, value in os.environ.items() if key not in _LEFT_OUT}
-# These tests compile far more than they train, and always the same few programs.
-ENVIRONMENT["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
 ENVIRONMENT["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="fintx-faults-")
 ENVIRONMENT["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 ENVIRONMENT["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 atexit.register(shutil.rmtree, ENVIRONMENT["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 T = TypeVar("T")
+SHORT = ("train.max_epochs=2",)
+"""Settings of trials that end at once."""
+MEDIUM = ("train.max_epochs=60", "train.patience=60", "execution.checkpoint_s=0.3")
+"""Of trials that train for three seconds, and save on the way."""
 LONG = ("train.max_epochs=100000", "train.patience=100000", "execution.checkpoint_s=0.2")
-"""Settings of a trial that is still training when something happens to it."""
+"""Of trials that are still training when something happens to them."""
 
 
 @dataclass
@@ -49,7 +51,7 @@ class Running:
         """Both streams, in the order of writing."""
         return self.log.read_text()
 
-    def end(self, *, code: int, timeout_s: float = 120) -> str:
+    def end(self, *, code: int, timeout_s: float = 300) -> str:
         """Wait for its end; returns what it said."""
         found = self.process.wait(timeout=timeout_s)
         assert found == code, (found, self.said[-3000:])
@@ -84,23 +86,34 @@ class Machine:
         """The study's."""
         return self.root / "outputs" / self.study
 
-    def start(self, *changes: str, command: str = "sweep", options: tuple[str, ...] = ()) -> Running:
-        """`fintx sweep FILE --set CHANGE …`, on its way."""
+    def start(
+        self,
+        *changes: str,
+        options: tuple[object, ...] = (),
+        before: tuple[str, ...] = (),
+        environment: dict[str, str] | None = None,
+    ) -> Running:
+        """`fintx sweep FILE --set CHANGE …`, on its way.
+
+        Args:
+            before: a command that runs it, such as `unshare …`.
+            environment: variables beside the usual ones.
+        """
         self.root.mkdir(parents=True, exist_ok=True)
         places = ["--outputs", self.root / "outputs", "--data-dir", self.root / "data"]
         settings = [part for change in changes for part in ("--set", change)]
         log = self.root / f"log-{len(self.started)}"
         with log.open("w") as out:
             process = subprocess.Popen(
-                [FINTX, command, self.file, *places, *settings, *options],
-                stdout=out, stderr=subprocess.STDOUT, text=True, env=ENVIRONMENT,
+                [*before, FINTX, "sweep", self.file, *places, *settings, *options],
+                stdout=out, stderr=subprocess.STDOUT, text=True, env={**ENVIRONMENT, **(environment or {})},
             )  # fmt: skip
         self.started.append(Running(process, log))
         return self.started[-1]
 
-    def run(self, *changes: str, code: int = 0, options: tuple[str, ...] = (), timeout_s: float = 180) -> str:
+    def run(self, *changes: str, code: int = 0, timeout_s: float = 300, **how: Any) -> str:
         """The same, to its end."""
-        return self.start(*changes, options=options).end(code=code, timeout_s=timeout_s)
+        return self.start(*changes, **how).end(code=code, timeout_s=timeout_s)
 
     def claims(self) -> dict[int, Claim]:
         """Trial number → claim, from the journal."""
@@ -114,6 +127,18 @@ class Machine:
         """Every training state of every unfinished trial, oldest first."""
         return sorted(self.folder.glob("trials/*/run/fold_*/step_*[0-9]"))
 
+    def numbers(self) -> list[tuple]:
+        """What of its trials must not depend on what happened to its processes."""
+        return [
+            (r.trial_number, r.value, r.params, r.config_hash, [(f.best, f.curve, f.steps) for f in r.folds])
+            for r in self.records()
+        ]
+
+    def first_steps(self, number: int = 0) -> list[int]:
+        """The step that each attempt at a trial went on from."""
+        path = records.trial_folder(self.folder, number) / "attempts.jsonl"
+        return [json.loads(line)["from_step"] for line in path.read_text().splitlines()] if path.is_file() else []
+
     def close(self) -> None:
         """Leave nothing running, whatever a test came to."""
         for running in self.started:
@@ -123,13 +148,13 @@ class Machine:
 
 
 @contextlib.contextmanager
-def machines(tmp_path: Path, file: Path) -> Iterator[Callable[..., Machine]]:
+def machines(tmp_path: Path, default_file: Path) -> Iterator[Callable[..., Machine]]:
     """Makes machines by name, and cleans up after them."""
     made: dict[str, Machine] = {}
 
-    def make(name: str = "here", *, own_file: Path | None = None) -> Machine:
+    def make(name: str = "here", *, file: Path | None = None) -> Machine:
         if name not in made:
-            made[name] = Machine(tmp_path / name, own_file or file)
+            made[name] = Machine(tmp_path / name, file or default_file)
         return made[name]
 
     try:
@@ -139,7 +164,7 @@ def machines(tmp_path: Path, file: Path) -> Iterator[Callable[..., Machine]]:
             machine.close()
 
 
-def wait_for(condition: Callable[[], T], *, running: Running | None = None, timeout_s: float = 120) -> T:
+def wait_for(condition: Callable[[], T], *, running: Running | None = None, timeout_s: float = 300) -> T:
     """Poll a condition until it holds; fails when the process ends first, or after a deadline."""
     deadline = time.monotonic() + timeout_s
     while not (found := condition()):

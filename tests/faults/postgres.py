@@ -48,9 +48,6 @@ class Server:
         if os.getuid() == 0:
             for path in (folder, secret):
                 shutil.chown(path, _USER)
-            for above in folder.parents:  # pytest's folders are closed to others
-                if above.stat().st_uid == 0 and above != Path("/"):
-                    above.chmod(above.stat().st_mode | 0o011)
         server._run("initdb", "-D", server.folder, "-U", _USER, "--auth=scram-sha-256", f"--pwfile={secret}", "-N")
         secret.unlink()
         return server

@@ -1,114 +1,261 @@
-"""Processes are killed, frozen and cut off at any moment: every trial is trained once, to the same numbers."""
+"""Processes are killed, frozen and asked to stop at any moment: every trial is trained once, to the same numbers."""
 
 from __future__ import annotations
 
-import json
+import contextlib
 import os
+import pty
+import random
 import signal
+import subprocess
+import time
 
 import pytest
 
-from tests.faults.machine import Machine, wait_for
+from fintx.study import stopping
+from tests.faults.machine import ENVIRONMENT, FINTX, LONG, MEDIUM, Machine, Running, wait_for
 
-SAVES = "execution.checkpoint_s=0.3"
-MEDIUM = ("train.max_epochs=50", "train.patience=50", SAVES)
-
-
-def numbers(machine: Machine) -> list[tuple]:
-    """What of a study must not depend on what happened to its processes."""
-    return [
-        (r.trial_number, r.value, r.params, r.config_hash, r.folds[0].best, r.folds[0].curve) for r in machine.records()
-    ]
+ONE, TWO = "study.n_trials=1", "study.n_trials=2"
+N_KILLS = 20
 
 
-def first_steps(machine: Machine) -> dict[int, list[int]]:
-    """Trial → the step that each of its attempts went on from."""
-    found: dict[int, list[int]] = {}
-    for path in sorted(machine.folder.glob("trials/*/attempts.jsonl")):
-        lines = [json.loads(line) for line in path.read_text().splitlines()]
-        found[int(path.parent.name)] = [line["from_step"] for line in lines]
-    return found
+def is_alive(pid: int) -> bool:
+    """Whether a process runs or could run; one that is dead and not yet waited for does not."""
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError), open(f"/proc/{pid}/stat") as file:
+        return file.read().rpartition(")")[2].split()[0] != "Z"
+    return False
 
 
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory, tiny_file):
-    """The same study where nothing happened."""
-    machine = Machine(tmp_path_factory.mktemp("undisturbed"), tiny_file)
-    machine.run(*MEDIUM, "study.n_trials=2")
-    return numbers(machine)
+def under_way(machine: Machine, *changes: str) -> tuple[Running, int]:
+    """A study that trains and has saved, and the process of its worker."""
+    running = machine.start(*changes)
+    wait_for(machine.steps, running=running)
+    (worker,) = running.workers()
+    return running, worker
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV], ids=["killed", "segfault"])
-def test_a_worker_that_dies_costs_neither_study_nor_numbers(number, machine, undisturbed):
+def kill(running: Running) -> None:
+    running.process.kill()
+    running.process.wait()
+
+
+def test_a_worker_that_dies_costs_neither_study_nor_numbers(machine, undisturbed):
+    """Killed, then by a segmentation fault: two attempts are lost, and no step that was saved."""
     here = machine()
-    running = here.start(*MEDIUM, "study.n_trials=2")
-    wait_for(here.steps, running=running)
-    os.kill(running.workers()[0], number)
+    running, worker = under_way(here, *MEDIUM, TWO)
+    os.kill(worker, signal.SIGKILL)
+    wait_for(lambda: len(here.first_steps()) == 2, running=running)
+    os.kill(running.workers()[0], signal.SIGSEGV)
     said = running.end(code=0)
-    assert f"died: killed by {number.name}" in said and "trial 0 (sampler, attempt 2)" in said
-    assert numbers(here) == undisturbed
-    assert here.records()[0].attempt == 2
-    assert first_steps(here)[0][1] > 1
+    assert "died: killed by SIGKILL" in said and "died: killed by SIGSEGV" in said and "attempt 3" in said
+    assert here.numbers() == undisturbed
+    assert here.records()[0].attempt == 3
+    first, second, third = here.first_steps()
+    assert 0 < first < second <= third
+
+
+def test_a_worker_killed_in_the_middle_of_a_save_goes_on_from_the_state_before(machine, undisturbed):
+    here = machine()
+    running, worker = under_way(here, *MEDIUM, ONE)
+    deadline = time.monotonic() + 60
+    while not (partial := list(here.folder.glob("trials/0000/run/fold_0/.step_*.partial-*"))):
+        assert time.monotonic() < deadline and running.process.poll() is None  # no pause: a save is over in a moment
+    os.kill(worker, signal.SIGKILL)
+    said = running.end(code=0)
+    assert "attempt 2" in said and partial
+    assert here.numbers() == undisturbed[:1]
+    assert not (here.folder / "trials" / "0000" / "run").exists()
 
 
 def test_a_killed_coordinator_is_started_again_at_once(machine, undisturbed):
-    """Its worker, cut off, saves and lets go of the trial."""
+    """Its worker, cut off, saves and lets go of the trial: of two processes only one trains it."""
     here = machine()
-    running = here.start(*MEDIUM, "study.n_trials=2")
-    wait_for(here.steps, running=running)
-    running.process.kill()
-    running.process.wait()
-    here.run(*MEDIUM, "study.n_trials=2")
-    assert numbers(here) == undisturbed
+    running, worker = under_way(here, *MEDIUM, ONE)
+    kill(running)
+    here.run(*MEDIUM, ONE)
+    assert here.numbers() == undisturbed[:1]
     assert here.records()[0].attempt == 2
+    first, second = here.first_steps()
+    assert first < second
+    assert not is_alive(worker)
 
 
 def test_a_frozen_worker_whose_coordinator_was_killed_is_ended_by_the_next_run(machine, undisturbed):
     here = machine()
-    running = here.start(*MEDIUM, "study.n_trials=2")
-    wait_for(here.steps, running=running)
-    (worker,) = running.workers()
+    running, worker = under_way(here, *MEDIUM, ONE)
     os.kill(worker, signal.SIGSTOP)
-    running.process.kill()
-    running.process.wait()
-    here.run(*MEDIUM, "study.n_trials=2")
-    assert numbers(here) == undisturbed
-    with pytest.raises(ProcessLookupError):
-        os.kill(worker, 0)
+    kill(running)
+    here.run(*MEDIUM, ONE)
+    assert here.numbers() == undisturbed[:1]
+    assert not is_alive(worker)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
-def test_a_request_to_stop_saves_and_says_how_to_go_on(number, machine, undisturbed):
+def test_a_killed_machine_loses_no_step_that_was_saved(machine, undisturbed):
+    """As a power cut: coordinator and worker at the same instant."""
     here = machine()
-    running = here.start(*MEDIUM, "study.n_trials=2")
-    wait_for(here.steps, running=running)
-    running.process.send_signal(number)
+    running, _ = under_way(here, *MEDIUM, ONE)
+    running.everyone(signal.SIGKILL)
+    running.process.wait()
+    newest = int(here.steps()[-1].name.removeprefix("step_"))
+    here.run(*MEDIUM, ONE)
+    assert here.numbers() == undisturbed[:1]
+    assert here.first_steps()[1] > newest - 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_request_to_stop_saves_and_says_how_to_go_on(number, machine, undisturbed):
+    """SIGINT reaches the coordinator alone; SIGTERM, as a service manager sends it, all its processes."""
+    here = machine()
+    running, _ = under_way(here, *MEDIUM, ONE)
+    if number == signal.SIGTERM:
+        running.everyone(number)
+    else:
+        running.process.send_signal(number)
     assert "give the same command again to continue" in running.end(code=75)
     claim = here.claims()[0]
-    assert claim.state == "interrupted" and claim.step > 0
-    here.run(*MEDIUM, "study.n_trials=2")
-    assert numbers(here) == undisturbed
+    assert claim.state == "interrupted" and claim.failures == 0
+    assert claim.step == int(here.steps()[-1].name.removeprefix("step_"))
+    here.run(*MEDIUM, ONE)
+    assert here.numbers() == undisturbed[:1]
+    assert here.first_steps()[1] > claim.step
+
+
+def test_a_request_to_stop_before_the_worker_has_begun_counts_as_no_failure(machine):
+    here = machine()
+    running = here.start(*LONG, ONE)
+    wait_for(running.workers, running=running)
+    running.process.send_signal(signal.SIGINT)
+    running.end(code=75)
+    assert here.claims()[0].state == "interrupted" and here.claims()[0].failures == 0
+
+
+def test_asked_twice_it_ends_at_once_and_loses_nothing(machine):
+    here = machine()
+    running, worker = under_way(here, *LONG, ONE)
+    os.kill(worker, signal.SIGSTOP)  # so that it can't obey the first request
+    states = here.steps()
+    running.process.send_signal(signal.SIGINT)
+    wait_for(lambda: "saving what runs" in running.said, running=running)
+    running.process.send_signal(signal.SIGINT)
+    assert "nothing finished is lost" in running.end(code=75)
+    assert here.steps() == states and not is_alive(worker)
+
+
+def test_a_terminal_that_is_closed_is_a_request_to_stop(machine):
+    """A lost connection: SIGHUP, and whatever is printed from then on fails."""
+    here = machine()
+    ours, theirs = pty.openpty()
+    command = [FINTX, "sweep", here.file, "--outputs", here.root / "outputs", "--data-dir", here.root / "data"]
+    changes = [part for change in (*LONG, ONE, "execution.checkpoint_s=100") for part in ("--set", change)]
+    here.root.mkdir()
+    process = subprocess.Popen(
+        ["setsid", "--ctty", *command, *changes], stdin=theirs, stdout=theirs, stderr=theirs, env=ENVIRONMENT
+    )  # fmt: skip
+    os.close(theirs)
+    running = Running(process, here.root / "log-0")
+    here.started.append(running)
+    running.log.write_text("")
+    os.set_blocking(ours, False)
+
+    def trains() -> bool:
+        with contextlib.suppress(BlockingIOError), running.log.open("a") as log:
+            log.write(os.read(ours, 1 << 16).decode())
+        return bool(here.first_steps())
+
+    wait_for(trains, running=running)
+    os.close(ours)
+    assert process.wait(timeout=60) == 75
+    assert here.claims()[0].state == "interrupted" and here.steps()
+
+
+def test_stop_lets_the_running_trial_finish(machine, undisturbed):
+    here = machine()
+    running, _ = under_way(here, *MEDIUM, TWO)
+    done = subprocess.run([FINTX, "stop", here.folder], env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 0 and "to stop" in done.stdout, done
+    assert "continue" in running.end(code=75)
+    assert here.numbers() == undisturbed[:1] and list(here.claims()) == [0]
+    again = subprocess.run([FINTX, "stop", here.folder], env=ENVIRONMENT, capture_output=True, text=True)
+    assert again.returncode == 2 and "nobody is running it" in again.stderr.replace("\n", " ")
+    here.run(*MEDIUM, TWO)
+    assert here.numbers() == undisturbed
+
+
+def test_a_request_to_stop_is_heeded_while_the_study_still_begins(machine):
+    here = machine()
+    running = here.start(*LONG, ONE)
+    wait_for(lambda: (here.folder / "study.json").is_file(), running=running)
+    stopping.ask(str(here.folder), outputs=here.folder.parent)
+    assert here.claims() == {}, "the request came too late for this test"
+    running.end(code=75, timeout_s=60)
+    assert here.claims() == {}
 
 
 def test_a_hung_worker_is_stopped_and_its_trial_taken_up_again(machine, undisturbed):
     here = machine()
-    running = here.start(*MEDIUM, "study.n_trials=2", "execution.hang_s=20")
-    wait_for(here.steps, running=running)
-    (worker,) = running.workers()
+    running, worker = under_way(here, *MEDIUM, ONE, "execution.hang_s=15")
     os.kill(worker, signal.SIGSTOP)
     said = running.end(code=0)
     assert "hung: no step for" in said and "attempt 2" in said
-    assert numbers(here) == undisturbed
-    with pytest.raises(ProcessLookupError):
-        os.kill(worker, signal.SIGCONT)
+    assert here.numbers() == undisturbed[:1]
+    assert not is_alive(worker)
 
 
-def test_failures_of_one_kind_in_a_row_stop_the_study(machine):
+def test_a_machine_that_slept_blames_no_worker(machine, undisturbed):
+    """Coordinator and worker are frozen for longer than hang_s, as when a notebook is closed."""
     here = machine()
-    said = here.run(
-        "study.n_trials=9", "execution.max_failures=3", 'space."optim.learning_rate"={low=1e29, high=1e30, log=true}',
-        code=2,
-    )  # fmt: skip
-    assert "stopped after 3 failures in a row of the same kind, diverged" in said.replace("\n", " ")
-    assert [record.outcome for record in here.records()] == ["diverged"] * 3
-    assert all(record.value is None for record in here.records())
+    running, worker = under_way(here, *MEDIUM, ONE, "execution.hang_s=15")
+    running.everyone(signal.SIGSTOP)
+    time.sleep(17)  # the fault itself: no condition to wait for
+    os.kill(running.process.pid, signal.SIGCONT)
+    wait_for(lambda: True)
+    os.kill(worker, signal.SIGCONT)
+    assert "hung" not in running.end(code=0)
+    assert here.records()[0].attempt == 1 and here.numbers() == undisturbed[:1]
+
+
+def test_a_worker_that_dies_again_and_again_leaves_its_trial_aside_for_the_next_run(machine):
+    here = machine()
+    running = here.start(*LONG, ONE, "execution.max_attempts=2")
+    for attempt in (1, 2):
+        wait_for(lambda attempt=attempt: len(here.first_steps()) == attempt, running=running)
+        os.kill(running.workers()[0], signal.SIGKILL)
+    assert "left aside" in running.end(code=1)
+    assert here.claims()[0].state == "failed" and here.claims()[0].failures == 2
+    running = here.start(*LONG, ONE, "execution.max_attempts=2")
+    wait_for(lambda: len(here.first_steps()) == 3, running=running)
+    assert here.claims()[0].attempt == 3
+
+
+def test_killed_at_random_until_it_is_finished(machine):
+    """Coordinator, worker or both, twenty times at any instant; then it is left alone to come to its end."""
+    here, chance = machine(), random.Random(7)
+    changes = (*MEDIUM, "study.n_trials=5", "execution.max_attempts=99", "execution.max_failures=99")
+    running, steps = here.start(*changes), {}
+    for _ in range(N_KILLS):
+        end = time.monotonic() + chance.uniform(0, 9)
+        while time.monotonic() < end and running.process.poll() is None:
+            time.sleep(0.05)  # the random instant
+        victim = chance.choice(["coordinator", "worker", "both"])
+        if victim == "both":
+            running.everyone(signal.SIGKILL)
+        elif victim == "worker":
+            for worker in running.workers():
+                os.kill(worker, signal.SIGKILL)
+        if victim != "worker" or running.process.poll() is not None:
+            kill(running)
+            running = here.start(*changes)
+        steps |= {number: here.first_steps(number) for number in range(5)}
+    running.end(code=0)
+    found = here.records()
+    assert [record.trial_number for record in found] == list(range(5))
+    assert len({record.config_hash for record in found}) == 5
+    claims = here.claims()
+    assert sorted(claims) == list(range(5)) and all(claim.finished for claim in claims.values())
+    for number in range(5):
+        began = here.first_steps(number)
+        assert began == sorted(began) and began[: len(steps[number])] == steps[number]
+        assert found[number].folds[0].steps >= max(began, default=0)
+    calm = machine("calm")
+    calm.run(*changes)
+    assert here.numbers() == calm.numbers()

@@ -55,13 +55,14 @@ def _norm(params: Any, x: np.ndarray) -> np.ndarray:
 
 
 def _attention(n_heads: int, qkv: np.ndarray) -> np.ndarray:
-    """Each token's mix of values; `qkv` (N, 3·D) holds all heads' queries, then keys, then values."""
+    """Each token's mix of values; `qkv` (N, 3·D) holds a head's query, key and value, then those of the next head."""
     n, d = len(qkv), qkv.shape[1] // 3
     size = d // n_heads
     mixed = np.zeros((n, d))
     for head in range(n_heads):
         columns = slice(head * size, (head + 1) * size)
-        q, k, v = qkv[:, :d][:, columns], qkv[:, d : 2 * d][:, columns], qkv[:, 2 * d :][:, columns]
+        first = 3 * head * size
+        q, k, v = (qkv[:, first + i * size : first + (i + 1) * size] for i in range(3))
         for token in range(n):
             scores = np.array([q[token] @ k[other] / math.sqrt(size) for other in range(n)])
             weights = np.exp(scores) / np.exp(scores).sum()

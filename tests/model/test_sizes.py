@@ -127,30 +127,29 @@ def test_state_is_sixteen_bytes_a_parameter() -> None:
     assert sizes.state_bytes(MODEL, dimensions, 25) == 16 * sizes.count(MODEL, dimensions, 25).total
 
 
-def test_memory_holds_the_state_and_grows_with_the_batch() -> None:
+def test_activations_grow_with_the_batch_and_shrink_with_parts() -> None:
     dimensions = shape(64, 2, 2, 128)
-    small, large = (sizes.memory(MODEL, dimensions, 25, batch_size=size) for size in (8, 16))
-    state = sizes.state_bytes(MODEL, dimensions, 25)
-    assert large - state == 2 * (small - state) > 0
+    small, large = (sizes.activation_bytes(MODEL, dimensions, windows=windows) for windows in (8, 16))
+    assert large == 2 * small > 0
+    assert small / 2 < sizes.activation_bytes(MODEL, dimensions, windows=8, parts=2) < small
 
 
-def test_memory_estimate_is_near_the_compiled_steps() -> None:
+@pytest.mark.parametrize("remat", [False, True], ids=["products kept", "computed again"])
+def test_activations_are_near_the_compiled_steps(remat: bool) -> None:
     dimensions, batch_size = shape(32, 24, 2, 128), 32
     params = transformer.abstract_params(MODEL, dimensions, 25)
     x = jax.ShapeDtypeStruct((batch_size, 60, 25), jnp.float32)
     key = jax.eval_shape(lambda: jax.random.key(0))
-    slope = jax.grad(lambda params, x, key: transformer.apply(MODEL, dimensions, params, x, key=key).sum())
+    slope = jax.grad(lambda params, x, key: transformer.apply(MODEL, dimensions, params, x, key=key, remat=remat).sum())
     measured = jax.jit(slope).lower(params, x, key).compile().memory_analysis()
-    gradients = 4 * sizes.count(MODEL, dimensions, 25).total
-    activations = sizes.memory(MODEL, dimensions, 25, batch_size=batch_size) - 4 * gradients
+    activations = sizes.activation_bytes(MODEL, dimensions, windows=batch_size, remat=remat)
     assert activations == pytest.approx(measured.temp_size_in_bytes, rel=0.35)
 
 
 def test_bfloat16_keeps_fewer_bytes_but_the_residual_streams() -> None:
     dimensions = shape(32, 24, 2, 128)
     half = ModelConfig(compute_dtype="bfloat16")
-    state = sizes.state_bytes(MODEL, dimensions, 25)
-    full, less = (sizes.memory(model, dimensions, 25, batch_size=512) - state for model in (MODEL, half))
+    full, less = (sizes.activation_bytes(model, dimensions, windows=512) for model in (MODEL, half))
     assert 0.5 < less / full < 0.7
 
 

@@ -83,8 +83,9 @@ def test_every_leaf_reaches_the_logit() -> None:
     gradients = jax.jit(jax.grad(lambda params: transformer.apply(model, SHAPE, params, x).sum()))(params)
     flat = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(gradients)}
     # A key's bias adds the same to all of a query's scores, which softmax does not see.
-    key_bias = np.asarray(flat["['blocks']['qkv']['bias']"])[:, SHAPE.d_model : 2 * SHAPE.d_model]
-    np.testing.assert_allclose(key_bias, 0, atol=1e-5)
+    bias_LH3K = np.asarray(flat["['blocks']['qkv']['bias']"]).reshape(SHAPE.n_layers, SHAPE.n_heads, 3, -1)
+    np.testing.assert_allclose(bias_LH3K[:, :, 1], 0, atol=1e-5)
+    assert np.abs(bias_LH3K[:, :, [0, 2]]).max() > 1e-3
     dead = [name for name, leaf in flat.items() if float(jnp.abs(leaf).max()) < 1e-4]
     assert not dead
 

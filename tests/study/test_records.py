@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from fintx.config import (
     BudgetConfig,
     DataConfig,
+    MeshConfig,
     ModelConfig,
     OptimConfig,
     Shape,
@@ -185,7 +186,8 @@ def test_definition_leaves_out_what_may_change():
     spec = StudySpec(study={"name": "s"}, task=TASK, budget=BudgetConfig(parameters=2000))
     more = spec.model_copy(update={"study": spec.study.model_copy(update={"n_trials": 99, "name": "t"})})
     other = spec.model_copy(update={"train": spec.train.model_copy(update={"batch_size": 7})})
-    assert records.definition(spec) == records.definition(more)
+    spread = spec.model_copy(update={"mesh": MeshConfig(data=4, model=2, fsdp=True)})
+    assert records.definition(spec) == records.definition(more) == records.definition(spread)
     differing = {k for k, v in records.definition(other).items() if records.definition(spec)[k] != v}
     assert differing == {"train.batch_size"}
 

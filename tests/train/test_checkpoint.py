@@ -156,7 +156,7 @@ def redescribe(folder: Path, edit: Callable[[dict], None]) -> None:
 @pytest.mark.parametrize(
     ("edit", "error", "message"),
     [
-        (lambda d: d.update(format=2), NotACheckpoint, "has format 2; this fintx reads format 1"),
+        (lambda d: d.update(format=1), NotACheckpoint, "has format 1; this fintx reads format 2"),
         (lambda d: d["config"]["optim"].update(momentum=1), NotACheckpoint, "can't read its checkpoint.json.*momentum"),
         (lambda d: d.pop("config"), NotACheckpoint, "can't read its checkpoint.json.*config"),
         (lambda d: d["config"]["shape"].update(d_ff=20), CheckpointDamaged, "wanted float32.*20.*got float32.*16"),

@@ -24,7 +24,7 @@ from fintx.train.pace import Pace
 from fintx.train.progress import Progress, Question
 from fintx.train.result import FitResult
 from fintx.train.resume import Keeper, Saves, TrainingState
-from fintx.train.state import TrainState
+from fintx.train.state import Arrangement, TrainState
 from fintx.train.step import empty_tally
 from fintx.types import FintxError
 
@@ -185,6 +185,18 @@ def test_collapse_goes_on_counting(
     assert (reference.outcome, reference.epochs) == ("collapsed", 3)
     stopped_at(config, make_dataset(), tmp_path, 12)
     assert_same(loop.fit(config, make_dataset(), metric="log_loss", saves=never(tmp_path)), reference)
+
+
+def test_a_saved_end_is_the_result_again_without_a_step(
+    tmp_path: Path, make_trial: Trials, make_dataset: Datasets
+) -> None:
+    config, data = make_trial(DROPOUT), make_dataset()
+    saves = dataclasses.replace(never(tmp_path), at_end=True)
+    first = loop.fit(config, data, metric="log_loss", saves=saves)
+    taken: list[int] = []
+    again = loop.fit(config, data, metric="log_loss", saves=saves, on_progress=taken.append)
+    assert taken == [] and again.resumed_step == first.steps
+    assert_same(again, first)
 
 
 def test_without_saves_a_trial_just_stops(single_steps: None, make_trial: Trials, make_dataset: Datasets) -> None:
@@ -409,7 +421,7 @@ def training_state(step: int) -> TrainingState:
         state=TrainState(step=np.int32(step), params={}, optimizer=()),
         tally=empty_tally(),
         progress=Progress(),
-        micro_batch=16,
+        arrangement=Arrangement(16),
         compile_s=0.0,
         wall_s=0.0,
     )

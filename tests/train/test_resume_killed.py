@@ -18,7 +18,7 @@ from fintx.config import TrialConfig
 from fintx.data.windows import Dataset
 from fintx.train.progress import Progress, Question
 from fintx.train.resume import Keeper, Saves, TrainingState
-from fintx.train.state import abstract_state, program
+from fintx.train.state import Arrangement, abstract_state, program
 from fintx.train.step import empty_tally
 
 Trials = Callable[..., TrialConfig]
@@ -35,7 +35,7 @@ def filled(config: TrialConfig, step: int) -> TrainingState:
         state=jax.tree.map(lambda leaf: np.full(leaf.shape, step, leaf.dtype), abstract),
         tally=empty_tally(),
         progress=Progress(),
-        micro_batch=16,
+        arrangement=Arrangement(16),
         compile_s=0.0,
         wall_s=0.0,
     )
