@@ -11,7 +11,9 @@ import xml.etree.ElementTree as ET
 import numpy as np
 import pytest
 
-from fintx.report import answer, evidence, figures, page, sheet, study_report
+from fintx.evaluate import direction
+from fintx.evaluate.backtest import Rules
+from fintx.report import answer, evidence, figures, page, sections_evidence, sheet, study_report
 from fintx.report.page import Page, Prose, Section, Text
 from fintx.study import records
 from fintx.types import FintxError
@@ -158,6 +160,7 @@ def test_regression_studies_have_their_own_report(tmp_path):
     )  # fmt: skip
     text = study_report.write(folder, data_root=tmp_path).read_text()
     assert "of squared error per row" in text and 'id="direction"' not in text and "sign accuracy" in text
+    assert "Conformal intervals" in text and "adaptive" in text
 
 
 # --- the page ---------------------------------------------------------------------------------------------------------
@@ -261,3 +264,33 @@ def test_the_door_is_shut_to_scripts(tiny_study):
     for path in (tiny_study / "report" / "figures").glob("*.svg"):
         tree = ET.parse(path)
         assert not [each for each in tree.iter() if str(each.tag).endswith(("script", "image", "foreignObject"))]
+
+
+def test_a_backtest_is_off_until_asked_for_and_prints_its_assumptions(tiny_study):
+    data = tiny_study.parents[1] / "data"
+    asked = study_report.write(tiny_study, data_root=data, rules=Rules(cost_bp=7)).read_text()
+    for words in ('id="backtest"', "Costs are 7 basis points per side", "buy and hold", "Deflated Sharpe ratio, with all 3"):
+        assert words in asked, words
+    assert "no evidence of more than luck" in asked or "evidence of more than luck" in asked
+    assert 'id="backtest"' not in study_report.write(tiny_study, data_root=data).read_text()
+
+
+def test_openings_of_the_sealed_test_are_told(tmp_path):
+    folder = events(tmp_path, n_trials=2)
+    for confirmed in (True, False):
+        records.log_opening(folder, {"confirmed": confirmed, "models": ["trial 1"], "checkpoints": []})
+    text = study_report.write(folder, data_root=tmp_path).read_text()
+    assert "The sealed test part was opened 2 times." in text and "it is no test any more" in text
+
+
+def test_direction_is_told_from_volatility(tmp_path):
+    """A forecast of moves alone scores both events alike; one that knows the side does not."""
+    rng = np.random.default_rng(5)
+    n = 800
+    size, side = rng.normal(size=n), rng.normal(size=n)
+    up = (rng.random(n) < 1 / (1 + np.exp(-(size + side)))).astype(float)
+    down = (rng.random(n) < 1 / (1 + np.exp(-(size - side)))).astype(float)
+    blind = direction.mirror_test(size, up, down, horizon=1)
+    seeing = direction.mirror_test(size + side, up, down, horizon=1)
+    assert "no knowledge of direction is shown" in sections_evidence._mirror_words(blind)
+    assert "more than chance" in sections_evidence._mirror_words(seeing)
