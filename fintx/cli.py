@@ -376,7 +376,8 @@ Studies = Annotated[list[str], typer.Argument(help="Names or folders of studies,
 def report(
     studies: Studies,
     backtest: Annotated[
-        bool, typer.Option("--backtest", help="Add a simple backtest on the validation days, its assumptions beside it.")
+        bool,
+        typer.Option("--backtest", help="Add a simple backtest on the validation days, its assumptions beside it."),
     ] = False,
     cost_bp: Annotated[float, typer.Option("--cost-bp", help="Of the backtest: basis points per side.", min=0)] = 5.0,
     outputs: Outputs = OUTPUTS,

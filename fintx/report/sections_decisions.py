@@ -16,7 +16,6 @@ from fintx.report.words import percent
 from fintx.types import Floats
 
 
-
 def calibration_section(evidence: Evidence) -> Section | None:
     """Reliability, Brier parts, scaling judged on later rows, precision and recall, thresholds."""
     best, rows = evidence.best, evidence.rows
@@ -175,7 +174,9 @@ def backtest_section(evidence: Evidence, bars: dict[str, Bars], rules: Rules) ->
     ]
     table = sheet.of("backtest", "After costs, on the validation days", columns, made, marked=(0,))
     taken = Prose(tuple(backtest.assumptions(rules, task)))
-    return Section("backtest", title, (Prose("What is taken for granted:"), taken, table, _deflated(evidence, ledgers, mine)))
+    return Section(
+        "backtest", title, (Prose("What is taken for granted:"), taken, table, _deflated(evidence, ledgers, mine))
+    )
 
 
 def _follow(evidence: Evidence, outputs: Floats, bars: dict[str, Bars], rules: Rules) -> Ledger:

@@ -269,7 +269,12 @@ def test_the_door_is_shut_to_scripts(tiny_study):
 def test_a_backtest_is_off_until_asked_for_and_prints_its_assumptions(tiny_study):
     data = tiny_study.parents[1] / "data"
     asked = study_report.write(tiny_study, data_root=data, rules=Rules(cost_bp=7)).read_text()
-    for words in ('id="backtest"', "Costs are 7 basis points per side", "buy and hold", "Deflated Sharpe ratio, with all 3"):
+    for words in (
+        'id="backtest"',
+        "Costs are 7 basis points per side",
+        "buy and hold",
+        "Deflated Sharpe ratio, with all 3",
+    ):
         assert words in asked, words
     assert "no evidence of more than luck" in asked or "evidence of more than luck" in asked
     assert 'id="backtest"' not in study_report.write(tiny_study, data_root=data).read_text()
