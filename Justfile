@@ -22,6 +22,21 @@ manual *args:
 confirm *args:
     @fintx confirm "$@"
 
+# write a study's report, as far as the study is: report STUDY…
+[no-exit-message]
+report *args:
+    @fintx report "$@"
+
+# set studies side by side: compare 2M_h1 2M_h3 2M_h5
+[no-exit-message]
+compare *args:
+    @fintx compare "$@"
+
+# does loss fall with size: scaling 'outputs/*_h3'
+[no-exit-message]
+scaling *args:
+    @fintx scaling "$@"
+
 # ask a running study to stop when its running trials are finished: stop STUDY
 [no-exit-message]
 stop *args:

@@ -375,14 +375,21 @@ Studies = Annotated[list[str], typer.Argument(help="Names or folders of studies,
 @app.command()
 def report(
     studies: Studies,
+    backtest: Annotated[
+        bool,
+        typer.Option("--backtest", help="Add a simple backtest on the validation days, its assumptions beside it."),
+    ] = False,
+    cost_bp: Annotated[float, typer.Option("--cost-bp", help="Of the backtest: basis points per side.", min=0)] = 5.0,
     outputs: Outputs = OUTPUTS,
     data_dir: DataDir = DATA,
 ) -> None:
     """Write a study's report, as far as the study is: one HTML page, its figures and tables beside it."""
+    from fintx.evaluate.backtest import Rules
     from fintx.report import scaling_report, study_report
 
+    rules = Rules(cost_bp=cost_bp) if backtest else None
     for folder in scaling_report.find(studies, outputs=outputs):
-        print(study_report.write(folder, data_root=data_dir))
+        print(study_report.write(folder, data_root=data_dir, rules=rules))
 
 
 @app.command()

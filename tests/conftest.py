@@ -20,8 +20,9 @@ install_import_hook(["fintx.model", "fintx.train"], "beartype.beartype")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """CI must not pass by skipping the tests that need a database server."""
+    """CI must not pass by skipping the tests that need a database server, or a browser."""
     parser.addoption("--require-postgres", action="store_true", help="fail where no PostgreSQL server is installed")
+    parser.addoption("--require-chromium", action="store_true", help="fail where no Chromium is installed")
 
 
 @pytest.fixture(scope="session")

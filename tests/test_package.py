@@ -39,7 +39,7 @@ def test_every_recipe_has_a_line_of_help_and_calls_fintx_or_a_tool():
         match = re.search(r"^(\w+)(?: \*args)?:\n {4}@(.+)$", block, re.MULTILINE)
         if match and "[private]" not in block:
             recipes[match[1]] = (block.startswith("# "), match[2])
-    fintx = "sweep manual confirm stop plan queue status eval data verify params".split()
+    fintx = "sweep manual confirm report compare scaling stop plan queue status eval data verify params".split()
     assert list(recipes) == [*fintx, "test", "check", "bench"]
     assert all(helped for helped, _ in recipes.values())
     assert all(recipes[name][1] == f'fintx {name} "$@"' for name in fintx)
@@ -48,7 +48,7 @@ def test_every_recipe_has_a_line_of_help_and_calls_fintx_or_a_tool():
 def test_just_lists_the_recipes():
     done = subprocess.run([Path(sys.executable).parent / "just"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0
-    assert len(re.findall(r"^    \w+.* # \w", done.stdout, re.MULTILINE)) == 14, done.stdout
+    assert len(re.findall(r"^    \w+.* # \w", done.stdout, re.MULTILINE)) == 17, done.stdout
 
 
 def test_the_readmes_commands_are_recipes():

@@ -56,7 +56,7 @@ def history(
         for wanted, marker, words in ((False, "o", "sampler"), (True, "D", "queue")):
             chosen = [(n, v) for n, v, q in known if q == wanted]
             if chosen:
-                axes.plot(*zip(*chosen, strict=True), marker, color=BLUE, alpha=0.55, markersize=4.5, label=words,
+                axes.plot(*zip(*chosen, strict=True), marker, color=BLUE, alpha=0.75, markersize=4.5, label=words,
                           markeredgewidth=0)  # fmt: skip
         best = np.minimum.accumulate([v for _, v, _ in known]) if minimize else np.maximum.accumulate(
             [v for _, v, _ in known])  # fmt: skip
@@ -119,7 +119,7 @@ def slices(found: Sequence[Slice], skills: Floats) -> Picture:
             words = any(isinstance(value, str) for value in each.values)
             names = sorted(set(map(str, each.values)))
             x = [float(names.index(str(value)) if words else value) for value in each.values]
-            axes.scatter(x, skills, s=14, color=BLUE, alpha=0.5, linewidths=0)
+            axes.scatter(x, skills, s=14, color=BLUE, alpha=0.75, linewidths=0)
             axes.scatter([x[best]], [skills[best]], s=38, facecolors="none", edgecolors=VERMILLION, linewidths=1.5)
             if words:
                 axes.set_xticks(range(len(names)), names)

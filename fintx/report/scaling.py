@@ -310,22 +310,14 @@ def _beside(scaling: Scaling) -> str:
     if best >= 1:
         parts.append(f"No size beats {scaling.field.baseline}.")
     preferred = scaling.preferred
-    if (
-        preferred is not None
-        and preferred.weight is not None
-        and not (scaling.doubted and scaling.word == "can't tell")
-    ):
+    told = scaling.doubted and scaling.word == "can't tell" and scaling.frontier.gain.low > 0
+    if preferred is not None and preferred.weight is not None and not told:
         which = "the frontier" if scaling.frontier.preferred is not None else "all trials"
         words = {"constant": "a constant", "power law": "a power law"}.get(
             preferred.fit.form, "a power law that turns up again"
         )
         parts.append(f"AICc prefers {words} for {which} (weight {preferred.weight:.2f}).")
     return " ".join(parts)
-
-
-def cells_in_order(scaling: Scaling) -> list[tuple[str, int]]:
-    """Each size with its number of successful trials."""
-    return [(name, int(np.sum(scaling.field.cell == i))) for i, name in enumerate(scaling.field.cells)]
 
 
 def envelope(flops: Floats, loss: Floats) -> tuple[Floats, Floats]:

@@ -1,11 +1,11 @@
-"""What does a report say for and against the best trial? Beside its baselines, confirmed, by year, calibrated."""
+"""What does a report say for and against the best trial? Beside its baselines, confirmed, by year."""
 
 from __future__ import annotations
 
 import numpy as np
 
 from fintx.data.bars import Bars
-from fintx.evaluate import calibration, decisions, direction, metrics
+from fintx.evaluate import direction
 from fintx.evaluate.direction import Mirror
 from fintx.report import answer, figures_evidence, setting, sheet
 from fintx.report import confirmation as told
@@ -21,7 +21,7 @@ from fintx.types import Floats
 
 _SHOWN = ("log_loss", "auc", "brier", "average_precision", "calibration_error")
 _SHOWN_REGRESSION = ("mse", "mae", "correlation", "sign_accuracy")
-_VOLATILITY = ("volatility", "vix", "har", "garch", "touch")
+_VOLATILITY = ("volatility_", "vix_", "garch_")
 _FOREST = 8
 
 
@@ -261,87 +261,6 @@ def _years(evidence: Evidence, outputs: Floats, rival: str | None) -> Sheet:
     ]  # fmt: skip
     made = [(str(y.year), y.n, y.base_rate, y.log_loss, y.skill, y.auc, y.gain) for y in found]
     return sheet.of("by_year", "By year", columns, made)
-
-
-# --- calibration and decisions ----------------------------------------------------------------------------------------
-
-
-def calibration_section(evidence: Evidence) -> Section | None:
-    """Reliability, Brier parts, scaling judged on later rows, precision and recall, thresholds."""
-    best, rows = evidence.best, evidence.rows
-    if (
-        evidence.spec.task.kind == "regression"
-        or best is None
-        or rows is None
-        or best.trial_number not in evidence.outputs
-    ):
-        return None
-    outputs, name = evidence.outputs[best.trial_number], f"trial {best.trial_number}"
-    forecasts = {name: outputs} | ({evidence.rival: rows.baselines[evidence.rival]} if evidence.rival else {})
-    curves = {words: calibration.reliability(each, rows.labels) for words, each in forecasts.items()}
-    blocks: list[Block] = [
-        figures_evidence.reliability(curves),
-        _brier(evidence, forecasts),
-        *_scaled(evidence, outputs),
-    ]
-    if 0 < rows.labels.mean() < 1:
-        found = {words: decisions.precision_recall(each, rows.labels) for words, each in forecasts.items()}
-        blocks += [figures_evidence.precision_recall(found), _thresholds(outputs, rows.labels)]
-    return Section("calibration", "Calibration and decisions", tuple(blocks))
-
-
-def _brier(evidence: Evidence, forecasts: dict[str, Floats]) -> Sheet:
-    assert evidence.rows is not None
-    rows = []
-    for name, each in forecasts.items():
-        parts = calibration.brier_parts(each, evidence.rows.labels)
-        error = metrics.calibration_error(each, evidence.rows.labels)
-        rows.append((name, error, parts.brier, parts.reliability, parts.resolution, parts.uncertainty, parts.within))
-    columns: list[tuple[str, Format]] = [
-        ("", "text"), ("calibration error", "number"), ("Brier", "number"), ("= reliability", "number"),
-        ("− resolution", "number"), ("+ uncertainty", "number"), ("+ within bins", "number"),
-    ]  # fmt: skip
-    note = "Reliability: how far what is said lies from what came, less is better. Resolution: how far days are parted."
-    return sheet.of("brier", "Calibration error, and the Brier score in parts", columns, rows, note=note)
-
-
-def _scaled(evidence: Evidence, outputs: Floats) -> list[Block]:
-    """Temperature and isotonic scaling, learnt on earlier rows and judged on later ones."""
-    rows = evidence.rows
-    assert rows is not None
-    groups = rows.fold if len(np.unique(rows.fold)) > 1 else calibration.halves(rows.dates, horizon=rows.horizon)
-    early, late = rows.labels[groups == 0], rows.labels[groups > 0]
-    if any(len(np.unique(part)) < 2 for part in (early, late)):
-        return []
-    found = calibration.recalibrate_forward(outputs, rows.labels, groups)
-    columns: list[tuple[str, Format]] = [
-        ("scaling", "text"),
-        ("log loss", "number"),
-        ("Brier", "number"),
-        ("calibration error", "number"),
-        ("rows", "whole"),
-    ]
-    made = [(each.method, each.log_loss, each.brier, each.calibration_error, each.n) for each in found]
-    what = (
-        "earlier folds, judged on the next"
-        if len(np.unique(rows.fold)) > 1
-        else "the older half of the validation days, judged on the newer"
-    )  # noqa: E501
-    return [sheet.of("recalibration", "Would recalibration help?", columns, made, note=f"Learnt on {what}.")]
-
-
-def _thresholds(outputs: Floats, labels: Floats) -> Sheet:
-    rows = [
-        (f"{100 * t.decile:.0f} %", t.threshold, t.predicted, t.precision.value,
-         f"{100 * t.precision.low:.1f} … {100 * t.precision.high:.1f} %", t.recall.value, t.lift,
-         f"{t.lift_low:.2f} … {t.lift_high:.2f}")
-        for t in decisions.threshold_table(outputs, labels)
-    ]  # fmt: skip
-    columns: list[tuple[str, Format]] = [
-        ("above the decile", "text"), ("probability ≥", "number"), ("calls", "whole"), ("precision", "percent"),
-        ("95 % interval", "text"), ("recall", "percent"), ("lift over base rate", "number"), ("interval", "text"),
-    ]  # fmt: skip
-    return sheet.of("thresholds", "Thresholds", columns, rows, note="Wilson intervals of independent rows.")
 
 
 def facts(evidence: Evidence) -> tuple[tuple[str, str], ...]:

@@ -5,7 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 
 from fintx.evaluate import metrics
-from fintx.report import answer, evidence, page, search, sections_evidence, sections_search, setting, sheet
+from fintx.evaluate.backtest import Rules
+from fintx.report import (
+    answer,
+    evidence,
+    page,
+    search,
+    sections_decisions,
+    sections_evidence,
+    sections_search,
+    setting,
+    sheet,
+)
 from fintx.report.evidence import Evidence
 from fintx.report.page import Block, Page, Prose, Section, Text
 from fintx.report.scaling_report import scaling_of_siblings
@@ -16,8 +27,11 @@ from fintx.study.sealed import Opening
 from fintx.study.space import SearchSpace
 
 
-def write(study_folder: Path, *, data_root: Path) -> Path:
+def write(study_folder: Path, *, data_root: Path, rules: Rules | None = None) -> Path:
     """Write outputs/<study>/report/.
+
+    Args:
+        rules: of the backtest; none: the report holds no backtest.
 
     Returns:
         The page.
@@ -26,10 +40,10 @@ def write(study_folder: Path, *, data_root: Path) -> Path:
         FintxError: no study, no finished trial, different labels, a damaged file, or no room on the disk.
     """
     found = evidence.read(study_folder)
-    return page.write(build(found, data_root=data_root), study_folder / "report")
+    return page.write(build(found, data_root=data_root, rules=rules), study_folder / "report")
 
 
-def build(found: Evidence, *, data_root: Path) -> Page:
+def build(found: Evidence, *, data_root: Path, rules: Rules | None = None) -> Page:
     """The page as a value."""
     spec = found.spec
     confirmed = confirmation.read(found.folder)
@@ -41,7 +55,9 @@ def build(found: Evidence, *, data_root: Path) -> Page:
         sections_evidence.beside_baselines(found),
         sections_evidence.confirmation_section(found, confirmed),
         sections_evidence.direction_section(found, asked.bars),
-        sections_evidence.calibration_section(found),
+        sections_decisions.calibration_section(found),
+        sections_decisions.interval_section(found),
+        None if rules is None else sections_decisions.backtest_section(found, asked.bars, rules),
         sections_search.course(found, space),
         sections_search.pattern_section(found, space),
         scaling_of_siblings(found),

@@ -74,7 +74,7 @@ def measured(mean: float, low: float, high: float) -> str:
 
 
 def _digits(width: float) -> int:
-    return min(max(1 - math.floor(math.log10(width)), 1), 12) if width > 0 else 4
+    return min(max(2 - math.floor(math.log10(width)), 1), 12) if width > 0 else 4
 
 
 def points(value: float | None) -> str:

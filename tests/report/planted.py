@@ -15,8 +15,9 @@ import pyarrow as pa
 
 from fintx import sweepfile
 from fintx.config import StudySpec, TrialConfig, config_hash
-from fintx.evaluate import metrics
+from fintx.evaluate import metrics, significance
 from fintx.model import sizes
+from fintx.report.field import Field
 from fintx.study import records
 from fintx.study.records import FoldRecord, StudyFile, TrialRecord
 from fintx.study.space import SearchSpace
@@ -178,4 +179,30 @@ def _record(
         folds=(fold,), libraries={"python": "3.11"}, device="cpu × 1", git_commit=None,
         started=f"2026-01-01T00:{number:02d}:00+00:00", finished=f"2026-01-01T00:{number + 1:02d}:00+00:00",
         compile_s=1.0, wall_s=10.0 + number,
+    )  # fmt: skip
+
+
+def field_of(
+    law: Callable[[float], float], *, sizes_: Sequence[float], n: int = 12, n_days: int = 1500, spread: float = 0.1,
+    baseline: float = 0.05, seed: int = 0,
+) -> Field:  # fmt: skip
+    """Trials of several sizes without folders: squared errors of a noise of 1 plus an excess that the law gives.
+
+    Args:
+        law: size → excess.
+        spread: SD of ln excess between the trials of a size.
+    """
+    rng = np.random.default_rng(seed)
+    cell = np.repeat(np.arange(len(sizes_)), n)
+    size = np.asarray(sizes_, float)[cell] * rng.uniform(0.75, 1.25, len(cell))
+    noise = rng.normal(size=n_days)
+    errors = [np.sqrt(law(s) * np.exp(rng.normal(0, spread))) * rng.normal(size=n_days) for s in size]
+    days = np.square(noise - np.array(errors))
+    beaten = np.square(noise - np.sqrt(baseline) * rng.normal(size=n_days))
+    block = significance.block_length((beaten - days).T, horizon=1)
+    return Field(
+        over="parameters", studies=(), names=(), cells=tuple(f"{s:g}" for s in sizes_), cell=cell, study=cell,
+        number=np.tile(np.arange(n), len(sizes_)), size=size, flops=size, loss=days.mean(axis=1) / beaten.mean(),
+        days=days, baseline="volatility_linear", baseline_days=beaten, prior_loss=1.2, baseline_loss=1.05,
+        n_rows=n_days, resamples=significance.resample(n_days, block, reps=400, seed=seed), notes=(),
     )  # fmt: skip
