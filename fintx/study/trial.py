@@ -216,8 +216,9 @@ def _fit_fold(trials: list[_Trial], dataset: Dataset, fold: int, *, n_folds: int
             elif result.outcome == "interrupted":
                 trial.end(trial.ending)
             else:
-                times = {"wall_s": result.wall_s / n_threads, "compile_s": result.compile_s / n_threads}
-                fits[trial.job.key, replicate] = dataclasses.replace(result, **times)
+                fits[trial.job.key, replicate] = dataclasses.replace(
+                    result, wall_s=result.wall_s / n_threads, compile_s=result.compile_s / n_threads
+                )
 
     if n_threads == 1:
         for part in range(n_parts):

@@ -112,7 +112,7 @@ def test_a_planted_signal_is_found_and_a_bad_model_is_told_apart():
 
 @pytest.mark.slow
 def test_the_gains_interval_covers_the_planted_one_at_its_rate():
-    """1,000 studies, three seeds each; the truth is that of one of a million days, .120 nats. Stated are 95 %, ± .7 %."""
+    """1,000 studies, three seeds each; the truth: one of a million days, .120 nats. Stated are 95 %, ± .7 %."""
     truth = {"strength": 0.8, "noise": (0.5,)}
     fresh, baseline, _ = study(np.random.default_rng(10**6), n_days=1_000_000, **truth)
     planted = float(baseline.mean() - fresh.mean())
