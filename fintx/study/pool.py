@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import IO, Any
 
+from fintx.study import allocator
 from fintx.study.worker import STOP
 
 _FREEZE_S = 5.0
@@ -161,7 +162,8 @@ class Pool:
         worker.log = tempfile.TemporaryFile()
         # A session of its own: Ctrl-C on the terminal reaches the coordinator alone.
         worker.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=worker.log, start_new_session=True
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=worker.log, start_new_session=True,
+            env=allocator.environment(),
         )
         assert worker.process.stdout is not None
         os.set_blocking(worker.process.stdout.fileno(), False)

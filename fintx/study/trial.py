@@ -23,7 +23,7 @@ from fintx.config import StudySpec, TrialConfig, config_hash
 from fintx.data import sources
 from fintx.data.windows import Dataset
 from fintx.evaluate import baselines, metrics
-from fintx.study import environment, lock, records
+from fintx.study import environment, lock, programs, records
 from fintx.study.records import FoldRecord, TrialRecord
 from fintx.train import checkpoint, hosts, loop, resume
 from fintx.types import FintxError, Floats
@@ -149,6 +149,7 @@ def _gather_hosts(job: Job, folds: tuple[Dataset, ...], *, is_done: bool) -> boo
 def _fit_folds(
     job: Job, folds: tuple[Dataset, ...], hooks: Hooks, check: Callable[[], None]
 ) -> list[loop.FitResult] | None:
+    programs.keep(job.spec.execution.program_cache, outputs=job.study_folder.parent)
     fits: list[loop.FitResult] = []
     for index, dataset in enumerate(folds):
         hook = _FoldHooks(job, index, hooks, begun=not hosts.is_first())
