@@ -336,6 +336,9 @@ class ExecutionConfig(_Config):
     """Failures of the same kind in a row that stop the study: something is wrong that more trials won't mend."""
     memory: Annotated[PositiveInt, BeforeValidator(_parse_bytes)] | None = None
     """Memory that all running trials may take together, such as "12GB"; none: what the machine or its GPU has free."""
+    program_cache: str | None = None
+    """Folder where compiled programs are kept, so that a shape seen before isn't compiled again; none: .programs beside
+    the studies; off: keep none."""
 
     population: Annotated[Literal["auto"] | bool | int, PlainValidator(_population)] = "auto"
     """Trials that share a program trained at once. auto: where it pays, a trial's replicates, and on a GPU trials that

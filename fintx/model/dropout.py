@@ -36,8 +36,11 @@ def dropout(
 def keep_mask(key: PRNGKeyArray, shape: tuple[int, ...], rate: Float[Array, ""]) -> Bool[Array, "..."]:
     """True with probability 1 − rate, to a resolution of 2⁻³²; a pure function of key and index."""
     low, high = jax.random.key_data(key)[..., 0], jax.random.key_data(key)[..., -1]
-    index = jax.lax.iota(jnp.uint32, math.prod(shape)).reshape(shape)
-    bits = _mix((index * jnp.uint32(_GOLDEN) + low) ^ high)
+    # The index times the golden constant, as a sum over the two last axes: the same bits, and a loop that vectorises.
+    width, n_rows = shape[-1], math.prod(shape[:-1])
+    row = jax.lax.iota(jnp.uint32, n_rows).reshape(*shape[:-1], 1) * jnp.uint32(_GOLDEN * width % 2**32)
+    column = jax.lax.iota(jnp.uint32, width).reshape(*[1] * (len(shape) - 1), width) * jnp.uint32(_GOLDEN)
+    bits = _mix((row + column + low) ^ high)
     return bits >= (rate * 4294967296.0).astype(jnp.uint32)
 
 

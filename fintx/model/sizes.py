@@ -139,9 +139,9 @@ def state_bytes(model: ModelConfig, shape: Shape, n_features: int) -> int:
 def activation_bytes(model: ModelConfig, shape: Shape, *, windows: int, remat: bool = False, parts: int = 1) -> int:
     """Roughly what a pass forward and back holds beside parameters and gradients.
 
-    Kept per layer and token: the residual stream (float32), and unless layers are computed again the linear layers'
-    outputs (3d + d + d_ff + d, in the compute dtype); the block at work holds about twice all that again, and its
-    attention weights three times over.
+    Kept per layer and token: the residual stream (float32), and unless layers are computed again the stream between its
+    halves, qkv and the inner products (3d + d_ff, in the compute dtype); the block at work holds about twice all that
+    again, and its attention weights three times over.
 
     Args:
         windows: in the pass.
@@ -151,7 +151,7 @@ def activation_bytes(model: ModelConfig, shape: Shape, *, windows: int, remat: b
     n, width = transformer.n_patches(model), 2 if model.compute_dtype == "bfloat16" else 4
     tokens = windows * n
     stream = tokens * 4 * shape.d_model
-    whole = stream + tokens * width * (2 * shape.d_model + (3 * shape.d_model + shape.d_ff) // parts)
+    whole = 2 * stream + tokens * width * (3 * shape.d_model + shape.d_ff) // parts
     weights = 3 * windows * shape.n_heads // parts * n * n * 4
     return shape.n_layers * (stream if remat else whole) + 2 * whole + weights
 

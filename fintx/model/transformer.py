@@ -4,7 +4,7 @@
 
 Unlike PatchTST the features of a patch are embedded together: one series' channels are the inputs of one decision.
 Flax NNX declares the parameters; every transform is plain JAX over a nested dict of arrays. Blocks are stacked on a
-leading axis L at init and applied by one `lax.scan`, so compile time does not grow with depth.
+leading axis L at init and applied by one `lax.scan` (blocks), so compile time does not grow with depth.
 
 `compute_dtype` is that of the matmuls' operands and of what the backward pass keeps of them. All else is float32, the
 residual stream too: at 192 layers a bfloat16 stream puts logits off by 4 % of their SD, a float32 one by .4 %.
@@ -13,27 +13,22 @@ residual stream too: at 192 layers a bfloat16 stream puts logits off by 4 % of t
 from __future__ import annotations
 
 import functools
-import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Float, PRNGKeyArray, UInt32
 
 from fintx.config import ModelConfig, Shape
+from fintx.model import blocks
 from fintx.model.dropout import dropout as drop
 from fintx.types import Params
 
-_EPSILON = 1e-5
 _POSITION_STD = 0.02
 _HEAD_STD = 0.1
 """SD of the logits at init: the first predictions lie near one half, and yet every input already matters."""
-
-BeforeLayer = Callable[[Array, Params], tuple[Array, Params]]
-"""(B, N, D) residual stream and one layer's parameters → the same values, laid out as its caller likes."""
 
 
 def n_patches(model: ModelConfig) -> int:
@@ -71,7 +66,7 @@ def apply(
     key: PRNGKeyArray | None = None,
     dropout: Float[Array, ""] | float | None = None,
     remat: bool = False,
-    before_layer: BeforeLayer = lambda hidden_BND, block: (hidden_BND, block),
+    before_layer: blocks.BeforeLayer = lambda hidden_BND, block: (hidden_BND, block),
 ) -> Float[Array, " B"]:
     """Logits (regression: predictions) of a batch of windows.
 
@@ -84,29 +79,24 @@ def apply(
             third more work. Values and gradients are the same but for rounding.
         before_layer: called with what each layer works on, in the forward pass and in what is computed again.
     """
-    rate = model.dropout if dropout is None else dropout
+    rate = jnp.asarray(model.dropout if dropout is None else dropout, jnp.float32)
     declared = _declare(model, shape, x_BTF.shape[-1])
     edges = nnx.merge(declared.edge_graph, {name: leaf for name, leaf in params.items() if name != "blocks"})
     embed_key, layer_key = (None, None) if key is None else jax.random.split(key)
     hidden_BND = drop(edges.embed(x_BTF), rate, embed_key)
-
-    # Linear layers' outputs alone are saved: attention and elementwise work, cheap to compute and dear to store, is
-    # done again. A scan's body needs no guard against common subexpressions: forward and backward are separate loops.
-    policies = jax.checkpoint_policies
-    policy = policies.nothing_saveable if remat else policies.dots_with_no_batch_dims_saveable
-
-    @functools.partial(jax.checkpoint, policy=policy, prevent_cse=False)
-    def layer(hidden_BND: Array, block: Params, index: Array) -> Array:
-        hidden_BND, block = before_layer(hidden_BND, block)
-        block_key = None if layer_key is None else jax.random.fold_in(layer_key, index)
-        return nnx.merge(declared.block_graph, block)(hidden_BND, rate, block_key)
-
-    def body(hidden_BND: Array, stacked: tuple[Params, Array]) -> tuple[Array, None]:
-        return layer(hidden_BND, *stacked), None
-
-    layers = (params["blocks"], jnp.arange(shape.n_layers))
-    hidden_BND, _ = jax.lax.scan(body, hidden_BND, layers)
+    static = blocks.Static(shape.n_heads, model.compute_dtype, remat, before_layer)
+    masks_L4W = None if layer_key is None else _mask_words(layer_key, shape.n_layers)
+    hidden_BND = blocks.run(static, params["blocks"], hidden_BND, rate=rate, masks_L4W=masks_L4W)
     return edges.read_out(hidden_BND)
+
+
+def _mask_words(key: PRNGKeyArray, n_layers: int) -> UInt32[Array, "L 4 W"]:
+    """Every layer's keys at once, outside the loops: threefry within them would be a loop of its own, each time."""
+
+    def of_layer(index: Array) -> Array:
+        return jax.random.key_data(jax.random.split(jax.random.fold_in(key, index), blocks.N_MASKS))
+
+    return jax.vmap(of_layer)(jnp.arange(n_layers))
 
 
 def patches(model: ModelConfig, x_BTF: Float[Array, "B T F"]) -> Float[Array, "B N PF"]:
@@ -144,12 +134,7 @@ class _LayerNorm(nnx.Module):
         self.bias = nnx.Param(jnp.zeros(width, jnp.float32))
 
     def __call__(self, x_BND: Array) -> Array:
-        # Means as matmuls: a few per cent of a CPU step faster than reductions. HIGHEST: a GPU would round to TF32.
-        average_D1 = jnp.full((x_BND.shape[-1], 1), 1 / x_BND.shape[-1], jnp.float32)
-        mean = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
-        centred_BND = x_BND - mean(x_BND, average_D1)
-        normal_BND = centred_BND * jax.lax.rsqrt(mean(jnp.square(centred_BND), average_D1) + _EPSILON)
-        return normal_BND * self.scale[...][None, None, :] + self.bias[...][None, None, :]
+        return blocks.normal(x_BND)[0] * self.scale[...][None, None, :] + self.bias[...][None, None, :]
 
 
 class _RevIN(nnx.Module):
@@ -162,7 +147,7 @@ class _RevIN(nnx.Module):
     def __call__(self, x_BTF: Array) -> Array:
         mean = x_BTF.mean(axis=1, keepdims=True)
         variance = jnp.square(x_BTF - mean).mean(axis=1, keepdims=True)
-        normal_BTF = (x_BTF - mean) * jax.lax.rsqrt(variance + _EPSILON)
+        normal_BTF = (x_BTF - mean) * jax.lax.rsqrt(variance + blocks.EPSILON)
         return normal_BTF * self.scale[...][None, None, :] + self.bias[...][None, None, :]
 
 
@@ -199,8 +184,6 @@ class _Block(nnx.Module):
     def __init__(self, model: ModelConfig, shape: Shape, rngs: nnx.Rngs):
         d, dtype = shape.d_model, model.compute_dtype
         residual = 1 / (2 * shape.n_layers)
-        self._n_heads = shape.n_heads
-        self._dtype = jnp.dtype(dtype)
         self.attention_norm = _LayerNorm(d)
         self.qkv = _Linear(d, 3 * d, dtype, rngs)
         self.attention_out = _Linear(d, d, dtype, rngs, variance=residual)
@@ -208,45 +191,18 @@ class _Block(nnx.Module):
         self.feed_forward_in = _Linear(d, shape.d_ff, dtype, rngs)
         self.feed_forward_out = _Linear(shape.d_ff, d, dtype, rngs, variance=residual)
 
-    def __call__(self, x_BND: Array, rate: Any, key: PRNGKeyArray | None) -> Array:
-        keys = (None,) * 4 if key is None else jax.random.split(key, 4)
-        mixed_BND = self._attend(self.qkv(self.attention_norm(x_BND)), rate, keys[0])
-        x_BND = x_BND + drop(self.attention_out(mixed_BND), rate, keys[1])
-        active_BNM = drop(_gelu(self.feed_forward_in(self.feed_forward_norm(x_BND))), rate, keys[2])
-        return x_BND + drop(self.feed_forward_out(active_BNM), rate, keys[3])
-
-    def _attend(self, qkv: Array, rate: Any, key: PRNGKeyArray | None) -> Array:
-        """Multi-head attention over N tokens; the width of `qkv` is (H, 3, K): a head's query, key and value together.
-
-        So a contiguous part of it is a number of whole heads, as in Megatron-LM (https://arxiv.org/abs/1909.08053).
-        """
-        B, N, D3 = qkv.shape
-        heads_BNH3K = qkv.astype(self._dtype).reshape(B, N, self._n_heads, 3, -1)
-        # Heads first, then plain matmuls: at ten tokens a tenth of a CPU step faster than contracting BNHK in place.
-        q_BHNK, k_BHNK, v_BHNK = heads_BNH3K.transpose(3, 0, 2, 1, 4)
-        scores_BHNN = jnp.matmul(q_BHNK, k_BHNK.swapaxes(-1, -2), preferred_element_type=jnp.float32)
-        weights_BHNN = drop(jax.nn.softmax(scores_BHNN / math.sqrt(q_BHNK.shape[-1])), rate, key)
-        mixed_BHNK = jnp.matmul(weights_BHNN.astype(self._dtype), v_BHNK)
-        return mixed_BHNK.swapaxes(1, 2).reshape(B, N, D3 // 3)
-
-
-def _gelu(x: Array) -> Array:
-    """x·Φ(x), exact (Hendrycks & Gimpel 2016); erf rather than JAX's erfc form, which is slower on CPU."""
-    return 0.5 * x * (1 + jax.lax.erf(x * math.sqrt(0.5)))
-
 
 @dataclass(frozen=True)
 class _Declared:
-    """The modules without their parameters, and the parameters as abstract shapes."""
+    """The edges' modules without their parameters, and all parameters as abstract shapes."""
 
     edge_graph: Any
     edge_params: Params
-    block_graph: Any
     block_params: Params
 
 
 @functools.lru_cache(maxsize=4096)
 def _declare(model: ModelConfig, shape: Shape, n_features: int) -> _Declared:
     edge_graph, edges = jax.eval_shape(lambda: nnx.split(_Edges(model, shape, n_features, nnx.Rngs(0))))
-    block_graph, block = jax.eval_shape(lambda: nnx.split(_Block(model, shape, nnx.Rngs(0))))
-    return _Declared(edge_graph, nnx.to_pure_dict(edges), block_graph, nnx.to_pure_dict(block))
+    block = jax.eval_shape(lambda: nnx.state(_Block(model, shape, nnx.Rngs(0))))
+    return _Declared(edge_graph, nnx.to_pure_dict(edges), nnx.to_pure_dict(block))

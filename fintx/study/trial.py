@@ -28,7 +28,7 @@ from fintx.config import StudySpec
 from fintx.data import sources
 from fintx.data.windows import Dataset
 from fintx.evaluate import baselines
-from fintx.study import environment, lock, records, results
+from fintx.study import environment, lock, programs, records, results
 from fintx.study.job import Job
 from fintx.study.records import TrialRecord
 from fintx.study.results import Trained
@@ -80,6 +80,7 @@ def run_together(
     Args:
         idle_since: `time.perf_counter` of when the device last had work; none: it never had.
     """
+    _keep_programs(jobs[0])
     trials = [_Trial(job, hook, idle_since=idle_since, beside=len(jobs)) for job, hook in zip(jobs, hooks, strict=True)]
     with contextlib.ExitStack() as stack:
         for trial in trials:
@@ -118,6 +119,7 @@ def follow(job: Job, folds: tuple[Dataset, ...]) -> None:
         on_warning=lambda text: None,
         should_stop=lambda: False,
     )
+    _keep_programs(job)
     trial = _Trial(job, silent, idle_since=None, beside=1)
     for index, dataset in enumerate(folds):
         _fit_fold([trial], dataset, index, n_folds=len(folds))
@@ -286,6 +288,7 @@ class _FoldHooks:
 def prepare(jobs: Sequence[Job], folds: tuple[Dataset, ...]) -> None:
     """Compile what `run_together` will ask for; from another thread, while others train."""
     first = jobs[0]
+    _keep_programs(first)
     n_members = sum(len(job.replicates) for job in jobs)
     n_parts = -(-n_members // first.at_once)
     for n in {len(range(part, n_members, n_parts)) for part in range(n_parts)}:
@@ -293,6 +296,10 @@ def prepare(jobs: Sequence[Job], folds: tuple[Dataset, ...]) -> None:
             population.prepare(
                 first.config, dataset, n_members=n, memory_limit=first.memory_limit, mesh=first.spec.mesh
             )
+
+
+def _keep_programs(job: Job) -> None:
+    programs.keep(job.spec.execution.program_cache, outputs=job.study_folder.parent)
 
 
 def drop_checkpoint(study_folder: Path, number: int) -> None:

@@ -89,11 +89,12 @@ class Machine:
     def start(
         self,
         *changes: str,
+        command: str = "sweep",
         options: tuple[object, ...] = (),
         before: tuple[str, ...] = (),
         environment: dict[str, str] | None = None,
     ) -> Running:
-        """`fintx sweep FILE --set CHANGE …`, on its way.
+        """`fintx COMMAND FILE --set CHANGE …`, on its way.
 
         Args:
             before: a command that runs it, such as `unshare …`.
@@ -105,7 +106,7 @@ class Machine:
         log = self.root / f"log-{len(self.started)}"
         with log.open("w") as out:
             process = subprocess.Popen(
-                [*before, FINTX, "sweep", self.file, *places, *settings, *options],
+                [*before, FINTX, command, self.file, *places, *settings, *options],
                 stdout=out, stderr=subprocess.STDOUT, text=True, env={**ENVIRONMENT, **(environment or {})},
             )  # fmt: skip
         self.started.append(Running(process, log))

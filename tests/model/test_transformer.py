@@ -150,11 +150,12 @@ def test_a_scan_equals_a_python_loop(training: bool) -> None:
         edges = transformer.nnx.merge(declared.edge_graph, {k: v for k, v in params.items() if k != "blocks"})
         embed_key, layer_key = (None, None) if key is None else jax.random.split(key)
         hidden = transformer.drop(edges.embed(x), 0.3, embed_key)
+        static = transformer.blocks.Static(SHAPE.n_heads, "float32", False, lambda hidden, block: (hidden, block))
         for layer in range(SHAPE.n_layers):
-            block = transformer.nnx.merge(
-                declared.block_graph, jax.tree.map(lambda leaf, layer=layer: leaf[layer], params["blocks"])
-            )
-            hidden = block(hidden, 0.3, None if key is None else jax.random.fold_in(layer_key, layer))
+            block = jax.tree.map(lambda leaf, layer=layer: leaf[layer], params["blocks"])
+            keys = None if key is None else jax.random.split(jax.random.fold_in(layer_key, layer), 4)
+            words = None if keys is None else jax.random.key_data(keys)
+            hidden, _ = transformer.blocks._forward(static, hidden, block, words, jnp.float32(0.3))
         return edges.read_out(hidden)
 
     params, x = drawn(), windows()

@@ -1,6 +1,6 @@
 """How fast is fintx beside its rivals? Turns one after the other, medians, ratios with their spread.
 
-    python tools/bench/drive.py steps [trials populations] --rivals PYTHON [--rounds 11] [--out FILE.json]
+    python tools/bench/drive.py [steps trials populations compile overhead] --rivals PYTHON [--write]
 
 Every round gives each contestant one turn, so that whatever else the machine does falls on all alike; a ratio is taken
 within a round. A round in which other processes took more than a tenth of the cores is told apart: such rounds count
@@ -18,13 +18,18 @@ import random
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import cases
+import compiling
+import overhead
+import tables
 from turns import Contestant
+
+from fintx.study import allocator
 
 HERE = Path(__file__).resolve().parent
 RIVALS = ("eager", "sdpa", "compile", "huggingface")
@@ -40,13 +45,13 @@ def main() -> None:
     arguments.add_argument("--rounds", type=int, default=11)
     arguments.add_argument("--cores", default=",".join(map(str, range(os.cpu_count() or 1))))
     arguments.add_argument("--tiny", action="store_true", help="models that take no time, to see that all of it runs")
-    arguments.add_argument("--out", type=Path)
+    arguments.add_argument("--out", type=Path, help="where the figures go as JSON")
+    arguments.add_argument("--write", action="store_true", help="also into docs/performance.md")
     given = arguments.parse_args()
     given.kinds = given.kinds.split(",")
     cores = [int(core) for core in given.cores.split(",")]
-    environment = {"PYTHONPATH": os.pathsep.join([str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")])}
-    ours = Contestant(sys.executable, HERE / "ours.py", cores=cores, environment=environment)
-    rivals = Contestant(given.rivals, HERE / "rivals.py", cores=cores) if given.rivals else None
+    os.sched_setaffinity(0, cores)
+    ours, rivals = contestants(given.rivals, cores)
     result: dict[str, Any] = {
         "when": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "machine": machine(),
@@ -55,21 +60,44 @@ def main() -> None:
         "rivals": rivals.ask("about") if rivals else None,
         "results": [],
     }
-    only = [name for name in given.cases.split(",") if name]
-    for part in given.parts:
-        for case in PARTS[part][0]:
-            if only and case.name not in only:
-                continue
-            case = cases.tiny(case) if given.tiny else case
-            found = PARTS[part][1](case, ours, rivals, given)
-            drop(ours, rivals)
-            result["results"].append({"part": part, "case": case.to_json(), "n_params": case.n_params, **found})
-            print(told(result["results"][-1]), flush=True)
-            if given.out:
-                given.out.write_text(json.dumps(result, indent=1) + "\n")
+    for found in measured(given, ours, rivals):
+        result["results"].append(found)
+        if given.out:
+            given.out.write_text(json.dumps(result, indent=1) + "\n")
+        if given.write:
+            tables.write(result)
     ours.close()
     if rivals:
         rivals.close()
+
+
+def contestants(
+    rivals: str | None, cores: Sequence[int], *, environment: dict[str, str] | None = None
+) -> tuple[Contestant, Contestant | None]:
+    """Both sides, on the same cores, with the same allocator's settings."""
+    python_path = {"PYTHONPATH": os.pathsep.join([str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")])}
+    both = allocator.SETTINGS | (environment or {})
+    ours = Contestant(sys.executable, HERE / "ours.py", cores=cores, environment=python_path | both)
+    return ours, Contestant(rivals, HERE / "rivals.py", cores=cores, environment=both) if rivals else None
+
+
+def measured(given: argparse.Namespace, ours: Contestant, rivals: Contestant | None) -> Iterator[dict[str, Any]]:
+    """Figures, as they come."""
+    only = [name for name in given.cases.split(",") if name]
+    for part in given.parts:
+        if part == "compile":
+            yield from compiling.measure(given.rounds, tiny=given.tiny)
+        elif part == "overhead":
+            yield from overhead.measure(tiny=given.tiny)
+        else:
+            for case in PARTS[part][0]:
+                if not only or case.name in only:
+                    case = cases.tiny(case) if given.tiny else case
+                    found = PARTS[part][1](case, ours, rivals, given)
+                    drop(ours, rivals)
+                    entry = {"part": part, "case": case.to_json(), "n_params": case.n_params, **found}
+                    print(told(entry), flush=True)
+                    yield entry
 
 
 def steps(case: cases.Case, ours: Contestant, rivals: Contestant | None, given: argparse.Namespace) -> dict[str, Any]:

@@ -100,16 +100,17 @@ class Steps:
         jax.block_until_ready(self.state)
 
 
+def hypers(case: cases.Case, n: int) -> list[Any]:
+    """The values of n members that differ in their seed."""
+    labels, scale = dataset(case).train.labels, TargetScale(mean=0.0, sd=1.0)
+    return [hyper(trial(case, seed=seed), labels=labels, scale=scale) for seed in range(n)]
+
+
 class Eight:
     """Members one after the other: each turn, the steps of all."""
 
-    def __init__(self, case: cases.Case):
-        self.one = Steps(case)
-        data = dataset(case)
-        self.hypers = [
-            hyper(trial(case, seed=seed), labels=data.train.labels, scale=TargetScale(mean=0.0, sd=1.0))
-            for seed in range(MEMBERS)
-        ]
+    def __init__(self, case: cases.Case, n: int = MEMBERS):
+        self.one, self.hypers = Steps(case), hypers(case, n)
         self.members = [(self.one.training.start(values), step.empty_tally()) for values in self.hypers]
 
     def turn(self) -> None:
@@ -122,9 +123,8 @@ class Eight:
 class Population:
     """Members under vmap."""
 
-    def __init__(self, case: cases.Case):
-        eight = Eight(case)
-        static = program(trial(case))
+    def __init__(self, case: cases.Case, n: int = MEMBERS):
+        eight, static = Eight(case, n), program(trial(case))
         stack = lambda *leaves: np.stack([np.asarray(leaf) for leaf in leaves])  # noqa: E731
         self.hypers = jax.device_put(jax.tree.map(stack, *eight.hypers))
         self.state = jax.device_put(jax.tree.map(stack, *[state for state, _ in eight.members]))

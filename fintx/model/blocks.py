@@ -1,0 +1,289 @@
+"""How do the blocks run, forward and back? One scan over the stacked layers each way; the backward pass is by hand.
+
+    x → x + drop(attend(norm(x))) → x + drop(feed_forward(norm(x)))
+
+Pre-norm attention and feed-forward (Vaswani et al. 2017; Xiong et al. 2020 for the norm's place). By hand, because
+autodiff keeps and copies more than it must, and makes about half as many small kernels again: that costs a fifth of a
+train step on a CPU, and compile time. What a layer keeps is its input, qkv, the stream between its halves and the
+feed-forward's inner products; attention weights, norms, activations and masks are computed again. tests/model hold it
+against autodiff of `_forward`.
+
+Rows: B windows of N tokens each are B·N = Q rows, so that every product of a linear layer is one flat matmul.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Float32, UInt32
+
+from fintx.model.dropout import dropout as drop
+from fintx.types import Params
+
+EPSILON = 1e-5
+N_MASKS = 4
+"""Dropout masks of a layer: attention weights, attention's output, activations, feed-forward's output."""
+
+BeforeLayer = Callable[[Array, Params], tuple[Array, Params]]
+"""(B, N, D) residual stream and one layer's parameters → the same values, laid out as its caller likes."""
+
+Rows = Float32[Array, "Q _"]
+
+
+@dataclass(frozen=True)
+class Static:
+    """What the loop's program is made for."""
+
+    n_heads: int
+    dtype: str
+    """Of matmul operands and of what is kept of products."""
+    remat: bool
+    """Keep a layer's input alone, and compute the layer again."""
+    before_layer: BeforeLayer
+
+
+def run(
+    static: Static,
+    blocks: Params,
+    hidden_BND: Float32[Array, "B N D"],
+    *,
+    rate: Float[Array, ""],
+    masks_L4W: UInt32[Array, "L 4 W"] | None,
+) -> Float32[Array, "B N D"]:
+    """The residual stream after all layers.
+
+    Args:
+        blocks: parameters of all layers, stacked.
+        rate: of dropout.
+        masks_L4W: the words of each layer's threefry keys, one per mask; none: no dropout.
+    """
+    return _run(static, hidden_BND, blocks, masks_L4W, rate)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _run(static: Static, hidden_BND: Array, blocks: Params, masks_L4W: Array | None, rate: Array) -> Array:
+    def body(hidden_BND: Array, layer: tuple[Params, Array | None]) -> tuple[Array, None]:
+        return _forward(static, hidden_BND, *layer, rate)[0], None
+
+    return jax.lax.scan(body, hidden_BND, (blocks, masks_L4W))[0]
+
+
+def _run_forward(
+    static: Static, hidden_BND: Array, blocks: Params, masks_L4W: Array | None, rate: Array
+) -> tuple[Array, Any]:
+    def body(hidden_BND: Array, layer: tuple[Params, Array | None]) -> tuple[Array, Any]:
+        after_BND, kept = _forward(static, hidden_BND, *layer, rate)
+        return after_BND, (hidden_BND, None if static.remat else kept)
+
+    after_BND, kept = jax.lax.scan(body, hidden_BND, (blocks, masks_L4W))
+    return after_BND, (kept, blocks, masks_L4W, rate)
+
+
+def _run_backward(static: Static, residuals: Any, slope_BND: Array) -> tuple[Array, Params, None, None]:
+    (inputs, kept), blocks, masks_L4W, rate = residuals
+
+    def body(slope_BND: Array, layer: tuple[Any, ...]) -> tuple[Array, Params]:
+        hidden_BND, kept, block, masks_4W = layer
+        return _backward(static, slope_BND, hidden_BND, kept, block, masks_4W, rate)
+
+    slope_BND, slopes = jax.lax.scan(body, slope_BND, (inputs, kept, blocks, masks_L4W), reverse=True)
+    return slope_BND, slopes, None, None
+
+
+_run.defvjp(_run_forward, _run_backward)
+
+
+# --- one layer --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """What the backward pass of a layer needs beside its input."""
+
+    qkv: Any
+    """(Q, 3D) in the compute dtype."""
+    between: Any
+    """(Q, D) float32: the residual stream after attention."""
+    inner: Any
+    """(Q, M) in the compute dtype: what the activation is applied to."""
+
+
+jax.tree_util.register_dataclass(_Kept)
+
+
+def _forward(
+    static: Static, hidden_BND: Array, block: Params, masks_4W: Array | None, rate: Array
+) -> tuple[Array, _Kept]:
+    hidden_BND, block = static.before_layer(hidden_BND, block)
+    masks, dtype = _keys(masks_4W), jnp.dtype(static.dtype)
+    x_QD = hidden_BND.reshape(-1, hidden_BND.shape[-1])
+    qkv = _linear(block["qkv"], _scaled(block["attention_norm"], normal(x_QD)[0]), dtype).astype(dtype)
+    q_BHNK, k_BHNK, v_BHNK = _heads(static, qkv, n=hidden_BND.shape[1])
+    weights_BHNN = drop(_attention(q_BHNK, k_BHNK), rate, masks[0])
+    mixed_QD = _rows(jnp.matmul(weights_BHNN.astype(dtype), v_BHNK))
+    between_QD = x_QD + drop(_linear(block["attention_out"], mixed_QD, dtype), rate, masks[1])
+    inner = _linear(block["feed_forward_in"], _scaled(block["feed_forward_norm"], normal(between_QD)[0]), dtype)
+    inner = inner.astype(dtype)
+    u_QM = inner.astype(jnp.float32)
+    active_QM = drop(u_QM * _phi(u_QM), rate, masks[2])
+    out_QD = drop(_linear(block["feed_forward_out"], active_QM, dtype), rate, masks[3])
+    return (between_QD + out_QD).reshape(hidden_BND.shape), _Kept(qkv, between_QD, inner)
+
+
+def _backward(
+    static: Static,
+    slope_BND: Array,
+    hidden_BND: Array,
+    kept: _Kept | None,
+    block: Params,
+    masks_4W: Array | None,
+    rate: Array,
+) -> tuple[Array, Params]:
+    """Slopes by the layer's input and parameters, from that by its output."""
+    if kept is None:
+        kept = _forward(static, hidden_BND, block, masks_4W, rate)[1]
+    (hidden_BND, block), lay_back = jax.vjp(static.before_layer, hidden_BND, block)
+    masks, dtype = _keys(masks_4W), jnp.dtype(static.dtype)
+    slopes: Params = {}
+
+    # feed-forward: between + drop(W₂ · drop(u · Φ(u))), u = W₁ · norm(between)
+    slope_QD = slope_BND.reshape(-1, slope_BND.shape[-1])
+    u_QM = kept.inner.astype(jnp.float32)
+    phi_QM = _phi(u_QM)
+    active_QM = drop(u_QM * phi_QM, rate, masks[2])
+    by_active_QM, slopes["feed_forward_out"] = _linear_back(
+        block["feed_forward_out"], active_QM, drop(slope_QD, rate, masks[3]), dtype
+    )
+    by_u_QM = drop(by_active_QM, rate, masks[2]) * (phi_QM + u_QM * _density(u_QM))
+    by_between_QD, slopes["feed_forward_in"], slopes["feed_forward_norm"] = _norm_linear_back(
+        block["feed_forward_norm"], block["feed_forward_in"], kept.between, by_u_QM, dtype
+    )
+    by_between_QD += slope_QD
+
+    # attention: x + drop(Wₒ · (drop(softmax(q·kᵀ)) · v)), qkv = W · norm(x)
+    q_BHNK, k_BHNK, v_BHNK = _heads(static, kept.qkv, n=hidden_BND.shape[1])
+    weights_BHNN = _attention(q_BHNK, k_BHNK)
+    used_BHNN = drop(weights_BHNN, rate, masks[0]).astype(dtype)
+    mixed_QD = _rows(jnp.matmul(used_BHNN, v_BHNK))
+    by_mixed_QD, slopes["attention_out"] = _linear_back(
+        block["attention_out"], mixed_QD, drop(by_between_QD, rate, masks[1]), dtype
+    )
+    by_mixed_BHNK = _split(by_mixed_QD.astype(dtype), n=hidden_BND.shape[1], heads=static.n_heads)
+    by_used_BHNN = jnp.matmul(by_mixed_BHNK, _swap(v_BHNK), preferred_element_type=jnp.float32)
+    by_weights_BHNN = drop(by_used_BHNN, rate, masks[0])
+    drift_BHN1 = jnp.sum(by_weights_BHNN * weights_BHNN, axis=-1, keepdims=True)
+    by_scores_BHNN = weights_BHNN * (by_weights_BHNN - drift_BHN1) / math.sqrt(q_BHNK.shape[-1])
+    by_scores_BHNN = by_scores_BHNN.astype(dtype)
+    by_q_BHNK = jnp.matmul(by_scores_BHNN, k_BHNK)
+    by_k_BHNK = jnp.matmul(_swap(by_scores_BHNN), q_BHNK)
+    by_v_BHNK = jnp.matmul(_swap(used_BHNN), by_mixed_BHNK)
+    by_qkv = _join(by_q_BHNK, by_k_BHNK, by_v_BHNK)
+    x_QD = hidden_BND.reshape(-1, hidden_BND.shape[-1])
+    by_x_QD, slopes["qkv"], slopes["attention_norm"] = _norm_linear_back(
+        block["attention_norm"], block["qkv"], x_QD, by_qkv.astype(jnp.float32), dtype
+    )
+    return lay_back(((by_between_QD + by_x_QD).reshape(slope_BND.shape), slopes))
+
+
+# --- parts ------------------------------------------------------------------------------------------------------------
+
+
+def _keys(masks_4W: Array | None) -> Any:
+    return (None,) * N_MASKS if masks_4W is None else jax.random.wrap_key_data(masks_4W, impl="threefry2x32")
+
+
+def _linear(layer: Params, x_QD: Array, dtype: Any) -> Array:
+    """x·W + b; operands in `dtype`, result float32."""
+    product = x_QD.astype(dtype) @ layer["kernel"].astype(dtype)
+    return product.astype(jnp.float32) + layer["bias"][None, :]
+
+
+def _linear_back(layer: Params, x_QD: Array, slope_QE: Array, dtype: Any) -> tuple[Array, Params]:
+    """Slopes by x and by the parameters; all float32."""
+    x_QD, slope = x_QD.astype(dtype), slope_QE.astype(dtype)
+    by_kernel_DE = jax.lax.dot_general(x_QD, slope, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
+    by_x_QD = jax.lax.dot_general(slope, layer["kernel"].astype(dtype), (((1,), (1,)), ((), ()))).astype(jnp.float32)
+    return by_x_QD, {"kernel": by_kernel_DE, "bias": jnp.sum(slope_QE, axis=0)}
+
+
+def normal(x: Float32[Array, "*rows D"]) -> tuple[Float32[Array, "*rows D"], Float32[Array, "*rows 1"]]:
+    """Layer norm (Ba et al. 2016) before scale and shift, and 1 / SD."""
+    centred = x - _mean(x)
+    over_sd = jax.lax.rsqrt(_mean(jnp.square(centred)) + EPSILON)
+    return centred * over_sd, over_sd
+
+
+def _mean(x: Array) -> Array:
+    # As a matmul: a few per cent of a CPU step faster than a reduction. HIGHEST: a GPU would round to TF32.
+    average_D1 = jnp.full((x.shape[-1], 1), 1 / x.shape[-1], jnp.float32)
+    return jnp.matmul(x, average_D1, precision=jax.lax.Precision.HIGHEST)
+
+
+def _scaled(norm: Params, normal_QD: Array) -> Array:
+    return normal_QD * norm["scale"][None, :] + norm["bias"][None, :]
+
+
+def _norm_linear_back(
+    norm: Params, linear: Params, x_QD: Array, slope_QE: Array, dtype: Any
+) -> tuple[Array, Params, Params]:
+    """Slopes of linear(norm(x)): by x, by the linear layer's parameters and by the norm's."""
+    normal_QD, over_sd_Q1 = normal(x_QD)
+    by_scaled_QD, by_linear = _linear_back(linear, _scaled(norm, normal_QD), slope_QE, dtype)
+    by_norm = {"scale": jnp.sum(by_scaled_QD * normal_QD, axis=0), "bias": jnp.sum(by_scaled_QD, axis=0)}
+    by_normal_QD = by_scaled_QD * norm["scale"][None, :]
+    # Of (x − mean) / SD: what moves all of a row alike, or along the row itself, moves nothing.
+    along_Q1 = _mean(by_normal_QD * normal_QD)
+    by_x_QD = over_sd_Q1 * (by_normal_QD - _mean(by_normal_QD) - normal_QD * along_Q1)
+    return by_x_QD, by_linear, by_norm
+
+
+def _heads(static: Static, qkv: Array, *, n: int) -> tuple[Array, Array, Array]:
+    """Queries, keys and values, (B, H, N, K) each; the width of `qkv` is (H, 3, K): a head's three together.
+
+    So a contiguous part of it is a number of whole heads, as in Megatron-LM (https://arxiv.org/abs/1909.08053).
+    """
+    # Heads first, then plain matmuls: at ten tokens a tenth of a CPU step faster than contracting BNHK in place.
+    parts_3BHNK = qkv.reshape(-1, n, static.n_heads, 3, qkv.shape[-1] // (3 * static.n_heads)).transpose(3, 0, 2, 1, 4)
+    return parts_3BHNK[0], parts_3BHNK[1], parts_3BHNK[2]
+
+
+def _join(q_BHNK: Array, k_BHNK: Array, v_BHNK: Array) -> Array:
+    """The reverse of `_heads`."""
+    B, H, N, K = q_BHNK.shape
+    return jnp.stack([q_BHNK, k_BHNK, v_BHNK]).transpose(1, 3, 2, 0, 4).reshape(B * N, H * 3 * K)
+
+
+def _split(x_QD: Array, *, n: int, heads: int) -> Array:
+    return x_QD.reshape(-1, n, heads, x_QD.shape[-1] // heads).swapaxes(1, 2)
+
+
+def _rows(x_BHNK: Array) -> Array:
+    """The reverse of `_split`."""
+    B, H, N, K = x_BHNK.shape
+    return x_BHNK.swapaxes(1, 2).reshape(B * N, H * K)
+
+
+def _swap(x_BHNK: Array) -> Array:
+    return x_BHNK.swapaxes(-1, -2)
+
+
+def _attention(q_BHNK: Array, k_BHNK: Array) -> Array:
+    """Attention weights, float32."""
+    scores_BHNN = jnp.matmul(q_BHNK, _swap(k_BHNK), preferred_element_type=jnp.float32)
+    return jax.nn.softmax(scores_BHNN / math.sqrt(q_BHNK.shape[-1]))
+
+
+def _phi(x: Array) -> Array:
+    """Φ of the normal distribution; GELU is x·Φ(x) (Hendrycks & Gimpel 2016), exact. By erfc it is slower on CPU."""
+    return 0.5 * (1 + jax.lax.erf(x * math.sqrt(0.5)))
+
+
+def _density(x: Array) -> Array:
+    """Φ's slope."""
+    return jnp.exp(-0.5 * jnp.square(x)) / math.sqrt(2 * math.pi)
