@@ -80,12 +80,12 @@ params *args:
 # run the quick tests (those marked slow: just test -m slow)
 [no-exit-message]
 test *args:
-    @pytest -m "not slow" "$@"
+    @pytest -n auto --dist loadfile -m "not slow" "$@"
 
 # format, lint, types, then the quick tests
 [no-exit-message]
 check:
-    @ruff format --check . && ruff check . && mypy && pytest -m "not slow"
+    @ruff format --check . && ruff check . && mypy && pytest -n auto --dist loadfile -m "not slow"
 
 # measure speed, beside rivals if given: bench [steps trials populations compile overhead] [--rivals PYTHON] [--write]
 bench *args:

@@ -337,8 +337,8 @@ class ExecutionConfig(_Config):
     memory: Annotated[PositiveInt, BeforeValidator(_parse_bytes)] | None = None
     """Memory that all running trials may take together, such as "12GB"; none: what the machine or its GPU has free."""
     program_cache: str | None = None
-    """Folder where compiled programs are kept, so that a shape seen before isn't compiled again; none: .programs beside
-    the studies; off: keep none."""
+    """Folder where compiled programs are kept, so that a shape seen before isn't compiled again; none: that of
+    JAX_COMPILATION_CACHE_DIR, or .programs beside the studies; off: keep none."""
 
     population: Annotated[Literal["auto"] | bool | int, PlainValidator(_population)] = "auto"
     """Trials that share a program trained at once. auto: where it pays, a trial's replicates, and on a GPU trials that

@@ -17,7 +17,7 @@ from fintx.types import FintxError
 
 OFF = "off"
 FOLDER = ".programs"
-"""In outputs/, unless `execution.program_cache` names another place."""
+"""In outputs/, unless `execution.program_cache` or JAX's own JAX_COMPILATION_CACHE_DIR names another place."""
 
 
 def keep(setting: str | None, *, outputs: Path) -> None:
@@ -32,6 +32,9 @@ def keep(setting: str | None, *, outputs: Path) -> None:
     import jax
     from jax.experimental.compilation_cache import compilation_cache
 
+    given = _of_jax()
+    if setting is None and given is not None:
+        return
     where = (
         None if setting == OFF else str(_owned(outputs / FOLDER if setting is None else Path(setting)) / processor())
     )
@@ -40,6 +43,15 @@ def keep(setting: str | None, *, outputs: Path) -> None:
     compilation_cache.reset_cache()  # it is opened once, with the folder that is set then
     jax.config.update("jax_compilation_cache_dir", where)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+
+
+@functools.cache
+def _of_jax() -> str | None:
+    """The folder that JAX was given before `keep` gave it one."""
+    import jax
+
+    folder: str | None = jax.config.read("jax_compilation_cache_dir")
+    return folder
 
 
 def _owned(folder: Path) -> Path:

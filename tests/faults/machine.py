@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -26,10 +23,6 @@ FINTX = Path(sys.executable).with_name("fintx")
 # cache, which one of them fills. Bytecode is wanted: processes start by the dozen.
 _LEFT_OUT = ("XLA_FLAGS", "JAX_DISABLE_MOST_OPTIMIZATIONS", "PYTHONDONTWRITEBYTECODE")
 ENVIRONMENT = {key: value for key, value in os.environ.items() if key not in _LEFT_OUT}
-ENVIRONMENT["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="fintx-faults-")
-ENVIRONMENT["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-ENVIRONMENT["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
-atexit.register(shutil.rmtree, ENVIRONMENT["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 T = TypeVar("T")
 SHORT = ("train.max_epochs=2",)
 """Settings of trials that end at once."""
