@@ -38,7 +38,7 @@ def keep(setting: str | None, *, outputs: Path) -> None:
     where = (
         None if setting == OFF else str(_owned(outputs / FOLDER if setting is None else Path(setting)) / processor())
     )
-    if jax.config.read("jax_compilation_cache_dir") == where:
+    if jax.config.jax_compilation_cache_dir == where:  # type: ignore[attr-defined]
         return
     compilation_cache.reset_cache()  # it is opened once, with the folder that is set then
     jax.config.update("jax_compilation_cache_dir", where)
@@ -50,7 +50,7 @@ def _of_jax() -> str | None:
     """The folder that JAX was given before `keep` gave it one."""
     import jax
 
-    folder: str | None = jax.config.read("jax_compilation_cache_dir")
+    folder: str | None = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
     return folder
 
 

@@ -340,6 +340,7 @@ def real(shared_data, tmp_path_factory):
     [(1, 0.4430, 0.773, 0.5275), (3, 0.6274, 0.705, 0.6939), (5, 0.6360, 0.675, 0.6835)],
     ids=["h1", "h3", "h5"],
 )
+@pytest.mark.slow
 def test_walk_forward_figures_on_spy_and_vix(real, horizon, log_loss, auc, climatology):
     """Logistic on ln VIX and the base rate, refitted yearly on all days before, 2005-01 … 2026-06; pooled rows."""
     root, bars, vix = real

@@ -261,7 +261,7 @@ def test_a_member_that_crashes_is_tried_again_and_then_left_aside(course):
     for attempt in range(1, 4):
         job = made.next_job(lambda config: 0)
         assert (job.key, job.attempt) == (0, attempt)
-        made.heard(job.key, "died", {"text": "killed by SIGSEGV"}, pid=1)
+        made.heard(job.key, "died", {"text": "killed by SIGSEGV", "beside": False}, pid=1)
     assert made.left_aside == (f"trial {made.trials[0].trial_number} again, seed 1 of 3 died: killed by SIGSEGV",)
     assert "2 attempts left" in told[2].words and "left aside; the next run tries it again" in told[-1].words
     assert made.next_job(lambda config: 0).key == 1
@@ -278,7 +278,7 @@ def test_failures_in_a_row_stop_it(course):
         update={"execution": made.spec.execution.model_copy(update={"max_failures": 4})}
     )  # fmt: skip
     for _ in range(4):
-        made.heard(made.next_job(lambda config: 0).key, "hung", {"text": "no step for 900 s"}, pid=1)
+        made.heard(made.next_job(lambda config: 0).key, "hung", {"text": "no step for 900 s", "beside": False}, pid=1)
     assert "stopped after 4 failures in a row" in str(made.problem) and made.settled
 
 
