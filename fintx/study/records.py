@@ -75,7 +75,9 @@ class FoldRecord(Kept):
     split_hash: str
     n_train: int
     n_validation: int
+    trace_s: float = 0.0
     compile_s: float
+    run_s: float = 0.0
     wall_s: float
 
 
@@ -148,9 +150,16 @@ class TrialRecord(Kept):
     git_commit: str | None
     started: str
     finished: str
+    trace_s: float = 0.0
+    """Tracing and lowering, in Python; in records of before it was told apart, part of compile_s."""
     compile_s: float
+    """XLA's compiling, or reading from the program cache."""
+    n_compiled: int | None = None
+    """Programs that XLA compiled: 0 where an earlier trial or the program cache had all. None: not told yet."""
+    run_s: float = 0.0
+    """Training and evaluating on the devices."""
     wall_s: float
-    """Where trials were trained side by side, its share of their time; so is compile_s."""
+    """All of it. Where trials were trained side by side, each figure is the trial's share."""
     wait_s: float | None = None
     """How long its device waited, from the end of the worker's last trial to this one's first step, its share; none:
     it was the worker's first."""
@@ -407,7 +416,7 @@ def _flatten(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]
 
 _CSV_HEAD = (
     "study trial_number value value_se metric skill outcome source d_model n_layers n_heads d_ff param_count seed "
-    "best_epoch epochs compile_s wall_s device config_hash label_hash finished"
+    "best_epoch epochs trace_s compile_s run_s wall_s device config_hash label_hash finished"
 ).split()
 
 
@@ -433,7 +442,9 @@ def flat(record: TrialRecord) -> dict[str, Any]:
         "best_step": record.folds[0].best_step if len(record.folds) == 1 else None,
         "epochs": sum(fold.epochs for fold in record.folds),
         "n_folds": len(record.folds),
+        "trace_s": round(record.trace_s, 3),
         "compile_s": round(record.compile_s, 3),
+        "run_s": round(record.run_s, 3),
         "wall_s": round(record.wall_s, 3),
         "device": record.device,
         "config_hash": record.config_hash,

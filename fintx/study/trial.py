@@ -219,7 +219,8 @@ def _fit_fold(trials: list[_Trial], dataset: Dataset, fold: int, *, n_folds: int
                 trial.end(trial.ending)
             else:
                 fits[trial.job.key, replicate] = dataclasses.replace(
-                    result, wall_s=result.wall_s / n_threads, compile_s=result.compile_s / n_threads
+                    result,
+                    **{name: getattr(result, name) / n_threads for name in ("trace_s", "compile_s", "run_s", "wall_s")},
                 )
 
     if n_threads == 1:

@@ -49,7 +49,10 @@ class Attempt:
     """Its place in the population."""
     resumed_step: int = 0
     memory_bytes: int | None = None
+    trace_s: float = 0.0
     compile_s: float = 0.0
+    n_compiled: int = 0
+    run_s: float = 0.0
     wall_s: float = 0.0
     """Of this attempt and those before it; where several train at once, its share."""
     warnings: list[str] = field(default_factory=list)
@@ -92,7 +95,8 @@ class Attempt:
         """Go on from what an earlier attempt saved, with the relief that it had, on the devices that there are now."""
         self.progress, self.step, self.resumed_step, self.tally = saved.progress, saved.step, saved.step, saved.tally
         self.arrangement = replace(saved.arrangement, layout=self.arrangement.layout)
-        self.compile_s, self.wall_s = saved.compile_s, saved.wall_s
+        self.trace_s, self.compile_s, self.n_compiled = saved.trace_s, saved.compile_s, saved.n_compiled
+        self.run_s, self.wall_s = saved.run_s, saved.wall_s
 
     def save(self, state: TrainState) -> None:
         """Commit the member's state.
@@ -107,7 +111,10 @@ class Attempt:
                 tally=self.tally,
                 progress=self.progress,
                 arrangement=self.arrangement,
+                trace_s=self.trace_s,
                 compile_s=self.compile_s,
+                n_compiled=self.n_compiled,
+                run_s=self.run_s,
                 wall_s=self.wall_s,
             )
         )
@@ -148,7 +155,10 @@ class Attempt:
             outputs=known.outputs,
             params=known.params,
             param_count=sizes.count(config.model, config.shape, self.question.dataset.features.shape[1]).total,
+            trace_s=self.trace_s,
             compile_s=self.compile_s,
+            n_compiled=self.n_compiled,
+            run_s=self.run_s,
             wall_s=self.wall_s,
             warnings=tuple(self.warnings),
             resumed_step=self.resumed_step,
@@ -163,11 +173,10 @@ class Watch:
     def __init__(self) -> None:
         self._since = time.perf_counter()
 
-    def charge(self, attempts: Sequence[Attempt]) -> float:
-        """The time since the last call, to these; returns each one's share."""
+    def charge(self, attempts: Sequence[Attempt]) -> None:
+        """The time since the last call, to these."""
         now = time.perf_counter()
         share = (now - self._since) / max(len(attempts), 1)
         self._since = now
         for attempt in attempts:
             attempt.wall_s += share
-        return share

@@ -13,6 +13,8 @@ F = TypeVar("F", bound=Callable[..., Any])
 def once(kept: int) -> Callable[[F], F]:
     """`lru_cache` for threads: who asks for what another thread is making waits for it, and makes nothing.
 
+    As there, `cache_clear` lets go of all that is held.
+
     Args:
         kept: results that are held, the most recently used.
     """
@@ -30,6 +32,7 @@ def once(kept: int) -> Callable[[F], F]:
             with mine:
                 return cached(*args, **kwargs)
 
+        call.cache_clear = cached.cache_clear  # type: ignore[attr-defined]
         return call  # type: ignore[return-value]
 
     return decorate

@@ -20,7 +20,7 @@ import numpy as np
 from fintx.config import MeshConfig, TrialConfig
 from fintx.data.windows import Dataset
 from fintx.evaluate import metrics
-from fintx.train import hosts, memory, placement, progress, sharding, step
+from fintx.train import compiling, hosts, memory, placement, progress, sharding, step
 from fintx.train.attempt import Attempt, Member, Watch
 from fintx.train.pace import Pace
 from fintx.train.progress import EXPLODED_LOSS, End, Question
@@ -220,19 +220,21 @@ def _load(begun: list[_Begun], watch: Watch, *, limit: int) -> _Loaded | memory.
     scale = target_scale(config.task, labels)
     train = step.place(dataset.features, dataset.train.rows, scale.apply(labels), layout=layout)
     validation = step.place(dataset.features, dataset.validation.rows, layout=layout)
+    with compiling.watched() as made:
+        plan = memory.plan(
+            config,
+            train,
+            validation,
+            limit=limit,
+            arrangement=attempts[0].arrangement,
+            saves=any(attempt.keeper is not None for attempt in attempts),
+            n_members=len(begun),
+        )
     watch.charge(attempts)
-    plan = memory.plan(
-        config,
-        train,
-        validation,
-        limit=limit,
-        arrangement=attempts[0].arrangement,
-        saves=any(attempt.keeper is not None for attempt in attempts),
-        n_members=len(begun),
-    )
-    compile_s = watch.charge(attempts)
     for attempt in attempts:
-        attempt.compile_s += compile_s
+        attempt.trace_s += made.trace_s / len(begun)
+        attempt.compile_s += made.compile_s / len(begun)
+        attempt.n_compiled += made.n_compiled
         attempt.memory_bytes = plan.n_bytes // len(begun)
     if isinstance(plan, memory.TooBig):
         return plan
@@ -300,9 +302,11 @@ def _segment(attempts: list[Attempt], running: list[Attempt], loaded: _Loaded, p
     began = time.perf_counter()
     loaded.state, tally = loaded.training.segment(loaded.hyper, loaded.state, tally, loaded.train, np.int32(n_steps))
     jax.block_until_ready(loaded.state)
-    pace.note(n_steps, time.perf_counter() - began)
+    took_s = time.perf_counter() - began
+    pace.note(n_steps, took_s)
     tally = sharding.to_host(tally)
     for attempt in running:
+        attempt.run_s += took_s / len(running)
         attempt.step += n_steps
         attempt.tally = tally if alone else jax.tree.map(lambda leaf, slot=attempt.slot: leaf[slot], tally)
 
@@ -340,7 +344,9 @@ def _close_epoch(attempt: Attempt, loaded: _Loaded) -> End | None:
         return End("diverged", what if bad_step >= 0 else f"mean training loss {loss:.3g} in epoch {known.epoch}")
     params = loaded.params(attempt.slot)
     n_validation = len(question.dataset.validation.rows)
+    began = time.perf_counter()
     outputs = sharding.to_host(loaded.forward.run(params, loaded.validation))[:n_validation].copy()
+    attempt.run_s += time.perf_counter() - began
     # Losses of a regression are in variances of the target; the record's are in squared log returns.
     train_loss = loss * loaded.scale.sd**2
     if not np.isfinite(outputs).all():

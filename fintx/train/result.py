@@ -53,10 +53,17 @@ class FitResult:
     params: Params | None
     """At the best step, on the host."""
     param_count: int
+    trace_s: float
+    """Python's part of making the programs, tracing and lowering, in all attempts; next to nothing where an earlier
+    trial's programs served. Waiting for a thread that makes them ahead counts here."""
     compile_s: float
-    """Tracing, lowering and compiling, in all attempts; 0 where an earlier trial's program served."""
+    """XLA's part, or reading from the program cache what it once made; 0 where an earlier trial's programs served."""
+    n_compiled: int
+    """Programs that XLA compiled; those of the cache or of an earlier trial don't count."""
+    run_s: float
+    """Training and evaluating on the devices, in all attempts; of a population its share."""
     wall_s: float
-    """All of `fit`, compile_s included, in all attempts up to their last save."""
+    """All of `fit`, in all attempts up to their last save."""
     warnings: tuple[str, ...]
     """One line each: what was wrong with saved states."""
     resumed_step: int

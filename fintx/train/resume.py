@@ -66,7 +66,10 @@ class TrainingState:
     tally: Tally
     progress: Progress
     arrangement: Arrangement
+    trace_s: float
     compile_s: float
+    n_compiled: int
+    run_s: float
     wall_s: float
 
     @property
@@ -139,7 +142,10 @@ class Keeper:
             "step": training.step,
             "progress": progress.to_json(),
             "arrangement": dataclasses.asdict(training.arrangement),
+            "trace_s": training.trace_s,
             "compile_s": training.compile_s,
+            "n_compiled": training.n_compiled,
+            "run_s": training.run_s,
             "wall_s": training.wall_s,
         }
         folder = self._folder(training.step)
@@ -234,7 +240,10 @@ class Keeper:
             tally=tally,
             progress=Progress(**meta["progress"], **best),
             arrangement=_arrangement(**meta["arrangement"]),
+            trace_s=meta["trace_s"],
             compile_s=meta["compile_s"],
+            n_compiled=meta["n_compiled"],
+            run_s=meta["run_s"],
             wall_s=meta["wall_s"],
         )
 

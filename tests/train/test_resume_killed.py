@@ -36,7 +36,10 @@ def filled(config: TrialConfig, step: int) -> TrainingState:
         tally=empty_tally(),
         progress=Progress(),
         arrangement=Arrangement(16),
+        trace_s=0.0,
         compile_s=0.0,
+        n_compiled=0,
+        run_s=0.0,
         wall_s=0.0,
     )
 

@@ -1,0 +1,98 @@
+"""Compiled programs: made once, for whatever trials, studies and processes want them; kept where nobody else writes."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fintx import sweepfile
+from fintx.study import programs, records, runner
+from fintx.study.records import TrialRecord
+from fintx.types import FintxError
+
+ONE_SHAPE = ("architecture.n_heads=[1]", "architecture.n_layers={low=2, high=2}", "budget.tolerance=0.5")
+VALUES = (
+    'space."optim.learning_rate"={low=1e-4, high=1e-2, log=true}', 'space."optim.weight_decay"={low=1e-4, high=0.1}',
+    'space."model.dropout"={low=0.05, high=0.3}', 'space."optim.warmup_fraction"={low=0.0, high=0.3}',
+    'space."train.max_epochs"={low=1, high=3}',
+)  # fmt: skip
+
+
+def run(file: Path, root: Path, *changes: str) -> list[TrialRecord]:
+    spec = sweepfile.load(file, overrides=[f'execution.program_cache="{root / "programs"}"', *ONE_SHAPE, *changes])
+    return records.read_all(runner.run(spec, outputs=root / "outputs", data_root=root / "data").folder)
+
+
+@pytest.mark.slow
+def test_ten_trials_that_differ_in_values_compile_one_set_of_programs(tiny_file: Path, tmp_path: Path) -> None:
+    """Start, segment and evaluation; and a later study of the shape, in other processes, compiles nothing."""
+    ten = run(tiny_file, tmp_path, "study.n_trials=10", *VALUES)
+    assert len({(r.config.optim.learning_rate, r.config.model.dropout) for r in ten}) == 10
+    assert len({r.config.train.max_epochs for r in ten}) > 1 and len({r.config.seed for r in ten}) == 10
+    assert [record.n_compiled for record in ten] == [3] + 9 * [0]
+    assert ten[0].trace_s > 0 and ten[0].compile_s > 0 and all(record.compile_s == 0 for record in ten[1:])
+    assert all(0 < r.run_s and r.trace_s + r.compile_s + r.run_s <= r.wall_s for r in ten)
+    (later,) = run(tiny_file, tmp_path, 'study.name="later"', "study.n_trials=1")
+    assert later.n_compiled == 0 and later.compile_s > 0
+    assert (tmp_path / "programs").stat().st_mode & 0o777 == 0o700
+
+
+SCRIPT = """
+import sys
+from pathlib import Path
+import jax, jax.numpy as jnp
+from fintx.study import programs
+from fintx.train import compiling
+programs.keep(sys.argv[1] or None, outputs=Path(sys.argv[2]))
+with compiling.watched() as made:
+    compiled = jax.jit(lambda x: jnp.sin(x) @ x.T).lower(jax.ShapeDtypeStruct((8, 8), jnp.float32)).compile()
+print(made.n_compiled, made.n_read, float(compiled(jnp.eye(8))[0, 0]))
+"""
+
+
+def compile_in_a_process(setting: str, outputs: Path, *, own: Path | None = None) -> tuple[int, int]:
+    """Programs that were compiled, and read."""
+    environment = {k: v for k, v in os.environ.items() if k not in ("JAX_COMPILATION_CACHE_DIR", "XLA_FLAGS")}
+    if own is not None:
+        environment["JAX_COMPILATION_CACHE_DIR"] = str(own)
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, setting, str(outputs)], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    n_compiled, n_read, value = done.stdout.split()
+    assert float(value) == pytest.approx(0.8414710)
+    return int(n_compiled), int(n_read)
+
+
+def test_a_second_process_reads_what_the_first_compiled(tmp_path: Path) -> None:
+    assert compile_in_a_process("", tmp_path) == (1, 0)
+    assert compile_in_a_process("", tmp_path) == (0, 1)
+    folder = tmp_path / programs.FOLDER
+    assert folder.stat().st_mode & 0o777 == 0o700 and (folder / programs.processor()).is_dir()
+
+
+def test_a_torn_program_is_compiled_again(tmp_path: Path) -> None:
+    compile_in_a_process("", tmp_path)
+    torn = [path for path in (tmp_path / programs.FOLDER).rglob("*-cache") if path.is_file()]
+    assert torn
+    for path in torn:
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    assert compile_in_a_process("", tmp_path)[0] == 1
+
+
+def test_off_keeps_nothing_and_a_folder_of_jax_is_kept_to(tmp_path: Path) -> None:
+    assert compile_in_a_process(programs.OFF, tmp_path) == (1, 0)
+    assert compile_in_a_process(programs.OFF, tmp_path, own=tmp_path / "own") == (1, 0)
+    assert list(tmp_path.iterdir()) == []
+    assert compile_in_a_process("", tmp_path, own=tmp_path / "own")[0] == 1
+    assert not (tmp_path / programs.FOLDER).exists()
+
+
+def test_a_folder_that_can_not_be_made_is_said_in_a_line(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(FintxError, match=r"file/here: can't keep compiled programs here .*execution\.program_cache"):
+        programs.keep(str(tmp_path / "file" / "here"), outputs=tmp_path)
