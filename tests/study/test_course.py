@@ -100,6 +100,7 @@ def test_trials_of_other_programs_are_not_of_the_party(course: Courses) -> None:
     assert [job.config.shape.n_heads for job in handed(search)][:1] == [2]
 
 
+@pytest.mark.slow
 def test_queued_trials_join_if_their_values_wait_for_no_result(course: Courses) -> None:
     """An entry that is left to the best trial's values waits for that trial."""
     first, second = ({**SHAPE, "values": {"optim.learning_rate": rate}} for rate in (2e-3, 3e-3))

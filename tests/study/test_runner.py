@@ -75,6 +75,7 @@ def test_running_a_finished_study_again_changes_nothing(tiny_study, spec):
     assert {path: path.read_bytes() for path in tiny_study.rglob("record.json")} == before
 
 
+@pytest.mark.slow
 def test_a_study_stopped_mid_trial_ends_like_one_never_stopped(tiny_study, spec, tmp_path):
     seen = []
 
@@ -96,6 +97,7 @@ def test_a_raised_total_continues_the_same_study(tiny_study, spec, tmp_path):
     assert essence(summary.folder) == essence(tiny_study)
 
 
+@pytest.mark.slow
 def test_a_killed_process_between_record_and_tell_is_told(spec, tmp_path):
     """A record that the sampler never heard of is told, not trained again."""
     one = spec.model_copy(update={"study": spec.study.model_copy(update={"n_trials": 1})})

@@ -16,6 +16,8 @@ from fintx.study import records
 from fintx.study.job import Job, Jobs
 from fintx.study.worker import LEAVE, RECALL, STOP
 
+pytestmark = pytest.mark.slow  # every test starts processes that import JAX and compile
+
 ROOT = Path(__file__).parents[2]
 WATCHED = """
 import sys, threading

@@ -61,6 +61,7 @@ TRIALS = (
 """A whole trial over 8,000 windows, loader and validation included; a turn is an epoch."""
 
 POPULATION = Case("0.3M", 64, 6, 2, 256, 32, steps=16)
+POPULATIONS = (Case("3K", 8, 2, 1, 16, 32, steps=64), Case("0.1M", 48, 4, 2, 192, 32, steps=32), POPULATION)
 """Eight seeds together against eight runs one after the other."""
 
 TINY = Case("tiny", 16, 2, 2, 32, 8, n_windows=256, steps=2)

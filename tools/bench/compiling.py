@@ -90,7 +90,7 @@ def main() -> None:
 
     case = cases.Case("compile", *shape[:4], batch_size=shape[4] if len(shape) > 4 else 64)
     config = ours.trial(case)
-    static, windows = program(config), step._abstract_windows(cases.N_FEATURES, 4096, 4096)
+    static, windows = program(config), step.abstract_windows(n_features=cases.N_FEATURES, n_rows=4096, n_samples=4096)
     model = for_program(config.model)
 
     def segment(*arguments: Any) -> Any:

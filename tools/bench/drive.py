@@ -125,15 +125,15 @@ def trials(case: cases.Case, ours: Contestant, rivals: Contestant | None, given:
 def populations(
     case: cases.Case, ours: Contestant, rivals: Contestant | None, given: argparse.Namespace
 ) -> dict[str, Any]:
-    """Eight members as one program, and one after the other."""
-    setup = {kind: ours.ask("setup", case=case.to_json(), kind=kind) for kind in ("population", "eight")}
+    """Eight members one after the other, by a thread per core, and as one program; ratios to the threads."""
+    setup = {kind: ours.ask("setup", case=case.to_json(), kind=kind) for kind in ("cores", "population", "eight")}
     return {"setup": setup, **interleaved({kind: Turn(ours, "turn", kind, case.steps) for kind in setup}, given.rounds)}
 
 
 PARTS: dict[str, tuple[tuple[cases.Case, ...], Callable[..., dict[str, Any]]]] = {
     "steps": (cases.STEPS, steps),
     "trials": (cases.TRIALS, trials),
-    "populations": ((cases.POPULATION,), populations),
+    "populations": (cases.POPULATIONS, populations),
 }
 
 

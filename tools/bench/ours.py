@@ -1,7 +1,7 @@
 """The contestant that is fintx: its own step, its own trial loop, run as a study's worker runs them.
 
-fintx: `step.Training.segment`, as `loop.fit` calls it. eight, population: eight seeds one after the other, and as one
-program by `jax.vmap` over state and hyper.
+fintx: `step.Training.segment`, as `loop.fit` calls it. eight, cores, population: eight seeds one after the other, by a
+thread per core, and as one program by `jax.vmap` over state and hyper.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from queue import SimpleQueue
 from typing import Any
 
@@ -114,10 +115,21 @@ class Eight:
         self.members = [(self.one.training.start(values), step.empty_tally()) for values in self.hypers]
 
     def turn(self) -> None:
-        for i, (state, tally) in enumerate(self.members):
-            segment = self.one.training.segment
-            self.members[i] = segment(self.hypers[i], state, tally, self.one.windows, self.one.n)
-            jax.block_until_ready(self.members[i])
+        for i in range(len(self.members)):
+            self._steps(i)
+
+    def _steps(self, i: int) -> None:
+        segment = self.one.training.segment
+        self.members[i] = segment(self.hypers[i], *self.members[i], self.one.windows, self.one.n)
+        jax.block_until_ready(self.members[i])
+
+
+class OnCores(Eight):
+    """Members by as many threads as there are cores, each alone; as replicates of small models are trained."""
+
+    def turn(self) -> None:
+        with ThreadPoolExecutor(N_THREADS) as threads:
+            list(threads.map(self._steps, range(len(self.members))))
 
 
 class Population:
@@ -175,6 +187,7 @@ class Trial:
 KINDS: dict[str, Callable[[cases.Case], Any]] = {
     "fintx": Steps,
     "eight": Eight,
+    "cores": OnCores,
     "population": Population,
     "trial": Trial,
 }

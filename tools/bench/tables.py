@@ -13,6 +13,7 @@ PAGE = Path(__file__).resolve().parents[2] / "docs" / "performance.md"
 NAMES = {
     "eager": "PyTorch eager", "sdpa": "PyTorch eager, fused attention and AdamW", "compile": "torch.compile, fused",
     "huggingface": "Hugging Face PatchTST", "eight": "eight, one after the other",
+    "cores": "eight, a thread per core", "population": "eight, one program (vmap)",
 }  # fmt: skip
 
 
@@ -58,7 +59,7 @@ def _timed(entries: list[dict[str, Any]]) -> str:
             rows.append((first, NAMES.get(name, name), f"{1e3 * seconds['median']:,.0f} ms", ratio, cpu_ratio))
     disturbed = max(entry["others"] for entry in entries)
     note = f"\n\nOther processes took up to {disturbed:.0%} of the cores meanwhile." if disturbed > 0.02 else ""
-    return _rows("model | who | median | × fintx (quartiles) | × CPU time", rows) + note
+    return _rows("model | who | median | × the first (quartiles) | × its CPU time", rows) + note
 
 
 def _compile(entries: list[dict[str, Any]]) -> str:

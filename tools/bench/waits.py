@@ -75,7 +75,7 @@ def measure(spec: StudySpec) -> dict[str, Any]:
         "device": summary.records[0].device,
         "waits_s": waits,
         "waits_sum_s": sum(waits),
-        "compile_s": sum(record.compile_s for record in summary.records),
+        "compile_s": sum(record.trace_s + record.compile_s for record in summary.records),
         "from_first_epoch_s": span_s,
         "busy": 1 - sum(waits) / span_s,
     }
