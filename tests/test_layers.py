@@ -39,7 +39,7 @@ DOORS = {
     "yfinance": ("fintx/data/sources.py",),
 }
 
-ENVIRONMENT = ("fintx/study/launcher.py", "fintx/study/allocator.py")
+ENVIRONMENT = ("fintx/study/launcher.py", "fintx/study/runtime.py")
 """Where the environment is read: that of a launcher of several processes; and what a worker inherits."""
 
 NO_JAX = ("fintx/types.py", "fintx/config.py", "fintx/sweep", "fintx/toml_lines.py", "fintx/data/", "fintx/evaluate/")

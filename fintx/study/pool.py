@@ -19,7 +19,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import IO, Any
 
-from fintx.study import allocator
+from fintx.study import runtime
 from fintx.study.worker import LEAVE, RECALL, STOP
 
 _FREEZE_S = 5.0
@@ -197,7 +197,7 @@ class Pool:
         # A session of its own: Ctrl-C on the terminal reaches the coordinator alone.
         worker.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=worker.log, start_new_session=True,
-            pipesize=_PIPE, env=allocator.environment(),
+            pipesize=_PIPE, env=runtime.environment(),
         )  # fmt: skip
         assert worker.process.stdout is not None
         os.set_blocking(worker.process.stdout.fileno(), False)

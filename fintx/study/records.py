@@ -146,6 +146,8 @@ class TrialRecord(Kept):
     replicates: tuple[Replicate, ...] = ()
     """The other seeds, from the second on; a failure in a fold is that of any seed, and no further fold is trained."""
     libraries: dict[str, str]
+    settings: dict[str, str] = {}
+    """Environment variables of its process that bear on speed and last digits, such as XLA_FLAGS."""
     device: str
     git_commit: str | None
     started: str

@@ -15,7 +15,7 @@ import pyarrow as pa
 from fintx.config import StudySpec, config_hash
 from fintx.data.windows import Dataset
 from fintx.evaluate import metrics
-from fintx.study import environment, records
+from fintx.study import environment, records, runtime
 from fintx.study.job import Job
 from fintx.study.records import FoldRecord, Replicate, TrialRecord
 from fintx.train import checkpoint
@@ -104,6 +104,7 @@ def _record(training: Trained, folds: tuple[Dataset, ...]) -> TrialRecord:
             for other, of_seed in zip(job.replicates[1:], seeds_of_folds[1:], strict=True)
         ),
         libraries=environment.libraries(),
+        settings=runtime.told(),
         device=environment.device(),
         git_commit=environment.git_commit(),
         started=training.started,
