@@ -72,19 +72,19 @@ def _sentence(evidence: Evidence, confirmation: Confirmation | None) -> tuple[st
             "open",
         )
     rows = f"on {len(evidence.rows.labels):,} validation rows"  # type: ignore[union-attr]
-    figures = _per_row(evidence, found)
+    saves = _saves(evidence, found)
     beside_prior = gain(evidence, "prior")
     if beside_prior is not None and not beside_prior.positive:
         return (
-            f"No skill: the best of {n} trials, {who}, can't be told from the prior: it saves "
-            f"{_per_row(evidence, beside_prior)}, {rows}.",
+            f"No skill: the best of {n} trials, {who}, can't be told from the prior: it "
+            f"{_saves(evidence, beside_prior)}, {rows}.",
             "bad",
         )
     if found.negative:
-        return f"No: {rival} is better than the best of {n} trials, {who}, which saves {figures}, {rows}.", "bad"
+        return f"No: {rival} is better than the best of {n} trials, {who}, which {saves}, {rows}.", "bad"
     if not found.positive:
         return (
-            f"No: the best of {n} trials, {who}, doesn't beat {rival} with confidence: it saves {figures}, {rows}.",
+            f"No: the best of {n} trials, {who}, doesn't beat {rival} with confidence: it {saves}, {rows}.",
             "bad",
         )
     chance = luck(evidence)
@@ -94,15 +94,16 @@ def _sentence(evidence: Evidence, confirmation: Confirmation | None) -> tuple[st
         else ""
     )
     return (
-        f"Ahead, not confirmed: the best of {n} trials, {who}, saves {figures} against {rival}, {rows}. It was chosen "
+        f"Ahead, not confirmed: the best of {n} trials, {who}, {saves} against {rival}, {rows}. It was chosen "
         f"on these very rows{expected}: run `just confirm {evidence.name}` before you believe it.",
         "open",
     )
 
 
-def _per_row(evidence: Evidence, found: Estimate) -> str:
-    mean = measured(found.mean, found.low, found.high)
-    return f"{mean} {UNITS[evidence.loss]} per row (95 % interval {span(found.low, found.high)})"
+def _saves(evidence: Evidence, found: Estimate) -> str:
+    mean, unit = measured(abs(found.mean), found.low, found.high), UNITS[evidence.loss]
+    verb, of = ("saves", "") if found.mean >= 0 else ("loses", " of what it saves")
+    return f"{verb} {mean} {unit} per row (95 % interval{of} {span(found.low, found.high)})"
 
 
 def _warnings(evidence: Evidence) -> tuple[str, ...]:

@@ -141,7 +141,7 @@ def _log_ticks(axes: Axes, values: Sequence[float]) -> None:
     axes.set_xscale("log")
     low, high = min(values), max(values)
     distinct = sorted(set(values))
-    if len(distinct) <= 5:
+    if len(distinct) <= 5 and all(value == _round(value) for value in distinct):  # a list of choices
         ticks = distinct
     else:
         middle = math.sqrt(low * high)
@@ -189,6 +189,7 @@ def shape_map(trained: Sequence[tuple[Shape, float]], feasible: Sequence[Shape])
         bar = figure.colorbar(points, ax=axes, pad=0.02, aspect=28)
         bar.set_label("skill")
         bar.outline.set_visible(False)
+        assert bar.solids is not None
         bar.solids.set(rasterized=False, edgecolor="face")  # a picture of vectors alone, without seams
         bar.ax.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=1, symbol=" %"))
         caption = (

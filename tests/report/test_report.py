@@ -50,7 +50,9 @@ def test_a_baseline_that_is_truly_best_is_said_to_be(tmp_path):
     found = told(events(tmp_path, skill=0.3, rival=1.0, n_trials=12))
     assert found.tone == "bad"
     assert found.sentence.startswith("No: volatility_logistic is better than the best of 12 trials, trial ")
-    assert re.search(r"it|which saves -0\.\d+ nats per row \(95 % interval -0\.\d+ … -0\.\d+\)", found.sentence)
+    assert re.search(
+        r"which loses 0\.\d+ nats per row \(95 % interval of what it saves -0\.\d+ … -0\.\d+\)", found.sentence
+    )
 
 
 def test_a_trial_that_is_truly_better_is_ahead_but_not_confirmed(tmp_path):
