@@ -45,7 +45,12 @@ Outputs = Annotated[Path, typer.Option("--outputs", help="Folder that holds one 
 DataDir = Annotated[Path, typer.Option("--data-dir", help="Folder of ingested data.")]
 Overrides = Annotated[list[str], typer.Option("--set", help="Change one setting: section.key=value (TOML).")]
 Workers = Annotated[
-    int, typer.Option("--workers", min=1, help="Processes that train, each on its share of GPUs or cores.")
+    int | None,
+    typer.Option(
+        "--workers",
+        min=1,
+        help="Processes that train, each on its share of GPUs or cores; left out: one, or what fills the GPUs.",
+    ),
 ]
 Storage = Annotated[
     str | None, typer.Option("--storage", help="postgresql://USER@HOST/DATABASE: share the studies between machines.")
@@ -108,7 +113,7 @@ def sweep(
     overrides: Overrides = [],  # noqa: B006  (typer reads the default, nobody changes it)
     outputs: Outputs = OUTPUTS,
     data_dir: DataDir = DATA,
-    workers: Workers = 1,
+    workers: Workers = None,
     storage: Storage = None,
     fork: Annotated[
         str | None,
@@ -138,7 +143,7 @@ def manual(
     overrides: Overrides = [],  # noqa: B006
     outputs: Outputs = OUTPUTS,
     data_dir: DataDir = DATA,
-    workers: Workers = 1,
+    workers: Workers = None,
     storage: Storage = None,
 ) -> None:
     """Run what is not done yet of a file of hand-picked trials, each inside its study."""
@@ -159,7 +164,7 @@ def confirm(
     n_seeds: Annotated[int | None, typer.Option(min=2, help="Fresh seeds, the same for each of them.")] = None,
     outputs: Outputs = OUTPUTS,
     data_dir: DataDir = DATA,
-    workers: Workers = 1,
+    workers: Workers = None,
 ) -> None:
     """Train a study's best trials again with fresh seeds, and say what of the result holds; continues where it was."""
     from fintx.config import ConfirmConfig
@@ -177,7 +182,7 @@ def confirm(
     _run(orders, outputs=folder.resolve().parent, data_dir=data_dir, workers=workers)
 
 
-def _run(orders: list[Order], *, outputs: Path, data_dir: Path, workers: int, confirms: bool = False) -> None:
+def _run(orders: list[Order], *, outputs: Path, data_dir: Path, workers: int | None, confirms: bool = False) -> None:
     """Run under a live view, print what came of it, and exit with the code that says so.
 
     Args:
@@ -188,7 +193,7 @@ def _run(orders: list[Order], *, outputs: Path, data_dir: Path, workers: int, co
     place = launcher.find() if all(order.spec.mesh.hosts for order in orders) else None
     if place is None:
         return _conduct(orders, outputs=outputs, data_dir=data_dir, workers=workers, confirms=confirms)
-    if workers > 1:
+    if workers is not None and workers > 1:
         raise FintxError(f"--workers {workers}: {place} trains each trial with all others; leave it out")
     with _stop_on_signal() as should_stop:
         if place.index > 0:
@@ -200,7 +205,7 @@ def _run(orders: list[Order], *, outputs: Path, data_dir: Path, workers: int, co
 
 
 def _conduct(
-    orders: list[Order], *, outputs: Path, data_dir: Path, workers: int, confirms: bool, hosts: bool = False
+    orders: list[Order], *, outputs: Path, data_dir: Path, workers: int | None, confirms: bool, hosts: bool = False
 ) -> None:
     from fintx.study import pool, runner
     from fintx.terminal import tables
@@ -232,7 +237,7 @@ def _conduct(
 
 
 def _to_the_end(
-    console: Console, orders: list[Order], *, outputs: Path, data_dir: Path, workers: int, hosts: bool
+    console: Console, orders: list[Order], *, outputs: Path, data_dir: Path, workers: int | None, hosts: bool
 ) -> list[Summary | Confirmed | Failure]:
     from fintx.study import runner
     from fintx.terminal import confirmation, live, tables

@@ -83,6 +83,24 @@ def test_params_lists_depths_for_a_budget():
     assert "write a count like" in mistake("params", "--budget", "lots")
 
 
+def test_plan_says_what_a_trial_must_gain_to_be_seen(tmp_path):
+    """Of 753 rows with a base rate of .22: 2.80 × .5 × √(E[p(1 − p)] / 753); pooled over folds."""
+    file = ROOT / "sweeps" / "2M_h1.toml"
+    said = " ".join(fintx("plan", file, cwd=tmp_path).stdout.split())
+    assert "a true gain below 0.0187 stays unseen in most studies" in said
+    assert "of 50 equal trials the best looks 0.0106 better" in said
+    fold = "validation_start=2006-01-01, test_start=2016-01-01, n_folds=5"
+    folds = f'split={{kind="walk_forward", window="expanding", {fold}}}'
+    found = fintx("plan", file, "--set", folds, cwd=tmp_path).stdout
+    smallest = {line.split("  ")[0]: float(line.split()[-2]) for line in found.splitlines()
+                if re.match(r"(validation \d|all) +[\d,]+ +[\d,]+ +0\.", line) and "sealed" not in line}  # fmt: skip
+    assert set(smallest) == {"all", *(f"validation {k}" for k in range(1, 6))}
+    assert smallest["all"] == pytest.approx(smallest["validation 1"] / 5**0.5, rel=0.25)
+    returns = fintx("plan", file, "--set", 'task={kind="regression", horizon=1}', "--set",
+                    'study.metric="mse"', "--set", 'train.loss="mse"', cwd=tmp_path).stdout  # fmt: skip
+    assert "What the validation rows can show" not in returns
+
+
 @pytest.mark.parametrize("name", ["2M_h1", "200M_h3", "2B_h5", "demo"])
 def test_plan_tells_everything_and_writes_nothing(name, tmp_path):
     shown = fintx("plan", ROOT / "sweeps" / f"{name}.toml", cwd=tmp_path).stdout
@@ -92,6 +110,7 @@ def test_plan_tells_everything_and_writes_nothing(name, tmp_path):
         "Label: 1 if",
         "Split",
         "sealed",
+        "What the validation rows can show",
         "Drift",
         "feasible shapes inside",
         "trials:",

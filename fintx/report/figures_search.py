@@ -189,6 +189,7 @@ def shape_map(trained: Sequence[tuple[Shape, float]], feasible: Sequence[Shape])
         bar = figure.colorbar(points, ax=axes, pad=0.02, aspect=28)
         bar.set_label("skill")
         bar.outline.set_visible(False)
+        bar.solids.set(rasterized=False, edgecolor="face")  # a picture of vectors alone, without seams
         bar.ax.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=1, symbol=" %"))
         caption = (
             "Each point is a trained shape, its colour the trial's skill; outlines hold the depths that fit the budget "

@@ -20,6 +20,8 @@ from fintx.config import (
     parse_parameters,
 )
 from fintx.data import windows
+from fintx.evaluate import power
+from fintx.evaluate.power import Power
 from fintx.model import sizes
 from fintx.study import queue
 from fintx.study.space import SearchSpace
@@ -116,6 +118,8 @@ class Plan:
     """Every feasible shape with its exact parameter count."""
     queue: tuple[QueueRow, ...]
     """What runs first, extremes included; cancelled entries are left out."""
+    power: tuple[tuple[str, Power], ...]
+    """What each validation part can show, and all of them together where there are several; none for a regression."""
     estimate: Estimate
 
 
@@ -168,8 +172,24 @@ def build(spec: StudySpec, *, data_root: Path, on: Machine | None = None, where:
             )
             for entry in queue.entries(spec, space)
         ),
+        power=_power(spec, prepared),
         estimate=_estimate(spec, counted, prepared, n_features, on or machine(None, None)),
     )
+
+
+def _power(spec: StudySpec, prepared: windows.Prepared) -> tuple[tuple[str, Power], ...]:
+    if spec.task.kind == "regression":
+        return ()
+    found, n_trials = [], spec.study.n_trials
+    n = n_positive = effective = 0.0
+    for part in prepared.parts:
+        if part.part.startswith("validation") and part.base_rate is not None:
+            n, n_positive, effective = n + part.n, n_positive + part.n * part.base_rate, effective + part.n_effective
+            if 0 < part.base_rate < 1:
+                found.append((part.part, power.of_rows(part.base_rate, part.n, part.n_effective, n_trials=n_trials)))
+    if len(found) > 1:
+        found.append(("all", power.of_rows(n_positive / n, int(n), effective, n_trials=n_trials)))
+    return tuple(found)
 
 
 def _estimate(

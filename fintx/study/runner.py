@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from fintx.config import ConfirmConfig, StudySpec, TrialConfig
+from fintx.config import Choices, ConfirmConfig, StudySpec, TrialConfig
+from fintx.model import sizes
 from fintx.study import confirm, records
 from fintx.study import pool as pools
 from fintx.study.confirm import Confirmed
@@ -27,7 +28,7 @@ from fintx.study.opening import begin, check_queue
 from fintx.study.pool import ENDS, Pool, Worker
 from fintx.study.records import TrialRecord
 from fintx.sweepsource import Where, spelled
-from fintx.train import memory
+from fintx.train import memory, placement
 from fintx.types import FintxError
 
 _POLL_S = 0.2
@@ -162,7 +163,7 @@ def run_all(
     data_root: Path,
     notify: Callable[[Event], None] = lambda event: None,
     should_stop: Callable[[], bool] = lambda: False,
-    workers: int = 1,
+    workers: int | None = None,
     hosts: bool = False,
 ) -> list[Summary | Confirmed | Failure]:
     """Run studies: one after the other with one worker, else as many side by side as there are workers.
@@ -172,7 +173,8 @@ def run_all(
     Args:
         notify: called with every event, for the live view.
         should_stop: asked several times a second; true saves what runs and ends the run.
-        workers: processes that train, each on its share of the GPUs or of the cores.
+        workers: processes that train, each on its share of the GPUs or of the cores; none: one, and on several GPUs
+            one for as few of them as the largest trial needs.
         hosts: the one worker trains together with those of the launch's other processes (`group.follow`).
 
     Raises:
@@ -184,12 +186,38 @@ def run_all(
     for order in orders:
         if order.queue_only:  # hand-picked trials are judged as a whole: no study begins while another's can't
             check_queue(order.spec, outputs=outputs, data_root=data_root, where=order.where)
-    gpus = pools.n_gpus()
-    if workers > gpus > 0:
-        raise FintxError(f"--workers {workers}: this machine has {gpus} GPUs, and a worker needs one of its own")
+    gpus = pools.gpus()
+    if workers is None:
+        workers = 1 if hosts else filling([order.spec for order in orders], gpus)
+        if workers > 1:
+            notify(Notice(", ".join(names), f"{workers} workers, for {len(gpus)} GPUs"))
+    if workers > len(gpus) > 0:
+        raise FintxError(f"--workers {workers}: this machine has {len(gpus)} GPUs, and a worker needs one of its own")
     with contextlib.ExitStack() as stack:
-        pool = stack.enter_context(contextlib.closing(Pool(workers, gpus=gpus, hosts=hosts)))
-        return _Run(list(orders), outputs, data_root, notify, pool, gpus > 0, hosts, stack).to_the_end(should_stop)
+        pool = stack.enter_context(contextlib.closing(Pool(workers, gpus=len(gpus), hosts=hosts)))
+        return _Run(list(orders), outputs, data_root, notify, pool, len(gpus) > 0, hosts, stack).to_the_end(should_stop)
+
+
+def filling(specs: Sequence[StudySpec], gpus: Sequence[int]) -> int:
+    """Workers that fill a machine's GPUs (bytes of each): as many as the largest trial of any study leaves room for."""
+    if len(gpus) < 2:
+        return 1
+    return min(len(gpus) // _gpus_of_a_trial(spec, gpus) for spec in specs)
+
+
+def _gpus_of_a_trial(spec: StudySpec, gpus: Sequence[int]) -> int:
+    n_features = len(spec.data.features)
+    shapes = sizes.feasible(spec.architecture, spec.budget, [spec.model], n_features)
+    searched = spec.space.get("train.batch_size")
+    batch_sizes = searched.choices if isinstance(searched, Choices) else (spec.train.batch_size,)
+    if not shapes:  # said when the study begins
+        return len(gpus)
+    largest = max(shapes, key=lambda shape: sizes.count(spec.model, shape, n_features).total)
+    return placement.fewest(
+        spec.mesh, spec.model, largest, n_features,
+        batch_size=max(int(each) for each in batch_sizes), n_devices=len(gpus),
+        device_bytes=int(memory.OF_A_GPU * min(gpus)),
+    )  # fmt: skip
 
 
 @dataclass(eq=False)

@@ -19,6 +19,12 @@ def environment() -> dict[str, str]:
     return {**SETTINGS, **os.environ}
 
 
+def visible_gpus() -> list[str] | None:
+    """What CUDA was told to show of the machine's GPUs, by index or by name; none: all of them."""
+    told = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return None if told is None else [name.strip() for name in told.split(",") if name.strip()]
+
+
 def told() -> dict[str, str]:
     """What of this process's environment can change a trial's speed or the last digits of its numbers."""
     return {name: os.environ[name] for name in _TOLD if os.environ.get(name)}

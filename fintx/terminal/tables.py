@@ -14,7 +14,7 @@ from fintx.config import Shape
 from fintx.data.scaling import Drift
 from fintx.data.splits import PartRow
 from fintx.data.windows import Prepared
-from fintx.evaluate import significance
+from fintx.evaluate import power, significance
 from fintx.report.sheet import Sheet
 from fintx.report.words import count, duration, number, percent, shape_words, size
 from fintx.study import records
@@ -289,6 +289,7 @@ def print_plan(console: Console, plan: Plan) -> None:
     console.rule(f"{spec.study.name}: the plan (nothing is run, nothing is written)")
     console.print(plan.resolved, highlight=False, markup=False, soft_wrap=True, style="dim")
     show_data(console, prepared)
+    _print_power(console, plan)
     show(console, _drift_table(prepared.drift))
     _print_shapes(console, plan)
     _print_queue(console, plan)
@@ -322,6 +323,25 @@ def _split_table(parts: Sequence[PartRow]) -> Table:
         for part in parts
     ]  # fmt: skip
     return table("Split", heads, rows)
+
+
+def _print_power(console: Console, plan: Plan) -> None:
+    """What the validation rows can show at all, before anything is trained."""
+    if not plan.power:
+        return
+    rows = [
+        [name, f"{p.n:,}", f"{p.n_effective:,.0f}", number(p.paired_se), number(p.detectable), number(p.luck_nats)]
+        for name, p in plan.power
+    ]
+    n_trials, (_, whole) = plan.spec.study.n_trials, plan.power[-1]
+    heads = ["rows", "n", "effective n", "SE of a difference", "smallest seen", f"luck of the best of {n_trials}"]
+    show(console, table("What the validation rows can show, in nats of log loss", heads, rows))
+    _line(
+        console,
+        f"Two models on the same rows, their logits {power.LOGIT_GAP:g} apart (SD): a true gain below "
+        f"{number(whole.detectable)} stays unseen in most studies, and of {n_trials} equal trials the best looks "
+        f"{number(whole.luck_nats)} better than it is.\n",
+    )
 
 
 def _drift_table(drifts: Sequence[Drift]) -> Table:

@@ -21,6 +21,9 @@ from fintx.train import hosts, placement, sharding, step
 from fintx.train.sharding import ONE, Layout
 from fintx.train.state import Arrangement, for_program, program
 
+OF_A_GPU = 0.75
+"""Of a GPU's memory, JAX takes this share."""
+
 
 @dataclass(frozen=True)
 class Beside:

@@ -89,6 +89,27 @@ def choose(
     return next(fitting, None) or min(possible, key=held)
 
 
+def fewest(
+    mesh: MeshConfig,
+    model: ModelConfig,
+    shape: Shape,
+    n_features: int,
+    *,
+    batch_size: int,
+    n_devices: int,
+    device_bytes: int,
+) -> int:
+    """Devices that a trial needs, so that the others can train other trials: a divisor of all; all, if nothing fits."""
+    for n in (n for n in range(1, n_devices) if n_devices % n == 0):
+        layout = choose(
+            mesh, model, shape, n_features, batch_size=batch_size, n_devices=n, device_bytes=device_bytes
+        )  # fmt: skip
+        held = footprint(model, shape, n_features, Arrangement(batch_size, remat=True, layout=layout)).total
+        if layout.n_devices <= n and held <= device_bytes:
+            return n
+    return n_devices
+
+
 def layouts(mesh: MeshConfig, shape: Shape, *, batch_size: int, n_devices: int) -> Iterator[Layout]:
     """What [mesh] leaves open, in order of preference: one device, then without fsdp, then fewer parts of the model."""
     fixed = mesh.data if isinstance(mesh.data, int) and mesh.data > 0 else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import html
 import io
 import re
 import shutil
@@ -23,17 +24,18 @@ SECTIONS = ("asked", "baselines", "confirmation", "direction", "calibration", "c
             "origin")  # fmt: skip
 
 
-def events(outputs, name="events", *, skill=1.0, rival=0.8, n_rows=900, n_trials=6, seed=0, **more):
+def events(outputs, name="events", *, skill=1.0, rival=0.8, n_rows=900, n_trials=6, seed=0, asset="SPX", **more):
     """A threshold study: the true logit is z; models say skill · z and a little noise, the best baseline rival · z."""
     rng = np.random.default_rng(seed)
     z = rng.normal(-0.3, 1.2, n_rows)
     labels = (rng.random(n_rows) < 1 / (1 + np.exp(-z))).astype(float)
     spec = planted.spec_of(outputs / "files", name, task=planted.THRESHOLD)
+    spec = spec.model_copy(update={"data": spec.data.model_copy(update={"assets": (asset,)})})
     prior = np.full(n_rows, -0.3)
     beaten = {"prior": prior, "volatility_logistic": -0.3 + rival * (z + 0.3)}
     return planted.write_study(
         outputs, spec, lambda i, n: -0.3 + skill * (z + 0.3) + 0.1 * rng.normal(size=n_rows), labels=labels,
-        baselines=beaten, n_trials=n_trials, **more,
+        baselines=beaten, n_trials=n_trials, assets=[asset] * n_rows, **more,
     )  # fmt: skip
 
 
@@ -98,7 +100,7 @@ def test_a_planted_leak_is_too_good_to_be_true(tmp_path):
 
 
 def test_an_unfinished_study_is_reported_as_far_as_it_goes(tmp_path):
-    folder = events(tmp_path, n_trials=2)
+    folder = events(tmp_path, n_trials=2, asset="NONE")
     text = study_report.write(folder, data_root=tmp_path / "nowhere").read_text()
     assert "The study is unfinished: 2 of 12 trials." in text
     assert all(f'id="{name}"' in text for name in SECTIONS)
@@ -168,13 +170,13 @@ def test_regression_studies_have_their_own_report(tmp_path):
 
 def test_a_real_study_is_reported_whole(tiny_study):
     target = study_report.write(tiny_study, data_root=tiny_study.parents[1] / "data")
-    text = target.read_text()
+    text = html.unescape(target.read_text())
     assert all(f'id="{name}"' in text for name in SECTIONS)
     for words in (
         "Does the smallest model that trains in a second learn anything?",
         "1 if the highest high of the next 3 trading days",
         "The same probabilities score the opposite event", "sealed", "never been opened", "Nothing is confirmed yet",
-        "learning_rate = { low", "orbax-checkpoint",
+        '"optim.learning_rate" = { low', "orbax-checkpoint",
     ):  # fmt: skip
         assert words in text, words
     names = {path.name for path in (target.parent / "figures").iterdir()}

@@ -1,0 +1,70 @@
+"""How a machine's GPUs are counted and filled; no GPU is needed to know."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from fintx import sweepfile
+from fintx.config import StudySpec
+from fintx.study import pool, runner
+
+GIB = 2**30
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def spec(budget: str, *changes: str) -> StudySpec:
+    return sweepfile.load(ROOT / "sweeps" / f"{budget}_h3.toml", overrides=list(changes))
+
+
+@pytest.mark.parametrize(
+    ("budgets", "gpus", "wanted"),
+    [
+        (["200M"], [], 1),
+        (["200M"], [80 * GIB], 1),
+        (["200M"], 8 * [80 * GIB], 8),
+        (["2B"], 8 * [80 * GIB], 8),  # 40 GB of state, with layers computed again
+        (["2B"], 8 * [24 * GIB], 2),
+        (["2B"], 8 * [10 * GIB], 1),
+        (["200M", "2B"], 8 * [24 * GIB], 2),
+    ],
+)
+def test_a_worker_gets_as_many_gpus_as_its_largest_trial_needs(
+    budgets: list[str], gpus: list[int], wanted: int
+) -> None:
+    assert runner.filling([spec(each) for each in budgets], gpus) == wanted
+
+
+def test_a_mesh_that_is_asked_for_is_one_workers(tmp_path: Path) -> None:
+    assert runner.filling([spec("2M", "mesh.data=4")], 8 * [80 * GIB]) == 2
+
+
+@pytest.mark.parametrize(
+    ("says", "visible", "wanted"),
+    [
+        ("81559\\n81559\\n", None, [81559, 81559]),
+        ("81559\\n40960\\n24576\\n", "2,0", [24576, 81559]),
+        ("81559\\n40960\\n", "GPU-2f", [40960]),
+        ("81559\\n", "", []),
+        ("[N/A]\\n", None, [0]),
+    ],
+)
+def test_gpus_are_those_that_cuda_shows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, says: str, visible: str | None, wanted: list[int]
+) -> None:
+    """A driver's tool of the same name, that answers as the real one does."""
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text(f"#!/bin/sh\nprintf '{says}'\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    if visible is None:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    else:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert list(pool.gpus()) == [2**20 * each for each in wanted]
+
+
+def test_without_a_driver_there_are_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert pool.gpus() == ()
