@@ -126,21 +126,15 @@ def sweep(
 
     A study whose file has a section [confirm] is confirmed at its end.
     """
-    from fintx import sweepfile
-    from fintx.study import fork as forks
-    from fintx.study.runner import Order
+    from fintx.study import orders
 
     overrides = _with_storage(overrides, storage)
-    specs = [sweepfile.load(file, overrides=overrides) for file in files]
-    reloads = [sweepfile.watch(file, overrides=overrides) for file in files]
-    if fork is None:
-        orders = [Order(spec, reload) for spec, reload in zip(specs, reloads, strict=True)]
-    elif len(files) == 1:
-        new = forks.renamed(specs[0], fork)
-        orders = [Order(new, reloads[0], take_over=forks.taking_over(outputs / specs[0].study.name))]
-    else:
-        raise FintxError("--fork: takes one sweep file; fork them one by one")
-    _run(orders, outputs=outputs, data_dir=data_dir, workers=workers, confirms=True)
+    made = [orders.of_sweep(file, overrides) for file in files]
+    if fork is not None:
+        if len(files) > 1:
+            raise FintxError("--fork: takes one sweep file; fork them one by one")
+        made = [orders.of_fork(made[0], fork, outputs=outputs)]
+    _run(made, outputs=outputs, data_dir=data_dir, workers=workers, confirms=True)
 
 
 @app.command()
@@ -153,12 +147,10 @@ def manual(
     storage: Storage = None,
 ) -> None:
     """Run what is not done yet of a file of hand-picked trials, each inside its study."""
-    from fintx import sweepfile
-    from fintx.study.runner import Order
+    from fintx.study import orders
 
-    specs = sweepfile.load_manual(file, overrides=_with_storage(overrides, storage))
-    orders = [Order(spec, queue_only=True) for spec in specs]
-    _run(orders, outputs=outputs, data_dir=data_dir, workers=workers)
+    made = orders.of_manual(file, _with_storage(overrides, storage))
+    _run(made, outputs=outputs, data_dir=data_dir, workers=workers)
 
 
 def _with_storage(overrides: list[str], storage: str | None) -> list[str]:
@@ -318,7 +310,10 @@ def plan(
 
     spec = sweepfile.load(file, overrides=overrides)
     machine = planning.machine(devices, device_memory)
-    tables.print_plan(Console(), planning.build(spec, data_root=data_dir, on=machine))
+    tables.print_plan(
+        Console(),
+        planning.build(spec, data_root=data_dir, on=machine, where=sweepfile.where(file, overrides=overrides)),
+    )
 
 
 @app.command()

@@ -11,22 +11,26 @@ import json
 import os
 from collections.abc import Callable, Container, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
 from fintx import sweepsource, toml_writer
 from fintx.config import QueueEntry, StudySpec
 from fintx.sweepchecks import SECTIONS, cross_checks
-from fintx.sweepsource import MOST_PROBLEMS, OWN, Problems, Source, SweepFileError
+from fintx.sweepsource import MOST_PROBLEMS, OWN, Problems, Source, SweepFileError, Where
 from fintx.sweepwords import got, nearest, say
+from fintx.toml_lines import Path as KeyPath
+
+T = TypeVar("T")
 
 
-def load(path: Path, *, overrides: Sequence[str] = (), text: str | None = None) -> StudySpec:
+def load(path: Path, *, overrides: Sequence[str] = (), text: str | None = None, counted: bool = True) -> StudySpec:
     """Read a sweep file, its base, and the command line's `--set key=value`.
 
     Args:
         text: what to read in place of the file's own content.
+        counted: whether the queue must fit into n_trials; a study that has run some of it judges that itself.
 
     Raises:
         SweepFileError: all problems, one line each: FILE:LINE: key: what is wrong.
@@ -37,27 +41,47 @@ def load(path: Path, *, overrides: Sequence[str] = (), text: str | None = None) 
             f"{path}: is a manual file: its entries name the sweep files that they belong to; run it with: just manual"
         )
     problems = Problems(source.places, default=str(path))
-    spec = _checked(source, problems)
+    spec = _checked(source, problems, counted=counted)
     if problems.found:
         raise SweepFileError(problems.text())
     return spec
 
 
-def watch(path: Path, *, overrides: Sequence[str] = ()) -> Callable[[], StudySpec | None]:
-    """A function that loads the file again when it has been edited since the last look; none: it has not.
+def watch(paths: Sequence[Path], read: Callable[[], T]) -> Callable[[], T | None]:
+    """A function that reads again when one of the files has been edited since the last look; none: none has."""
+    seen = [*map(_stamp, paths)]
 
-    What it gives raises as `load` does.
-    """
-    seen = _stamp(path)
-
-    def again() -> StudySpec | None:
+    def again() -> T | None:
         nonlocal seen
-        if (now := _stamp(path)) == seen:
+        if (now := [*map(_stamp, paths)]) == seen:
             return None
         seen = now
-        return load(path, overrides=overrides)
+        return read()
 
     return again
+
+
+def where(path: Path, *, overrides: Sequence[str] = (), sweep: Path | None = None) -> Where:
+    """Where the keys of a file's study stand, for mistakes that only the study can see; looked up when asked.
+
+    Args:
+        sweep: of a manual file: the sweep file whose study it is.
+    """
+
+    def at(key_path: KeyPath) -> str:
+        if sweep is None:
+            return Problems(sweepsource.resolved(path, overrides=overrides).places, default=str(path)).at(key_path)
+        manual, entries = sweepsource.parse(path, sweepsource.read_text(path)), blocks_of(path, sweep)
+        source = _with_queue(sweepsource.resolved(sweep, overrides=overrides), manual, entries)
+        return Problems(source.places, default=str(sweep), entries=entries).at(key_path)
+
+    return at
+
+
+def files(path: Path) -> tuple[Path, ...]:
+    """A sweep file and, if it has one, its base."""
+    extends = sweepsource.parse(path, sweepsource.read_text(path)).tree.get("extends")
+    return (path, path.parent / extends) if isinstance(extends, str) else (path,)
 
 
 def _stamp(path: Path) -> tuple[int, int]:
@@ -214,16 +238,22 @@ def _group(
     set_here = Problems(below.places, default=str(sweep))
     for place in (below.places[at] for at in below.places if at[0] == "queue" and below.places[at].rank > OWN):
         set_here.found[f"{place.words}: a manual file's queue is its own entries; edit them there"] = None
+    source = _with_queue(below, manual, indices)
+    own = Problems(source.places, default=str(sweep), entries=indices)
+    spec = _checked(source, own, counted=False)
+    problems.take(set_here)
+    problems.take(own)
+    return spec.model_copy(update={"study": spec.study.model_copy(update={"queue_extremes": False})})
+
+
+def _with_queue(below: Source, manual: Source, indices: Sequence[int]) -> Source:
+    """A sweep file's tree with some of a manual file's entries for its queue."""
     tree = {**below.tree, "queue": [_without_sweep(manual.tree["queue"][index]) for index in indices]}
     places = {at: place for at, place in below.places.items() if at[0] != "queue"}
     for at, place in manual.places.items():
         if at[0] == "queue" and len(at) > 1 and at[1] in indices:
             places["queue", indices.index(int(at[1])), *at[2:]] = place
-    own = Problems(places, default=str(sweep), entries=indices)
-    spec = _checked(Source(tree, places), own, counted=False)
-    problems.take(set_here)
-    problems.take(own)
-    return spec.model_copy(update={"study": spec.study.model_copy(update={"queue_extremes": False})})
+    return Source(tree, places)
 
 
 def _without_sweep(entry: dict[str, Any]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import difflib
 import json
 import re
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -53,6 +53,16 @@ class Source:
     places: dict[KeyPath, Place]
 
 
+Where = Callable[[KeyPath], str]
+"""What a message calls a key: with the file and the line where it stands, as far as that is known."""
+
+
+def spelled(path: KeyPath) -> str:
+    """A key path as a message writes it: queue[0].d_model."""
+    parts = [f"[{part}]" if isinstance(part, int) else shortened(part) for part in path]
+    return ".".join(parts).replace(".[", "[")
+
+
 # --- mistakes ---------------------------------------------------------------------------------------------------------
 
 
@@ -73,12 +83,15 @@ class Problems:
 
     def add(self, path: KeyPath, words: str) -> None:
         """A line on a key."""
+        self.found[one_line(f"{self.at(path)}: {words}")] = None
+
+    def at(self, path: KeyPath) -> str:
+        """Where a key stands and what it is called there: FILE:LINE: key."""
         written = tuple(part for part in path if part != "values") if path[:1] == ("queue",) else path
         if written != path[:1] and self._entries and path[:1] == ("queue",):
             written = ("queue", self._entries[int(written[1])], *written[2:])
-        parts = [f"[{part}]" if isinstance(part, int) else shortened(part) for part in written]
-        shown = ".".join(parts).replace(".[", "[")
-        self.found[one_line(f"{self._place(path)}: {shown + ': ' if shown else ''}{words}")] = None
+        shown = spelled(written)
+        return f"{self._place(path)}: {shown}" if shown else self._place(path)
 
     def take(self, other: Problems) -> None:
         """Add the lines of another part of the file."""

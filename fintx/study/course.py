@@ -19,9 +19,10 @@ from fintx.study import queue, records, sampler, seeds, stopping, trial
 from fintx.study.events import EpochDone, Event, Notice, TrialEnded, TrialFinished, TrialStarted
 from fintx.study.job import Job
 from fintx.study.ledger import Answer, Choice, Claim, Proposal, Withdrawal
-from fintx.study.opening import Opened, write
+from fintx.study.opening import Opened, kept, write
 from fintx.study.records import TrialRecord
 from fintx.study.storage import StorageAway
+from fintx.sweepsource import Where, spelled
 from fintx.train import loop, together
 from fintx.train.state import program
 from fintx.types import FintxError
@@ -30,8 +31,6 @@ _RENEW_S = 15.0
 _LOOK_S = 2.0
 """How often the file's queue, a request to stop and other machines' results are looked for."""
 _IDLE_S = 1.0
-_FIXED = ("task", "split", "budget", "architecture", "model", "optim", "train", "space")
-"""Sections whose edits wait for the next start, which refuses them or forks."""
 """After there was nothing to do, until it is asked again; the end of a trial of its own ends the wait."""
 _BACKOFF_S = (0.2, 5.0)
 
@@ -48,6 +47,8 @@ class Course:
     """The sweep file again, if it has changed since the last call; none: it has not."""
     queue_only: bool
     """Run what is queued, beyond n_trials too, and nothing else."""
+    where: Where = spelled
+    """Tells where a key of the file stands."""
     on_gpu: bool = False
     """Whether the workers' trials run on one."""
     hosts: bool = False
@@ -80,6 +81,7 @@ class Course:
         self._seen: dict[int, tuple[tuple[Any, ...], float]] = {}
         self.stop_asked = self._is_asked_to_stop()
         self._said: set[str] = set()
+        self._edit: StudySpec | None = None
 
     @property
     def name(self) -> str:
@@ -438,27 +440,27 @@ class Course:
             self.notify(TrialFinished(self.name, record, tuple(self.finished.values())))
 
     def _reread_file(self) -> None:
-        """The queue and the total may be edited while the study runs; all else waits for the next start."""
+        """What may change freely is taken while the study runs, all else waits for the next start."""
         try:
-            fresh = self.reload()
-            if fresh is None:
+            fresh = self._edit = self.reload() or self._edit
+            if fresh is None or (claims := self._reach(self.opened.ledger.claims)) is None:
                 return
-            study = self.spec.study.model_copy(update={"n_trials": fresh.study.n_trials})
-            spec = self.spec.model_copy(update={"queue": fresh.queue, "study": study})
-            if misfit := next(sweepchecks.cross_checks(spec), None):
-                raise FintxError(f"{'.'.join(map(str, misfit[0]))}: {misfit[1]}")
-            queue.validate(spec, n_features=len(spec.data.features))
-            waiting = [name for name in _FIXED if getattr(fresh, name) != getattr(self.spec, name)]
-            if waiting:
-                self._say_once(f"edits of [{'], ['.join(waiting)}] are not taken while the study runs")
+            self._edit = None
+            spec, n_features = _edited(self.spec, fresh), len(self.spec.data.features)
+            if misfit := next(sweepchecks.cross_checks(spec, counted=False), None):
+                raise FintxError(f"{self.where(misfit[0])}: {misfit[1]}")
+            queue.validate(spec, n_features=n_features, where=self.where)
+            queue.check_begun(spec, self.opened.space, claims, counted=not self.queue_only, where=self.where)
         except FintxError as error:
             self.notify(Notice(self.name, f"the edited sweep file is not taken: {error}"))
             return
+        if waiting := records.differences(_edited(self.opened.asked, fresh), fresh):
+            self.notify(Notice(self.name, f"edits of {', '.join(waiting)} hold from the next start"))
         if spec != self.spec:
             self.spec, self.over, self._idle_until = spec, False, 0.0
             known = records.read_study(self.opened.folder)
             assert known is not None
-            write(self.opened.folder, spec, known.definition, known)
+            write(self.opened.folder, kept(spec, known) if self.queue_only else spec, known.definition, known)
             words = f"the file was edited: {len(spec.queue)} queue entries, {spec.study.n_trials} trials in all"
             self.notify(Notice(self.name, words))
 
@@ -528,3 +530,11 @@ class Course:
         ranked = records.ranked(list(self.finished.values()), minimize=self.opened.minimize)
         for record in ranked[self.spec.study.keep_checkpoints :]:
             trial.drop_checkpoint(self.opened.folder, record.trial_number)
+
+
+def _edited(spec: StudySpec, fresh: StudySpec) -> StudySpec:
+    """The spec with what of its edited file may be taken while it runs."""
+    study = {name: getattr(fresh.study, name) for name in records.FREE_TO_CHANGE if name != "name"}
+    execution = fresh.execution.model_copy(update={"storage": spec.execution.storage})
+    changes = {"study": spec.study.model_copy(update=study), "execution": execution, "confirm": fresh.confirm}
+    return spec.model_copy(update={**changes, "queue": fresh.queue})

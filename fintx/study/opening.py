@@ -18,6 +18,7 @@ from fintx.study.fork import TakeOver
 from fintx.study.ledger import Ledger
 from fintx.study.records import StudyFile
 from fintx.study.space import SearchSpace
+from fintx.sweepsource import Where, spelled
 from fintx.types import FintxError
 
 RESOLVED = "resolved.toml"
@@ -31,8 +32,10 @@ class StudyConflict(FintxError):
 class Opened:
     """A study that may run: its folder is held, its storage open, what must be beaten is known."""
 
+    asked: StudySpec
+    """As its file says it."""
     spec: StudySpec
-    """With its data resolved."""
+    """The same with its data resolved."""
     folder: Path
     space: SearchSpace
     prepared: windows.Prepared
@@ -47,30 +50,37 @@ class Opened:
         return metrics.MINIMIZE[self.spec.study.metric]
 
 
+def pinned(spec: StudySpec, folder: Path) -> StudySpec:
+    """The spec on the bars that the study of a folder began with, where it names no others itself."""
+    known = records.read_study(folder)
+    if known is None:
+        return spec
+    symbols = {*spec.data.assets, *spec.data.context}
+    begun = {symbol: version for symbol, version in known.spec.data.versions.items() if symbol in symbols}
+    data = spec.data.model_copy(update={"versions": {**begun, **spec.data.versions}})
+    return spec.model_copy(update={"data": data})
+
+
 def resolve(spec: StudySpec, *, folder: Path, data_root: Path) -> tuple[StudySpec, windows.Prepared]:
     """The spec with its features and data versions named, and its data made ready.
 
     A study keeps the bars it began with, however many newer snapshots have come since.
     """
-    known = records.read_study(folder)
-    if known is not None and not spec.data.versions:
-        symbols = {*spec.data.assets, *spec.data.context}
-        versions = {symbol: version for symbol, version in known.spec.data.versions.items() if symbol in symbols}
-        spec = spec.model_copy(update={"data": spec.data.model_copy(update={"versions": versions})})
+    spec = pinned(spec, folder)
     prepared = windows.build(
         spec.data, spec.task, spec.split, context_length=spec.model.context_length, root=data_root
     )  # fmt: skip
     return spec.model_copy(update={"data": prepared.data}), prepared
 
 
-def check_queue(spec: StudySpec, *, outputs: Path, data_root: Path) -> None:
+def check_queue(spec: StudySpec, *, outputs: Path, data_root: Path, where: Where = spelled) -> None:
     """Whether a study could run its queue, before any study of the same command begins; nothing is written.
 
     Raises:
         FintxError: data that are missing, or entries that can't be run.
     """
     spec, _ = resolve(spec, folder=outputs / spec.study.name, data_root=data_root)
-    queue.validate(spec, n_features=len(spec.data.features))
+    queue.validate(spec, n_features=len(spec.data.features), where=where)
 
 
 @contextlib.contextmanager
@@ -82,6 +92,7 @@ def begin(
     warn: Callable[[str], None] = lambda words: None,
     take_over: TakeOver | None = None,
     queue_only: bool = False,
+    where: Where = spelled,
 ) -> Iterator[Opened]:
     """Hold a study's folder and open it, made where it isn't there yet.
 
@@ -89,20 +100,22 @@ def begin(
         warn: told of what was mended on the way.
         take_over: brings trials of another study into one that is new.
         queue_only: the spec's queue is another file's, and not the study's own to keep.
+        where: tells where a key of the file stands.
 
     Raises:
         StudyConflict: the folder or the storage holds a study with another definition.
         StudyBusy: another process of this host runs it.
         FintxError: whatever in data, budget, queue or storage can't be run; no trial has been touched then.
     """
-    folder = outputs / spec.study.name
+    folder, asked = outputs / spec.study.name, spec
     known = records.read_study(folder)
     spec, prepared = resolve(spec, folder=folder, data_root=data_root)
     mine = records.definition(spec)
     if known is not None:
         check_same(folder, known.definition, mine)
     space = SearchSpace.build(spec, n_features=len(spec.data.features))
-    queue.validate(spec, n_features=len(spec.data.features))
+    queue.validate(spec, n_features=len(spec.data.features), where=where)
+    counted = not queue_only and take_over is None
     with lock.hold(folder), contextlib.ExitStack() as stack:
         stop_before = stopping.request(folder)
         if known is None:
@@ -113,12 +126,12 @@ def begin(
                 storage.open_study(spec.execution.storage, folder, spec.study.name, minimize=minimize, warn=warn)
             )
             book = Ledger(opened, ledger.owner_of(folder, shared=opened.shared))
+            queue.check_begun(spec, space, book.claims(), counted=counted, where=where)
             check_same(folder, book.definition(mine), mine, where=opened.words)
-            queued = (known.spec.queue if known else ()) if queue_only else spec.queue
             pending = folder / "fork-pending"  # stands until every old trial has come over
             if known is None and take_over is not None:
                 records.write_atomically(pending, "trials are being taken over from another study\n")
-            write(folder, spec.model_copy(update={"queue": queued}), mine, known)
+            write(folder, kept(spec, known) if queue_only else spec, mine, known)
             if pending.is_file():
                 if take_over is None:
                     raise FintxError(f"{folder}: its fork was cut off; give the command with --fork again")
@@ -126,13 +139,14 @@ def begin(
                 pending.unlink()
             book.restore(records.read_all(folder), space.distributions, minimize=minimize)
             _check_records(folder, book)
+            queue.check_begun(spec, space, book.claims(), counted=counted, where=where)  # of a journal made again too
         except storage.StorageAway as error:
             raise FintxError(
                 f"{spec.study.name}: {error}; is the database running, and is its address right?"
             ) from None
         windows.store_processed(prepared, data_root)
         beaten = trial.ensure_baselines(folder, prepared.folds, spec, data_root, tell=warn)
-        yield Opened(spec, folder, space, prepared, book, beaten, stop_before)
+        yield Opened(asked, spec, folder, space, prepared, book, beaten, stop_before)
 
 
 def _check_records(folder: Path, book: Ledger) -> None:
@@ -167,6 +181,14 @@ def check_same(folder: Path, before: dict[str, Any], after: dict[str, Any], *, w
         "undo the edit to continue it, or add --fork NAME: a new study of that name, which takes over every trial that "
         "is still valid"
     )
+
+
+def kept(spec: StudySpec, known: StudyFile | None) -> StudySpec:
+    """What study.json holds of a study that runs another file's queue: its own queue, as far as it is known."""
+    own = known.spec.queue if known else ()
+    extremes = known.spec.study.queue_extremes if known else False
+    study = spec.study.model_copy(update={"queue_extremes": extremes})
+    return spec.model_copy(update={"queue": own, "study": study})
 
 
 def write(folder: Path, spec: StudySpec, defined: dict[str, Any], known: StudyFile | None) -> None:

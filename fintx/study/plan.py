@@ -25,6 +25,7 @@ from fintx.evaluate.power import Power
 from fintx.model import sizes
 from fintx.study import queue
 from fintx.study.space import SearchSpace
+from fintx.sweepsource import Where, spelled
 from fintx.train import memory, placement
 from fintx.train.placement import Footprint
 from fintx.train.sharding import Layout
@@ -138,11 +139,12 @@ def machine(devices: int | None, device_memory: str | None) -> Machine:
         raise FintxError(f'--device-memory {device_memory}: wanted an amount like "80GB" or "80GiB"') from None
 
 
-def build(spec: StudySpec, *, data_root: Path, on: Machine | None = None) -> Plan:
+def build(spec: StudySpec, *, data_root: Path, on: Machine | None = None, where: Where = spelled) -> Plan:
     """Resolve a spec against its data and count everything; runs and writes nothing.
 
     Args:
         on: the devices to plan for; none: this machine's.
+        where: tells where a key of the file stands.
 
     Raises:
         FintxError: whatever would stop the study from starting.
@@ -152,7 +154,7 @@ def build(spec: StudySpec, *, data_root: Path, on: Machine | None = None) -> Pla
     )  # fmt: skip
     spec = spec.model_copy(update={"data": prepared.data})
     n_features = len(spec.data.features)
-    queue.validate(spec, n_features=n_features)
+    queue.validate(spec, n_features=n_features, where=where)
     space = SearchSpace.build(spec, n_features=n_features)
     counted = tuple((shape, sizes.count(spec.model, shape, n_features).total) for shape in space.shapes)
     return Plan(

@@ -16,6 +16,7 @@ from fintx.model import sizes
 from fintx.study.ledger import Claim
 from fintx.study.records import TrialRecord
 from fintx.study.space import SearchSpace, clamped, model_variants
+from fintx.sweepsource import Where, spelled
 from fintx.types import FintxError
 
 
@@ -41,7 +42,8 @@ class QueueState:
     entry: QueueEntry
     identity: str
     state: str
-    """queued, running, interrupted, done, failed n (attempts that crashed or hung), cancelled."""
+    """queued, running, interrupted, done, failed n (attempts that crashed or hung), cancelled; clash: its id is that of
+    a trial of another shape."""
     number: int | None
     """Its trial; none before it has one."""
     training: str
@@ -99,8 +101,11 @@ def extremes(space: SearchSpace) -> tuple[QueueEntry, ...]:
     return tuple(QueueEntry(**shape.model_dump(), note=", ".join(words)) for shape, words in notes.items())
 
 
-def validate(spec: StudySpec, *, n_features: int) -> None:
+def validate(spec: StudySpec, *, n_features: int, where: Where = spelled) -> None:
     """Check the entries as a whole before anything runs.
+
+    Args:
+        where: tells where a key stands; asked where something is wrong.
 
     Raises:
         QueueError: every entry outside the budget (unless it is cancelled), and every repeated one.
@@ -109,13 +114,54 @@ def validate(spec: StudySpec, *, n_features: int) -> None:
     seen: dict[str, int] = {}
     for index, entry in enumerate(spec.queue):
         if not entry.cancelled:
-            problems += [f"queue[{index}]: {words}" for words in _outside(spec, entry, n_features)]
+            problems += [f"{where(('queue', index))}: {words}" for words in _outside(spec, entry, n_features)]
         first = seen.setdefault(identity(entry), index)
         if first != index:
             what = "is the same as" if entry.id is None else f'has the id "{entry.id}", which is that of'
-            problems.append(f"queue[{index}]: {what} queue[{first}]; take one out")
+            problems.append(f"{where(('queue', index))}: {what} {where(('queue', first))}; take one out")
     if problems:
         raise QueueError("\n".join(problems))
+
+
+def check_begun(
+    spec: StudySpec, space: SearchSpace, claims: Sequence[Claim], *, counted: bool, where: Where = spelled
+) -> None:
+    """Check the entries against the trials that the study has.
+
+    Args:
+        counted: whether what is queued and not done must fit into n_trials.
+
+    Raises:
+        QueueError: an entry whose `id` is that of a trial of another content; more entries than trials.
+    """
+    problems, held = [], _latest(claims)
+    listed = [(index, entry, held.get(identity(entry))) for index, entry in enumerate(spec.queue)]
+    listed = [(index, entry, claim) for index, entry, claim in listed if not entry.cancelled]
+    for index, entry, claim in listed:
+        if claim is not None and not _is_of(claim, entry, space):
+            problems.append(
+                f"{where(('queue', index))}: its id {entry.id} is that of trial {claim.number}, which has another "
+                "shape or other values; give the entry another id"
+            )
+    waiting = sum(claim is None or not claim.finished for _, _, claim in listed)
+    if counted and waiting > spec.study.n_trials:
+        problems.append(
+            f"{where(('study', 'n_trials'))}: {spec.study.n_trials} is fewer than the {waiting} queue entries to run, "
+            "which count toward it; raise it"
+        )
+    if problems:
+        raise QueueError("\n".join(problems))
+
+
+def _is_of(claim: Claim, entry: QueueEntry, space: SearchSpace) -> bool:
+    """Whether a trial is what the entry of its identity asks for now."""
+    asked = {path: _told(space, path, value) for path, value in entry.values.items()}
+    return claim.shape == entry.shape and all(claim.params.get(path) == value for path, value in asked.items())
+
+
+def _latest(claims: Sequence[Claim]) -> dict[str | None, Claim]:
+    """Identity → the trial that counts: of several the latest."""
+    return {claim.entry: claim for claim in sorted(claims, key=lambda claim: claim.number)}
 
 
 def _outside(spec: StudySpec, entry: QueueEntry, n_features: int) -> list[str]:
@@ -143,9 +189,7 @@ def settle(entry: QueueEntry, spec: StudySpec, space: SearchSpace, *, best: Tria
     """
     params: dict[str, Any] = dict(space.encode(entry.shape))
     for path, value in entry.values.items():
-        # In the distribution's own type: the very choice, so that 1.0 for 1 is no other category; 4 for 4.0.
-        distribution = space.distributions[path]
-        params[path] = distribution.to_external_repr(distribution.to_internal_repr(value))
+        params[path] = _told(space, path, value)
     left_open = [path for path in spec.space if path not in entry.values]
     if not left_open:
         return Settled(params, entry.shape, "")
@@ -158,6 +202,12 @@ def settle(entry: QueueEntry, spec: StudySpec, space: SearchSpace, *, best: Tria
         value = default if model is None else model.params.get(path, default)
         params[path] = _inside(space.distributions[path], value)
     return Settled(params, entry.shape, "defaults" if model is None else f"trial {model.trial_number}")
+
+
+def _told(space: SearchSpace, path: str, value: Any) -> Any:
+    """In the distribution's own type: the very choice, so that 1.0 for 1 is no other category; 4 for 4.0."""
+    distribution = space.distributions[path]
+    return distribution.to_external_repr(distribution.to_internal_repr(value))
 
 
 def _inside(distribution: BaseDistribution, value: Any) -> Any:
@@ -178,13 +228,15 @@ def states(entries: Sequence[QueueEntry], claims: Sequence[Claim]) -> tuple[Queu
         entries: cancelled ones included.
         claims: of the study, from its storage.
     """
-    held = {claim.entry: claim for claim in sorted(claims, key=lambda claim: claim.number)}
+    held = _latest(claims)
     return tuple(_state(entry, held.get(identity(entry))) for entry in entries)
 
 
 def _state(entry: QueueEntry, claim: Claim | None) -> QueueState:
     words: str = "queued" if claim is None else claim.state
-    if claim is not None and claim.finished:
+    if claim is not None and claim.shape != entry.shape and not entry.cancelled:
+        words = "clash"
+    elif claim is not None and claim.finished:
         words = "done"
     elif entry.cancelled and words != "running":  # what is at work goes on; what isn't is not taken up again
         words = "cancelled"

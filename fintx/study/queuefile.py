@@ -109,7 +109,7 @@ def _states(
 
     def with_record(state: QueueState) -> QueueState:
         record = held.get(state.identity)
-        if record is None or state.state == "done":
+        if record is None or state.state == "done" or record.config.shape != state.entry.shape:
             return state
         return dataclasses.replace(state, state="done", number=record.trial_number, training=record.training)
 
@@ -187,12 +187,13 @@ def _with_entry(path: Path, text: str, fields: Mapping[str, Any], data_root: Pat
     if identity in known:
         mend = "; it is cancelled: take that line out of the file" if known[identity].cancelled else ""
         raise QueueFileError(f"{path}: holds the entry {identity} of {spec.study.name} already{mend}")
-    n_features = _n_features(spec, data_root)
-    last = f"queue[{len(spec.queue) - 1}]: "
-    try:
-        queue.validate(spec, n_features=n_features)
-    except queue.QueueError as error:
-        raise queue.QueueError(str(error).replace(last, "the new entry: ")) from None
+    there = sweepfile.where(path, sweep=sweepfile.sweep_path(path, str(fields["sweep"])) if manual else None)
+    last = ("queue", len(spec.queue) - 1)
+    queue.validate(
+        spec,
+        n_features=_n_features(spec, data_root),
+        where=lambda key_path: "the new entry" if key_path == last else there(key_path),
+    )
     return changed, Edit(spec.study.name, identity, entry)
 
 

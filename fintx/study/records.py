@@ -345,7 +345,8 @@ def best_of(records: list[TrialRecord], *, minimize: bool) -> TrialRecord | None
 
 # --- the study's own file ---------------------------------------------------------------------------------------------
 
-_FREE_TO_CHANGE = {"name", "n_trials", "question", "keep_checkpoints", "queue_extremes"}
+FREE_TO_CHANGE = {"name", "n_trials", "question", "keep_checkpoints", "queue_extremes"}
+"""Keys of [study] that define nothing."""
 _SOFTWARE = ("fintx", "jax", "jaxlib", "flax", "optax", "optuna", "numpy", "TA-Lib")
 """Libraries whose version can change a result or what the sampler proposes."""
 
@@ -394,11 +395,17 @@ def definition(spec: StudySpec) -> dict[str, Any]:
     can change a result belong to it.
     """
     tree = spec.model_dump(mode="json", exclude={"queue", "mesh", "execution", "confirm"})
-    tree["study"] = {key: value for key, value in tree["study"].items() if key not in _FREE_TO_CHANGE}
+    tree["study"] = {key: value for key, value in tree["study"].items() if key not in FREE_TO_CHANGE}
     if spec.study.replicates == 1:  # as studies that began before there were any say it
         del tree["study"]["replicates"]
     tree["software"] = {name: environment.libraries()[name] for name in _SOFTWARE}
     return dict(_flatten(tree))
+
+
+def differences(one: StudySpec, other: StudySpec) -> tuple[str, ...]:
+    """The dotted keys in which two specs differ."""
+    a, b = (dict(_flatten(spec.model_dump(mode="json"))) for spec in (one, other))
+    return tuple(key for key in {**a, **b} if a.get(key) != b.get(key))
 
 
 def definition_hash(defined: dict[str, Any]) -> str:

@@ -27,6 +27,7 @@ from fintx.study.lead import Lead, over_baselines
 from fintx.study.opening import begin, check_queue
 from fintx.study.pool import ENDS, Pool, Worker
 from fintx.study.records import TrialRecord
+from fintx.sweepsource import Where, spelled
 from fintx.train import memory, placement
 from fintx.types import FintxError
 
@@ -79,6 +80,8 @@ class Order:
     spec: StudySpec
     reload: Callable[[], StudySpec | None] = lambda: None
     """The sweep file again, if it has changed since the last call."""
+    where: Where = spelled
+    """Tells where a key of its file stands."""
     queue_only: bool = False
     """Run what is queued, beyond n_trials too, and nothing else."""
     take_over: TakeOver | None = None
@@ -182,7 +185,7 @@ def run_all(
         raise FintxError(f"study.name {', '.join(repeated)}: stands in more than one of the files; each needs its own")
     for order in orders:
         if order.queue_only:  # hand-picked trials are judged as a whole: no study begins while another's can't
-            check_queue(order.spec, outputs=outputs, data_root=data_root)
+            check_queue(order.spec, outputs=outputs, data_root=data_root, where=order.where)
     gpus = pools.gpus()
     if workers is None:
         workers = 1 if hosts else filling([order.spec for order in orders], gpus)
@@ -347,10 +350,11 @@ class _Run:
                 warn=warn,
                 take_over=order.take_over,
                 queue_only=order.queue_only,
+                where=order.where,
             )  # fmt: skip
         )
         course = Search(
-            opened, self.outputs, self.data_root, self.notify, order.reload, order.queue_only,
+            opened, self.outputs, self.data_root, self.notify, order.reload, order.queue_only, where=order.where,
             on_gpu=self.on_gpus, hosts=self.hosts, n_workers=len(self.pool.workers),
         )  # fmt: skip
         n_shapes, finished = len(opened.space.shapes), len(course.finished)

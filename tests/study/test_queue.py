@@ -345,6 +345,30 @@ def test_two_entries_of_one_identity_are_refused():
     queue.validate(make_spec(named, ENTRY), n_features=N_FEATURES)
 
 
+def test_the_total_may_fall_below_a_queue_that_is_done(space):
+    others = [ENTRY.model_copy(update={"id": name}) for name in "abc"]
+    spec = make_spec(*others, study={"name": "s", "n_trials": 1})
+    done = [claim(entry, number, finished=True, params=entry_params(space)) for number, entry in enumerate(others)]
+    queue.check_begun(spec, space, done, counted=True)
+    queue.check_begun(spec, space, done[:2], counted=True)
+    with pytest.raises(queue.QueueError, match=r"study.n_trials: 1 is fewer than the 2 queue entries to run"):
+        queue.check_begun(spec, space, done[:1], counted=True)
+    queue.check_begun(spec, space, done[:1], counted=False)
+
+
+def test_an_id_of_another_shape_is_no_state_of_the_entry(space):
+    named = ENTRY.model_copy(update={"id": "deep"})
+    other = named.model_copy(update={"n_heads": 10})
+    (found,) = queue.states([other], [claim(named, finished=True)])
+    assert found.state == "clash" and found.number == 3
+    with pytest.raises(queue.QueueError, match=r"^queue\[0\]: its id deep is that of trial 3, which has another shape"):
+        queue.check_begun(make_spec(other), space, [claim(named, params=entry_params(space))], counted=True)
+
+
+def entry_params(space) -> dict:
+    return queue.settle(ENTRY, space.spec, space, best=None).params
+
+
 def test_an_entry_must_fit_the_budget_with_every_geometry_that_it_may_run_with():
     """One that it leaves open may become any of the searched ones."""
     spec = make_spec(ENTRY)

@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fintx import cli, sweepfile
+from fintx.config import TrialConfig
 from fintx.study import ledger, queue, queuefile, records
 from fintx.study.ledger import Claim
 from fintx.study.records import TrialRecord
@@ -407,9 +408,12 @@ def test_a_listing_shows_state_trial_outcome_and_training(tmp_path, monkeypatch)
         claim(second, state="failed", failures=2, number=4),
     )
     monkeypatch.setattr(ledger, "read", lambda _, url: claims)
+    trained = TrialConfig.model_construct(shape=third.shape)
     kept = [
         TrialRecord.model_construct(trial_number=0, entry=None, outcome="diverged"),
-        TrialRecord.model_construct(trial_number=6, entry="third", outcome="completed", training="trial 5"),
+        TrialRecord.model_construct(
+            trial_number=6, entry="third", outcome="completed", training="trial 5", config=trained
+        ),
     ]
     monkeypatch.setattr(records, "read_all", lambda _: kept)
     shown = fintx("list", path, "--outputs", tmp_path / "outputs", "--data-dir", tmp_path / "data")

@@ -1,0 +1,66 @@
+"""Which studies does a command ask for? Its files as orders, which follow their files' edits while they run."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+from fintx import sweepfile
+from fintx.config import StudySpec
+from fintx.study import fork, opening
+from fintx.study.runner import Order
+
+
+def of_sweep(path: Path, overrides: Sequence[str]) -> Order:
+    """The study of a sweep file.
+
+    Raises:
+        SweepFileError: all that is wrong with it.
+    """
+
+    def read() -> StudySpec:
+        return sweepfile.load(path, overrides=overrides, counted=False)  # what of the queue is done, the study knows
+
+    spec = read()
+    return Order(spec, sweepfile.watch(sweepfile.files(path), read), sweepfile.where(path, overrides=overrides))
+
+
+def of_fork(order: Order, name: str, *, outputs: Path) -> Order:
+    """The same file as a new study, with the bars of the old one and its trials.
+
+    Raises:
+        FintxError: a name that is none, or no study to fork.
+    """
+    old = outputs / order.spec.study.name
+
+    def forked(spec: StudySpec) -> StudySpec:
+        return fork.renamed(opening.pinned(spec, old), name)
+
+    def reload() -> StudySpec | None:
+        fresh = order.reload()
+        return None if fresh is None else forked(fresh)
+
+    return dataclasses.replace(order, spec=forked(order.spec), reload=reload, take_over=fork.taking_over(old))
+
+
+def of_manual(path: Path, overrides: Sequence[str]) -> list[Order]:
+    """The studies of a manual file.
+
+    Raises:
+        SweepFileError: all that is wrong with it, or with the sweep files that it names.
+    """
+    return [_of_group(path, sweep, spec, overrides) for sweep, spec in _groups(path, overrides).items()]
+
+
+def _of_group(path: Path, sweep: Path, spec: StudySpec, overrides: Sequence[str]) -> Order:
+    def read() -> StudySpec:
+        emptied = spec.model_copy(update={"queue": ()})
+        return _groups(path, overrides).get(sweep, emptied)
+
+    again = sweepfile.watch((path, *sweepfile.files(sweep)), read)
+    return Order(spec, again, sweepfile.where(path, overrides=overrides, sweep=sweep), queue_only=True)
+
+
+def _groups(path: Path, overrides: Sequence[str]) -> dict[Path, StudySpec]:
+    return sweepfile.by_sweep(path, overrides=overrides)
