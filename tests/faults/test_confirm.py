@@ -60,9 +60,9 @@ def confirming(machine):
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory, tiny_file):
+def undisturbed(tmp_path_factory, fault_file):
     """The same where nothing happened: members, and confirmation.json."""
-    here = Machine(tmp_path_factory.mktemp("confirmed"), tiny_file)
+    here = Machine(tmp_path_factory.mktemp("confirmed"), fault_file)
     here.run(*MEDIUM, timeout_s=PATIENCE_S)
     there = dataclasses.replace(here, file=Path("tiny"))
     there.start(command="confirm", options=WANTED).end(code=0, timeout_s=PATIENCE_S)

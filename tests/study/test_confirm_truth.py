@@ -18,7 +18,7 @@ N = 1600
 SWEEP = """
 [study]
 name = "{name}"
-question = "Does the volume of today know tomorrow?"
+question = "Does the volume of yesterday know tomorrow?"
 n_trials = 2
 n_startup_trials = 2
 
@@ -63,11 +63,14 @@ n_seeds = 2
 
 
 def bars(strength: float) -> str:
-    """A random walk whose volume holds `strength` of the next day's sign; 0: its returns are shuffled, as it were."""
+    """A random walk whose volume holds `strength` of the sign of the day after the next; 0: of nothing.
+
+    So yesterday's volume knows tomorrow: a model that sees the days before today can learn it, no baseline can.
+    """
     rng = np.random.default_rng(0)
     returns = 0.01 * rng.standard_normal(N)
     close = 100 * np.exp(np.cumsum(returns))
-    ahead = np.sign(np.append(returns[1:], 1.0))
+    ahead = np.sign(np.append(returns[2:], [1.0, 1.0]))
     volume = np.exp(12 + strength * ahead + 0.5 * rng.standard_normal(N))
     days = np.busday_offset("2010-01-04", np.arange(N), roll="forward").astype(str)
     reach = np.abs(0.002 * rng.standard_normal(N)) + 1e-4
