@@ -55,6 +55,7 @@ def test_two_hosts_train_the_trials_of_one(machine: Machines) -> None:
     assert "trials finished" in first.said and "trials finished" not in second.said
 
 
+@pytest.mark.long
 def test_a_request_to_stop_reaches_both_and_the_same_command_continues(machine: Machines) -> None:
     here = machine()
     first, second = launch(here, *CAUGHT, OFTEN)
@@ -71,6 +72,7 @@ def test_a_request_to_stop_reaches_both_and_the_same_command_continues(machine: 
     assert here.first_steps()[1] > here.first_steps()[0]
 
 
+@pytest.mark.long
 def test_a_host_whose_worker_dies_is_waited_for(machine: Machines) -> None:
     here = machine()
     first, second = launch(here, *CAUGHT, OFTEN)

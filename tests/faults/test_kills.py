@@ -227,6 +227,7 @@ def test_a_worker_that_dies_again_and_again_leaves_its_trial_aside_for_the_next_
     assert here.claims()[0].attempt == 3
 
 
+@pytest.mark.long
 def test_killed_at_random_until_it_is_finished(machine):
     """Coordinator, worker or both, twenty times at any instant; then it is left alone to come to its end."""
     here, chance = machine(), random.Random(7)

@@ -131,6 +131,7 @@ def test_a_database_that_is_restarted_three_times_costs_nothing_but_time(machine
     assert [claim.finished for claim in held(url, here.folder).values()] == [True] * 6
 
 
+@pytest.mark.long
 def test_eight_machines_start_on_an_empty_database_at_once(machine, url):
     eight = [machine(f"machine{index}") for index in range(8)]
     started = [each.start(*SHORT, "study.n_trials=9", options=sharing(url)) for each in eight]

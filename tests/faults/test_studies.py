@@ -18,6 +18,7 @@ def distinct(machine: Machine) -> int:
     return len({record.config_hash for record in machine.records()})
 
 
+@pytest.mark.long
 def test_ten_and_ten_more_are_twenty_at_once(machine):
     at_once, in_two = machine("at_once"), machine("in_two")
     short = ("train.max_epochs=1", "study.n_startup_trials=5")  # most are then proposed from what was learnt

@@ -72,6 +72,7 @@ def test_what_it_would_take_is_said_where_it_cant_be_told(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_intervals_cover_the_truth_as_often_as_they_say():
     """24 planted fields; the bounds are what fewer than one series in a hundred would miss."""
     sizes, runs = (2e3, 1e4, 5e4, 2.5e5), 24
