@@ -13,16 +13,14 @@ import json
 import os
 import signal
 import sys
-import tempfile
-import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 
-from fintx.types import DISK_ERRORS, FintxError, without_passwords
+from fintx.types import Bug, FintxError, told, without_passwords
 
 if TYPE_CHECKING:
     from fintx.study.confirm import Confirmed
@@ -69,20 +67,18 @@ def main() -> None:
         signal.signal(number, _stop_early)
     try:
         app()
-    except FintxError as error:
-        _complain(str(error))
-        sys.exit(2)
     except _StopAtOnce:
         _complain("stopped at once; nothing finished is lost, the same command continues")
         sys.exit(STOPPED)
     except Exception as error:
-        if isinstance(error, OSError) and error.errno in DISK_ERRORS:
-            where = f"{error.filename}: " if error.filename else ""
-            _complain(f"{where}{os.strerror(error.errno)}; mend that, and the same command continues")
-            sys.exit(2)
-        what = f"{type(error).__name__}: {_first_line(error)}"
-        _complain(f"{what}; this is a bug of fintx, please report {_keep_trace()}")
-        sys.exit(1)
+        sys.exit(_complain_of([told(error)]))
+
+
+def _complain_of(problems: Sequence[FintxError]) -> int:
+    """Print them; returns the exit code that they make."""
+    for problem in problems:
+        _complain(str(problem))
+    return 1 if any(isinstance(problem, Bug) for problem in problems) else 2
 
 
 def _stop_early(number: int, frame: object) -> None:
@@ -95,16 +91,6 @@ def _complain(text: str) -> None:
     Console(stderr=True).print(
         f"fintx: {without_passwords(text)}", style="red", highlight=False, markup=False, soft_wrap=True
     )
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), "")
-
-
-def _keep_trace() -> str:
-    with tempfile.NamedTemporaryFile("w", prefix="fintx-", suffix=".traceback.txt", delete=False) as file:
-        file.write(without_passwords(traceback.format_exc()))
-    return file.name
 
 
 @app.command()
@@ -223,11 +209,8 @@ def _conduct(
         after = [runner.Order(each.spec, confirm=each.spec.confirm) for each in finished]
         if after:
             results += to_the_end(after)
-    for result in results:
-        if result.problem is not None:
-            _complain(str(result.problem))
-    if any(result.problem is not None for result in results):
-        raise typer.Exit(2)
+    if problems := [result.problem for result in results if result.problem is not None]:
+        raise typer.Exit(_complain_of(problems))
     ended = [result for result in results if not isinstance(result, runner.Failure)]
     if any(result.interrupted for result in ended):
         console.print("stopped on request; give the same command again to continue", soft_wrap=True)

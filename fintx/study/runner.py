@@ -24,12 +24,12 @@ from fintx.study.events import Event, Notice, StudyReady
 from fintx.study.fork import TakeOver
 from fintx.study.job import Job, Jobs
 from fintx.study.lead import Lead, over_baselines
-from fintx.study.opening import begin, check_queue
+from fintx.study.opening import Stopped, begin, check_queue
 from fintx.study.pool import ENDS, Pool, Worker
 from fintx.study.records import TrialRecord
 from fintx.sweepsource import Where, spelled
 from fintx.train import memory, placement
-from fintx.types import FintxError
+from fintx.types import FintxError, told
 
 _POLL_S = 0.2
 
@@ -98,6 +98,10 @@ class Course(Protocol):
     """Held jobs whose workers are to be killed."""
     problem: FintxError | None
     stop_asked: bool
+
+    @property
+    def name(self) -> str:
+        """The study's."""
 
     @property
     def held(self) -> Container[int]:
@@ -195,7 +199,9 @@ def run_all(
         raise FintxError(f"--workers {workers}: this machine has {len(gpus)} GPUs, and a worker needs one of its own")
     with contextlib.ExitStack() as stack:
         pool = stack.enter_context(contextlib.closing(Pool(workers, gpus=len(gpus), hosts=hosts)))
-        return _Run(list(orders), outputs, data_root, notify, pool, len(gpus) > 0, hosts, stack).to_the_end(should_stop)
+        return _Run(
+            list(orders), outputs, data_root, notify, pool, len(gpus) > 0, hosts, stack, should_stop
+        ).to_the_end()
 
 
 def filling(specs: Sequence[StudySpec], gpus: Sequence[int]) -> int:
@@ -242,6 +248,7 @@ class _Run:
     on_gpus: bool
     hosts: bool
     stack: contextlib.ExitStack
+    should_stop: Callable[[], bool]
 
     def __post_init__(self) -> None:
         self.waiting = list(self.orders)
@@ -252,9 +259,9 @@ class _Run:
         self.recalled: set[Worker] = set()
         self.stopping = False
 
-    def to_the_end(self, should_stop: Callable[[], bool]) -> list[Summary | Confirmed | Failure]:
+    def to_the_end(self) -> list[Summary | Confirmed | Failure]:
         while True:
-            if should_stop() and not self.stopping:
+            if self.should_stop() and not self.stopping:
                 self.stopping = True
                 self.pool.stop()
             self._give_work()
@@ -337,8 +344,11 @@ class _Run:
                         hosts=self.hosts,
                     )  # fmt: skip
                 )
-        except FintxError as error:
-            self.results[id(order)] = Failure(order.spec, error)
+        except Stopped:
+            self.stopping = True
+            self.pool.stop()
+        except Exception as error:
+            self.results[id(order)] = Failure(order.spec, told(error, of=name))
         return True
 
     def _search(self, order: Order, warn: Callable[[str], None]) -> Search:
@@ -351,6 +361,7 @@ class _Run:
                 take_over=order.take_over,
                 queue_only=order.queue_only,
                 where=order.where,
+                should_stop=self.should_stop,
             )  # fmt: skip
         )
         course = Search(
@@ -431,6 +442,12 @@ class _Run:
     # --- the end ---
 
     def _result(self, order: Order) -> Summary | Confirmed | Failure:
+        try:
+            return self._what_it_leaves(order)
+        except Exception as error:
+            return Failure(order.spec, told(error, of=order.spec.study.name))
+
+    def _what_it_leaves(self, order: Order) -> Summary | Confirmed | Failure:
         if id(order) in self.results:
             return self.results[id(order)]
         course = self.courses.get(order.spec.study.name)
@@ -448,18 +465,18 @@ class _Run:
 
 @contextlib.contextmanager
 def _blamed_on(course: Course) -> Iterator[None]:
-    """A study that can't go on (a full disk, say) ends, and none of the others."""
+    """A study that can't go on (a full disk, a bug) ends, and none of the others."""
     try:
         yield
-    except FintxError as error:
-        course.problem = course.problem or error
+    except Exception as error:
+        course.problem = course.problem or told(error, of=course.name)
 
 
 def _summary(course: Search, *, interrupted: bool) -> Summary:
     with _blamed_on(course):
         course.learn()  # what other machines finished since the last look
+        course.write_tables()
     opened, best = course.opened, course.best
-    course.write_tables()
     lead = None
     if best is not None and _predictions(opened.folder, best).is_file():
         with _blamed_on(course):
