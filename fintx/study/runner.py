@@ -322,6 +322,7 @@ class _Run:
         return [course for course in self.courses.values() if course.asks and not course.over]
 
     def _begin_next(self) -> bool:
+        """Begin the study whose turn it is; false: none is to be begun any more."""
         if not self.waiting:
             return False
         order = self.waiting.pop(0)
@@ -349,7 +350,7 @@ class _Run:
             self.pool.stop()
         except Exception as error:
             self.results[id(order)] = Failure(order.spec, told(error, of=name))
-        return True
+        return not self.stopping
 
     def _search(self, order: Order, warn: Callable[[str], None]) -> Search:
         opened = self.stack.enter_context(

@@ -170,3 +170,17 @@ def test_a_bug_ends_its_own_study_alone_and_its_traceback_is_named(tiny_file, tm
     assert "ZeroDivisionError" in Path(named).read_text()
     assert cli._complain_of([FintxError("x"), first.problem]) == 1 and cli._complain_of([FintxError("x")]) == 2
     Path(named).unlink()
+
+
+def test_a_stop_while_a_study_begins_begins_no_other(tiny_file, tmp_path):
+    orders = [runner.Order(sweepfile.load(tiny_file, overrides=[f"study.name='{name}'"])) for name in "ab"]
+    told = []
+
+    def stop_once_it_fits():
+        return any("fitting" in getattr(event, "words", "") for event in told)
+
+    places = {"outputs": tmp_path / "outputs", "data_root": tmp_path / "data"}
+    results = runner.run_all(orders, notify=told.append, should_stop=stop_once_it_fits, **places)
+    assert [result.interrupted and result.records == () for result in results] == [True, True]
+    assert [path.name for path in (tmp_path / "outputs").iterdir()] == ["a"]
+    assert not (tmp_path / "outputs" / "a" / "baselines.json").exists()
