@@ -169,6 +169,7 @@ def run_all(
     should_stop: Callable[[], bool] = lambda: False,
     workers: int | None = None,
     hosts: bool = False,
+    also: Callable[[], Sequence[Order]] = tuple,
 ) -> list[Summary | Confirmed | Failure]:
     """Run studies: one after the other with one worker, else as many side by side as there are workers.
 
@@ -180,6 +181,7 @@ def run_all(
         workers: processes that train, each on its share of the GPUs or of the cores; none: one, and on several GPUs
             one for as few of them as the largest trial needs.
         hosts: the one worker trains together with those of the launch's other processes (`group.follow`).
+        also: asked several times a second for studies to run after these, by whatever file has come to name them.
 
     Raises:
         FintxError: more workers than GPUs.
@@ -200,7 +202,7 @@ def run_all(
     with contextlib.ExitStack() as stack:
         pool = stack.enter_context(contextlib.closing(Pool(workers, gpus=len(gpus), hosts=hosts)))
         return _Run(
-            list(orders), outputs, data_root, notify, pool, len(gpus) > 0, hosts, stack, should_stop
+            list(orders), outputs, data_root, notify, pool, len(gpus) > 0, hosts, stack, should_stop, also
         ).to_the_end()
 
 
@@ -249,6 +251,7 @@ class _Run:
     hosts: bool
     stack: contextlib.ExitStack
     should_stop: Callable[[], bool]
+    also: Callable[[], Sequence[Order]]
 
     def __post_init__(self) -> None:
         self.waiting = list(self.orders)
@@ -264,6 +267,7 @@ class _Run:
             if self.should_stop() and not self.stopping:
                 self.stopping = True
                 self.pool.stop()
+            self._take_more()
             self._give_work()
             if not self.handed and not any(self._open(course) for course in self.courses.values()):
                 if self.stopping or not self.waiting:
@@ -274,6 +278,12 @@ class _Run:
                     course.tick()
             self._end_those_who_must()
         return [self._result(order) for order in self.orders]
+
+    def _take_more(self) -> None:
+        with contextlib.suppress(FintxError):  # each study of the file tells what is wrong with it
+            more = self.also()
+            self.orders += more
+            self.waiting += more
 
     def _open(self, course: Course) -> bool:
         if course.problem or course.stop_asked or self.stopping:
