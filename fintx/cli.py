@@ -13,20 +13,20 @@ import json
 import os
 import signal
 import sys
-import tempfile
-import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 
-from fintx.types import DISK_ERRORS, FintxError, without_passwords
+from fintx.types import Bug, FintxError, told, without_passwords
 
 if TYPE_CHECKING:
     from fintx.study.confirm import Confirmed
     from fintx.study.runner import Failure, Order, Summary
+
+    Results = list[Summary | Confirmed | Failure]
 
 STOPPED = 75
 
@@ -69,20 +69,18 @@ def main() -> None:
         signal.signal(number, _stop_early)
     try:
         app()
-    except FintxError as error:
-        _complain(str(error))
-        sys.exit(2)
     except _StopAtOnce:
         _complain("stopped at once; nothing finished is lost, the same command continues")
         sys.exit(STOPPED)
     except Exception as error:
-        if isinstance(error, OSError) and error.errno in DISK_ERRORS:
-            where = f"{error.filename}: " if error.filename else ""
-            _complain(f"{where}{os.strerror(error.errno)}; mend that, and the same command continues")
-            sys.exit(2)
-        what = f"{type(error).__name__}: {_first_line(error)}"
-        _complain(f"{what}; this is a bug of fintx, please report {_keep_trace()}")
-        sys.exit(1)
+        sys.exit(_complain_of([told(error)]))
+
+
+def _complain_of(problems: Sequence[FintxError]) -> int:
+    """Print them; returns the exit code that they make."""
+    for problem in problems:
+        _complain(str(problem))
+    return 1 if any(isinstance(problem, Bug) for problem in problems) else 2
 
 
 def _stop_early(number: int, frame: object) -> None:
@@ -95,16 +93,6 @@ def _complain(text: str) -> None:
     Console(stderr=True).print(
         f"fintx: {without_passwords(text)}", style="red", highlight=False, markup=False, soft_wrap=True
     )
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), "")
-
-
-def _keep_trace() -> str:
-    with tempfile.NamedTemporaryFile("w", prefix="fintx-", suffix=".traceback.txt", delete=False) as file:
-        file.write(without_passwords(traceback.format_exc()))
-    return file.name
 
 
 @app.command()
@@ -149,8 +137,10 @@ def manual(
     """Run what is not done yet of a file of hand-picked trials, each inside its study."""
     from fintx.study import orders
 
-    made = orders.of_manual(file, _with_storage(overrides, storage))
-    _run(made, outputs=outputs, data_dir=data_dir, workers=workers)
+    overrides = _with_storage(overrides, storage)
+    made = orders.of_manual(file, overrides)
+    also = orders.added(file, overrides, made)
+    _run(made, outputs=outputs, data_dir=data_dir, workers=workers, also=also)
 
 
 def _with_storage(overrides: list[str], storage: str | None) -> list[str]:
@@ -182,52 +172,55 @@ def confirm(
     _run(orders, outputs=folder.resolve().parent, data_dir=data_dir, workers=workers)
 
 
-def _run(orders: list[Order], *, outputs: Path, data_dir: Path, workers: int | None, confirms: bool = False) -> None:
+def _run(
+    orders: list[Order],
+    *,
+    outputs: Path,
+    data_dir: Path,
+    workers: int | None,
+    confirms: bool = False,
+    also: Callable[[], Sequence[Order]] = tuple,
+) -> None:
     """Run under a live view, print what came of it, and exit with the code that says so.
 
     Args:
         confirms: studies that ask for it are confirmed at their end.
+        also: gives the studies that are asked for while those run.
     """
     from fintx.study import group, launcher
 
+    run_all = functools.partial(_run_all, outputs=outputs, data_dir=data_dir, also=also)
+
     place = launcher.find() if all(order.spec.mesh.hosts for order in orders) else None
     if place is None:
-        return _conduct(orders, outputs=outputs, data_dir=data_dir, workers=workers, confirms=confirms)
+        return _conduct(orders, functools.partial(run_all, workers=workers, hosts=False), confirms=confirms)
     if workers is not None and workers > 1:
         raise FintxError(f"--workers {workers}: {place} trains each trial with all others; leave it out")
     with _stop_on_signal() as should_stop:
         if place.index > 0:
             return group.follow(place, should_stop=should_stop)
     try:
-        _conduct(orders, outputs=outputs, data_dir=data_dir, workers=1, confirms=confirms, hosts=True)
+        _conduct(orders, functools.partial(run_all, workers=1, hosts=True), confirms=confirms)
     finally:
         group.dismiss(place)
 
 
-def _conduct(
-    orders: list[Order], *, outputs: Path, data_dir: Path, workers: int | None, confirms: bool, hosts: bool = False
-) -> None:
+def _conduct(orders: list[Order], run_all: Callable[[Console, list[Order]], Results], *, confirms: bool) -> None:
     from fintx.study import pool, runner
     from fintx.terminal import tables
 
     pool.keep_off_the_gpus()
     console = Console()
-    to_the_end = functools.partial(
-        _to_the_end, console, outputs=outputs, data_dir=data_dir, workers=workers, hosts=hosts
-    )  # fmt: skip
-    results = to_the_end(orders)
+    results = run_all(console, orders)
     if len(results) > 1:
         tables.print_results(console, [each for each in results if not isinstance(each, runner.Confirmed)])
     if confirms:
         finished = [each for each in results if isinstance(each, runner.Summary) and each.to_be_confirmed]
         after = [runner.Order(each.spec, confirm=each.spec.confirm) for each in finished]
         if after:
-            results += to_the_end(after)
-    for result in results:
-        if result.problem is not None:
-            _complain(str(result.problem))
-    if any(result.problem is not None for result in results):
-        raise typer.Exit(2)
+            results += run_all(console, after)
+    if problems := [result.problem for result in results if result.problem is not None]:
+        raise typer.Exit(_complain_of(problems))
     ended = [result for result in results if not isinstance(result, runner.Failure)]
     if any(result.interrupted for result in ended):
         console.print("stopped on request; give the same command again to continue", soft_wrap=True)
@@ -236,16 +229,23 @@ def _conduct(
         raise typer.Exit(1)
 
 
-def _to_the_end(
-    console: Console, orders: list[Order], *, outputs: Path, data_dir: Path, workers: int | None, hosts: bool
-) -> list[Summary | Confirmed | Failure]:
+def _run_all(
+    console: Console,
+    orders: list[Order],
+    *,
+    outputs: Path,
+    data_dir: Path,
+    workers: int | None,
+    hosts: bool,
+    also: Callable[[], Sequence[Order]],
+) -> Results:
     from fintx.study import runner
     from fintx.terminal import confirmation, live, tables
 
     with _stop_on_signal() as should_stop, live.View(console) as view:
         results = runner.run_all(
             orders, outputs=outputs, data_root=data_dir, notify=view.notify, should_stop=should_stop,
-            workers=workers, hosts=hosts,
+            workers=workers, hosts=hosts, also=also,
         )  # fmt: skip
     for result in results:
         if isinstance(result, runner.Summary):

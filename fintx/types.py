@@ -12,7 +12,10 @@ Modules that hold JAX arrays import `jaxtyping` themselves: it loads JAX, which 
 from __future__ import annotations
 
 import errno
+import os
 import re
+import tempfile
+import traceback
 from typing import Any
 
 import numpy as np
@@ -52,3 +55,25 @@ class FintxError(Exception):
 
     def __init__(self, text: str):
         super().__init__(without_passwords(text))
+
+
+class Bug(FintxError):
+    """What no user can mend. Its traceback lies in a file that the message names; exit code 1."""
+
+
+def told(error: Exception, *, of: str = "") -> FintxError:
+    """Any exception as its user is to hear of it: a full disk is his to mend, what nobody foresaw is a bug.
+
+    Args:
+        of: what could not go on, such as a study's name.
+    """
+    if isinstance(error, FintxError):
+        return error
+    who = f"{of}: " if of else ""
+    if isinstance(error, OSError) and error.errno in DISK_ERRORS:
+        where = f"{error.filename}: " if error.filename else ""
+        return FintxError(f"{who}{where}{os.strerror(error.errno)}; mend that, and the same command continues")
+    with tempfile.NamedTemporaryFile("w", prefix="fintx-", suffix=".traceback.txt", delete=False) as file:
+        file.write(without_passwords("".join(traceback.format_exception(error))))
+    what = next(iter(str(error).splitlines()), "")
+    return Bug(f"{who}{type(error).__name__}: {what}; this is a bug of fintx, please report {file.name}")

@@ -44,7 +44,12 @@ class Baseline:
 
 
 def for_dataset(
-    dataset: Dataset, task: TaskConfig, bars: Mapping[str, Bars], context: Mapping[str, Bars]
+    dataset: Dataset,
+    task: TaskConfig,
+    bars: Mapping[str, Bars],
+    context: Mapping[str, Bars],
+    *,
+    pause: Callable[[], None] = lambda: None,
 ) -> tuple[Baseline, ...]:
     """All that a model must beat, the prior first.
 
@@ -56,6 +61,7 @@ def for_dataset(
         dataset: one fold; its training rows fit, its validation rows score.
         bars: of its assets, by symbol; as many as were used or more. Later ones are not looked at.
         context: of the context symbols.
+        pause: called before each fit; what it raises ends them.
 
     Raises:
         ValueError: a classification fold whose training labels are all alike; bars without the dataset's days.
@@ -63,7 +69,7 @@ def for_dataset(
     prior = float(np.mean(dataset.train.labels, dtype=np.float64))
     constant: Floats = np.full(len(dataset.validation.rows), metrics.prior_output(task.kind, prior))
     known = Known.at(dataset, bars, context)
-    forecast = _Forecaster(dataset, constant)
+    forecast = _Forecaster(dataset, constant, pause)
     found = _of_returns(known, forecast) if task.kind == "regression" else _of_labels(known, forecast, task)
     return tuple(_scored(name, words, outputs, dataset, task, prior) for name, words, outputs in found)
 
@@ -143,9 +149,11 @@ class _Forecaster:
     dataset: Dataset
     constant: Floats
     """(S',): said of rows whose inputs are unknown."""
+    pause: Callable[[], None]
 
     def __call__(self, fit: Fit, *choices: Floats) -> Floats:
         """Outputs from the first choice of inputs, (rows, K) each, where it is known; else from the next."""
+        self.pause()
         outputs = self.constant.astype(np.float64)
         train, validation = self.dataset.train, self.dataset.validation
         for inputs in reversed(choices):  # a better choice overwrites a worse one

@@ -28,6 +28,10 @@ class StudyConflict(FintxError):
     """The output folder, or the storage, holds another study of this name."""
 
 
+class Stopped(Exception):
+    """A stop was asked for while the study began; nothing of it runs."""
+
+
 @dataclass(frozen=True)
 class Opened:
     """A study that may run: its folder is held, its storage open, what must be beaten is known."""
@@ -93,6 +97,7 @@ def begin(
     take_over: TakeOver | None = None,
     queue_only: bool = False,
     where: Where = spelled,
+    should_stop: Callable[[], bool] = lambda: False,
 ) -> Iterator[Opened]:
     """Hold a study's folder and open it, made where it isn't there yet.
 
@@ -101,8 +106,10 @@ def begin(
         take_over: brings trials of another study into one that is new.
         queue_only: the spec's queue is another file's, and not the study's own to keep.
         where: tells where a key of the file stands.
+        should_stop: asked every few seconds while what must be beaten is fitted, and at the end.
 
     Raises:
+        Stopped: it said so.
         StudyConflict: the folder or the storage holds a study with another definition.
         StudyBusy: another process of this host runs it.
         FintxError: whatever in data, budget, queue or storage can't be run; no trial has been touched then.
@@ -116,6 +123,11 @@ def begin(
     space = SearchSpace.build(spec, n_features=len(spec.data.features))
     queue.validate(spec, n_features=len(spec.data.features), where=where)
     counted = not queue_only and take_over is None
+
+    def pause() -> None:
+        if should_stop():
+            raise Stopped
+
     with lock.hold(folder), contextlib.ExitStack() as stack:
         stop_before = stopping.request(folder)
         if known is None:
@@ -145,7 +157,8 @@ def begin(
                 f"{spec.study.name}: {error}; is the database running, and is its address right?"
             ) from None
         windows.store_processed(prepared, data_root)
-        beaten = trial.ensure_baselines(folder, prepared.folds, spec, data_root, tell=warn)
+        beaten = trial.ensure_baselines(folder, prepared.folds, spec, data_root, tell=warn, pause=pause)
+        pause()
         yield Opened(asked, spec, folder, space, prepared, book, beaten, stop_before)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from fintx import sweepfile
@@ -51,6 +51,19 @@ def of_manual(path: Path, overrides: Sequence[str]) -> list[Order]:
         SweepFileError: all that is wrong with it, or with the sweep files that it names.
     """
     return [_of_group(path, sweep, spec, overrides) for sweep, spec in _groups(path, overrides).items()]
+
+
+def added(path: Path, overrides: Sequence[str], made: Sequence[Order]) -> Callable[[], list[Order]]:
+    """Gives the studies that a manual file has come to name since the last look, beside those that are ordered."""
+    again = sweepfile.watch((path,), lambda: of_manual(path, overrides))
+    names = {order.spec.study.name for order in made}
+
+    def look() -> list[Order]:
+        fresh = [order for order in again() or () if order.spec.study.name not in names]
+        names.update(order.spec.study.name for order in fresh)
+        return fresh
+
+    return look
 
 
 def _of_group(path: Path, sweep: Path, spec: StudySpec, overrides: Sequence[str]) -> Order:

@@ -177,7 +177,7 @@ def _with_entry(path: Path, text: str, fields: Mapping[str, Any], data_root: Pat
     first_line = sweepsource.plain(changed).count("\n") - len(fields)
     manual = not sweepfile.is_study(sweepsource.parse(path, text).tree)
     try:
-        studies = _studies(path, manual, changed)
+        studies = _studies(path, manual, changed, counted=True)
     except SweepFileError as error:
         raise SweepFileError(_of_new_entry(str(error), path, first_line)) from None
     spec = studies[sweepfile.sweep_path(path, str(fields["sweep"]))] if manual else studies[path]
@@ -343,9 +343,9 @@ def with_cancelled(path: Path, text: str, index: int) -> str:
 # --- the file ---------------------------------------------------------------------------------------------------------
 
 
-def _studies(path: Path, manual: bool, text: str | None = None) -> dict[Path, StudySpec]:
+def _studies(path: Path, manual: bool, text: str | None = None, *, counted: bool = False) -> dict[Path, StudySpec]:
     """Sweep file → study; a sweep file's own is its only one."""
-    return sweepfile.by_sweep(path, text=text) if manual else {path: sweepfile.load(path, text=text)}
+    return sweepfile.by_sweep(path, text=text) if manual else {path: sweepfile.load(path, text=text, counted=counted)}
 
 
 @contextlib.contextmanager

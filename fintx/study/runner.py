@@ -24,12 +24,12 @@ from fintx.study.events import Event, Notice, StudyReady
 from fintx.study.fork import TakeOver
 from fintx.study.job import Job, Jobs
 from fintx.study.lead import Lead, over_baselines
-from fintx.study.opening import begin, check_queue
+from fintx.study.opening import Stopped, begin, check_queue
 from fintx.study.pool import ENDS, Pool, Worker
 from fintx.study.records import TrialRecord
 from fintx.sweepsource import Where, spelled
 from fintx.train import memory, placement
-from fintx.types import FintxError
+from fintx.types import FintxError, told
 
 _POLL_S = 0.2
 
@@ -100,6 +100,10 @@ class Course(Protocol):
     stop_asked: bool
 
     @property
+    def name(self) -> str:
+        """The study's."""
+
+    @property
     def held(self) -> Container[int]:
         """Keys of the jobs that workers have."""
 
@@ -165,6 +169,7 @@ def run_all(
     should_stop: Callable[[], bool] = lambda: False,
     workers: int | None = None,
     hosts: bool = False,
+    also: Callable[[], Sequence[Order]] = tuple,
 ) -> list[Summary | Confirmed | Failure]:
     """Run studies: one after the other with one worker, else as many side by side as there are workers.
 
@@ -176,6 +181,7 @@ def run_all(
         workers: processes that train, each on its share of the GPUs or of the cores; none: one, and on several GPUs
             one for as few of them as the largest trial needs.
         hosts: the one worker trains together with those of the launch's other processes (`group.follow`).
+        also: asked several times a second for studies to run after these, by whatever file has come to name them.
 
     Raises:
         FintxError: more workers than GPUs.
@@ -195,7 +201,9 @@ def run_all(
         raise FintxError(f"--workers {workers}: this machine has {len(gpus)} GPUs, and a worker needs one of its own")
     with contextlib.ExitStack() as stack:
         pool = stack.enter_context(contextlib.closing(Pool(workers, gpus=len(gpus), hosts=hosts)))
-        return _Run(list(orders), outputs, data_root, notify, pool, len(gpus) > 0, hosts, stack).to_the_end(should_stop)
+        return _Run(
+            list(orders), outputs, data_root, notify, pool, len(gpus) > 0, hosts, stack, should_stop, also
+        ).to_the_end()
 
 
 def filling(specs: Sequence[StudySpec], gpus: Sequence[int]) -> int:
@@ -242,6 +250,8 @@ class _Run:
     on_gpus: bool
     hosts: bool
     stack: contextlib.ExitStack
+    should_stop: Callable[[], bool]
+    also: Callable[[], Sequence[Order]]
 
     def __post_init__(self) -> None:
         self.waiting = list(self.orders)
@@ -252,11 +262,12 @@ class _Run:
         self.recalled: set[Worker] = set()
         self.stopping = False
 
-    def to_the_end(self, should_stop: Callable[[], bool]) -> list[Summary | Confirmed | Failure]:
+    def to_the_end(self) -> list[Summary | Confirmed | Failure]:
         while True:
-            if should_stop() and not self.stopping:
+            if self.should_stop() and not self.stopping:
                 self.stopping = True
                 self.pool.stop()
+            self._take_more()
             self._give_work()
             if not self.handed and not any(self._open(course) for course in self.courses.values()):
                 if self.stopping or not self.waiting:
@@ -267,6 +278,12 @@ class _Run:
                     course.tick()
             self._end_those_who_must()
         return [self._result(order) for order in self.orders]
+
+    def _take_more(self) -> None:
+        with contextlib.suppress(FintxError):  # each study of the file tells what is wrong with it
+            more = self.also()
+            self.orders += more
+            self.waiting += more
 
     def _open(self, course: Course) -> bool:
         if course.problem or course.stop_asked or self.stopping:
@@ -315,6 +332,7 @@ class _Run:
         return [course for course in self.courses.values() if course.asks and not course.over]
 
     def _begin_next(self) -> bool:
+        """Begin the study whose turn it is; false: none is to be begun any more."""
         if not self.waiting:
             return False
         order = self.waiting.pop(0)
@@ -337,9 +355,12 @@ class _Run:
                         hosts=self.hosts,
                     )  # fmt: skip
                 )
-        except FintxError as error:
-            self.results[id(order)] = Failure(order.spec, error)
-        return True
+        except Stopped:
+            self.stopping = True
+            self.pool.stop()
+        except Exception as error:
+            self.results[id(order)] = Failure(order.spec, told(error, of=name))
+        return not self.stopping
 
     def _search(self, order: Order, warn: Callable[[str], None]) -> Search:
         opened = self.stack.enter_context(
@@ -351,6 +372,7 @@ class _Run:
                 take_over=order.take_over,
                 queue_only=order.queue_only,
                 where=order.where,
+                should_stop=self.should_stop,
             )  # fmt: skip
         )
         course = Search(
@@ -431,6 +453,12 @@ class _Run:
     # --- the end ---
 
     def _result(self, order: Order) -> Summary | Confirmed | Failure:
+        try:
+            return self._what_it_leaves(order)
+        except Exception as error:
+            return Failure(order.spec, told(error, of=order.spec.study.name))
+
+    def _what_it_leaves(self, order: Order) -> Summary | Confirmed | Failure:
         if id(order) in self.results:
             return self.results[id(order)]
         course = self.courses.get(order.spec.study.name)
@@ -448,18 +476,18 @@ class _Run:
 
 @contextlib.contextmanager
 def _blamed_on(course: Course) -> Iterator[None]:
-    """A study that can't go on (a full disk, say) ends, and none of the others."""
+    """A study that can't go on (a full disk, a bug) ends, and none of the others."""
     try:
         yield
-    except FintxError as error:
-        course.problem = course.problem or error
+    except Exception as error:
+        course.problem = course.problem or told(error, of=course.name)
 
 
 def _summary(course: Search, *, interrupted: bool) -> Summary:
     with _blamed_on(course):
         course.learn()  # what other machines finished since the last look
+        course.write_tables()
     opened, best = course.opened, course.best
-    course.write_tables()
     lead = None
     if best is not None and _predictions(opened.folder, best).is_file():
         with _blamed_on(course):

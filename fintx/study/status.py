@@ -31,12 +31,15 @@ class StudyStatus:
     metric: str
     best: TrialRecord | None
     eta: datetime.timedelta | None
-    """Mean wall time of the finished trials × trials to go; none before the first."""
+    """Mean wall time of the finished trials × trials to go, shared out among those that train now; none before the
+    first."""
     confirmation: str
     """What its confirmation came to, in a few words; "–": there was none."""
     doubt: str | None
     """Why its best result is too good to be true; none: it is believable."""
     test_openings: int
+    note: str
+    """Why nothing is known of its unfinished trials; empty: it is."""
 
     @property
     def running(self) -> bool:
@@ -56,7 +59,9 @@ def read(study_folder: Path) -> StudyStatus:
     spec = study.spec
     finished = records.read_all(study_folder)
     numbers = {record.trial_number for record in finished}
-    claims = {claim.number: claim for claim in _claims(study_folder, spec) if claim.number not in numbers}
+    held, note = _claims(study_folder, spec)
+    claims = {claim.number: claim for claim in held if claim.number not in numbers}
+    at_work = sum(claim.state == "running" and claim.step > 0 for claim in claims.values())
     to_go = max(spec.study.n_trials - len(finished), 0)
     best = records.best_of(finished, minimize=metrics.MINIMIZE[spec.study.metric])
     mean_s = sum(record.wall_s for record in finished) / len(finished) if finished else None
@@ -69,10 +74,11 @@ def read(study_folder: Path) -> StudyStatus:
         unfinished=tuple(claims[number] for number in sorted(claims)),
         metric=spec.study.metric,
         best=best,
-        eta=None if mean_s is None else datetime.timedelta(seconds=round(mean_s * to_go)),
+        eta=None if mean_s is None else datetime.timedelta(seconds=round(mean_s * to_go / max(at_work, 1))),
         confirmation=_confirmation(study_folder, len(finished)),
         doubt=significance.too_good(best.best) if best else None,
         test_openings=len(records.openings(study_folder)),
+        note=note,
     )
 
 
@@ -86,12 +92,12 @@ def _confirmation(study_folder: Path, finished: int) -> str:
     return words if found.n_finished == finished else f"{words} (after {found.n_finished} trials)"
 
 
-def _claims(study_folder: Path, spec: StudySpec) -> tuple[Claim, ...]:
-    """None of a database that is away, or whose password was not kept: what the records say is there all the same."""
+def _claims(study_folder: Path, spec: StudySpec) -> tuple[tuple[Claim, ...], str]:
+    """What the storage says, or why it says nothing: what the records say is there all the same."""
     url = spec.execution.storage
     if "***" in url:
-        return ()
+        return (), f"{url}: its password was not kept, so trials that are under way are not shown"
     try:
-        return ledger.read(study_folder, url=url)
-    except FintxError:
-        return ()
+        return ledger.read(study_folder, url=url), ""
+    except FintxError as error:
+        return (), f"{error}; until then trials that are under way are not shown"

@@ -115,8 +115,13 @@ def reading(url: str, folder: Path, name: str) -> Iterator[optuna.Study | None]:
                 study = optuna.load_study(study_name=name, storage=backend)
         except StorageAway as error:
             raise FintxError(f"{name}: {error}; is the database running, and is its address right?") from None
-        except (KeyError, ValueError):
+        except KeyError:
             study = None
+        except ValueError:
+            words = str(path) if url == JOURNAL else without_passwords(url)
+            raise FintxError(
+                f"{words}: is damaged; the next run of the study says where, and mends what it can"
+            ) from None
         yield study
 
 

@@ -309,12 +309,19 @@ def drop_checkpoint(study_folder: Path, number: int) -> None:
 
 
 def ensure_baselines(
-    folder: Path, folds: tuple[Dataset, ...], spec: StudySpec, data_root: Path, *, tell: Callable[[str], None]
+    folder: Path,
+    folds: tuple[Dataset, ...],
+    spec: StudySpec,
+    data_root: Path,
+    *,
+    tell: Callable[[str], None],
+    pause: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
     """What must be beaten on the very same rows: fitted once per data, label and split, whatever study asks.
 
     Args:
         tell: told of progress, a line per fold.
+        pause: called before each fit; what it raises ends them.
 
     Returns:
         name → {"words", "metrics" (mean over folds), "folds" (metrics of each)}.
@@ -326,7 +333,7 @@ def ensure_baselines(
     kept = data_root / "baselines" / _baselines_key(folds, spec)
     found = _kept_baselines(kept)
     if found is None:
-        _fit_baselines(kept, folds, spec, data_root, tell)
+        _fit_baselines(kept, folds, spec, data_root, tell, pause)
         found = _kept_baselines(kept)
         assert found is not None
     text, table = found
@@ -354,7 +361,12 @@ def _baselines_key(folds: tuple[Dataset, ...], spec: StudySpec) -> str:
 
 
 def _fit_baselines(
-    kept: Path, folds: tuple[Dataset, ...], spec: StudySpec, data_root: Path, tell: Callable[[str], None]
+    kept: Path,
+    folds: tuple[Dataset, ...],
+    spec: StudySpec,
+    data_root: Path,
+    tell: Callable[[str], None],
+    pause: Callable[[], None],
 ) -> None:
     loaded = {
         symbol: sources.load(symbol, root=data_root, version=spec.data.versions.get(symbol))
@@ -365,7 +377,7 @@ def _fit_baselines(
     per_fold = []
     for index, fold in enumerate(folds):
         tell("fitting what must be beaten" + (f", fold {index + 1} of {len(folds)}" if len(folds) > 1 else ""))
-        per_fold.append(baselines.for_dataset(fold, spec.task, bars, context))
+        per_fold.append(baselines.for_dataset(fold, spec.task, bars, context, pause=pause))
     result = {
         first.name: {
             "words": first.words,

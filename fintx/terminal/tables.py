@@ -182,6 +182,8 @@ def print_status(console: Console, statuses: Sequence[StudyStatus]) -> None:
     for status in statuses:
         if status.doubt:
             _line(console, f"WARNING: {status.name}: {status.doubt}")
+        if status.note:
+            _line(console, f"Note: {status.name}: {status.note}.")
     unfinished = [
         [
             status.name, str(claim.number), _claim_state(status, claim), f"{claim.step:,}", str(claim.attempt),

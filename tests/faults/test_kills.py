@@ -13,7 +13,7 @@ import time
 import pytest
 
 from fintx.study import stopping
-from tests.faults.machine import ENVIRONMENT, FINTX, LONG, MEDIUM, Machine, Running, wait_for
+from tests.faults.machine import ENVIRONMENT, FINTX, LONG, MEDIUM, SHORT, Machine, Running, wait_for
 
 ONE, TWO = "study.n_trials=1", "study.n_trials=2"
 N_KILLS = 20
@@ -127,6 +127,16 @@ def test_a_request_to_stop_before_the_worker_has_begun_counts_as_no_failure(mach
     running.process.send_signal(signal.SIGINT)
     running.end(code=75)
     assert here.claims()[0].state == "interrupted" and here.claims()[0].failures == 0
+
+
+def test_a_request_to_stop_is_heeded_while_the_baselines_are_fitted(machine):
+    here = machine()
+    running = here.start(*SHORT, "study.n_trials=1")
+    wait_for(lambda: "fitting what must be beaten" in running.said, running=running)
+    running.process.send_signal(signal.SIGINT)
+    assert "give the same command again" in running.end(code=75)
+    assert not (here.folder / "baselines.json").exists() and here.claims() == {}
+    assert "1 of 1 trials finished" in here.run(*SHORT, "study.n_trials=1")
 
 
 def test_asked_twice_it_ends_at_once_and_loses_nothing(machine):

@@ -10,7 +10,7 @@ import pytest
 
 from fintx.study import opening, orders, queue, records, runner
 from fintx.study.course import Course
-from fintx.study.events import Event, Notice
+from fintx.study.events import Event, Notice, StudyReady
 from fintx.study.runner import Order
 
 ENTRY = '\n[[queue]]\nd_model = 8\nn_layers = {}\nn_heads = 1\nd_ff = 16\nid = "{}"\n'
@@ -180,3 +180,24 @@ def test_a_fork_keeps_the_bars_of_the_old_study(file, begun):
     add(file, ENTRY.format(2, "later"))
     fresh = forked.reload()
     assert fresh is not None and fresh.data.versions == versions and fresh.queue[0].id == "later"
+
+
+def test_a_study_that_a_manual_file_comes_to_name_is_run_too(file, tmp_path):
+    """Stopped once it begins: what then happens to it is as for any other."""
+    manual, other = tmp_path / "manual.toml", tmp_path / "other.toml"
+    other.write_text(file.read_text().replace('"tiny"', '"other"'))
+    manual.write_text(MANUAL.format(2, "a"))
+    made, ready = orders.of_manual(manual, ()), []
+
+    def notify(event: Event) -> None:
+        if isinstance(event, StudyReady):
+            ready.append(event.study)
+            if event.study == "tiny":
+                add(manual, MANUAL.format(3, "b").replace("tiny", "other"))
+
+    results = runner.run_all(
+        made, outputs=tmp_path / "outputs", data_root=tmp_path / "data", notify=notify, workers=2,
+        should_stop=lambda: "other" in ready, also=orders.added(manual, (), made),
+    )  # fmt: skip
+    assert ready == ["tiny", "other"] and [result.spec.study.name for result in results] == ready
+    assert [entry.id for entry in results[1].spec.queue] == ["b"]

@@ -154,6 +154,13 @@ def test_a_queue_that_would_outgrow_the_total_is_refused_where_the_total_stands(
     assert refused(path, add).startswith(f"{path}:4: study.n_trials: 1 is fewer than the 2 queue entries")
 
 
+def test_a_total_below_a_queue_that_may_be_done_hides_no_queue(tmp_path):
+    two = FIRST + FIRST.replace("n_layers = 3", "n_layers = 2")
+    path = write(tmp_path, HEAD.replace("n_trials = 9", "n_trials = 1") + two)
+    (listing,) = queuefile.listings(path, outputs=tmp_path / "outputs", data_root=tmp_path / "data")
+    assert (listing.n_trials, len(listing.rows)) == (1, 2)
+
+
 def test_mistakes_that_the_file_has_already_keep_their_lines(tmp_path):
     path = write(tmp_path, HEAD.replace("horizon = 3", "horizon = 0") + FIRST)
     assert refused(path, add) == f"{path}:11: task.horizon: wanted a value ≥ 1, got 0"

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+import re
+from pathlib import Path
 
 import jax
 import pyarrow.parquet as pq
 import pytest
 
-from fintx import sweepfile
+from fintx import cli, sweepfile
 from fintx.config import Shape
 from fintx.evaluate import metrics
 from fintx.model import transformer
 from fintx.study import opening, records, runner
 from fintx.study.events import EpochDone, StudyReady, TrialFinished, TrialStarted
+from fintx.types import Bug, FintxError
 
 
 @pytest.fixture(scope="module")
@@ -154,3 +157,30 @@ def test_the_queue_runs_first_in_order_and_counts(tiny_file, tmp_path):
     assert summary.records[0].note == "wide heads"
     assert summary.records[1].config.optim.learning_rate == 0.005
     assert len([event for event in events if isinstance(event, TrialFinished)]) == 3
+
+
+def test_a_bug_ends_its_own_study_alone_and_its_traceback_is_named(tiny_file, tmp_path):
+    short = ["study.n_trials=1", "train.max_epochs=1"]
+    broken, good = (sweepfile.load(tiny_file, overrides=[*short, f"study.name='{name}'"]) for name in ("b", "g"))
+    orders = [runner.Order(broken, reload=lambda: 1 // 0), runner.Order(good)]
+    first, second = runner.run_all(orders, outputs=tmp_path / "outputs", data_root=tmp_path / "data")
+    assert len(second.records) == 1 and second.problem is None
+    assert isinstance(first.problem, Bug) and str(first.problem).startswith("b: ZeroDivisionError: ")
+    (named,) = re.findall(r"/\S+traceback\.txt", str(first.problem))
+    assert "ZeroDivisionError" in Path(named).read_text()
+    assert cli._complain_of([FintxError("x"), first.problem]) == 1 and cli._complain_of([FintxError("x")]) == 2
+    Path(named).unlink()
+
+
+def test_a_stop_while_a_study_begins_begins_no_other(tiny_file, tmp_path):
+    orders = [runner.Order(sweepfile.load(tiny_file, overrides=[f"study.name='{name}'"])) for name in "ab"]
+    told = []
+
+    def stop_once_it_fits():
+        return any("fitting" in getattr(event, "words", "") for event in told)
+
+    places = {"outputs": tmp_path / "outputs", "data_root": tmp_path / "data"}
+    results = runner.run_all(orders, notify=told.append, should_stop=stop_once_it_fits, **places)
+    assert [result.interrupted and result.records == () for result in results] == [True, True]
+    assert [path.name for path in (tmp_path / "outputs").iterdir()] == ["a"]
+    assert not (tmp_path / "outputs" / "a" / "baselines.json").exists()

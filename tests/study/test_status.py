@@ -1,0 +1,54 @@
+"""What is shown of a study is what is known: no more where the storage can't be asked, and why."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from fintx import sweepfile
+from fintx.study import opening, status
+from fintx.study.course import Course
+
+
+@pytest.fixture
+def folder(tiny_study: Path, tmp_path: Path) -> Path:
+    """A copy of the finished study."""
+    return Path(shutil.copytree(tiny_study, tmp_path / "outputs" / "tiny"))
+
+
+def test_a_finished_study_has_nothing_to_note(folder):
+    found = status.read(folder)
+    assert (found.finished, found.note, found.unfinished) == (3, "", ())
+
+
+def test_a_damaged_journal_is_noted_and_the_records_are_shown(folder):
+    journal = folder / "journal.log"
+    first, *others = journal.read_bytes().splitlines(keepends=True)
+    journal.write_bytes(b"".join([first, b"\x00" * 40 + b"\n", *others]))
+    found = status.read(folder)
+    assert found.finished == 3 and found.best is not None
+    assert str(journal) in found.note and "is damaged" in found.note and "under way are not shown" in found.note
+
+
+def test_a_storage_whose_password_was_not_kept_is_noted(folder):
+    path = folder / "study.json"
+    path.write_text(path.read_text().replace('"journal"', '"postgresql://me:***@there/studies"'))
+    found = status.read(folder)
+    assert found.finished == 3 and "its password was not kept" in found.note
+
+
+def test_time_to_go_is_shared_out_among_those_that_train(folder, tiny_file, tiny_study):
+    data = tiny_study.parents[1] / "data"
+    spec = sweepfile.load(tiny_file, overrides=["study.n_trials=9"])
+    with opening.begin(spec, outputs=folder.parent, data_root=data) as opened:
+        course = Course(opened, folder.parent, data, lambda event: None, lambda: None, False, n_workers=2)
+        alone = status.read(folder).eta
+        for number in (3, 4):
+            assert course.next_job(lambda config: 0) is not None
+            course.heard(number, "progress", {"step": 5}, pid=number)
+        course.tick()
+        shared = status.read(folder).eta
+    assert alone is not None and shared is not None
+    assert shared.total_seconds() == pytest.approx(alone.total_seconds() / 2, abs=1)
