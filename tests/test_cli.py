@@ -129,6 +129,7 @@ def test_the_installed_command_plans_and_refuses_like_any_program(tmp_path):
 def test_status_of_the_finished_study(tiny_study):
     shown = fintx("status", "--outputs", tiny_study.parent).stdout
     assert re.search(r"tiny\s+3/3\s+done\s+0\s+log_loss 0\.\d{4}", shown)
+    assert re.search(r"tiny .* 0\.\d{4} +(ahead of it|behind it|no better than it)", shown), "what must be beaten"
 
 
 def test_eval_repeats_the_recorded_metrics_exactly(tiny_study):
@@ -137,6 +138,7 @@ def test_eval_repeats_the_recorded_metrics_exactly(tiny_study):
     best = json.loads((tiny_study / "tiny_best.json").read_text())
     assert f"trial {best['trial_number']} of tiny" in shown
     assert "DIFFERS" not in shown and shown.count("equal") > 10
+    assert re.search(r"this model +0\.\d{4}", shown) and re.search(r"volatility_logistic +0\.\d{4}", shown)
     one = tiny_study / "trials" / f"{best['trial_number']:04d}"
     for path in (one, one / "checkpoint", one / "checkpoint" / "fold_0"):
         assert "equal" in fintx("eval", path, "--data-dir", data).stdout

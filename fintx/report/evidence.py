@@ -7,7 +7,6 @@ Reads records and predictions alone, never logs; works on a study that is half f
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -140,7 +139,7 @@ def read(folder: Path) -> Evidence:
     notes: list[str] = []
     rows = _rows(folder, study.spec, notes)
     outputs = {} if rows is None else _outputs(folder, finished, rows, notes)
-    return Evidence(folder, study, tuple(finished), _baselines(folder), rows, outputs, tuple(notes))
+    return Evidence(folder, study, tuple(finished), predictions.read_baselines(folder), rows, outputs, tuple(notes))
 
 
 def _check_labels(folder: Path, finished: Sequence[TrialRecord]) -> None:
@@ -162,16 +161,6 @@ def some(names: Iterable[str]) -> str:
     """The first few of a list, and how many more there are."""
     listed = list(names)
     return ", ".join(listed[:4]) + (f" and {len(listed) - 4} more" if len(listed) > 4 else "")
-
-
-def _baselines(folder: Path) -> dict[str, Any]:
-    path = folder / "baselines.json"
-    if not path.is_file():
-        return {}
-    try:
-        return json.loads(path.read_text())
-    except ValueError:
-        raise records.DamagedRecord(f"{path}: is not what fintx wrote; remove it, and the next run makes it") from None
 
 
 def _rows(folder: Path, spec: StudySpec, notes: list[str]) -> Rows | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import datetime
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import numpy as np
 from fintx.data import features, sources, windows
 from fintx.data.windows import Dataset, Part, Scaling
 from fintx.evaluate import metrics
-from fintx.study import records
+from fintx.study import predictions, records
 from fintx.study.records import Metrics
 from fintx.train import checkpoint, loop
 from fintx.train.sharding import ONE, Layout
@@ -36,6 +36,8 @@ class Evaluation:
     first_date: str
     last_date: str
     notes: tuple[str, ...]
+    baselines: dict[str, Metrics] = field(default_factory=dict)
+    """What must be beaten, on the identical rows; of a study's own validation rows alone."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,14 @@ def on_validation(path: Path, *, data_root: Path) -> Evaluation:
     trained_on = Layout(**scored[0].meta.get("layout", {}))
     if _layout(trained_on) != trained_on:
         notes.append(f"trained on {trained_on}, scored on one device: last digits may differ from the recorded ones")
-    return _evaluation("validation", found, scored, recorded=recorded, notes=notes)
+    beaten = _baselines(found.study, [s.meta["fold"] for s in scored])
+    return replace(_evaluation("validation", found, scored, recorded=recorded, notes=notes), baselines=beaten)
+
+
+def _baselines(study: Path | None, folds: list[int]) -> dict[str, Metrics]:
+    """Their metrics, as means over the same folds."""
+    held = {} if study is None else predictions.read_baselines(study)
+    return {name: records.mean_metrics([each["folds"][fold] for fold in folds]) for name, each in held.items()}
 
 
 def on_file(path: Path, file: Path, *, symbol: str | None, data_root: Path) -> Evaluation:

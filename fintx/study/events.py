@@ -20,6 +20,8 @@ class StudyReady:
     n_shapes: int
     finished: int
     """Records that stand already."""
+    to_beat: tuple[str, float] | None = None
+    """The best baseline and its score; none where no baseline has the study's metric."""
 
 
 @dataclass(frozen=True)

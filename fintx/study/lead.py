@@ -28,6 +28,21 @@ class Lead:
     """Rows."""
 
 
+def best_baseline(baselines: dict[str, Any], metric: str) -> tuple[str, float] | None:
+    """The one that must be beaten, and its score; none where no baseline has the metric.
+
+    Args:
+        baselines: as baselines.json holds them, by name.
+    """
+    scored = {name: held["metrics"].get(metric) for name, held in baselines.items()}
+    rivals = {name: value for name, value in scored.items() if value is not None}
+    if not rivals:
+        return None
+    sign = 1 if metrics.MINIMIZE[metric] else -1
+    rival = min(rivals, key=lambda name: sign * rivals[name])
+    return rival, rivals[rival]
+
+
 def over_baselines(
     study_folder: Path, spec: StudySpec, best: TrialRecord, baselines: dict[str, Any]
 ) -> Lead | None:  # fmt: skip
@@ -38,16 +53,13 @@ def over_baselines(
     Raises:
         FintxError: predictions that are missing, damaged or of other rows.
     """
-    metric = spec.study.metric
-    scored = {name: held["metrics"].get(metric) for name, held in baselines.items()}
-    rivals = {name: value for name, value in scored.items() if value is not None}
-    if not rivals:
+    found = best_baseline(baselines, spec.study.metric)
+    if found is None:
         return None
-    sign = 1 if metrics.MINIMIZE[metric] else -1
-    rival = min(rivals, key=lambda name: sign * rivals[name])
+    rival, value = found
     rows = predictions.read_rows(study_folder, spec)
     mine = predictions.read_outputs(records.trial_folder(study_folder, best.trial_number), rows)
     saved = rows.series(rows.losses(rows.baselines[rival]) - rows.losses(mine))
     block = significance.block_length(saved, horizon=rows.horizon)
     gain = significance.estimate(saved, significance.resample(len(saved), block))
-    return Lead(rival, rivals[rival], rows.loss, gain, len(rows.labels))
+    return Lead(rival, value, rows.loss, gain, len(rows.labels))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from fintx.config import StudySpec
 from fintx.evaluate import significance
 from fintx.evaluate.metrics import Kind
 from fintx.evaluate.significance import RowLoss
+from fintx.study import records
 from fintx.types import FintxError, Floats, Ints
 
 _KEY = ("fold", "date", "asset", "label")
@@ -51,6 +53,21 @@ class Rows:
     def best_baseline(self) -> str:
         """That with the least mean loss over all rows."""
         return min(self.baselines, key=lambda name: self.losses(self.baselines[name]).mean())
+
+
+def read_baselines(study_folder: Path) -> dict[str, Any]:
+    """What baselines.json holds: name → {"words", "metrics", "folds"}; empty where it is not there yet.
+
+    Raises:
+        DamagedRecord: it is not what fintx wrote.
+    """
+    path = study_folder / "baselines.json"
+    if not path.is_file():
+        return {}
+    try:
+        return dict(json.loads(path.read_text()))
+    except (ValueError, TypeError):
+        raise records.DamagedRecord(f"{path}: is not what fintx wrote; remove it, and the next run makes it") from None
 
 
 def read_rows(study_folder: Path, spec: StudySpec) -> Rows:

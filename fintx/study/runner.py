@@ -23,7 +23,7 @@ from fintx.study.course import Course as Search
 from fintx.study.events import Event, Notice, StudyReady
 from fintx.study.fork import TakeOver
 from fintx.study.job import Job, Jobs
-from fintx.study.lead import Lead, over_baselines
+from fintx.study.lead import Lead, best_baseline, over_baselines
 from fintx.study.opening import Stopped, begin, check_queue
 from fintx.study.pool import ENDS, Pool, Worker
 from fintx.study.records import TrialRecord
@@ -380,7 +380,8 @@ class _Run:
             on_gpu=self.on_gpus, hosts=self.hosts, n_workers=len(self.pool.workers),
         )  # fmt: skip
         n_shapes, finished = len(opened.space.shapes), len(course.finished)
-        self.notify(StudyReady(course.name, opened.spec, opened.prepared, n_shapes, finished))
+        rival = best_baseline(opened.baselines, opened.spec.study.metric)
+        self.notify(StudyReady(course.name, opened.spec, opened.prepared, n_shapes, finished, rival))
         return course
 
     def _limit(self, config: TrialConfig, worker: Worker) -> int | None:

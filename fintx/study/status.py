@@ -9,7 +9,8 @@ from pathlib import Path
 
 from fintx.config import StudySpec
 from fintx.evaluate import metrics, significance
-from fintx.study import confirmation, ledger, lock, records
+from fintx.study import confirmation, lead, ledger, lock, predictions, records
+from fintx.study.lead import Lead
 from fintx.study.ledger import Claim
 from fintx.study.records import TrialRecord
 from fintx.types import FintxError
@@ -30,6 +31,8 @@ class StudyStatus:
     """Trials without a record: running, interrupted, or failed (their attempts crashed or hung); by number."""
     metric: str
     best: TrialRecord | None
+    lead: Lead | None
+    """Of the best trial over the best baseline; none where their predictions are not here."""
     eta: datetime.timedelta | None
     """Mean wall time of the finished trials × trials to go, shared out among those that train now; none before the
     first."""
@@ -74,12 +77,20 @@ def read(study_folder: Path) -> StudyStatus:
         unfinished=tuple(claims[number] for number in sorted(claims)),
         metric=spec.study.metric,
         best=best,
+        lead=None if best is None else _lead(study_folder, spec, best),
         eta=None if mean_s is None else datetime.timedelta(seconds=round(mean_s * to_go / max(at_work, 1))),
         confirmation=_confirmation(study_folder, len(finished)),
         doubt=significance.too_good(best.best) if best else None,
         test_openings=len(records.openings(study_folder)),
         note=note,
     )
+
+
+def _lead(study_folder: Path, spec: StudySpec, best: TrialRecord) -> Lead | None:
+    here = records.trial_folder(study_folder, best.trial_number) / "predictions.parquet"
+    if not here.is_file() or not (study_folder / "baselines.parquet").is_file():
+        return None
+    return lead.over_baselines(study_folder, spec, best, predictions.read_baselines(study_folder))
 
 
 def _confirmation(study_folder: Path, finished: int) -> str:

@@ -42,6 +42,7 @@ class _Study:
     spec: StudySpec
     bar: TaskID
     finished_before: int
+    to_beat: tuple[str, float] | None = None
     began: float = field(default_factory=time.monotonic)
     records: tuple[TrialRecord, ...] = ()
 
@@ -106,10 +107,13 @@ class View:
     def _open(self, event: StudyReady) -> None:
         total = event.spec.study.n_trials
         bar = self._progress.add_task(event.study, total=total, completed=event.finished, words="")
-        self._studies[event.study] = _Study(event.spec, bar, event.finished)
+        self._studies[event.study] = _Study(event.spec, bar, event.finished, event.to_beat)
         show_data(self._console, event.prepared)
         before = f", {event.finished} finished before" if event.finished else ""
         self._console.print(f"{event.n_shapes:,} feasible shapes, {total} trials{before}")
+        if event.to_beat is not None:
+            name, value = event.to_beat
+            self._say(event.study, f"to beat: {name}, {event.spec.study.metric} {number(value)}", always=True)
 
     def _open_confirmation(self, event: ConfirmReady) -> None:
         total = len(event.trials) * event.n_seeds
@@ -172,7 +176,8 @@ class View:
         done, total, best = len(event.records), shown.spec.study.n_trials, shown.best
         mean_s = (time.monotonic() - shown.began) / max(done - shown.finished_before, 1)
         best_words = f"best {number(best.value)} (trial {best.trial_number})" if best else "no success yet"
-        words = f"{best_words}, {duration(mean_s * max(total - done, 0))} to go"
+        rival = f", to beat {number(shown.to_beat[1])} ({shown.to_beat[0]})" if shown.to_beat else ""
+        words = f"{best_words}{rival}, {duration(mean_s * max(total - done, 0))} to go"
         self._progress.update(shown.bar, completed=done, words=words)
         self._say(
             event.study,
@@ -193,6 +198,9 @@ def _newest(shown: _Study) -> Table:
     for head in ("trial", shown.spec.study.metric, "skill", "shape", "parameters", "outcome", "time"):
         table.add_column(head, justify="left" if head in ("shape", "outcome") else "right")
     best = shown.best
+    if shown.to_beat is not None:
+        name, value = shown.to_beat
+        table.add_row("to beat", number(value), "", name, "", "", "", style="dim")
     for record in shown.records[-_SHOWN:]:
         table.add_row(
             f"{'★ ' if best is record else ''}{record.trial_number}",

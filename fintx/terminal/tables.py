@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import socket
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -23,8 +23,10 @@ from fintx.study.ledger import Claim
 from fintx.study.plan import DepthsAnswer, MemoryRow, Plan, ShapeAnswer
 from fintx.study.queue import QueueState
 from fintx.study.queuefile import Edit, Listing
+from fintx.study.records import Metrics
 from fintx.study.runner import Failure, Summary
 from fintx.study.status import StudyStatus
+from fintx.terminal import verdict
 from fintx.types import FintxError
 
 _COMPARED = ("log_loss", "skill", "auc", "brier", "calibration_error")
@@ -84,13 +86,8 @@ def print_summary(console: Console, summary: Summary) -> None:
     if best is None:
         _line(console, "No trial succeeded yet: see each record's `outcome` and `detail`.")
     else:
-        keys = _COMPARED_REGRESSION if spec.task.kind == "regression" else _COMPARED
-        rows = [[f"best trial ({best.trial_number})", *(number(best.best.get(key)) for key in keys)]]
-        rows += [
-            [name, *(number(held["metrics"].get(key)) for key in keys)] for name, held in summary.baselines.items()
-        ]
-        n = best.best.get("n")
-        show(console, table(f"On the same {number(n)} validation rows", ["", *keys], rows))
+        beaten = {name: held["metrics"] for name, held in summary.baselines.items()}
+        show(console, _beside_baselines(f"best trial ({best.trial_number})", best.best, beaten))
         if best.value_se is not None:
             value, n_seeds = number(best.value), 1 + len(best.replicates)
             _line(console, f"Its {best.metric} {value} is the mean over {n_seeds} seeds, ± {number(best.value_se)}")
@@ -104,23 +101,22 @@ def print_summary(console: Console, summary: Summary) -> None:
         _line(console, f"Next       just confirm {folder}     just eval {folder}     just status")
 
 
+def _beside_baselines(name: str, mine: Metrics, baselines: Mapping[str, Metrics]) -> Table:
+    """A model's scores above those of all that must be beaten, on the identical rows."""
+    keys = _COMPARED if "log_loss" in mine else _COMPARED_REGRESSION
+    rows = [[each, *(number(held.get(key)) for key in keys)] for each, held in ((name, mine), *baselines.items())]
+    return table(f"\nOn the same {number(mine.get('n'))} validation rows", ["", *keys], rows)
+
+
 def _verdict(summary: Summary) -> str:
-    """Whether the winner beats the best baseline by more than noise, and why even that isn't yet proof."""
-    lead, metric, best = summary.lead, summary.spec.study.metric, summary.best
+    """Whether the winner beats the best baseline by more than noise, or why that can't be said here."""
+    lead, best = summary.lead, summary.best
     if best is not None and lead is None and not summary.predictions_here:
         return f"The best trial's predictions lie on {best.host}: compare it with the baselines there."
-    if lead is None or best is None:
-        return f"No baseline has a {metric}."
-    gain, n = lead.gain, len(summary.records)
-    side = "lower" if gain.mean > 0 else "higher"
-    figures = f"mean {lead.loss} {number(abs(gain.mean))} {side}; gain 95 %: {number(gain.low)} … {number(gain.high)}"
-    if gain.negative:
-        return f"NO SKILL beyond {lead.baseline}: it is better than the best of {n} trials ({figures})."
-    if not gain.positive:
-        return f"NO SKILL beyond {lead.baseline}: the best of {n} trials can't be told from it ({figures})."
     return (
-        f"The best trial is ahead of {lead.baseline} ({figures}), "
-        f"but it is the best of {n}, chosen on these very rows: expect less on new days."
+        f"No baseline has a {summary.spec.study.metric}."
+        if lead is None
+        else verdict.sentence(lead, len(summary.records))
     )
 
 
@@ -171,14 +167,17 @@ def print_status(console: Console, statuses: Sequence[StudyStatus]) -> None:
                 ", ".join(f"{n} {outcome}" for outcome, n in _failures(status).items()) or "0",
                 f"{status.metric} {number(best.value)}" if best else "–",
                 percent(best.best.get("skill")) if best else "–",  # type: ignore[arg-type]
+                verdict.to_beat(status.lead),
+                verdict.brief(status.lead),
                 f"{shape_words(best.config.shape)} ({count(best.param_count)})" if best else "–",
                 duration(status.eta) if status.finished < status.n_trials else "–",
                 status.confirmation,
                 str(status.test_openings),
             ]
         )
-    heads = ["study", "finished", "state", "failed", "best", "skill", "best shape", "to go", "confirmed", "test opened"]
-    show(console, table("", heads, rows, left=("state", "failed", "best", "best shape")))
+    heads = ["study", "finished", "state", "failed", "best", "skill", "to beat", "the best is", "best shape", "to go",
+             "confirmed", "test opened"]  # fmt: skip
+    show(console, table("", heads, rows, left=("state", "failed", "best", "to beat", "the best is", "best shape")))
     for status in statuses:
         if status.doubt:
             _line(console, f"WARNING: {status.name}: {status.doubt}")
@@ -223,6 +222,8 @@ def print_evaluation(console: Console, result: Evaluation) -> None:
             row += [number(recorded, 6), "equal" if recorded == value else "DIFFERS"]
         rows.append(row)
     show(console, table("", heads, rows))
+    if result.baselines:
+        show(console, _beside_baselines("this model", result.metrics, result.baselines))
     if len(result.per_asset) > 1:
         keys = [key for key in ("n", *_COMPARED, *_COMPARED_REGRESSION) if key in next(iter(result.per_asset.values()))]
         keys = list(dict.fromkeys(keys))
