@@ -55,8 +55,8 @@ STEPS = (
 """The train step with AdamW and dropout."""
 
 TRIALS = (
-    Case("2M trial, deep", 64, 48, 2, 256, 32, n_windows=8000, n_validation=1400),
-    Case("2M trial, deeper", 32, 160, 2, 64, 32, n_windows=8000, n_validation=1400),
+    Case("2M trial", 64, 48, 2, 256, 32, n_windows=8000, n_validation=1400),
+    Case("2M trial at 160 layers", 32, 160, 2, 64, 32, n_windows=8000, n_validation=1400),
 )
 """A whole trial over 8,000 windows, loader and validation included; a turn is an epoch."""
 
