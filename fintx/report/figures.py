@@ -65,6 +65,8 @@ def canvas(*, height: float = 3.2, width: float = WIDTH) -> Iterator[Figure]:
 def keep(figure: Figure, name: str, title: str, caption: str) -> Picture:
     """The figure's three forms; the same figure gives the same bytes."""
     text, pixels = io.StringIO(), io.BytesIO()
+    figure.draw_without_rendering()  # places everything, once for both forms
+    figure.set_layout_engine("none")
     figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
     figure.savefig(pixels, format="png", dpi=160, metadata={"Software": None})
     svg = text.getvalue()

@@ -28,6 +28,7 @@ from fintx.report.figures import (
     label_lines,
     robust_limits,
 )
+from fintx.report.words import metric_words
 from fintx.types import Floats
 
 
@@ -81,13 +82,13 @@ def history(
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         label_lines(axes, labels)
         axes.set_xlabel("trial number")
-        axes.set_ylabel(f"validation {metric}")
+        axes.set_ylabel(f"validation {metric_words(metric)}")
         if any(queued):
             axes.legend(loc="upper right", fontsize=8.5)
         words = "lower" if minimize else "higher"
         more = f" Crosses at the edge: {len(failed)} failed trials." if failed else ""
         more += f" Triangles at the edge: {len(outside)} trials beyond it." if outside else ""
-        caption = f"Each point is a trial's validation {metric} at its best step ({words} is better); dashed: baselines on the same rows.{more}"  # noqa: E501
+        caption = f"Each point is a trial's validation {metric.replace('_', ' ')} at its best step ({words} is better); dashed: baselines on the same rows.{more}"  # noqa: E501
         return keep(figure, "history", "Course of the search", caption)
 
 
@@ -234,8 +235,8 @@ def learning_curves(found: Sequence[Curve], *, metric: str, baseline: tuple[str,
         held = [v for curve in found for v in curve.validation if v is not None]
         right.set_ylim(*robust_limits(held, [baseline[1]] if baseline else []))
         label_lines(right, [each for each in labels if np.isfinite(each[0])])
-        left.set_ylabel("training loss")
-        right.set_ylabel(f"validation {metric}")
+        left.set_ylabel("training loss, mean per row")
+        right.set_ylabel(f"validation {metric_words(metric)}")
         for axes in (left, right):
             axes.set_xlabel("epoch")
             axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))

@@ -13,6 +13,7 @@ makes no difference out of nothing. Skill is 1 − loss / loss of the training p
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -197,6 +198,7 @@ def pattern(
     return Pattern(name, by, tuple(groups))
 
 
+@functools.cache
 def _tukey(k: int, freedom: int) -> float:
     """Half-width of all pairwise differences of k means at once, in standard errors of a difference."""
     return float(stats.studentized_range.ppf(LEVEL, k, freedom)) / math.sqrt(2) if k > 1 else 0.0

@@ -23,6 +23,8 @@ from fintx.types import FintxError
 
 FOLDER = "_scaling"
 UNKNOWN = " (not determined)"
+_REFITS = 100
+"""Bootstrap fits in a study's own page; `just scaling` makes them all."""
 
 
 def find(patterns: Sequence[str], *, outputs: Path) -> list[Path]:
@@ -114,17 +116,18 @@ def scaling_of_siblings(found: Evidence) -> Section | None:
         if folder.name == found.name:
             continue
         try:
+            if not _may_be_sibling(folder, found):  # before its predictions are read
+                continue
             other = evidence.read(folder)
         except FintxError:  # a study that can't be reported yet is none to compare with
             continue
-        same = other.spec.task == found.spec.task and other.spec.budget.parameters != found.spec.budget.parameters
-        if same and _label_hash(other) == _label_hash(found):
+        if _label_hash(other) == _label_hash(found):
             siblings.append(other)
     if not siblings:
         return None
     names = ", ".join(other.name for other in siblings)
     try:
-        read_ = scaling.read(gather([found, *siblings]))
+        read_ = scaling.read(gather([found, *siblings]), refits=_REFITS)
     except NotComparable as error:
         reasons = tuple(str(error).splitlines())
         words = (
@@ -132,6 +135,14 @@ def scaling_of_siblings(found: Evidence) -> Section | None:
         )
         return Section("scaling", "Scaling", (Prose(words), Prose(reasons, "note")))
     return section(read_)
+
+
+def _may_be_sibling(folder: Path, found: Evidence) -> bool:
+    """Whether it has the same task under another budget."""
+    study = records.read_study(folder)
+    if study is None:
+        return False
+    return study.spec.task == found.spec.task and study.spec.budget.parameters != found.spec.budget.parameters
 
 
 def _label_hash(found: Evidence) -> str:

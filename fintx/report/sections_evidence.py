@@ -55,7 +55,7 @@ def beside_baselines(evidence: Evidence) -> Section:
 
 
 def _head(key: str) -> str:
-    return key.replace("_", " ")
+    return {"auc": "AUC", "brier": "Brier"}.get(key, key.replace("_", " "))
 
 
 # --- confirmation -----------------------------------------------------------------------------------------------------
@@ -269,7 +269,7 @@ def facts(evidence: Evidence) -> tuple[tuple[str, str], ...]:
     found = [("trials", f"{len(evidence.records)} of {evidence.spec.study.n_trials}")]
     if best is None:
         return tuple(found)
-    found.append((f"best {evidence.spec.study.metric}", number(best.value)))
+    found.append((f"best {_head(evidence.spec.study.metric)}", number(best.value)))
     measured = skill_interval(evidence, best.trial_number)
     found.append(
         ("its skill over the prior", percent_interval(measured) if measured else percent(evidence.skill(best.best)))

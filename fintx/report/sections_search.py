@@ -32,7 +32,8 @@ def course(evidence: Evidence, space: SearchSpace) -> Section:
     if ranked:
         blocks.append(_history(evidence))
         if len(ranked) > 1:
-            blocks.append(_slices(evidence))
+            sliced = _slices(evidence)
+            blocks += [sliced] if sliced is not None else []
         trained = [(record.config.shape, evidence.skill(record.best)) for record in ranked]
         known = [(shape, skill) for shape, skill in trained if skill is not None]
         if known:
@@ -58,7 +59,7 @@ def _history(evidence: Evidence) -> Picture:
     )
 
 
-def _slices(evidence: Evidence) -> Picture:
+def _slices(evidence: Evidence) -> Picture | None:
     found = [r for r in evidence.ranked if evidence.skill(r.best) is not None]
     axes = [
         figures_search.Slice("d_model", tuple(r.d_model for r in found), True),
@@ -72,7 +73,8 @@ def _slices(evidence: Evidence) -> Picture:
         words = any(isinstance(value, str | bool) for value in held)
         log = isinstance(searched, FloatRange) and searched.log
         axes.append(figures_search.Slice(key.replace("_", " "), tuple(map(str, held)) if words else held, log))
-    return figures_search.slices(axes, np.array([evidence.skill(r.best) for r in found], float))
+    axes = [each for each in axes if len(set(each.values)) > 1]  # what is the same for all shows nothing
+    return None if not axes else figures_search.slices(axes, np.array([evidence.skill(r.best) for r in found], float))
 
 
 def _curves(evidence: Evidence) -> Picture:
@@ -201,7 +203,7 @@ def _duplicates(search: Search) -> list[Block]:
     else:
         config = "No two trials are alike but for their seed."
     blocks: list[Block] = [
-        Prose(f"Duplicates: {config} {len(search.repeated_shapes)} shapes were trained several times.")
+        Prose(f"Duplicates: {config} {_several(len(search.repeated_shapes))} trained several times.")
     ]
     if search.repeated_shapes:
         rows = [
@@ -211,6 +213,10 @@ def _duplicates(search: Search) -> list[Block]:
         columns: list[tuple[str, Format]] = [("shape", "text"), ("trials", "whole"), ("numbers", "text")]
         blocks.append(sheet.of("repeated_shapes", "Shapes trained several times", columns, rows))
     return blocks
+
+
+def _several(n: int) -> str:
+    return "No shape was" if n == 0 else "One shape was" if n == 1 else f"{n} shapes were"
 
 
 def _all_trials(evidence: Evidence) -> Sheet:

@@ -20,6 +20,15 @@ def number(value: float | int | None, digits: int = 4) -> str:
     return f"{value:.{digits}f}"
 
 
+def metric_words(name: str) -> str:
+    """A metric as a figure's axis names it, with its unit: log loss, nats."""
+    return _METRICS.get(name, name.replace("_", " "))
+
+
+_METRICS = {"log_loss": "log loss, nats per row", "brier": "Brier score", "auc": "AUC", "mse": "squared error",
+            "mae": "absolute error"}  # fmt: skip
+
+
 def percent(value: float | None) -> str:
     """12.3 %, or "–"."""
     return "–" if value is None else f"{100 * value:.1f} %"

@@ -77,6 +77,7 @@ def test_it_prints_dark_on_white_and_within_the_sheet(browser, report):
     assert browser.run("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
     assert browser.run("getComputedStyle(document.body).color") == "rgb(0, 0, 0)"
     assert browser.run("getComputedStyle(document.querySelector('nav')).display") == "none"
+    assert browser.run("document.documentElement.scrollWidth <= window.innerWidth")
 
 
 def test_the_same_page_without_its_folder_is_whole(browser, report, tmp_path):
