@@ -74,6 +74,7 @@ def test_every_seed_is_another(one_by_one: Path) -> None:
     assert len(set(drawn)) == 3
 
 
+@pytest.mark.slow
 def test_side_by_side_they_come_to_the_same(side_by_side: Path, one_by_one: Path) -> None:
     lines = (side_by_side / "trials" / "0000" / "attempts.jsonl").read_text().splitlines()
     assert [(json.loads(line)["replicate"], json.loads(line)["population"]) for line in lines] == [
@@ -86,6 +87,7 @@ def test_side_by_side_they_come_to_the_same(side_by_side: Path, one_by_one: Path
         assert (ours.folds[0].best_epoch, ours.folds[0].epochs) == (theirs.folds[0].best_epoch, theirs.folds[0].epochs)
 
 
+@pytest.mark.slow
 def test_more_seeds_than_train_at_once_keep_their_order(one_by_one: Path, tiny_file: Path, tmp_path: Path) -> None:
     record = only(run(load(tiny_file, "study.replicates=3", "execution.population=2"), tmp_path))
     assert values(record) == pytest.approx(values(only(one_by_one)), rel=TOLERANCE)

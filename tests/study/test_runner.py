@@ -93,6 +93,7 @@ def test_a_study_stopped_mid_trial_ends_like_one_never_stopped(tiny_study, spec,
     assert essence(second.folder) == essence(tiny_study)
 
 
+@pytest.mark.slow
 def test_a_raised_total_continues_the_same_study(tiny_study, spec, tmp_path):
     fewer = spec.model_copy(update={"study": spec.study.model_copy(update={"n_trials": 1})})
     assert len(run(fewer, tmp_path).records) == 1
@@ -140,6 +141,7 @@ def test_a_folder_of_foreign_files_is_refused(spec, tmp_path):
     assert (folder / "thesis.docx").read_text() == "mine"
 
 
+@pytest.mark.slow
 def test_the_queue_runs_first_in_order_and_counts(tiny_file, tmp_path):
     entries = [
         {"d_model": 8, "n_layers": 2, "n_heads": 2, "d_ff": 16, "note": "wide heads"},

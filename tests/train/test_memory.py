@@ -92,6 +92,7 @@ def test_an_absurd_shape_on_this_very_machine(
     assert result.param_count > 10**12
 
 
+@pytest.mark.slow
 def test_relief_comes_only_where_memory_asks_for_it(make_trial: Trials, make_dataset: Datasets) -> None:
     """First layers are computed again, which changes no number but in its last digits; then the micro-batch is halved.
 

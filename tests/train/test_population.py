@@ -143,6 +143,7 @@ def test_an_interrupted_population_goes_on_bit_for_bit(
         assert_same(result, reference)
 
 
+@pytest.mark.slow
 def test_members_go_on_alone_and_in_other_company(
     configs: list[TrialConfig], data: Dataset, tmp_path: Path, alone: list[FitResult], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -255,6 +256,7 @@ def test_a_population_on_a_mesh_comes_to_the_same(
 
 
 @pytest.mark.parametrize("n_members", [1, 2])
+@pytest.mark.slow
 def test_what_was_prepared_is_not_compiled_again(
     make_trial: Trials, data: Dataset, compilations: Compilations, n_members: int
 ) -> None:

@@ -322,8 +322,16 @@ def test_a_state_saved_on_eight_devices_restores_on_one_and_on_four_and_back(
         arrangement = Arrangement(16, layout=layout)
         Keeper(saves, question).save(
             TrainingState(
-                sharding.to_host(placed(layout, state)), step.empty_tally(), Progress(), arrangement, 0.0, 0.0
-            )
+                sharding.to_host(placed(layout, state)),
+                step.empty_tally(),
+                Progress(),
+                arrangement,
+                trace_s=0.0,
+                compile_s=0.0,
+                n_compiled=0,
+                run_s=0.0,
+                wall_s=0.0,
+            )  # fmt: skip
         )
         found = Keeper(saves, question).newest(pytest.fail)
         assert found is not None and found.arrangement == arrangement

@@ -109,6 +109,7 @@ def test_epoch_equals_a_plain_loop(make_trial: Trials, make_dataset: Datasets) -
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6), state.params, params)
 
 
+@pytest.mark.slow
 def test_population_equals_single_runs(make_trial: Trials, make_dataset: Datasets) -> None:
     """Two members under vmap, each with its own seed, rate, decay and dropout."""
     data = make_dataset()
