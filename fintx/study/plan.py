@@ -38,8 +38,6 @@ _LAYER_S = 5e-4
 """Per layer and step beside the matmuls: loop turns, small kernels."""
 _COMPILE_S = 8.0
 """Trace, lower and compile one shape."""
-_POOL = 0.75
-"""Share of a GPU's memory that JAX takes (XLA_PYTHON_CLIENT_MEM_FRACTION unless it is set)."""
 _LARGE_BYTES, _LARGE_GPU = 8 * 2**30, 141_000_000_000
 """From which size on a trial is also planned on large GPUs, and their memory (an H200's)."""
 
@@ -57,7 +55,7 @@ class Machine:
     @property
     def usable_bytes(self) -> int:
         """What a trial can have on each device."""
-        return self.memory if self.here else round(_POOL * self.memory)
+        return self.memory if self.here else round(memory.OF_A_GPU * self.memory)
 
     def __str__(self) -> str:
         if self.here:

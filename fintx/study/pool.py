@@ -255,23 +255,6 @@ def keep_off_the_gpus() -> None:
     jax.config.update("jax_platforms", "cpu")
 
 
-def gpus() -> tuple[int, ...]:
-    """Bytes of each NVIDIA GPU that this process may use, asked of the driver: JAX would take their memory to tell."""
-    ask = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
-    try:
-        done = subprocess.run(ask, capture_output=True, text=True, timeout=30)
-    except (OSError, subprocess.TimeoutExpired):
-        return ()
-    lines = done.stdout.split("\n") if done.returncode == 0 else []
-    # A GPU that shares the host's memory tells none.
-    every = tuple(2**20 * int(line) if line.strip().isdigit() else 0 for line in lines if line.strip())
-    names = runtime.visible_gpus()
-    if names is None or not every:
-        return every
-    by_index = {str(index): n_bytes for index, n_bytes in enumerate(every)}
-    return tuple(by_index.get(name, min(every)) for name in names)  # by name: which of them it is doesn't matter
-
-
 def _shares(n: int) -> list[tuple[int, ...]]:
     """The cores that this process may use, shared out; more workers than cores share them all."""
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []

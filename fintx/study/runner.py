@@ -14,10 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from fintx.config import Choices, ConfirmConfig, StudySpec, TrialConfig
-from fintx.model import sizes
+from fintx.config import ConfirmConfig, StudySpec, TrialConfig
 from fintx.study import confirm, records
-from fintx.study import pool as pools
+from fintx.study import gpus as machine
 from fintx.study.confirm import Confirmed
 from fintx.study.course import Course as Search
 from fintx.study.events import Event, Notice, StudyReady
@@ -28,7 +27,7 @@ from fintx.study.opening import Stopped, begin, check_queue
 from fintx.study.pool import ENDS, Pool, Worker
 from fintx.study.records import TrialRecord
 from fintx.sweepsource import Where, spelled
-from fintx.train import memory, placement
+from fintx.train import memory
 from fintx.types import FintxError, told
 
 _POLL_S = 0.2
@@ -192,9 +191,9 @@ def run_all(
     for order in orders:
         if order.queue_only:  # hand-picked trials are judged as a whole: no study begins while another's can't
             check_queue(order.spec, outputs=outputs, data_root=data_root, where=order.where)
-    gpus = pools.gpus()
+    gpus = machine.gpus()
     if workers is None:
-        workers = 1 if hosts else filling([order.spec for order in orders], gpus)
+        workers = 1 if hosts else machine.filling([order.spec for order in orders], gpus)
         if workers > 1:
             notify(Notice(", ".join(names), f"{workers} workers, for {len(gpus)} GPUs"))
     if workers > len(gpus) > 0:
@@ -204,28 +203,6 @@ def run_all(
         return _Run(
             list(orders), outputs, data_root, notify, pool, len(gpus) > 0, hosts, stack, should_stop, also
         ).to_the_end()
-
-
-def filling(specs: Sequence[StudySpec], gpus: Sequence[int]) -> int:
-    """Workers that fill a machine's GPUs (bytes of each): as many as the largest trial of any study leaves room for."""
-    if len(gpus) < 2:
-        return 1
-    return min(len(gpus) // _gpus_of_a_trial(spec, gpus) for spec in specs)
-
-
-def _gpus_of_a_trial(spec: StudySpec, gpus: Sequence[int]) -> int:
-    n_features = len(spec.data.features)
-    shapes = sizes.feasible(spec.architecture, spec.budget, [spec.model], n_features)
-    searched = spec.space.get("train.batch_size")
-    batch_sizes = searched.choices if isinstance(searched, Choices) else (spec.train.batch_size,)
-    if not shapes:  # said when the study begins
-        return len(gpus)
-    largest = max(shapes, key=lambda shape: sizes.count(spec.model, shape, n_features).total)
-    return placement.fewest(
-        spec.mesh, spec.model, largest, n_features,
-        batch_size=max(int(each) for each in batch_sizes), n_devices=len(gpus),
-        device_bytes=int(memory.OF_A_GPU * min(gpus)),
-    )  # fmt: skip
 
 
 @dataclass(eq=False)

@@ -22,7 +22,7 @@ from fintx.train.sharding import ONE, Layout
 from fintx.train.state import Arrangement, for_program, program
 
 OF_A_GPU = 0.75
-"""Of a GPU's memory, JAX takes this share."""
+"""Share of a GPU's memory that JAX takes (XLA_PYTHON_CLIENT_MEM_FRACTION unless it is set)."""
 
 
 @dataclass(frozen=True)

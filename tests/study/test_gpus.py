@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 
 from fintx import sweepfile
-from fintx.config import StudySpec
-from fintx.study import pool, runner
+from fintx.config import Shape, StudySpec
+from fintx.data import features
+from fintx.model import sizes
+from fintx.study import gpus as machine
 
 GIB = 2**30
 ROOT = Path(__file__).resolve().parents[2]
@@ -33,11 +35,24 @@ def spec(budget: str, *changes: str) -> StudySpec:
 def test_a_worker_gets_as_many_gpus_as_its_largest_trial_needs(
     budgets: list[str], gpus: list[int], wanted: int
 ) -> None:
-    assert runner.filling([spec(each) for each in budgets], gpus) == wanted
+    assert machine.filling([spec(each) for each in budgets], gpus) == wanted
 
 
 def test_a_mesh_that_is_asked_for_is_one_workers(tmp_path: Path) -> None:
-    assert runner.filling([spec("2M", "mesh.data=4")], 8 * [80 * GIB]) == 2
+    assert machine.filling([spec("2M", "mesh.data=4")], 8 * [80 * GIB]) == 2
+
+
+def test_a_set_of_features_counts_as_all_that_it_holds() -> None:
+    """A budget so tight that it holds the shape with its 28 inputs alone."""
+    one = ("architecture.d_model=[16]", "architecture.n_layers={low=1, high=1}", "architecture.n_heads=[2]",
+           "architecture.d_ff_ratio=[2]")  # fmt: skip
+    asked = spec("2M", *one)
+    shape = Shape(d_model=16, n_layers=1, n_heads=2, d_ff=32)
+    names = features.resolve(asked.data.features, context=asked.data.context)
+    assert len(names) > len(asked.data.features)
+    n_params = sizes.count(asked.model, shape, len(names)).total
+    tight = spec("2M", *one, f"budget.parameters={n_params}", "budget.tolerance=0.01")
+    assert machine.filling([tight], 8 * [80 * GIB]) == 8
 
 
 @pytest.mark.parametrize(
@@ -62,9 +77,9 @@ def test_gpus_are_those_that_cuda_shows(
         monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     else:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    assert list(pool.gpus()) == [2**20 * each for each in wanted]
+    assert list(machine.gpus()) == [2**20 * each for each in wanted]
 
 
 def test_without_a_driver_there_are_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert pool.gpus() == ()
+    assert machine.gpus() == ()
