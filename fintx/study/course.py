@@ -15,7 +15,7 @@ from typing import Any
 
 from fintx import sweepchecks
 from fintx.config import StudySpec, TrialConfig
-from fintx.study import queue, records, sampler, seeds, stopping, trial
+from fintx.study import queue, records, sampler, seeds, stopping, tables, trial
 from fintx.study.events import EpochDone, Event, Notice, TrialEnded, TrialFinished, TrialStarted
 from fintx.study.job import Job
 from fintx.study.ledger import Answer, Choice, Claim, Proposal, Withdrawal
@@ -519,11 +519,11 @@ class Course:
     def write_tables(self) -> None:
         """Rewrite the derived tables from the records on disk."""
         folder, study = self.opened.folder, self.spec.study
-        records.write_tables(
+        tables.write(
             folder, records.read_all(folder), n_trials=study.n_trials, metric=study.metric,
             minimize=self.opened.minimize,
         )  # fmt: skip
-        for damage in records.write_results_csv(self.outputs):
+        for damage in tables.write_csv(self.outputs):
             self._say_once(f"left out of experiment_results.csv: {damage}")
 
     def _keep_best_checkpoints(self) -> None:

@@ -24,7 +24,7 @@ from fintx.config import (
     TrialConfig,
     config_hash,
 )
-from fintx.study import lock, records
+from fintx.study import lock, records, tables
 from fintx.study.records import FoldRecord, StudyFile, TrialRecord
 from fintx.types import FintxError
 
@@ -164,8 +164,8 @@ def test_tables_come_from_records_alone(tmp_path):
     for record in (make(0, value=0.7), make(1, value=None), make(2, value=0.6)):
         records.append(folder, record)
     found = records.read_all(folder)
-    records.write_tables(folder, found, n_trials=5, metric="log_loss", minimize=True)
-    records.write_results_csv(tmp_path)
+    tables.write(folder, found, n_trials=5, metric="log_loss", minimize=True)
+    tables.write_csv(tmp_path)
 
     table = json.loads((folder / "s_all_trials.json").read_text())
     assert [row["trial_number"] for row in table["trials"]] == [0, 1, 2]
