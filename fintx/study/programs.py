@@ -1,21 +1,24 @@
 """Where are compiled programs kept from one process to the next? In a folder per kind of processor, its owner's alone.
 
 JAX names each by a hash of the program, its options and the versions of all that compiled it: a trial of a shape that
-was seen before, in this study or another, and a study that goes on, compile nothing. What is kept is machine code, so
-nobody else may write there; and code for one processor can crash another, so machines that share outputs/ don't share
-these. An entry that was torn by a kill is compiled again. The folder may be removed at any time.
+was seen before, in this study or another, and a study that goes on, compile nothing. What is kept is machine code: a
+folder that somebody else may write to is refused. Code for one processor can crash another, so machines that share
+outputs/ don't share these. An entry that was torn by a kill is compiled again. The folder may be removed at any time.
 """
 
 from __future__ import annotations
 
 import functools
 import hashlib
+import os
 import platform
+import stat
 from pathlib import Path
 
 from fintx.types import FintxError
 
 OFF = "off"
+_MEND = f'set execution.program_cache to a folder of your own, or to "{OFF}"'
 FOLDER = ".programs"
 """In outputs/, unless `execution.program_cache` or JAX's own JAX_COMPILATION_CACHE_DIR names another place."""
 
@@ -35,9 +38,7 @@ def keep(setting: str | None, *, outputs: Path) -> None:
     given = _of_jax()
     if setting is None and given is not None:
         return
-    where = (
-        None if setting == OFF else str(_owned(outputs / FOLDER if setting is None else Path(setting)) / processor())
-    )
+    where = None if setting == OFF else str(_private(outputs / FOLDER if setting is None else Path(setting)))
     if jax.config.jax_compilation_cache_dir == where:  # type: ignore[attr-defined]
         return
     compilation_cache.reset_cache()  # it is opened once, with the folder that is set then
@@ -54,18 +55,29 @@ def _of_jax() -> str | None:
     return folder
 
 
-def _owned(folder: Path) -> Path:
-    """The folder, absolute; made if need be, for its owner alone."""
+def _private(folder: Path) -> Path:
+    """Where in a folder this processor's programs lie; what is missing is made for its owner alone.
+
+    A folder that stands already keeps its mode: it may be anybody's.
+    """
     folder = folder.expanduser().absolute()
+    own = folder / processor()
     try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        folder.chmod(0o700)
+        for each in (folder, own):
+            each.mkdir(mode=0o700, parents=True, exist_ok=True)
+        others = [each for each in (folder, own) if _others_may_change(each)]
+        foreign = own.stat().st_uid != os.getuid()
     except OSError as error:
-        raise FintxError(
-            f"{folder}: can't keep compiled programs here ({error.strerror}); set execution.program_cache to a folder "
-            f'of your own, or to "{OFF}"'
-        ) from error
-    return folder
+        raise FintxError(f"{folder}: can't keep compiled programs here ({error.strerror}); {_MEND}") from error
+    if others or foreign:
+        why = f"{others[0]} may be written to by others" if others else f"{own} is another user's"
+        raise FintxError(f"{folder}: can't keep compiled programs here: {why}; {_MEND}")
+    return own
+
+
+def _others_may_change(folder: Path) -> bool:
+    mode = folder.stat().st_mode
+    return bool(mode & (stat.S_IWGRP | stat.S_IWOTH)) and not mode & stat.S_ISVTX
 
 
 @functools.cache

@@ -92,6 +92,21 @@ def test_off_keeps_nothing_and_a_folder_of_jax_is_kept_to(tmp_path: Path) -> Non
     assert not (tmp_path / programs.FOLDER).exists()
 
 
+def test_a_folder_that_stands_keeps_its_mode_and_is_refused_where_others_write(tmp_path: Path) -> None:
+    for mode, said in ((0o755, None), (0o1777, None), (0o775, "written to by others"), (0o777, "written to by others")):
+        folder = tmp_path / f"{mode:o}"
+        folder.mkdir()
+        folder.chmod(mode)
+        if said is None:
+            assert compile_in_a_process(str(folder), tmp_path) == (1, 0)
+            assert (folder / programs.processor()).stat().st_mode & 0o777 == 0o700
+        else:
+            with pytest.raises(FintxError, match=said):
+                programs.keep(str(folder), outputs=tmp_path)
+            assert list(folder.glob("*/*")) == []
+        assert folder.stat().st_mode & 0o7777 == mode
+
+
 def test_a_folder_that_can_not_be_made_is_said_in_a_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(FintxError, match=r"file/here: can't keep compiled programs here .*execution\.program_cache"):
