@@ -42,7 +42,7 @@ class StudyStatus:
     """Why its best result is too good to be true; none: it is believable."""
     test_openings: int
     note: str
-    """Why nothing is known of its unfinished trials; empty: it is."""
+    """Why nothing is known of its unfinished trials, or of its best trial beside the baselines; empty: it is."""
 
     @property
     def running(self) -> bool:
@@ -62,11 +62,12 @@ def read(study_folder: Path) -> StudyStatus:
     spec = study.spec
     finished = records.read_all(study_folder)
     numbers = {record.trial_number for record in finished}
-    held, note = _claims(study_folder, spec)
+    held, unasked = _claims(study_folder, spec)
     claims = {claim.number: claim for claim in held if claim.number not in numbers}
     at_work = sum(claim.state == "running" and claim.step > 0 for claim in claims.values())
     to_go = max(spec.study.n_trials - len(finished), 0)
     best = records.best_of(finished, minimize=metrics.MINIMIZE[spec.study.metric])
+    ahead, uncompared = (None, "") if best is None else _lead(study_folder, spec, best)
     mean_s = sum(record.wall_s for record in finished) / len(finished) if finished else None
     return StudyStatus(
         name=spec.study.name,
@@ -77,20 +78,24 @@ def read(study_folder: Path) -> StudyStatus:
         unfinished=tuple(claims[number] for number in sorted(claims)),
         metric=spec.study.metric,
         best=best,
-        lead=None if best is None else _lead(study_folder, spec, best),
+        lead=ahead,
         eta=None if mean_s is None else datetime.timedelta(seconds=round(mean_s * to_go / max(at_work, 1))),
         confirmation=_confirmation(study_folder, len(finished)),
         doubt=significance.too_good(best.best) if best else None,
         test_openings=len(records.openings(study_folder)),
-        note=note,
+        note="; ".join(words for words in (unasked, uncompared) if words),
     )
 
 
-def _lead(study_folder: Path, spec: StudySpec, best: TrialRecord) -> Lead | None:
+def _lead(study_folder: Path, spec: StudySpec, best: TrialRecord) -> tuple[Lead | None, str]:
+    """The lead, or why it can't be said: what the records say is there all the same."""
     here = records.trial_folder(study_folder, best.trial_number) / "predictions.parquet"
     if not here.is_file() or not (study_folder / "baselines.parquet").is_file():
-        return None
-    return lead.over_baselines(study_folder, spec, best, predictions.read_baselines(study_folder))
+        return None, ""
+    try:
+        return lead.over_baselines(study_folder, spec, best, predictions.read_baselines(study_folder)), ""
+    except FintxError as error:
+        return None, str(error)
 
 
 def _confirmation(study_folder: Path, finished: int) -> str:
