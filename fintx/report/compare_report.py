@@ -54,7 +54,7 @@ def sentence(found: Comparison) -> str:
     if ahead:
         words += f" Ahead of the best baseline with confidence, the search's luck not counted: {listed(ahead)}."
     if behind:
-        words += f" Not ahead of it: {listed(behind)}."
+        words += f" Not ahead of {'it' if ahead else 'the best baseline'}: {listed(behind)}."
     return words
 
 

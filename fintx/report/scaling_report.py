@@ -87,7 +87,7 @@ def build(found: Scaling) -> Page:
             ("studies", str(len(field.studies))),
             ("successful trials", str(len(field.loss))),
             ("validation rows", f"{field.n_rows:,}"),
-            ("blocks of days", str(field.resamples.block)),
+            ("block of days", str(field.resamples.block)),
             ("stated difference", percent(found.difference)),
         ),
         sections=(section(found, told=False),),
@@ -203,7 +203,7 @@ def _gains(found: Scaling) -> Sheet:
     ]  # fmt: skip
     columns: list[tuple[str, Format]] = [
         ("", "text"), ("gain (% of the baseline's loss)", "number"), ("90 % interval", "text"),
-        ("SE from days", "number"), ("SE from runs", "number"), ("verdict", "text"),
+        ("SE from days", "number"), ("SE from runs", "number"), ("its interval says", "text"),
     ]  # fmt: skip
     note = (
         f"From the smallest size to the largest. Above 0 with its whole interval: scales. Below "
