@@ -90,9 +90,14 @@ def _stop_early(number: int, frame: object) -> None:
 
 
 def _complain(text: str) -> None:
-    Console(stderr=True).print(
-        f"fintx: {without_passwords(text)}", style="red", highlight=False, markup=False, soft_wrap=True
-    )
+    try:
+        Console(stderr=True).print(
+            f"fintx: {without_passwords(text)}", style="red", highlight=False, markup=False, soft_wrap=True
+        )
+    except OSError:  # a log on the full disk that is complained of: the exit code still has to say it
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        for stream in (1, 2):
+            os.dup2(nowhere, stream)
 
 
 @app.command()

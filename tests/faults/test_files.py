@@ -116,15 +116,22 @@ def test_a_full_disk_in_the_middle_of_training_is_one_line_and_costs_nothing(mac
     assert here.numbers() == undisturbed[:1]
 
 
-def test_a_full_disk_under_the_journal_loses_neither_record_nor_journal(machine, undisturbed):
+THROUGH_A_PIPE = ("bash", "-c", 'exec "$0" "$@" > >(exec cat) 2>&1')
+"""What a process prints is written by another one, which no limit of its own keeps from that."""
+
+
+@pytest.mark.parametrize("before", [THROUGH_A_PIPE, ()], ids=["", "and under its log"])
+def test_a_full_disk_under_the_journal_loses_neither_record_nor_journal(machine, undisturbed, before):
     """The coordinator can write no more when the trial ends: its record stands, and is told by the next run."""
     here = machine()
-    running = here.start(*MEDIUM, TWO)
+    running = here.start(*MEDIUM, TWO, before=before)
     wait_for(here.steps, running=running)
     size = (here.folder / "journal.log").stat().st_size
     resource.prlimit(running.process.pid, resource.RLIMIT_FSIZE, (size + 40, resource.RLIM_INFINITY))
-    said = running.end(code=2)
-    assert "File too large" in said and len(said.split("fintx: ")) == 2
+    running.end(code=2)
+    if before:
+        wait_for(lambda: "File too large" in running.said)
+        assert len(running.said.split("fintx: ")) == 2
     here.run(*MEDIUM, TWO)
     assert here.numbers() == undisturbed
     assert [claim.finished for claim in here.claims().values()] == [True, True]
