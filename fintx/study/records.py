@@ -145,7 +145,8 @@ class TrialRecord(Kept):
     """The other seeds, from the second on; a failure in a fold is that of any seed, and no further fold is trained."""
     libraries: dict[str, str]
     settings: dict[str, str] = {}
-    """Environment variables of its process that bear on speed and last digits, such as XLA_FLAGS."""
+    """What bears on speed and last digits: environment variables of its process, such as XLA_FLAGS, and the
+    compiler's options."""
     device: str
     git_commit: str | None
     started: str

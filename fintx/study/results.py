@@ -18,7 +18,7 @@ from fintx.evaluate import metrics
 from fintx.study import environment, records, runtime
 from fintx.study.job import Job
 from fintx.study.records import FoldRecord, Replicate, TrialRecord
-from fintx.train import checkpoint
+from fintx.train import checkpoint, compiling
 from fintx.train.result import FitResult
 from fintx.types import Floats
 
@@ -104,7 +104,7 @@ def _record(training: Trained, folds: tuple[Dataset, ...]) -> TrialRecord:
             for other, of_seed in zip(job.replicates[1:], seeds_of_folds[1:], strict=True)
         ),
         libraries=environment.libraries(),
-        settings=runtime.told(),
+        settings=runtime.told() | {name: str(value) for name, value in compiling.options().items()},
         device=environment.device(),
         git_commit=environment.git_commit(),
         started=training.started,

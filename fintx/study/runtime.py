@@ -1,8 +1,8 @@
-"""How do the allocator and the compiler under a worker behave? Set before its process starts, and told to its records.
+"""How does the allocator under a worker behave? Set before its process starts, and told to its records.
 
 glibc's malloc asks Linux for huge pages: a train step's temporaries are large and are mapped anew in each dispatch. An
-older glibc and other C libraries ignore the setting. No flag of XLA is set: none of those tried helped
-(docs/performance.md). What the user sets himself stays as he set it.
+older glibc and other C libraries ignore the setting. What the user sets himself stays as he set it. The compiler's
+options are not set here but with each program (`train.compiling`).
 """
 
 from __future__ import annotations

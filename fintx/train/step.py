@@ -21,6 +21,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from fintx.config import ModelConfig, Shape
 from fintx.model import transformer
 from fintx.train import losses, optim, sharding
+from fintx.train.compiling import compiled
 from fintx.train.once import once
 from fintx.train.sharding import ONE, Layout
 from fintx.train.state import ORDER, STEP, Hyper, Program, TrainState, abstract_hyper, abstract_state, init, stream
@@ -265,19 +266,19 @@ def compile_training(static: Program, *, n_features: int, n_rows: int, n_samples
     values = (abstract_hyper(), state, jax.eval_shape(empty_tally))
     count = jax.ShapeDtypeStruct((), jnp.int32)
     starting, stepping = _placed(static.layout, state)
-    started = jax.jit(start, **starting).lower(abstract_hyper()).compile()
+    started = compiled(jax.jit(start, **starting).lower(abstract_hyper()))
     if n_members == 1:
-        running = jax.jit(segment, donate_argnums=1, **stepping).lower(*values, windows, count).compile()
+        running = compiled(jax.jit(segment, donate_argnums=1, **stepping).lower(*values, windows, count))
         return Training(start=started, segment=running, n_bytes=max(_bytes(started), _bytes(running)))
     together = jax.vmap(segment, in_axes=(0, 0, 0, None, None))
     values = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((n_members, *leaf.shape), leaf.dtype), values)
     _, stepping = _placed(static.layout, values[1], leading=1)
-    running = jax.jit(together, donate_argnums=1, **stepping).lower(*values, windows, count).compile()
+    running = compiled(jax.jit(together, donate_argnums=1, **stepping).lower(*values, windows, count))
     taking: dict[str, Any] = {}
     if static.layout.n_devices > 1:
         cut = sharding.shardings(static.layout, state.params)
         taking = {"in_shardings": (stepping["in_shardings"][1].params, None), "out_shardings": cut}
-    taken = jax.jit(member, **taking).lower(values[1].params, count).compile()
+    taken = compiled(jax.jit(member, **taking).lower(values[1].params, count))
     n_bytes = max(map(_bytes, (started, running, taken)))
     return Training(start=started, segment=running, n_bytes=n_bytes, member=taken)
 
@@ -311,13 +312,13 @@ def compile_logits(
         whole = sharding.everywhere(layout)
         placed = {"in_shardings": (sharding.shardings(layout, params), whole), "out_shardings": whole}
     windows = abstract_windows(n_features=n_features, n_rows=n_rows, n_samples=n_samples)
-    compiled = jax.jit(forward, **placed).lower(params, windows).compile()
-    return Forward(run=compiled, n_bytes=_bytes(compiled))
+    run = compiled(jax.jit(forward, **placed).lower(params, windows))
+    return Forward(run=run, n_bytes=_bytes(run))
 
 
-def _bytes(compiled: jax.stages.Compiled) -> int:
+def _bytes(program: jax.stages.Compiled) -> int:
     """Arguments, outputs and temporaries on each device; what is donated serves as both of the first two."""
-    stats = compiled.memory_analysis()
+    stats = program.memory_analysis()
     assert stats is not None
     held = stats.argument_size_in_bytes + stats.output_size_in_bytes + stats.temp_size_in_bytes
     return held - stats.alias_size_in_bytes

@@ -86,6 +86,7 @@ def main() -> None:
 
     from fintx.model import transformer
     from fintx.train import step
+    from fintx.train.compiling import compiled
     from fintx.train.state import abstract_hyper, abstract_state, for_program, init, program
 
     case = cases.Case("compile", *shape[:4], batch_size=shape[4] if len(shape) > 4 else 64)
@@ -104,13 +105,13 @@ def main() -> None:
     at_trace = time.perf_counter()
     lowered = traced.lower()
     at_lower = time.perf_counter()
-    compiled = lowered.compile()
+    segment_program = compiled(lowered)
     at_compile, cpu_s = time.perf_counter(), time.process_time() - cpu
-    jax.jit(lambda values: init(static, values, n_features=cases.N_FEATURES)).lower(abstract_hyper()).compile()
+    compiled(jax.jit(lambda values: init(static, values, n_features=cases.N_FEATURES)).lower(abstract_hyper()))
     at_start = time.perf_counter()
     params = transformer.abstract_params(model, config.shape, cases.N_FEATURES)
-    jax.jit(lambda params, windows: step.logits(model, config.shape, params, windows)).lower(params, windows).compile()
-    stats = compiled.memory_analysis()
+    compiled(jax.jit(lambda params, windows: step.logits(model, config.shape, params, windows)).lower(params, windows))
+    stats = segment_program.memory_analysis()
     print(json.dumps({
         "trace_s": at_trace - began, "lower_s": at_lower - at_trace, "compile_s": at_compile - at_lower,
         "total_s": at_compile - began, "cpu_s": cpu_s, "start_s": at_start - at_compile,

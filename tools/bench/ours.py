@@ -35,6 +35,7 @@ from fintx.data.scaling import Scaling  # noqa: E402
 from fintx.data.windows import Dataset, Part  # noqa: E402
 from fintx.study import environment  # noqa: E402
 from fintx.train import loop, step  # noqa: E402
+from fintx.train.compiling import compiled  # noqa: E402
 from fintx.train.state import TargetScale, hyper, program  # noqa: E402
 
 MEMBERS = 8
@@ -147,7 +148,7 @@ class Population:
             return jax.vmap(lambda h, s, t: step.train_segment(static, h, s, t, windows, n))(hypers, state, tally)
 
         arguments = (self.hypers, self.state, self.tally, self.windows, self.n)
-        self.segment = jax.jit(segment, donate_argnums=1).lower(*arguments).compile()
+        self.segment = compiled(jax.jit(segment, donate_argnums=1).lower(*arguments))
 
     def turn(self) -> None:
         self.state, self.tally = self.segment(self.hypers, self.state, self.tally, self.windows, self.n)
