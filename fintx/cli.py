@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
+from typer.exceptions import TyperException
 
 from fintx.types import Bug, FintxError, told, without_passwords
 
@@ -68,10 +69,16 @@ def main() -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _stop_early)
     try:
-        app()
+        sys.exit(app(standalone_mode=False))
     except _StopAtOnce:
         _complain("stopped at once; nothing finished is lost, the same command continues")
         sys.exit(STOPPED)
+    except TyperException as error:  # of arguments; without any, the help has been printed
+        if said := error.format_message():
+            context = getattr(error, "ctx", None)
+            command = context.command_path if context else "fintx"
+            _complain(f"{said.rstrip('.')} (see {command} --help)")
+        sys.exit(2)
     except Exception as error:
         sys.exit(_complain_of([told(error)]))
 

@@ -63,6 +63,26 @@ def mistake(*arguments: object, cwd: Path = ROOT) -> str:
     return done.stderr
 
 
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["sweep"], "Missing argument 'files' (see fintx sweep --help)"),
+        (["sweep", "x.toml", "--workers", 0], "greater than or equal to 1 (see fintx sweep --help)"),
+        (["sweep", "x.toml", "--worker", 2], "No such option: --worker"),
+        (["swep", "x.toml"], "Did you mean 'sweep'? (see fintx --help)"),
+        (["data", "imprt"], "Did you mean 'import'? (see fintx data --help)"),
+    ],
+)
+def test_a_mistyped_command_is_a_line(arguments, words):
+    said = mistake(*arguments)
+    assert said.startswith("fintx: ") and words in said and said.count("\n") == 1
+
+
+def test_without_a_command_the_commands_are_shown():
+    shown = fintx(code=2)
+    assert "sweep" in shown.stdout + shown.stderr and "fintx:" not in shown.stderr
+
+
 def test_params_counts_a_shape():
     shown = fintx(
         "params", "--d-model", 768, "--n-layers", 28, "--n-heads", 12, "--d-ff", 3072, "--budget", "200M"

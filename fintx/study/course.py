@@ -89,6 +89,14 @@ class Course:
         return self.spec.study.name
 
     @property
+    def total(self) -> int:
+        """Trials with a record at the end of this run, as far as its file asks for them now."""
+        if not self.queue_only:
+            return self.spec.study.n_trials
+        done = {record.entry for record in self.finished.values()}
+        return len(self.finished) + sum(queue.identity(entry) not in done for entry in self._entries())
+
+    @property
     def settled(self) -> bool:
         """Nothing runs here, and all that happened has been told."""
         return not self.held and not self._todo
@@ -345,7 +353,7 @@ class Course:
         self._todo.append(lambda: self._tell(claim, record))
         self._catch_up()
         if claim.number in self.finished:
-            self.notify(TrialFinished(self.name, record, tuple(self.finished.values())))
+            self.notify(TrialFinished(self.name, record, tuple(self.finished.values()), self.total))
             self._keep_best_checkpoints()
             self.write_tables()
 
@@ -437,7 +445,7 @@ class Course:
         new = [path for path in paths if int(path.parent.name) not in {*self.finished, *self.held}]
         for record in map(records.read, new):
             self.finished[record.trial_number] = record
-            self.notify(TrialFinished(self.name, record, tuple(self.finished.values())))
+            self.notify(TrialFinished(self.name, record, tuple(self.finished.values()), self.total))
 
     def _reread_file(self) -> None:
         """What may change freely is taken while the study runs, all else waits for the next start."""

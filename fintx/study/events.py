@@ -20,6 +20,8 @@ class StudyReady:
     n_shapes: int
     finished: int
     """Records that stand already."""
+    total: int
+    """Records at the end of this run, as far as its file asks for them now."""
     to_beat: tuple[str, float] | None = None
     """The best baseline and its score; none where no baseline has the study's metric."""
 
@@ -67,6 +69,8 @@ class TrialFinished:
     study: str
     record: TrialRecord
     records: tuple[TrialRecord, ...]
+    total: int
+    """Records at the end of this run."""
 
 
 @dataclass(frozen=True)

@@ -106,10 +106,10 @@ def begin(
         take_over: brings trials of another study into one that is new.
         queue_only: the spec's queue is another file's, and not the study's own to keep.
         where: tells where a key of the file stands.
-        should_stop: asked every few seconds while what must be beaten is fitted, and at the end.
+        should_stop: asked every few seconds while what must be beaten is fitted, and at the end; so is the folder.
 
     Raises:
-        Stopped: it said so.
+        Stopped: one of them said so.
         StudyConflict: the folder or the storage holds a study with another definition.
         StudyBusy: another process of this host runs it.
         FintxError: whatever in data, budget, queue or storage can't be run; no trial has been touched then.
@@ -124,12 +124,13 @@ def begin(
     queue.validate(spec, n_features=len(spec.data.features), where=where)
     counted = not queue_only and take_over is None
 
-    def pause() -> None:
-        if should_stop():
-            raise Stopped
-
     with lock.hold(folder), contextlib.ExitStack() as stack:
         stop_before = stopping.request(folder)
+
+        def pause() -> None:
+            if should_stop() or stopping.request(folder) != stop_before:
+                raise Stopped
+
         if known is None:
             _check_no_strangers(folder)
         try:

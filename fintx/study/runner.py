@@ -332,9 +332,10 @@ class _Run:
                         hosts=self.hosts,
                     )  # fmt: skip
                 )
-        except Stopped:
-            self.stopping = True
-            self.pool.stop()
+        except Stopped:  # this study by `fintx stop`, or all of them by a signal
+            if self.should_stop():
+                self.stopping = True
+                self.pool.stop()
         except Exception as error:
             self.results[id(order)] = Failure(order.spec, told(error, of=name))
         return not self.stopping
@@ -358,7 +359,7 @@ class _Run:
         )  # fmt: skip
         n_shapes, finished = len(opened.space.shapes), len(course.finished)
         rival = best_baseline(opened.baselines, opened.spec.study.metric)
-        self.notify(StudyReady(course.name, opened.spec, opened.prepared, n_shapes, finished, rival))
+        self.notify(StudyReady(course.name, opened.spec, opened.prepared, n_shapes, finished, course.total, rival))
         return course
 
     def _limit(self, config: TrialConfig, worker: Worker) -> int | None:

@@ -105,12 +105,11 @@ class View:
             self._console.print(f"{prefix}{line}", highlight=False, soft_wrap=True, markup=False)
 
     def _open(self, event: StudyReady) -> None:
-        total = event.spec.study.n_trials
-        bar = self._progress.add_task(event.study, total=total, completed=event.finished, words="")
+        bar = self._progress.add_task(event.study, total=event.total, completed=event.finished, words="")
         self._studies[event.study] = _Study(event.spec, bar, event.finished, event.to_beat)
         show_data(self._console, event.prepared)
         before = f", {event.finished} finished before" if event.finished else ""
-        self._console.print(f"{event.n_shapes:,} feasible shapes, {total} trials{before}")
+        self._console.print(f"{event.n_shapes:,} feasible shapes, {event.total} trials{before}")
         if event.to_beat is not None:
             name, value = event.to_beat
             self._say(event.study, f"to beat: {name}, {event.spec.study.metric} {number(value)}", always=True)
@@ -173,12 +172,12 @@ class View:
         self._close(event.study, event.record.trial_number)
         shown, record = self._studies[event.study], event.record
         shown.records = event.records
-        done, total, best = len(event.records), shown.spec.study.n_trials, shown.best
+        done, total, best = len(event.records), event.total, shown.best
         mean_s = (time.monotonic() - shown.began) / max(done - shown.finished_before, 1)
         best_words = f"best {number(best.value)} (trial {best.trial_number})" if best else "no success yet"
         rival = f", to beat {number(shown.to_beat[1])} ({shown.to_beat[0]})" if shown.to_beat else ""
         words = f"{best_words}{rival}, {duration(mean_s * max(total - done, 0))} to go"
-        self._progress.update(shown.bar, completed=done, words=words)
+        self._progress.update(shown.bar, completed=done, total=total, words=words)
         self._say(
             event.study,
             f"trial {record.trial_number} {record.outcome}: {record.metric} {number(record.value)}, "

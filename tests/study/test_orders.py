@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from fintx.study import opening, orders, queue, records, runner
+from fintx.study import opening, orders, queue, records, runner, stopping
 from fintx.study.course import Course
 from fintx.study.events import Event, Notice, StudyReady
 from fintx.study.runner import Order
@@ -201,3 +201,18 @@ def test_a_study_that_a_manual_file_comes_to_name_is_run_too(file, tmp_path):
     )  # fmt: skip
     assert ready == ["tiny", "other"] and [result.spec.study.name for result in results] == ready
     assert [entry.id for entry in results[1].spec.queue] == ["b"]
+
+
+def test_one_study_of_two_can_be_stopped_while_its_baselines_are_fitted(file, tmp_path):
+    other = tmp_path / "other.toml"
+    other.write_text(file.read_text().replace('"tiny"', '"other"'))
+    outputs = tmp_path / "outputs"
+
+    def hear(event: Event) -> None:
+        if isinstance(event, Notice) and event.study == "tiny" and "what must be beaten" in event.words:
+            stopping.ask("tiny", outputs=outputs)
+
+    made = [orders.of_sweep(path, ("study.n_trials=1",)) for path in (file, other)]
+    stopped, run = runner.run_all(made, outputs=outputs, data_root=tmp_path / "data", notify=hear)
+    assert stopped.interrupted and stopped.records == ()
+    assert not run.interrupted and len(run.records) == 1
