@@ -140,7 +140,7 @@ def test_a_full_disk_under_the_journal_loses_neither_record_nor_journal(machine,
 def test_a_really_full_disk(machine, undisturbed, tmp_path):
     """A tmpfs of four megabytes, most of which another file takes while a trial runs."""
     here = machine()
-    here.root.mkdir()
+    here.root.mkdir(parents=True, exist_ok=True)
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", here.root], capture_output=True).returncode:
         pytest.skip("this machine does not let a test mount a tmpfs")
     try:

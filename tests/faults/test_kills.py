@@ -131,6 +131,7 @@ def test_a_request_to_stop_before_the_worker_has_begun_counts_as_no_failure(mach
 
 def test_a_request_to_stop_is_heeded_while_the_baselines_are_fitted(machine):
     here = machine()
+    (here.root / "data" / "baselines").mkdir(parents=True)  # fitted nowhere before
     running = here.start(*SHORT, "study.n_trials=1")
     wait_for(lambda: "fitting what must be beaten" in running.said, running=running)
     running.process.send_signal(signal.SIGINT)
@@ -157,7 +158,7 @@ def test_a_terminal_that_is_closed_is_a_request_to_stop(machine):
     ours, theirs = pty.openpty()
     command = [FINTX, "sweep", here.file, "--outputs", here.root / "outputs", "--data-dir", here.root / "data"]
     changes = [part for change in (*LONG, ONE, "execution.checkpoint_s=100") for part in ("--set", change)]
-    here.root.mkdir()
+    here.root.mkdir(parents=True, exist_ok=True)
     process = subprocess.Popen(
         ["setsid", "--ctty", *command, *changes], stdin=theirs, stdout=theirs, stderr=theirs, env=ENVIRONMENT
     )  # fmt: skip
