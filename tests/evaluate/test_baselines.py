@@ -335,25 +335,44 @@ def real(shared_data, tmp_path_factory):
     return root, {"SPY": sources.load("SPY", root=root)}, {"VIX": sources.load("VIX", root=root)}
 
 
-@pytest.mark.parametrize(
-    "horizon, log_loss, auc, climatology",
-    [(1, 0.4430, 0.773, 0.5275), (3, 0.6274, 0.705, 0.6939), (5, 0.6360, 0.675, 0.6835)],
-    ids=["h1", "h3", "h5"],
-)
+PUBLISHED = {
+    1: {
+        "prior": (0.5275, None), "volatility_logistic": (0.4430, 0.773), "volatility_touch": (0.4399, None),
+        "garch_touch": (None, 0.771), "bar_logistic": (None, 0.788), "bar_boosting": (0.182, 0.785),
+    },
+    3: {
+        "prior": (0.6939, None), "volatility_logistic": (0.6274, 0.705), "volatility_touch": (0.6276, None),
+        "garch_touch": (None, 0.702), "bar_logistic": (None, 0.716), "bar_boosting": (0.106, 0.710),
+    },
+    5: {
+        "prior": (0.6835, None), "volatility_logistic": (0.6360, 0.675), "volatility_touch": (0.6359, None),
+        "garch_touch": (None, 0.675), "bar_logistic": (None, 0.680), "bar_boosting": (0.066, 0.669),
+    },
+}  # fmt: skip
+"""Horizon → name → log loss (of boosting its skill over the base rate), AUC; what was not published is none. The first
+study's base rate of all days before a year is the `prior` of yearly folds."""
+
+
+@pytest.mark.parametrize("horizon", PUBLISHED, ids=["h1", "h3", "h5"])
 @pytest.mark.slow
-def test_walk_forward_figures_on_spy_and_vix(real, horizon, log_loss, auc, climatology):
-    """Logistic on ln VIX and the base rate, refitted yearly on all days before, 2005-01 … 2026-06; pooled rows."""
+def test_walk_forward_figures_on_spy_and_vix(real, horizon):
+    """Refitted yearly on all days before, 2005-01 … 2026-06; pooled rows."""
     root, bars, vix = real
     task = TaskConfig(kind="threshold", price="high", threshold=0.01, horizon=horizon)
     split = SplitConfig(kind="walk_forward", validation_start=datetime.date(2005, 1, 1), n_folds=22, window="expanding")
-    data = DataConfig(assets=("SPY",), context=("VIX",), features=("vix_log",), end=datetime.date(2026, 6, 30))
+    data = DataConfig(assets=("SPY",), context=("VIX",), features=("stationary",), end=datetime.date(2026, 6, 30))
     folds = windows.build(data, task, split, context_length=1, root=root).folds
     scored = [by_name(fold, task, bars, vix) for fold in folds]
     truth = np.concatenate([fold.validation.labels for fold in folds])
     outputs = {name: np.concatenate([fold[name].outputs for fold in scored]) for name in scored[0]}
     losses = {name: metrics.per_sample_loss("threshold", z, truth).mean() for name, z in outputs.items()}
     assert len(truth) > 5380
-    # .003 is the project's own margin: folds of equal length are not calendar years to the day
-    assert losses["volatility_logistic"] == pytest.approx(log_loss, abs=0.003)
-    assert losses["prior"] == pytest.approx(climatology, abs=0.003)
-    assert metrics.auc(outputs["volatility_logistic"], truth) == pytest.approx(auc, abs=0.003)
+    # .003 is the project's own margin: folds of equal length are not calendar years to the day. The published logistic
+    # saw 19 features, this one all 36 of the set.
+    for name, (loss, auc) in PUBLISHED[horizon].items():
+        found = 1 - losses[name] / losses["prior"] if name == "bar_boosting" else losses[name]
+        if loss is not None:
+            assert found == pytest.approx(loss, abs=0.003), name
+        if auc is not None:
+            margin = 0.004 if name == "bar_logistic" else 0.003
+            assert metrics.auc(outputs[name], truth) == pytest.approx(auc, abs=margin), name
