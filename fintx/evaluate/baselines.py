@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -70,8 +71,20 @@ def for_dataset(
     constant: Floats = np.full(len(dataset.validation.rows), metrics.prior_output(task.kind, prior))
     known = Known.at(dataset, bars, context)
     forecast = _Forecaster(dataset, constant, pause)
-    found = _of_returns(known, forecast) if task.kind == "regression" else _of_labels(known, forecast, task)
+    with _one_thread():
+        found = _of_returns(known, forecast) if task.kind == "regression" else _of_labels(known, forecast, task)
     return tuple(_scored(name, words, outputs, dataset, task, prior) for name, words, outputs in found)
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """Some thousand rows are no work to share out, and threads that wait for one another beside a busy process do it
+    for long: 22 folds of SPY took 42 s by one thread or by two, but 250 s by two beside another process."""
+    import sklearn.ensemble  # type: ignore[import-untyped]  # noqa: F401  (only what is loaded can be limited)
+    from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
+
+    with threadpool_limits(limits=1):
+        yield
 
 
 Said = list[tuple[str, str, Floats]]
