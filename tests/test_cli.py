@@ -201,6 +201,8 @@ def test_eval_on_another_file(tiny_study, tmp_path):
     file.write_text("Date,Open,High,Low,Close,Volume\n" + "\n".join(rows) + "\n")
     shown = fintx("eval", tiny_study, "--data", file, "--symbol", "NEW").stdout
     assert "NEW was not trained on" in shown and "log_loss" in shown
+    beaten = [line.split() for line in shown.splitlines() if line.startswith(("this model", "volatility_touch"))]
+    assert len(beaten) == 2 and 0.4 < float(beaten[1][1]) < 0.69, "fitted on older days, it is still better than a coin"
     same = fintx("eval", tiny_study, "--data", file, "--symbol", "SPX").stdout
     assert "not trained on" not in same
     short = tmp_path / "short.csv"

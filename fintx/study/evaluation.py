@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,9 @@ import jax
 import numpy as np
 
 from fintx.data import features, sources, windows
+from fintx.data.bars import Bars
 from fintx.data.windows import Dataset, Part, Scaling
-from fintx.evaluate import metrics
+from fintx.evaluate import baselines, metrics
 from fintx.study import predictions, records
 from fintx.study.records import Metrics
 from fintx.train import checkpoint, loop
@@ -37,7 +39,7 @@ class Evaluation:
     last_date: str
     notes: tuple[str, ...]
     baselines: dict[str, Metrics] = field(default_factory=dict)
-    """What must be beaten, on the identical rows; of a study's own validation rows alone."""
+    """What must be beaten, on the identical rows; none where the study's data are not at hand."""
 
 
 @dataclass(frozen=True)
@@ -112,9 +114,49 @@ def on_file(path: Path, file: Path, *, symbol: str | None, data_root: Path) -> E
     notes = []
     if name not in config.data.assets:
         notes.append(f"{name} was not trained on: inputs are scaled by the pooled training statistics")
-    return _evaluation(
-        str(file), found, [_score(restored, dataset.features, part, dataset)], recorded=None, notes=notes
+    try:
+        beaten = _baselines_on(bars, dataset, part, context, restored, folder=folder, data_root=data_root)
+    except FintxError as error:  # a checkpoint that was taken elsewhere, without its training data
+        beaten = {}
+        notes.append(f"no baselines: they learn from the study's training rows, and {error}")
+    scored = _score(restored, dataset.features, part, dataset)
+    return replace(_evaluation(str(file), found, [scored], recorded=None, notes=notes), baselines=beaten)
+
+
+def _baselines_on(
+    bars: Bars,
+    dataset: Dataset,
+    part: Part,
+    context: Mapping[str, Bars],
+    restored: checkpoint.Restored,
+    *,
+    folder: Path,
+    data_root: Path,
+) -> dict[str, Metrics]:
+    """Fitted on the training rows of the checkpoint's fold, scored on rows of another asset or of later days."""
+    config, meta = restored.config, restored.meta
+    prepared = windows.build(
+        config.data, config.task, config.split, context_length=config.model.context_length, root=data_root
     )
+    fold = prepared.folds[meta["fold"]]
+    _check_hashes(folder, meta, fold)
+    last = fold.dates.max().astype(datetime.date)  # of its own assets, nothing of the test part
+    own = {
+        symbol: sources.load(symbol, root=data_root, version=config.data.versions.get(symbol)).between(None, last)
+        for symbol in fold.assets
+    }
+    new = f"{bars.symbol}, the file's"
+    together = replace(
+        fold,
+        features=np.concatenate([fold.features, dataset.features]),
+        dates=np.concatenate([fold.dates, dataset.dates]),
+        asset_ids=np.concatenate([fold.asset_ids, np.full(len(dataset.dates), len(fold.assets), np.int32)]),
+        assets=(*fold.assets, new),
+        close=np.concatenate([fold.close, dataset.close]),
+        validation=Part(rows=part.rows + len(fold.dates), labels=part.labels),
+    )
+    found = baselines.for_dataset(together, config.task, {**own, new: bars}, context)
+    return {baseline.name: baseline.metrics for baseline in found}
 
 
 # --- finding ----------------------------------------------------------------------------------------------------------

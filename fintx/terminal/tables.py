@@ -101,11 +101,13 @@ def print_summary(console: Console, summary: Summary) -> None:
         _line(console, f"Next       just confirm {folder}     just eval {folder}     just status")
 
 
-def _beside_baselines(name: str, mine: Metrics, baselines: Mapping[str, Metrics]) -> Table:
+def _beside_baselines(
+    name: str, mine: Metrics, baselines: Mapping[str, Metrics], *, rows_words: str = "validation rows"
+) -> Table:
     """A model's scores above those of all that must be beaten, on the identical rows."""
     keys = _COMPARED if "log_loss" in mine else _COMPARED_REGRESSION
     rows = [[each, *(number(held.get(key)) for key in keys)] for each, held in ((name, mine), *baselines.items())]
-    return table(f"\nOn the same {number(mine.get('n'))} validation rows", ["", *keys], rows)
+    return table(f"\nOn the same {number(mine.get('n'))} {rows_words}", ["", *keys], rows)
 
 
 def _verdict(summary: Summary) -> str:
@@ -223,7 +225,8 @@ def print_evaluation(console: Console, result: Evaluation) -> None:
         rows.append(row)
     show(console, table("", heads, rows))
     if result.baselines:
-        show(console, _beside_baselines("this model", result.metrics, result.baselines))
+        rows_words = "validation rows" if result.recorded else "rows"
+        show(console, _beside_baselines("this model", result.metrics, result.baselines, rows_words=rows_words))
     if len(result.per_asset) > 1:
         keys = [key for key in ("n", *_COMPARED, *_COMPARED_REGRESSION) if key in next(iter(result.per_asset.values()))]
         keys = list(dict.fromkeys(keys))
