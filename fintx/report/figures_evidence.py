@@ -94,17 +94,17 @@ def precision_recall(found: Mapping[str, PrecisionRecall]) -> Picture:
     """Precision against recall, with the base rate that guessing reaches."""
     with canvas(height=3.2, width=0.8 * WIDTH) as figure:
         axes = figure.subplots()
-        for colour, (words, each) in zip(CYCLE, found.items(), strict=False):
+        for colour, each in zip(CYCLE, found.values(), strict=False):
             axes.fill_between(
                 each.recall, each.precision_low, each.precision_high, color=colour, alpha=0.12, linewidth=0
             )
-            axes.plot(each.recall, each.precision, color=colour, linewidth=1.3, label=words)
+            axes.plot(each.recall, each.precision, color=colour, linewidth=1.3)
         rate = next(iter(found.values())).base_rate
         axes.axhline(rate, color=MUTED, linewidth=0.9, linestyle=(0, (4, 3)))
         axes.set_xlim(0, 1)
         axes.set_ylim(0, 1)
         label_lines(axes, [(rate, "base rate", MUTED)])
-        axes.legend(loc="upper right", fontsize=8.5, labelcolor="linecolor")
+        _label_where_apart(axes, found)
         for axis in (axes.xaxis, axes.yaxis):
             axis.set_major_formatter(PercentFormatter(1.0, symbol=" %"))
         axes.set_xlabel("recall: share of all events that were called")
@@ -113,6 +113,33 @@ def precision_recall(found: Mapping[str, PrecisionRecall]) -> Picture:
             figure, "precision_recall", "Precision and recall",
             "Each threshold is a point; bands are 95 % Wilson intervals. Guessing reaches the base rate at any recall.",
         )  # fmt: skip
+
+
+def _label_where_apart(axes: Axes, found: Mapping[str, PrecisionRecall]) -> None:
+    """Each curve's words near it, at the recall where the curves lie furthest apart: at full recall all meet.
+
+    The highest curve's words stand above all curves, the others' below them.
+    """
+    at = np.linspace(0.1, 0.6, 51)
+    heights = np.array([np.interp(at, *_ascending(each)) for each in found.values()])
+    apart = np.diff(np.sort(heights, axis=0), axis=0).min(axis=0) if len(found) > 1 else np.ones(len(at))
+    best = int(np.argmax(apart[:26]))  # room for words to the right
+    beside = heights[:, best : best + 25]
+    above, below = float(beside.max()) + 0.04, float(beside.min()) - 0.06
+    highest = int(np.argmax(heights[:, best]))
+    for index, (colour, words) in enumerate(zip(CYCLE, found, strict=False)):
+        place = above if index == highest else below
+        below -= 0.0 if index == highest else 0.08
+        axes.annotate(
+            words, (float(at[best]), float(heights[index, best])), (float(at[best]) + 0.05, place), color=colour,
+            fontsize=8.5, va="bottom" if index == highest else "top",
+            arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.7},
+        )  # fmt: skip
+
+
+def _ascending(each: PrecisionRecall) -> tuple[Floats, Floats]:
+    order = np.argsort(each.recall, kind="stable")
+    return np.asarray(each.recall)[order], np.asarray(each.precision)[order]
 
 
 def cumulative(dates: np.ndarray, gains: Mapping[str, Floats], *, against: str, unit: str) -> Picture:
