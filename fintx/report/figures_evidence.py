@@ -255,7 +255,7 @@ def ladder(
         trials: (skill, low, high) of each study's best trial.
         rivals: (skill, name) of its best baseline.
     """
-    with canvas(height=0.95 + 0.42 * len(names)) as figure:
+    with canvas(height=0.95 + 0.46 * len(names)) as figure:
         axes = figure.subplots()
         for place, ((skill, low, high), (rival, words)) in enumerate(
             zip(reversed(trials), reversed(rivals), strict=True)
@@ -263,7 +263,7 @@ def ladder(
             axes.plot([low, high], [place, place], color=BLUE, linewidth=2, solid_capstyle="round")
             axes.plot([skill], [place], "o", color=BLUE, markersize=6.5, markeredgecolor=PAPER)
             axes.plot([rival], [place], "|", color=VERMILLION, markersize=15, markeredgewidth=2.2)
-            axes.annotate(words, (rival, place), xytext=(0, -11), textcoords="offset points", ha="center", fontsize=7.5,
+            axes.annotate(words, (rival, place), xytext=(0, -16), textcoords="offset points", ha="center", fontsize=7.5,
                           color=VERMILLION)  # fmt: skip
         axes.axvline(0, color=INK, linewidth=0.9)
         axes.set_yticks(range(len(names)), list(reversed(names)))
@@ -272,7 +272,7 @@ def ladder(
         axes.xaxis.set_major_formatter(PercentFormatter(1.0, symbol=" %"))
         axes.set_xlabel("skill over the prior")
         caption = (
-            "Dots: the best trial of each study with the 95 % interval of its skill over other days; red: the best "
-            "baseline on the same rows. Skills compare studies whose labels differ; losses don't."
+            "Dots: the best trial of each study with the 95 % interval of its skill over other days; upright "
+            "marks: the best baseline on the same rows. Skills compare studies whose labels differ; losses don't."
         )
         return keep(figure, "skill_by_study", "Skill by study", caption)
