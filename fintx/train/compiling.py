@@ -27,8 +27,8 @@ def compiled(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
 def options() -> dict[str, str | bool]:
     """XLA's options beside its defaults: on a CPU, LLVM's level 2 rather than 3.
 
-    A trial's programs compile an eighth to a third sooner, and run as fast (docs/performance.md). It goes before a level in
-    XLA_FLAGS, but not before JAX_DISABLE_MOST_OPTIMIZATIONS.
+    A trial's programs compile an eighth to a third sooner, and run as fast (docs/performance.md). It goes before a
+    level in XLA_FLAGS, but not before JAX_DISABLE_MOST_OPTIMIZATIONS.
     """
     hurried = jax.config.read("jax_disable_most_optimizations")
     return {} if hurried or jax.default_backend() != "cpu" else {_LEVEL: "2"}
