@@ -1,4 +1,4 @@
-"""What a running study shows: what has to be beaten, how far it is, and how long it will take."""
+"""What a running study shows: what has to be beaten, and how far it is."""
 
 from __future__ import annotations
 
