@@ -10,28 +10,38 @@ from dataclasses import dataclass
 
 import jax
 
+from fintx.config import Shape
+
 _COMPILED = "/jax/core/compile/backend_compile_duration"
 """A program was compiled, or read from the program cache; with how long it took."""
 _READ = "/jax/compilation_cache/cache_hits"
 """It was read."""
 
 
-_LEVEL = "xla_backend_optimization_level"
+_LEVEL, _EIGEN, _LIBRARY = (
+    "xla_backend_optimization_level", "xla_cpu_multi_thread_eigen", "xla_cpu_experimental_ynn_fusion_type",
+)  # fmt: skip
+_NARROW = 256
+"""Up to this d_model, Eigen's matrix products of the linear layers are faster than YNNPACK's."""
 
 
-def compiled(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
-    """The program, by the one set of options that all of a trial's are compiled with: numbers stay comparable."""
-    return lowered.compile(compiler_options=options())
+def compiled(lowered: jax.stages.Lowered, shape: Shape) -> jax.stages.Compiled:
+    """The program, by the options that all programs of a model of this shape are compiled with: numbers agree."""
+    return lowered.compile(compiler_options=options(shape))
 
 
-def options() -> dict[str, str | bool]:
-    """XLA's options beside its defaults: on a CPU, LLVM's level 2 rather than 3.
+def options(shape: Shape) -> dict[str, str | bool]:
+    """XLA's options beside its defaults, on a CPU; what each brings is measured (docs/performance.md).
 
-    A trial's programs compile an eighth to a third sooner, and run as fast (docs/performance.md). It goes before a
-    level in XLA_FLAGS, but not before JAX_DISABLE_MOST_OPTIMIZATIONS.
+    LLVM's level 2 rather than 3 compiles sooner and runs as fast. Without Eigen's own threads the small products of
+    attention aren't split up; the linear layers' products still are. In narrow models YNNPACK is left to sums alone.
+
+    They go before the same options in XLA_FLAGS, but not before JAX_DISABLE_MOST_OPTIMIZATIONS.
     """
-    hurried = jax.config.read("jax_disable_most_optimizations")
-    return {} if hurried or jax.default_backend() != "cpu" else {_LEVEL: "2"}
+    if jax.config.read("jax_disable_most_optimizations") or jax.default_backend() != "cpu":
+        return {}
+    always: dict[str, str | bool] = {_LEVEL: "2", _EIGEN: False}
+    return always | ({_LIBRARY: "LIBRARY_FUSION_TYPE_REDUCE"} if shape.d_model <= _NARROW else {})
 
 
 @dataclass

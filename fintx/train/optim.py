@@ -55,11 +55,31 @@ def transformation(values: OptimValues, *, schedule: ScheduleKind) -> optax.Grad
     Loshchilov & Hutter 2019, https://arxiv.org/abs/1711.05101: the decay is decoupled, and scaled by the rate.
     """
     return optax.chain(
-        optax.clip_by_global_norm(values.clip_norm),
+        optax.stateless(lambda gradients, _: _clipped(gradients, values.clip_norm)),
         optax.scale_by_adam(b1=values.b1, b2=values.b2, eps=values.eps),
         optax.add_decayed_weights(values.weight_decay, mask=decays),
         optax.scale_by_learning_rate(lambda count: learning_rate(schedule, values, count)),
     )
+
+
+def norm(tree: Params) -> Float[Array, ""]:
+    """The Euclidean norm of all numbers of a tree together.
+
+    By dot products: XLA compiles a reduction of each leaf to several kernels on a CPU, a tenth of a step's compile time.
+    """
+    return jnp.sqrt(sum(map(_square, jax.tree.leaves(tree)), start=jnp.float32(0)))
+
+
+def _square(leaf: Array) -> Float[Array, ""]:
+    axes = tuple(range(leaf.ndim))
+    return jax.lax.dot_general(leaf, leaf, ((axes, axes), ((), ())), precision=jax.lax.Precision.HIGHEST)
+
+
+def _clipped(gradients: Params, limit: Any) -> Params:
+    """Scaled down to a norm of at most `limit` (Pascanu et al. 2013, algorithm 1)."""
+    size = norm(gradients)
+    factor = jnp.where(size < limit, jnp.float32(1), limit / size)
+    return jax.tree.map(lambda gradient: gradient * factor, gradients)
 
 
 def decays(params: Params) -> Params:

@@ -90,7 +90,7 @@ def empty_tally() -> Tally:
 def train_step(static: Program, hyper: Hyper, state: TrainState, batch: Batch) -> tuple[TrainState, StepReport]:
     """One update on the mean loss of the batch's true samples."""
     loss, gradients = _gradients(static, hyper, state, batch)
-    finite = jnp.isfinite(loss) & jnp.isfinite(optax.tree.norm(gradients))
+    finite = jnp.isfinite(loss) & jnp.isfinite(optim.norm(gradients))
     # optax mixes dtypes in its own arithmetic; nothing of ours does.
     with jax.numpy_dtype_promotion("standard"):
         transformation = optim.transformation(hyper.optim, schedule=static.schedule)
@@ -208,8 +208,8 @@ def logits(
 
 
 def all_finite(params: Params) -> Bool[Array, ""]:
-    """Is every number of the tree finite?"""
-    return jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(params)]).all()
+    """Is every number of the tree finite, and none so large (1e19) that float32 can't hold its square?"""
+    return jnp.isfinite(optim.norm(params))
 
 
 def _gather_windows(
@@ -266,19 +266,21 @@ def compile_training(static: Program, *, n_features: int, n_rows: int, n_samples
     values = (abstract_hyper(), state, jax.eval_shape(empty_tally))
     count = jax.ShapeDtypeStruct((), jnp.int32)
     starting, stepping = _placed(static.layout, state)
-    started = compiled(jax.jit(start, **starting).lower(abstract_hyper()))
+    started = compiled(jax.jit(start, **starting).lower(abstract_hyper()), static.shape)
     if n_members == 1:
-        running = compiled(jax.jit(segment, donate_argnums=1, **stepping).lower(*values, windows, count))
+        lowered = jax.jit(segment, donate_argnums=1, **stepping).lower(*values, windows, count)
+        running = compiled(lowered, static.shape)
         return Training(start=started, segment=running, n_bytes=max(_bytes(started), _bytes(running)))
     together = jax.vmap(segment, in_axes=(0, 0, 0, None, None))
     values = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((n_members, *leaf.shape), leaf.dtype), values)
     _, stepping = _placed(static.layout, values[1], leading=1)
-    running = compiled(jax.jit(together, donate_argnums=1, **stepping).lower(*values, windows, count))
+    lowered = jax.jit(together, donate_argnums=1, **stepping).lower(*values, windows, count)
+    running = compiled(lowered, static.shape)
     taking: dict[str, Any] = {}
     if static.layout.n_devices > 1:
         cut = sharding.shardings(static.layout, state.params)
         taking = {"in_shardings": (stepping["in_shardings"][1].params, None), "out_shardings": cut}
-    taken = compiled(jax.jit(member, **taking).lower(values[1].params, count))
+    taken = compiled(jax.jit(member, **taking).lower(values[1].params, count), static.shape)
     n_bytes = max(map(_bytes, (started, running, taken)))
     return Training(start=started, segment=running, n_bytes=n_bytes, member=taken)
 
@@ -312,7 +314,7 @@ def compile_logits(
         whole = sharding.everywhere(layout)
         placed = {"in_shardings": (sharding.shardings(layout, params), whole), "out_shardings": whole}
     windows = abstract_windows(n_features=n_features, n_rows=n_rows, n_samples=n_samples)
-    run = compiled(jax.jit(forward, **placed).lower(params, windows))
+    run = compiled(jax.jit(forward, **placed).lower(params, windows), shape)
     return Forward(run=run, n_bytes=_bytes(run))
 
 
