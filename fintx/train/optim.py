@@ -65,7 +65,7 @@ def transformation(values: OptimValues, *, schedule: ScheduleKind) -> optax.Grad
 def norm(tree: Params) -> Float[Array, ""]:
     """The Euclidean norm of all numbers of a tree together.
 
-    By dot products: XLA compiles a reduction of each leaf to several kernels on a CPU, a tenth of a step's compile time.
+    By dot products: on a CPU, XLA makes several kernels of each leaf's reduction, a tenth of a step's compile time.
     """
     return jnp.sqrt(sum(map(_square, jax.tree.leaves(tree)), start=jnp.float32(0)))
 

@@ -1,6 +1,6 @@
 """How fast is fintx beside its rivals? Turns one after the other, medians, ratios with their spread.
 
-    python tools/bench/drive.py [steps trials populations compile overhead] --rivals PYTHON [--write]
+    python tools/bench/drive.py [steps trials populations profile compile overhead] --rivals PYTHON [--write]
 
 Every round gives each contestant one turn, so that whatever else the machine does falls on all alike; a ratio is taken
 within a round. A round in which other processes took more than a tenth of the cores is told apart: such rounds count
@@ -89,6 +89,8 @@ def measured(given: argparse.Namespace, ours: Contestant, rivals: Contestant | N
             yield from compiling.measure(given.rounds, tiny=given.tiny)
         elif part == "overhead":
             yield from overhead.measure(tiny=given.tiny)
+        elif part == "profile":
+            yield from profiles(given, ours, only)
         else:
             for case in PARTS[part][0]:
                 if not only or case.name in only:
@@ -98,6 +100,17 @@ def measured(given: argparse.Namespace, ours: Contestant, rivals: Contestant | N
                     entry = {"part": part, "case": case.to_json(), "n_params": case.n_params, **found}
                     print(told(entry), flush=True)
                     yield entry
+
+
+def profiles(given: argparse.Namespace, ours: Contestant, only: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """Where fintx's train step spends its time."""
+    for case in cases.STEPS:
+        if not only or case.name in only:
+            case = cases.tiny(case) if given.tiny else case
+            found = {"part": "profile", "case": case.to_json(), **ours.ask("profile", case=case.to_json())}
+            ours.ask("drop")
+            print(tables.profile([found]), flush=True)
+            yield found
 
 
 def steps(case: cases.Case, ours: Contestant, rivals: Contestant | None, given: argparse.Namespace) -> dict[str, Any]:

@@ -20,6 +20,7 @@ N_THREADS = keep_to_cores()
 import cases  # noqa: E402
 import jax  # noqa: E402
 import numpy as np  # noqa: E402
+import profiling  # noqa: E402
 
 from fintx.config import (  # noqa: E402
     DataConfig,
@@ -208,6 +209,12 @@ class Ours:
     def turn(self, kind: str) -> dict[str, Any]:
         return timed(self.held[kind].turn)
 
+    def profile(self, case: dict[str, Any]) -> dict[str, Any]:
+        self.setup(case, "fintx")
+        steps = self.held["fintx"]
+        steps.turn()
+        return profiling.profiled(steps.turn, steps.training.segment.as_text(), n_steps=int(steps.n))
+
     def drop(self) -> dict[str, Any]:
         for held in self.held.values():
             if isinstance(held, Trial):
@@ -228,4 +235,4 @@ class Ours:
 
 if __name__ == "__main__":
     ours = Ours()
-    serve({name: getattr(ours, name) for name in ("setup", "turn", "drop", "about")})
+    serve({name: getattr(ours, name) for name in ("setup", "turn", "profile", "drop", "about")})

@@ -62,6 +62,20 @@ def _timed(entries: list[dict[str, Any]]) -> str:
     return _rows("model | who | median | × the first (quartiles) | × its CPU time", rows) + note
 
 
+def profile(entries: list[dict[str, Any]]) -> str:
+    """Milliseconds of each kind; beside them the least that the products could take."""
+    rows = []
+    for entry in entries:
+        flops, peak = cases.Case(**entry["case"]).step_flops, entry["peak_flop_s"]
+        kinds = (
+            f"{entry['kinds_ms'][kind]:,.0f}"
+            for kind in ("linear", "attention", "elementwise", "moving", "update", "rest")
+        )
+        rows.append((_shape(entry), f"{entry['clock_ms']:,.0f} ms", *kinds, f"{1e3 * flops / peak:,.0f}"))
+    head = "model | by the clock | linear layers | attention | elementwise | copies | update | rest | products at peak"
+    return _rows(head, rows)
+
+
 def _compile(entries: list[dict[str, Any]]) -> str:
     rows = [
         (
@@ -105,5 +119,5 @@ def _counting(entries: list[dict[str, Any]]) -> str:
 
 TABLES: dict[str, Callable[[list[dict[str, Any]]], str]] = {
     "steps": _timed, "trials": _timed, "populations": _timed, "compile": _compile, "depth": _depth,
-    "search": _search, "saving": _saving, "counting": _counting,
+    "profile": profile, "search": _search, "saving": _saving, "counting": _counting,
 }  # fmt: skip

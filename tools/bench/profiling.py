@@ -1,0 +1,89 @@
+"""Where does a train step's time go? By JAX's own profiler, per kind of operation.
+
+A kind's milliseconds are of all threads together: they add up to more than a step takes by the clock where operations
+run at once. An operation that shares itself out over the cores counts by the clock.
+"""
+
+from __future__ import annotations
+
+import re
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+KINDS = ("linear", "attention", "elementwise", "moving", "update", "rest")
+"""Products of linear layers, and of attention; what else a layer computes; copies; clip and AdamW; all else."""
+
+
+def profiled(turn: Callable[[], None], program: str, *, n_steps: int) -> dict[str, Any]:
+    """Milliseconds of a step by the clock, undisturbed, and of each kind.
+
+    Args:
+        turn: `n_steps` steps, in one dispatch.
+        program: its HLO, as compiled.
+    """
+    clock = min(_seconds(turn) for _ in range(5))
+    options = jax.profiler.ProfileOptions()
+    options.host_tracer_level, options.python_tracer_level = 3, 0
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder, profiler_options=options):
+            turn()
+        (found,) = Path(folder).rglob("*.xplane.pb")
+        by_kind = _by_kind(jax.profiler.ProfileData.from_file(str(found)), _kinds(program))
+    return {
+        "clock_ms": 1e3 * clock / n_steps,
+        "kinds_ms": {kind: by_kind[kind] / 1e6 / n_steps for kind in KINDS},
+        "peak_flop_s": _peak(),
+    }
+
+
+def _seconds(work: Callable[[], Any]) -> float:
+    began = time.perf_counter()
+    work()
+    return time.perf_counter() - began
+
+
+def _peak(side: int = 1024) -> float:
+    """FLOP per second of one large product, the best of twenty."""
+    product, x = jax.jit(lambda x: x @ x), jnp.ones((side, side), jnp.float32)
+    product(x).block_until_ready()
+    return 2 * side**3 / min(_seconds(lambda: product(x).block_until_ready()) for _ in range(20))
+
+
+def _kinds(program: str) -> dict[str, str]:
+    """Name of an operation → its kind, by what it computes and by the loops that it lies in."""
+    bodies = {found[1]: found[2] for found in re.finditer(r"^%?([\w.\-]+) \(.*?\{\n(.*?)^\}", program, re.M | re.S)}
+    kinds = {}
+    for line in program.splitlines():
+        found = re.match(r"\s*(?:ROOT )?%([\w.\-]+) = \w+\[([\d,]*)\]\S* (dot|fusion|copy|reduce\S*)\(", line)
+        if found is None:
+            continue
+        name, shape, opcode = found.groups()
+        called, source = re.search(r"calls=%?([\w.\-]+)", line), re.search(r'op_name="([^"]*)"', line)
+        inside, path = bodies.get(called[1], "") if called else "", source[1] if source else ""
+        if opcode == "dot" or " dot(" in inside:
+            kinds[name] = "attention" if shape.count(",") == 3 else "linear"
+        elif re.search(r"copy|transpose|slice|broadcast\b|wrapped_broadcast", name):
+            kinds[name] = "moving"
+        elif path.count("while/body") >= 2:  # the steps, and within them the layers
+            kinds[name] = "elementwise"
+        else:
+            kinds[name] = "update" if "while/body" in path and "jvp" not in path else "rest"
+    return kinds
+
+
+def _by_kind(profile: Any, kinds: dict[str, str]) -> Counter[str]:
+    """Nanoseconds."""
+    found: Counter[str] = Counter()
+    for plane in profile.planes:
+        for line in plane.lines:
+            for event in line.events:
+                if event.name in kinds:
+                    found[kinds[event.name]] += event.duration_ns
+    return found
