@@ -104,3 +104,24 @@ def test_update_is_adamw_by_hand(make_trial: Callable[..., TrialConfig]) -> None
     for k in theta:
         # float32 bias correction of b2: 1 − .999 has 5 digits.
         np.testing.assert_allclose(params["head"][k], theta[k], rtol=2e-4)
+
+
+def test_norm_covers_leaves_of_every_rank_and_members_apart() -> None:
+    rng = np.random.default_rng(0)
+    shapes: dict[str, tuple[int, ...]] = {"scalar": (), "vector": (7,), "matrix": (5, 3), "stacked": (4, 3, 6)}
+    tree = {name: jnp.asarray(rng.normal(size=shape), jnp.float32) for name, shape in shapes.items()}
+    by_hand = np.sqrt(sum((np.asarray(leaf, np.float64) ** 2).sum() for leaf in tree.values()))
+    np.testing.assert_allclose(optim.norm(tree), by_hand, rtol=1e-6)
+    population = jax.tree.map(lambda leaf: jnp.stack([leaf, 2 * leaf, jnp.zeros_like(leaf)]), tree)
+    np.testing.assert_allclose(jax.vmap(optim.norm)(population), by_hand * np.array([1, 2, 0]), rtol=1e-6)
+
+
+@pytest.mark.parametrize("limit", [1e-3, 1.0, 1e3, np.inf])
+def test_gradients_are_clipped_as_by_optax(limit: float) -> None:
+    rng = np.random.default_rng(1)
+    gradients = {"a": jnp.asarray(rng.normal(size=(6, 4)), jnp.float32), "b": jnp.zeros((3,), jnp.float32)}
+    clip = optax.clip_by_global_norm(jnp.float32(limit))
+    for each in (gradients, jax.tree.map(jnp.zeros_like, gradients)):
+        wanted, _ = clip.update(each, clip.init(each))
+        found = optim._clipped(each, jnp.float32(limit))
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), found, wanted)

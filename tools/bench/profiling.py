@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import tempfile
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -79,11 +79,22 @@ def _kinds(program: str) -> dict[str, str]:
 
 
 def _by_kind(profile: Any, kinds: dict[str, str]) -> Counter[str]:
-    """Nanoseconds."""
-    found: Counter[str] = Counter()
+    """Nanoseconds. Some operations return at once and are worked at by other threads: they last until their "end"."""
+    began: dict[str, list[int]] = defaultdict(list)
+    ended: dict[str, list[int]] = defaultdict(list)
+    marks: dict[str, list[int]] = defaultdict(list)
     for plane in profile.planes:
         for line in plane.lines:
             for event in line.events:
                 if event.name in kinds:
-                    found[kinds[event.name]] += event.duration_ns
+                    began[event.name].append(event.start_ns)
+                    ended[event.name].append(event.start_ns + event.duration_ns)
+                elif event.name.removeprefix("end: ") in kinds:
+                    marks[event.name.removeprefix("end: ")].append(event.start_ns)
+    found: Counter[str] = Counter()
+    for name, starts in began.items():
+        ends = sorted(ended[name])
+        if len(marks[name]) == len(starts):  # an operation follows itself, never overlaps: the i-th end is the i-th's
+            ends = [max(pair) for pair in zip(ends, sorted(marks[name]), strict=True)]
+        found[kinds[name]] += sum(ends) - sum(starts)
     return found
