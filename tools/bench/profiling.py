@@ -1,7 +1,7 @@
 """Where does a train step's time go? By JAX's own profiler, per kind of operation.
 
-A kind's milliseconds are of all threads together: they add up to more than a step takes by the clock where operations
-run at once. An operation that shares itself out over the cores counts by the clock.
+A kind's share is of the time by the clock in which at least one operation of it is under way. Operations run at once
+where nothing forbids it, so that shares may add up to more than 1.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import tempfile
 import time
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ KINDS = ("linear", "attention", "elementwise", "moving", "update", "rest")
 
 
 def profiled(turn: Callable[[], None], program: str, *, n_steps: int) -> dict[str, Any]:
-    """Milliseconds of a step by the clock, undisturbed, and of each kind.
+    """Milliseconds of a step by the clock, undisturbed, and the share of each kind.
 
     Args:
         turn: `n_steps` steps, in one dispatch.
@@ -33,12 +33,12 @@ def profiled(turn: Callable[[], None], program: str, *, n_steps: int) -> dict[st
     options.host_tracer_level, options.python_tracer_level = 3, 0
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder, profiler_options=options):
-            turn()
+            traced = _seconds(turn)
         (found,) = Path(folder).rglob("*.xplane.pb")
         by_kind = _by_kind(jax.profiler.ProfileData.from_file(str(found)), _kinds(program))
     return {
         "clock_ms": 1e3 * clock / n_steps,
-        "kinds_ms": {kind: by_kind[kind] / 1e6 / n_steps for kind in KINDS},
+        "share": {kind: by_kind[kind] / 1e9 / traced for kind in KINDS},
         "peak_flop_s": _peak(),
     }
 
@@ -78,7 +78,7 @@ def _kinds(program: str) -> dict[str, str]:
     return kinds
 
 
-def _by_kind(profile: Any, kinds: dict[str, str]) -> Counter[str]:
+def _by_kind(profile: Any, kinds: dict[str, str]) -> dict[str, int]:
     """Nanoseconds. Some operations return at once and are worked at by other threads: they last until their "end"."""
     began: dict[str, list[int]] = defaultdict(list)
     ended: dict[str, list[int]] = defaultdict(list)
@@ -91,10 +91,19 @@ def _by_kind(profile: Any, kinds: dict[str, str]) -> Counter[str]:
                     ended[event.name].append(event.start_ns + event.duration_ns)
                 elif event.name.removeprefix("end: ") in kinds:
                     marks[event.name.removeprefix("end: ")].append(event.start_ns)
-    found: Counter[str] = Counter()
+    spans: dict[str, list[tuple[int, int]]] = defaultdict(list)
     for name, starts in began.items():
         ends = sorted(ended[name])
         if len(marks[name]) == len(starts):  # an operation follows itself, never overlaps: the i-th end is the i-th's
             ends = [max(pair) for pair in zip(ends, sorted(marks[name]), strict=True)]
-        found[kinds[name]] += sum(ends) - sum(starts)
-    return found
+        spans[kinds[name]] += zip(sorted(starts), ends, strict=True)
+    return {kind: _covered(spans[kind]) for kind in KINDS}
+
+
+def _covered(spans: list[tuple[int, int]]) -> int:
+    """How long at least one of them lasts."""
+    total, until = 0, 0
+    for start, end in sorted(spans):
+        total += max(0, end - max(start, until))
+        until = max(until, end)
+    return total

@@ -63,16 +63,13 @@ def _timed(entries: list[dict[str, Any]]) -> str:
 
 
 def profile(entries: list[dict[str, Any]]) -> str:
-    """Milliseconds of each kind; beside them the least that the products could take."""
+    """The share of each kind; beside them the least that the products could take."""
     rows = []
     for entry in entries:
-        flops, peak = cases.Case(**entry["case"]).step_flops, entry["peak_flop_s"]
-        kinds = (
-            f"{entry['kinds_ms'][kind]:,.0f}"
-            for kind in ("linear", "attention", "elementwise", "moving", "update", "rest")
-        )
-        rows.append((_shape(entry), f"{entry['clock_ms']:,.0f} ms", *kinds, f"{1e3 * flops / peak:,.0f}"))
-    head = "model | by the clock | linear layers | attention | elementwise | copies | update | rest | products at peak"
+        floor_ms = 1e3 * cases.Case(**entry["case"]).step_flops / entry["peak_flop_s"]
+        shares = (f"{share:.0%}" for share in entry["share"].values())
+        rows.append((_shape(entry), f"{entry['clock_ms']:,.0f} ms", f"{floor_ms:,.0f} ms", *shares))
+    head = "model | a step | products at peak | linear layers | attention | elementwise | copies | update | rest"
     return _rows(head, rows)
 
 
