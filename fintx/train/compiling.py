@@ -33,8 +33,8 @@ def compiled(lowered: jax.stages.Lowered, shape: Shape) -> jax.stages.Compiled:
 def options(shape: Shape) -> dict[str, str | bool]:
     """XLA's options beside its defaults, on a CPU; what each brings is measured (docs/performance.md).
 
-    LLVM's level 2 rather than 3 compiles sooner and runs as fast. Without Eigen's own threads the small products of
-    attention aren't split up; the linear layers' products still are. In narrow models YNNPACK is left to sums alone.
+    LLVM's level 2 rather than 3 compiles sooner and runs as fast. Without Eigen's own threads attention's small
+    products are several times faster, and the linear layers' as before. In narrow models YNNPACK is left to sums alone.
 
     They go before the same options in XLA_FLAGS, but not before JAX_DISABLE_MOST_OPTIMIZATIONS.
     """

@@ -328,8 +328,10 @@ def test_all_bad_entries_are_named_at_once():
 
 
 def test_good_entries_pass_and_a_cancelled_one_may_be_of_any_size():
-    huge = ENTRY.model_copy(update={"n_layers": 9000, "cancelled": True})
-    queue.validate(make_spec(ENTRY, ENTRY.model_copy(update={"n_heads": 10}), huge), n_features=N_FEATURES)
+    good, huge = ENTRY.model_copy(update={"n_heads": 10}), ENTRY.model_copy(update={"n_layers": 9000})
+    queue.validate(make_spec(ENTRY, good, huge.model_copy(update={"cancelled": True})), n_features=N_FEATURES)
+    with pytest.raises(queue.QueueError, match="outside the budget"):
+        queue.validate(make_spec(ENTRY, good, huge), n_features=N_FEATURES)
 
 
 def test_two_entries_of_one_identity_are_refused():

@@ -89,8 +89,6 @@ def measured(given: argparse.Namespace, ours: Contestant, rivals: Contestant | N
             yield from compiling.measure(given.rounds, tiny=given.tiny)
         elif part == "overhead":
             yield from overhead.measure(tiny=given.tiny)
-        elif part == "profile":
-            yield from profiles(given, ours, only)
         else:
             for case in PARTS[part][0]:
                 if not only or case.name in only:
@@ -102,15 +100,9 @@ def measured(given: argparse.Namespace, ours: Contestant, rivals: Contestant | N
                     yield entry
 
 
-def profiles(given: argparse.Namespace, ours: Contestant, only: Sequence[str]) -> Iterator[dict[str, Any]]:
+def profile(case: cases.Case, ours: Contestant, rivals: Contestant | None, given: argparse.Namespace) -> dict[str, Any]:
     """Where fintx's train step spends its time."""
-    for case in cases.STEPS:
-        if not only or case.name in only:
-            case = cases.tiny(case) if given.tiny else case
-            found = {"part": "profile", "case": case.to_json(), **ours.ask("profile", case=case.to_json())}
-            ours.ask("drop")
-            print(tables.profile([found]), flush=True)
-            yield found
+    return ours.ask("profile", case=case.to_json())
 
 
 def steps(case: cases.Case, ours: Contestant, rivals: Contestant | None, given: argparse.Namespace) -> dict[str, Any]:
@@ -145,6 +137,7 @@ def populations(
 
 PARTS: dict[str, tuple[tuple[cases.Case, ...], Callable[..., dict[str, Any]]]] = {
     "steps": (cases.STEPS, steps),
+    "profile": (cases.STEPS, profile),
     "trials": (cases.TRIALS, trials),
     "populations": (cases.POPULATIONS, populations),
 }
@@ -228,6 +221,8 @@ def machine() -> str:
 
 def told(entry: dict[str, Any]) -> str:
     """A result in words."""
+    if entry["part"] == "profile":
+        return tables.profile([entry])
     case = cases.Case(**entry["case"])
     shape = f"({case.d_model}, {case.n_layers}, {case.n_heads}, {case.d_ff}) batch {case.batch_size}"
     rounds = f"{entry['quiet']} of {entry['rounds']} rounds quiet, others took {entry['others']:.0%}"
