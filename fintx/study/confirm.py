@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import re
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -35,9 +34,6 @@ from fintx.study.records import TrialRecord
 from fintx.train import loop, together
 from fintx.train.state import program
 from fintx.types import FintxError
-
-_LOOK_S = 2.0
-"""How often a request to stop is looked for."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +79,6 @@ class Retraining:
         self._tried: Counter[int] = Counter()
         self._aside: dict[int, str] = {}
         self._failed_in_a_row = 0
-        self._look_at = 0.0
         self._stop_before = stopping.request(self.folder)
 
     @property
@@ -217,9 +212,9 @@ class Retraining:
 
     def tick(self) -> None:
         """Look for a request to stop."""
-        if (now := time.monotonic()) >= self._look_at:
-            self._look_at = now + _LOOK_S
-            self.stop_asked = self.stop_asked or stopping.request(self.folder) != self._stop_before
+        if not self.stop_asked and stopping.request(self.folder) != self._stop_before:
+            self.stop_asked = True
+            self.notify(Notice(self.name, stopping.HEARD))
 
     def result(self, *, interrupted: bool) -> Confirmed:
         """Compare what has been trained so far, and write confirmation.json."""

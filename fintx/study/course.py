@@ -29,7 +29,7 @@ from fintx.types import FintxError
 
 _RENEW_S = 15.0
 _LOOK_S = 2.0
-"""How often the file's queue, a request to stop and other machines' results are looked for."""
+"""How often the file's queue and other machines' results are looked for."""
 _IDLE_S = 1.0
 """After there was nothing to do, until it is asked again; the end of a trial of its own ends the wait."""
 _BACKOFF_S = (0.2, 5.0)
@@ -403,8 +403,11 @@ class Course:
     # --- now and then ---
 
     def tick(self) -> None:
-        """Renew leases, tell what is untold, and look for edits, requests and other machines' results."""
+        """Renew leases, tell what is untold, and look for requests, edits and other machines' results."""
         self._catch_up()
+        if not self.stop_asked and self._is_asked_to_stop():
+            self.stop_asked = True
+            self.notify(Notice(self.name, stopping.HEARD))
         now = time.monotonic()
         if self._progressed and now >= self._renew_at:
             self._renew_at = now + self._renew_s
@@ -414,7 +417,6 @@ class Course:
         if now >= self._look_at:
             self._look_at = now + _LOOK_S
             self._reread_file()
-            self.stop_asked = self.stop_asked or self._is_asked_to_stop()
             self.learn()
 
     def _is_asked_to_stop(self) -> bool:

@@ -10,6 +10,8 @@ from fintx.study import lock, records
 from fintx.types import FintxError
 
 _FILE = "stop"
+HEARD = "asked to stop; what trains now comes to its end first"
+"""What a run says when it has seen a request."""
 
 
 def ask(study: str, *, outputs: Path) -> str:

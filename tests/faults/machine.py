@@ -124,6 +124,16 @@ class Machine:
         """The same, to its end."""
         return self.start(*changes, **how).end(code=code, timeout_s=timeout_s)
 
+    def stop(self, running: Running) -> str:
+        """`fintx stop`, heard while the only worker stands still: no trial ends before it. Returns what it said."""
+        (worker,) = running.workers()
+        os.kill(worker, signal.SIGSTOP)
+        done = subprocess.run([FINTX, "stop", self.folder], env=ENVIRONMENT, capture_output=True, text=True)
+        assert done.returncode == 0, done
+        wait_for(lambda: "asked to stop" in running.said, running=running)
+        os.kill(worker, signal.SIGCONT)
+        return done.stdout
+
     def claims(self) -> dict[int, Claim]:
         """Trial number → claim, from the journal."""
         return {claim.number: claim for claim in ledger.read(self.folder)} if self.folder.is_dir() else {}

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 
 import pytest
 
-from tests.faults.machine import ENVIRONMENT, FINTX, LONG, MEDIUM, SHORT, Machine, Running, wait_for
+from tests.faults.machine import LONG, MEDIUM, SHORT, Machine, Running, wait_for
 
 THREE = ("study.n_trials=3", "execution.population=3")
 BEHIND = ("study.n_trials=3", "execution.pipeline=true")
@@ -110,8 +109,7 @@ def test_a_trial_that_waits_is_not_blamed_for_its_workers_death(machine):
 def test_stop_lets_the_running_trial_finish_and_not_the_one_behind_it(machine, undisturbed):
     here = machine()
     running = one_waits(here, *MEDIUM)
-    done = subprocess.run([FINTX, "stop", here.folder], env=ENVIRONMENT, capture_output=True, text=True)
-    assert done.returncode == 0, done
+    here.stop(running)
     running.end(code=75)
     assert here.numbers() == undisturbed[:1]
     assert here.claims()[1].state == "interrupted" and here.first_steps(1) == []
