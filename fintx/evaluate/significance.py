@@ -4,8 +4,8 @@ Everything here works on a `series` of losses, (D, M): one row per day in time o
 `by_day` from losses per row. A panel's assets share their days, so days are resampled and not rows. Labels overlap over
 the horizon and markets have moods, so days are resampled in blocks (the stationary bootstrap of Politis & Romano 1994).
 
-A gain is a mean loss saved per row: positive is better. The bootstrap, Hansen's SPA and the model confidence set are
-arch's, imported where they are used: arch takes seconds to load.
+A gain is a mean loss saved per row: positive is better. Hansen's SPA and the model confidence set are arch's, imported
+where they are used: arch takes three seconds to load, and every study ends with a bootstrap.
 """
 
 from __future__ import annotations
@@ -107,10 +107,29 @@ def block_length(series: Floats, *, horizon: int) -> int:
     columns = columns[:, np.ptp(columns, axis=0) > 0]
     if len(columns) < _FEWEST_FOR_LENGTH or columns.shape[1] == 0:
         return shortest
-    from arch.bootstrap import optimal_block_length
+    return max(shortest, math.ceil(np.median([_best_length(column) for column in columns.T])))
 
-    lengths = optimal_block_length(columns)["stationary"].to_numpy()
-    return max(shortest, math.ceil(np.median(lengths)))
+
+def _best_length(series: Floats) -> float:
+    """Mean block length of the least error of the mean's variance, with Patton's choice of the lags that count.
+
+    Politis & White 2004, section 3.2, eq. 9 with Patton, Politis & White 2009 (the stationary bootstrap's constant).
+    """
+    n = len(series)
+    deviations = series - series.mean()
+    n_quiet = max(5, int(math.log10(n)))
+    most = math.ceil(math.sqrt(n)) + n_quiet
+    products = np.array([deviations[lag:] @ deviations[: n - lag] for lag in range(most + 1)])
+    energy = np.cumsum(np.square(deviations))
+    norms = np.sqrt(energy[n - 2 - most : n - 1][::-1] * (energy[-1] - energy[: most + 1]))
+    is_quiet = np.abs(products) < norms * 2 * math.sqrt(math.log10(n) / n)
+    begins = np.flatnonzero(np.lib.stride_tricks.sliding_window_view(is_quiet[:most], n_quiet).all(axis=1))
+    m = min(2 * max(int(begins[0]), 1), most) if len(begins) else most
+    lags = np.arange(1, m + 1)
+    weights = np.minimum(1, 2 * (1 - lags / m))  # flat in the middle, then falling: Politis & Romano 1995
+    slope, variance = 2 * weights @ (lags * products[1 : m + 1]), products[0] + 2 * weights @ products[1 : m + 1]
+    longest = math.ceil(min(3 * math.sqrt(n), n / 3))
+    return min(abs(slope / variance) ** (2 / 3) * n ** (1 / 3), longest) if variance != 0 else longest
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,13 +143,14 @@ class Resamples:
 
 
 def resample(n_days: int, block: int, *, reps: int = REPS, seed: int = 0) -> Resamples:
-    """Draw days by the stationary bootstrap."""
-    from arch.bootstrap import StationaryBootstrap
-
-    weights = np.empty((reps, n_days))
-    drawn = StationaryBootstrap(block, np.arange(n_days), seed=seed).bootstrap(reps)
-    for weight, (positional, _) in zip(weights, drawn, strict=True):
-        weight[:] = np.bincount(positional[0], minlength=n_days)
+    """Draw days by the stationary bootstrap: at each day a new block begins with probability 1 / block."""
+    rng = np.random.default_rng(seed)
+    weights, day = np.empty((reps, n_days)), np.arange(n_days)
+    for weight in weights:
+        starts = np.where(rng.random(n_days) < 1 / block, day, 0)
+        since = np.maximum.accumulate(starts)  # the first block begins at 0
+        drawn = (rng.integers(n_days, size=n_days)[since] + day - since) % n_days
+        weight[:] = np.bincount(drawn, minlength=n_days)
     return Resamples(weights / n_days, block)
 
 

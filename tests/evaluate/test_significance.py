@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.signal import lfilter
 
 from fintx.evaluate import metrics, significance
 from fintx.evaluate.significance import Estimate
@@ -106,6 +107,23 @@ def test_block_lengths_agree_with_pattons_program():
     assert found == [math.ceil(length) for length in (9.2, *patton[1:4], 8.2, patton[5])]
     assert significance.block_length(losses, horizon=1) == 12
     assert significance.block_length(losses, horizon=20) == 20
+
+
+@pytest.mark.parametrize("n", [20, 21, 60, 500, 3000])
+@pytest.mark.parametrize("kind", ["noise", "autoregressive", "walk", "alternating", "late"])
+def test_lengths_are_those_of_arch(n, kind):
+    from arch.bootstrap import optimal_block_length
+
+    shocks = np.random.default_rng(n).standard_normal(n)
+    series = {
+        "noise": shocks,
+        "autoregressive": lfilter([1], [1, -0.8], shocks),
+        "walk": shocks.cumsum(),
+        "alternating": lfilter([1], [1, 0.9], shocks),
+        "late": np.where(np.arange(n) < n - 5, 0.0, shocks),
+    }[kind]
+    wanted = optimal_block_length(series)["stationary"].item()
+    assert significance._best_length(series) == pytest.approx(wanted, rel=1e-9)
 
 
 def test_a_block_is_never_shorter_than_a_week_or_the_horizon():

@@ -123,10 +123,11 @@ def test_a_request_to_stop_saves_and_says_how_to_go_on(number, machine, undistur
 def test_a_request_to_stop_before_the_worker_has_begun_counts_as_no_failure(machine):
     here = machine()
     running = here.start(*LONG, ONE)
-    wait_for(running.workers, running=running)
+    wait_for(here.claims, running=running)  # handed to a worker that still starts
     running.process.send_signal(signal.SIGINT)
     running.end(code=75)
     assert here.claims()[0].state == "interrupted" and here.claims()[0].failures == 0
+    assert here.first_steps() == [], "the request came too late for this test"
 
 
 def test_a_request_to_stop_is_heeded_while_the_baselines_are_fitted(machine):
