@@ -30,8 +30,8 @@ ENVIRONMENT = {key: value for key, value in os.environ.items() if key not in _LE
 T = TypeVar("T")
 SHORT = ("train.max_epochs=2",)
 """Settings of trials that end at once."""
-MEDIUM = ("train.max_epochs=60", "train.patience=60", "execution.checkpoint_s=0.3")
-"""Of trials that train for three seconds, and save on the way."""
+MEDIUM = ("train.max_epochs=120", "train.patience=120", "execution.checkpoint_s=0.3")
+"""Of trials that train for a second or more, and save on the way."""
 LONG = ("train.max_epochs=100000", "train.patience=100000", "execution.checkpoint_s=0.2")
 """Of trials that are still training when something happens to them."""
 
