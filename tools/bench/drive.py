@@ -1,6 +1,7 @@
 """How fast is fintx beside its rivals? Turns one after the other, medians, ratios with their spread.
 
     python tools/bench/drive.py [steps trials populations profile compile overhead] --rivals PYTHON [--write]
+    python tools/bench/drive.py ahead --cuda PYTHON [--write]
 
 Every round gives each contestant one turn, so that whatever else the machine does falls on all alike; a ratio is taken
 within a round. A round in which other processes took more than a tenth of the cores is told apart: such rounds count
@@ -23,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import ahead
 import cases
 import compiling
 import overhead
@@ -40,6 +42,7 @@ def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("parts", nargs="*", default=["steps", "trials", "populations"])
     arguments.add_argument("--rivals", help="Python of the environment that holds torch; none: fintx alone")
+    arguments.add_argument("--cuda", help="for `ahead`: Python of the environment that holds the CUDA build of JAX")
     arguments.add_argument("--kinds", default=",".join(RIVALS), help="which rivals, with commas")
     arguments.add_argument("--cases", default="", help="names of cases, with commas; none: all")
     arguments.add_argument("--rounds", type=int, default=11)
@@ -49,6 +52,8 @@ def main() -> None:
     arguments.add_argument("--write", action="store_true", help="also into docs/performance.md")
     given = arguments.parse_args()
     given.kinds = given.kinds.split(",")
+    if "ahead" in given.parts and not given.cuda:
+        arguments.error("ahead: --cuda PYTHON is missing; README.md says what it needs")
     cores = [int(core) for core in given.cores.split(",")]
     os.sched_setaffinity(0, cores)
     ours, rivals = contestants(given.rivals, cores)
@@ -89,6 +94,8 @@ def measured(given: argparse.Namespace, ours: Contestant, rivals: Contestant | N
             yield from compiling.measure(given.rounds, tiny=given.tiny)
         elif part == "overhead":
             yield from overhead.measure(tiny=given.tiny)
+        elif part == "ahead":
+            yield from ahead.measure(given.cuda)
         else:
             for case in PARTS[part][0]:
                 if not only or case.name in only:

@@ -93,6 +93,23 @@ def _depth(entries: list[dict[str, Any]]) -> str:
     return _rows("d_model | 12 layers | 192 layers, × | × CPU time", rows)
 
 
+def _ahead(entries: list[dict[str, Any]]) -> str:
+    rows = []
+    for entry in entries:
+        case, members = f"{entry['budget']} {tuple(entry['shape'])}", entry["n_members"]
+        where = entry["layout"] if members == 1 else f"{entry['layout']}, {members} members"
+        held, estimated = entry["n_bytes"] / 1e9, entry["estimated_bytes"] / 1e9
+        collectives = ", ".join(f"{n:,} {kind}" for kind, n in entry["collectives"].items()) or "none"
+        rows.append((
+            case, str(entry["batch_size"]), entry["dtype"], where, f"{held:.1f} GB", f"{estimated:.1f} GB",
+            f"{entry['kernels']:,}", collectives,
+        ))  # fmt: skip
+    head = (
+        "shape | batch | matmuls | devices | held on each | `plan`'s estimate | kernels a step | collectives among them"
+    )
+    return _rows(head, rows)
+
+
 def _search(entries: list[dict[str, Any]]) -> str:
     (entry,) = entries
     return (
@@ -116,5 +133,5 @@ def _counting(entries: list[dict[str, Any]]) -> str:
 
 TABLES: dict[str, Callable[[list[dict[str, Any]]], str]] = {
     "steps": _timed, "trials": _timed, "populations": _timed, "compile": _compile, "depth": _depth,
-    "profile": profile, "search": _search, "saving": _saving, "counting": _counting,
+    "ahead": _ahead, "profile": profile, "search": _search, "saving": _saving, "counting": _counting,
 }  # fmt: skip
