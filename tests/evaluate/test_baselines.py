@@ -353,7 +353,9 @@ PUBLISHED = {
 study's base rate of all days before a year is the `prior` of yearly folds."""
 
 
-@pytest.mark.parametrize("horizon", PUBLISHED, ids=["h1", "h3", "h5"])
+@pytest.mark.parametrize(
+    "horizon", [pytest.param(1, marks=pytest.mark.long), 3, pytest.param(5, marks=pytest.mark.long)], ids="h{}".format
+)
 @pytest.mark.slow
 def test_walk_forward_figures_on_spy_and_vix(real, horizon):
     """Refitted yearly on all days before, 2005-01 … 2026-06; pooled rows."""
