@@ -198,7 +198,8 @@ class ModelConfig(_Config):
     revin: bool = False
     """Normalise every feature within its window, with a learned scale and shift (RevIN, Kim et al. 2022)."""
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of matmul operands and what the backward pass keeps; all else, the residual stream too, is float32."""
+    """Of matmul operands and what the backward pass keeps; all else, the residual stream too, is float32. GPUs that
+    know TF32 multiply float32 by it (10 bits), unless JAX_DEFAULT_MATMUL_PRECISION=highest."""
 
     @model_validator(mode="after")
     def _patch_fits_window(self) -> ModelConfig:

@@ -11,7 +11,10 @@ import os
 
 SETTINGS = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 """docs/performance.md holds what they bring."""
-_TOLD = ("GLIBC_TUNABLES", "LD_PRELOAD", "XLA_FLAGS", "LIBTPU_INIT_ARGS", "OMP_NUM_THREADS", "NVIDIA_TF32_OVERRIDE")
+_TOLD = (
+    "GLIBC_TUNABLES", "LD_PRELOAD", "XLA_FLAGS", "LIBTPU_INIT_ARGS", "OMP_NUM_THREADS", "NVIDIA_TF32_OVERRIDE",
+    "JAX_DEFAULT_MATMUL_PRECISION",
+)  # fmt: skip
 
 
 def environment() -> dict[str, str]:
