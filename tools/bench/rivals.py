@@ -26,6 +26,8 @@ from torch.utils.data import DataLoader, Dataset  # noqa: E402
 
 torch.set_num_threads(N_THREADS)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+if DEVICE == "cuda":
+    torch.set_float32_matmul_precision("high")  # TF32, as JAX multiplies float32 there by itself
 
 
 class Block(nn.Module):
