@@ -5,29 +5,31 @@ from __future__ import annotations
 import socket
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
 
 from fintx.config import Shape
-from fintx.data.scaling import Drift
-from fintx.data.splits import PartRow
-from fintx.data.windows import Prepared
 from fintx.evaluate import power, significance
 from fintx.report.sheet import Sheet
 from fintx.report.words import count, duration, number, percent, shape_words, size
 from fintx.study import records
-from fintx.study.evaluation import Evaluation
-from fintx.study.ledger import Claim
-from fintx.study.plan import DepthsAnswer, MemoryRow, Plan, ShapeAnswer
-from fintx.study.queue import QueueState
-from fintx.study.queuefile import Edit, Listing
 from fintx.study.records import Metrics
-from fintx.study.runner import Failure, Summary
-from fintx.study.status import StudyStatus
 from fintx.terminal import verdict
 from fintx.types import FintxError
+
+if TYPE_CHECKING:  # what is printed has been made by then; to import its makers takes seconds
+    from fintx.data.scaling import Drift
+    from fintx.data.splits import PartRow
+    from fintx.data.windows import Prepared
+    from fintx.study.evaluation import Evaluation
+    from fintx.study.ledger import Claim
+    from fintx.study.plan import DepthsAnswer, MemoryRow, Plan, ShapeAnswer
+    from fintx.study.queue import QueueState
+    from fintx.study.queuefile import Edit, Listing
+    from fintx.study.runner import Failure, Summary
+    from fintx.study.status import StudyStatus
 
 _COMPARED = ("log_loss", "skill", "auc", "brier", "calibration_error")
 _COMPARED_REGRESSION = ("mse", "skill", "mae", "correlation")
@@ -138,6 +140,8 @@ def print_unfinished(console: Console, summary: Summary) -> None:
 
 def print_results(console: Console, results: Sequence[Summary | Failure]) -> None:
     """One line per study of a run of several."""
+    from fintx.study.runner import Failure
+
     rows = []
     for result in results:
         if isinstance(result, Failure):
@@ -236,6 +240,8 @@ def print_evaluation(console: Console, result: Evaluation) -> None:
 
 def print_params(console: Console, answer: ShapeAnswer | DepthsAnswer) -> None:
     """Counts of one shape, or the depths that fit a budget."""
+    from fintx.study.plan import DepthsAnswer
+
     if isinstance(answer, DepthsAnswer):
         budget = answer.budget
         title = f"Depths inside {budget.low:,} … {budget.high:,} parameters"
