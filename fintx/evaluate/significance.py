@@ -113,7 +113,7 @@ def block_length(series: Floats, *, horizon: int) -> int:
 def _best_length(series: Floats) -> float:
     """Mean block length of the least error of the mean's variance, with Patton's choice of the lags that count.
 
-    Politis & White 2004, section 3.2, eq. 9 with Patton, Politis & White 2009 (the stationary bootstrap's constant).
+    Politis & White 2004, https://doi.org/10.1081/ETC-120028836, with the constant of Patton, Politis & White 2009.
     """
     n = len(series)
     deviations = series - series.mean()

@@ -62,6 +62,8 @@ class Retraining:
     data_root: Path
     n_folds: int
     notify: Callable[[Event], None]
+    requests: stopping.Requests
+    """To stop."""
     on_gpu: bool = False
     """Whether the workers' trials run on one."""
     hosts: bool = False
@@ -79,7 +81,6 @@ class Retraining:
         self._tried: Counter[int] = Counter()
         self._aside: dict[int, str] = {}
         self._failed_in_a_row = 0
-        self._stop_before = stopping.request(self.folder)
 
     @property
     def name(self) -> str:
@@ -212,7 +213,7 @@ class Retraining:
 
     def tick(self) -> None:
         """Look for a request to stop."""
-        if not self.stop_asked and stopping.request(self.folder) != self._stop_before:
+        if not self.stop_asked and self.requests.came():
             self.stop_asked = True
             self.notify(Notice(self.name, stopping.HEARD))
 
@@ -247,10 +248,15 @@ def begin(
     notify: Callable[[Event], None],
     on_gpu: bool = False,
     hosts: bool = False,
+    should_stop: Callable[[], bool] = lambda: False,
 ) -> Iterator[Retraining]:
     """Hold a study's folder and choose its best trials so far.
 
+    Args:
+        should_stop: asked while what must be beaten is fitted, and at the end; so is the folder.
+
     Raises:
+        opening.Stopped: one of them said so.
         StudyBusy: another process of this host runs the study.
         FintxError: no trial to confirm, or data that are missing or not those of the study.
     """
@@ -258,6 +264,12 @@ def begin(
     if known is None:
         raise FintxError(f"{folder}: holds no study (no study.json)")
     with lock.hold(folder), lock.hold(folder / "confirm", alone=True):
+        requests = stopping.Requests(folder)
+
+        def pause() -> None:
+            if should_stop() or requests.came():
+                raise opening.Stopped
+
         finished = records.read_all(folder)
         best = records.ranked(finished, minimize=metrics.MINIMIZE[known.spec.study.metric])[: wanted.top_k]
         if not best:
@@ -267,9 +279,11 @@ def begin(
             )
         spec, prepared = opening.resolve(known.spec, folder=folder, data_root=data_root)
         _check_data(folder, best[0], prepared)
-        trial.ensure_baselines(folder, prepared.folds, spec, data_root, tell=lambda words: None)
+        trial.ensure_baselines(folder, prepared.folds, spec, data_root, tell=lambda words: None, pause=pause)
+        pause()
         fresh = fresh_seeds(spec.study.seed, wanted.n_seeds, used={record.config.seed for record in finished})
-        course = Retraining(folder, spec, tuple(best), fresh, data_root, len(prepared.folds), notify, on_gpu, hosts)
+        n_folds = len(prepared.folds)
+        course = Retraining(folder, spec, tuple(best), fresh, data_root, n_folds, notify, requests, on_gpu, hosts)
         notify(
             ConfirmReady(
                 spec.study.name,

@@ -79,7 +79,7 @@ class Course:
         self._away_tries = 0
         self._retry_at = self._look_at = self._renew_at = self._idle_until = 0.0
         self._seen: dict[int, tuple[tuple[Any, ...], float]] = {}
-        self.stop_asked = self._is_asked_to_stop()
+        self._hear_stop()
         self._said: set[str] = set()
         self._edit: StudySpec | None = None
 
@@ -405,9 +405,7 @@ class Course:
     def tick(self) -> None:
         """Renew leases, tell what is untold, and look for requests, edits and other machines' results."""
         self._catch_up()
-        if not self.stop_asked and self._is_asked_to_stop():
-            self.stop_asked = True
-            self.notify(Notice(self.name, stopping.HEARD))
+        self._hear_stop()
         now = time.monotonic()
         if self._progressed and now >= self._renew_at:
             self._renew_at = now + self._renew_s
@@ -419,8 +417,10 @@ class Course:
             self._reread_file()
             self.learn()
 
-    def _is_asked_to_stop(self) -> bool:
-        return stopping.request(self.opened.folder) != self.opened.stop_before
+    def _hear_stop(self) -> None:
+        if not self.stop_asked and self.opened.requests.came():
+            self.stop_asked = True
+            self.notify(Notice(self.name, stopping.HEARD))
 
     @property
     def _renew_s(self) -> float:

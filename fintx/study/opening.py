@@ -45,8 +45,8 @@ class Opened:
     prepared: windows.Prepared
     ledger: Ledger
     baselines: dict[str, Any]
-    stop_before: str
-    """The request to stop that stood in the folder when it was taken; later ones are heeded."""
+    requests: stopping.Requests
+    """To stop."""
 
     @property
     def minimize(self) -> bool:
@@ -125,10 +125,10 @@ def begin(
     counted = not queue_only and take_over is None
 
     with lock.hold(folder), contextlib.ExitStack() as stack:
-        stop_before = stopping.request(folder)
+        requests = stopping.Requests(folder)
 
         def pause() -> None:
-            if should_stop() or stopping.request(folder) != stop_before:
+            if should_stop() or requests.came():
                 raise Stopped
 
         if known is None:
@@ -160,7 +160,7 @@ def begin(
         windows.store_processed(prepared, data_root)
         beaten = trial.ensure_baselines(folder, prepared.folds, spec, data_root, tell=warn, pause=pause)
         pause()
-        yield Opened(asked, spec, folder, space, prepared, book, beaten, stop_before)
+        yield Opened(asked, spec, folder, space, prepared, book, beaten, requests)
 
 
 def _check_records(folder: Path, book: Ledger) -> None:

@@ -330,6 +330,7 @@ class _Run:
                         notify=self.notify,
                         on_gpu=self.on_gpus,
                         hosts=self.hosts,
+                        should_stop=self.should_stop,
                     )  # fmt: skip
                 )
         except Stopped:  # this study by `fintx stop`, or all of them by a signal

@@ -34,9 +34,22 @@ def ask(study: str, *, outputs: Path) -> str:
     return f"{folder}: asked {holder} to stop; the trials that run now come to their end first"
 
 
-def request(study_folder: Path) -> str:
-    """The latest request, whenever it was made; a coordinator heeds one that it didn't find when it began."""
-    try:
-        return (study_folder / _FILE).read_text(encoding="utf-8")
-    except FileNotFoundError:
-        return ""
+class Requests:
+    """Those made of a run since it took its study's folder; an older one was another run's."""
+
+    def __init__(self, study_folder: Path) -> None:
+        self._file = study_folder / _FILE
+        self._before = self._latest()
+
+    def came(self) -> bool:
+        """Whether there is one. A folder that can't be read just now tells nothing: it is looked at again soon."""
+        try:
+            return self._latest() != self._before
+        except OSError:
+            return False
+
+    def _latest(self) -> str:
+        try:
+            return self._file.read_text(encoding="utf-8")
+        except FileNotFoundError:
+            return ""

@@ -354,7 +354,7 @@ study's base rate of all days before a year is the `prior` of yearly folds."""
 
 
 @pytest.mark.parametrize(
-    "horizon", [pytest.param(1, marks=pytest.mark.long), 3, pytest.param(5, marks=pytest.mark.long)], ids="h{}".format
+    "horizon", [pytest.param(h, marks=[pytest.mark.long] if h != 3 else []) for h in PUBLISHED], ids="h{}".format
 )
 @pytest.mark.slow
 def test_walk_forward_figures_on_spy_and_vix(real, horizon):

@@ -126,6 +126,17 @@ def test_lengths_are_those_of_arch(n, kind):
     assert significance._best_length(series) == pytest.approx(wanted, rel=1e-9)
 
 
+@given(st.lists(st.integers(-2, 2), min_size=20, max_size=60).filter(lambda column: len(set(column)) > 1))
+@settings(deadline=None)
+def test_lengths_are_those_of_arch_where_sums_can_vanish(column):
+    from arch.bootstrap import optimal_block_length
+
+    series = np.array(column, np.float64)
+    with np.errstate(all="ignore"):
+        wanted = optimal_block_length(series)["stationary"].item()
+    assert significance._best_length(series) == pytest.approx(wanted, rel=1e-6)
+
+
 def test_a_block_is_never_shorter_than_a_week_or_the_horizon():
     rng = np.random.default_rng(0)
     assert significance.block_length(rng.standard_normal(500), horizon=1) == 5

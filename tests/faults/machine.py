@@ -128,6 +128,7 @@ class Machine:
         """`fintx stop`, heard while the only worker stands still: no trial ends before it. Returns what it said."""
         (worker,) = running.workers()
         os.kill(worker, signal.SIGSTOP)
+        assert not self.records(), "it comes too late for this test"
         done = subprocess.run([FINTX, "stop", self.folder], env=ENVIRONMENT, capture_output=True, text=True)
         assert done.returncode == 0, done
         wait_for(lambda: "asked to stop" in running.said, running=running)

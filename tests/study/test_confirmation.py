@@ -12,7 +12,7 @@ from fintx.config import ConfirmConfig
 from fintx.data import sources
 from fintx.evaluate import metrics
 from fintx.report import confirmation as words
-from fintx.study import comparison, confirm, confirmation, records, seeds
+from fintx.study import comparison, confirm, confirmation, opening, records, seeds, stopping
 from fintx.types import FintxError
 from tests.study.planted import Planted
 
@@ -280,6 +280,35 @@ def test_failures_in_a_row_stop_it(course):
     for _ in range(4):
         made.heard(made.next_job(lambda config: 0).key, "hung", {"text": "no step for 900 s", "beside": False}, pid=1)
     assert "stopped after 4 failures in a row" in str(made.problem) and made.settled
+
+
+def test_a_request_to_stop_is_heard_once_and_no_member_begins_after_it(course):
+    made, told = course
+    made.tick()
+    stopping.ask(str(made.folder), outputs=made.folder.parent)
+    before = len(told)
+    made.tick()
+    made.tick()
+    assert [event.words for event in told[before:]] == [stopping.HEARD]
+    assert made.next_job(lambda config: 0) is None and made.result(interrupted=False).interrupted
+
+
+def test_who_asks_before_the_first_member_is_heard_too(tiny_study, tmp_path):
+    folder = shutil.copytree(tiny_study, tmp_path / "tiny")
+    (folder / "baselines.json").unlink()  # made again: it is asked for on the way
+    asked = []
+
+    def ask() -> bool:
+        if not asked:
+            asked.append(stopping.ask(str(folder), outputs=tmp_path))
+        return False
+
+    with (
+        pytest.raises(opening.Stopped),
+        confirm.begin(folder, ConfirmConfig(), data_root=tiny_study.parents[1] / "data", notify=print, should_stop=ask),
+    ):
+        pass
+    assert asked
 
 
 def test_a_study_without_a_success_or_with_other_data_is_refused(tiny_study, tmp_path):

@@ -11,7 +11,7 @@ import pytest
 
 from fintx import sweepfile
 from fintx.config import StudySpec
-from fintx.study import opening
+from fintx.study import opening, stopping
 from fintx.study.course import Course
 from fintx.study.job import Job
 
@@ -138,3 +138,27 @@ def test_what_never_began_is_given_back_without_blame(course: Courses) -> None:
     claims = {claim.number: claim for claim in search.opened.ledger.claims()}
     assert [(claims[n].state, claims[n].failures) for n in (0, 1)] == [("interrupted", 0)] * 2
     assert [job.at_once for job in handed(search)] == [16, 16]
+
+
+def test_a_request_to_stop_is_heard_at_once_and_once(course: Courses) -> None:
+    """Not at a later look: the trial that trains may end before it, and another would begin."""
+    study, told = course(), []
+    study.notify = told.append
+    study.tick()
+    stopping.ask(str(study.opened.folder), outputs=study.outputs)
+    study.tick()
+    study.tick()
+    assert [event.words for event in told] == [stopping.HEARD]
+    assert study.stop_asked and handed(study) == []
+
+
+def test_a_request_that_cannot_be_read_just_now_is_heard_later(course: Courses) -> None:
+    study = course()
+    file = study.opened.folder / "stop"
+    file.mkdir()  # stands for a network folder that is away: reading it fails
+    study.tick()
+    assert not study.stop_asked and study.problem is None
+    file.rmdir()
+    stopping.ask(str(study.opened.folder), outputs=study.outputs)
+    study.tick()
+    assert study.stop_asked

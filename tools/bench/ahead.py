@@ -49,9 +49,7 @@ gpu_device_info {
   block_dim_limit_z: 65535
 }
 """
-_NO_KERNEL = {
-    "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "after-all",
-}  # fmt: skip
+_NO_KERNEL = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all"}
 _COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 
 
@@ -83,6 +81,7 @@ def main() -> None:
     with jax.default_device(gpus[0]):
         for case in (
             ("2M", (64, 48, 2, 256), 32, "float32"),
+            ("2M", (64, 48, 2, 256), 32, "bfloat16"),
             ("2M", (64, 48, 2, 256), 32, "bfloat16", Layout(), 8),
             ("200M", (768, 28, 12, 3072), 64, "float32"),
             ("200M", (768, 28, 12, 3072), 64, "bfloat16"),
@@ -142,12 +141,13 @@ def per_step(program: str) -> tuple[int, dict[str, int]]:
         for line in bodies[name]:
             operation = re.search(r" ([a-z][a-z\-]*)\(", line)
             kind = operation[1].removesuffix("-start") if operation else ""
-            if kind == "while":
-                times = re.search(r"known_trip_count\W+n\W+(\d+)", line)
-                body = re.search(r"body=%?([\w.\-]+)", line)
-                assert body is not None
-                for what, n in counted(body[1]).items():
-                    found[what] += n * (int(times[1]) if times else 1)
+            assert kind != "conditional", "which branch runs can't be told"
+            if kind in ("while", "call"):
+                inner, times = re.search(r"(?:body|to_apply)=%?([\w.\-]+)", line), 1
+                if kind == "while":
+                    times = int(re.search(r"known_trip_count\W+n\W+(\d+)", line)[1])  # type: ignore[index]
+                for what, n in counted(inner[1]).items():  # type: ignore[index]
+                    found[what] += n * times
             elif kind and kind not in _NO_KERNEL and not kind.endswith("-done"):
                 found["kernels"] += 1
                 found[kind] += kind in _COLLECTIVES

@@ -101,7 +101,7 @@ def _ahead(entries: list[dict[str, Any]]) -> str:
         held, estimated = entry["n_bytes"] / 1e9, entry["estimated_bytes"] / 1e9
         collectives = ", ".join(f"{n:,} {kind}" for kind, n in entry["collectives"].items()) or "none"
         rows.append((
-            case, str(entry["batch_size"]), entry["dtype"], where, f"{held:.1f} GB", f"{estimated:.1f} GB",
+            case, str(entry["batch_size"]), entry["dtype"], where, f"{held:.2f} GB", f"{estimated:.2f} GB",
             f"{entry['kernels']:,}", collectives,
         ))  # fmt: skip
     head = (
