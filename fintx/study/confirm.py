@@ -121,6 +121,7 @@ class Retraining:
         Args:
             fits: memory limit of a trial of that config if it were started now (0: the device's); none: no room yet.
         """
+        self.tick()
         open_ = self._open()
         if not open_ or not self.asks:
             return None

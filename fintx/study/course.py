@@ -79,7 +79,6 @@ class Course:
         self._away_tries = 0
         self._retry_at = self._look_at = self._renew_at = self._idle_until = 0.0
         self._seen: dict[int, tuple[tuple[Any, ...], float]] = {}
-        self._hear_stop()
         self._said: set[str] = set()
         self._edit: StudySpec | None = None
 
@@ -120,6 +119,7 @@ class Course:
         Args:
             fits: memory limit of a trial of that config if it were started now (0: the device's); none: no room yet.
         """
+        self._hear_stop()
         if not self.asks or self._todo or time.monotonic() < self._idle_until:
             return None
         chosen: list[tuple[TrialConfig, int]] = []

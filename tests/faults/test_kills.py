@@ -196,8 +196,10 @@ def test_a_request_to_stop_is_heeded_while_the_study_still_begins(machine):
     here = machine()
     running = here.start(*LONG, ONE)
     wait_for(lambda: (here.folder / "study.json").is_file(), running=running)
+    running.process.send_signal(signal.SIGSTOP)
     stopping.ask(str(here.folder), outputs=here.folder.parent)
     assert here.claims() == {}, "the request came too late for this test"
+    running.process.send_signal(signal.SIGCONT)
     running.end(code=75, timeout_s=60)
     assert here.claims() == {}
 
