@@ -87,6 +87,6 @@ test *args:
 check:
     @ruff format --check . && ruff check . && mypy && pytest -n auto --dist loadfile -m "not slow"
 
-# measure speed, beside rivals if given: bench [steps trials populations profile compile overhead ahead] [--write]
+# measure speed, beside rivals if given: bench [PART …] [--rivals PYTHON] [--write] (tools/bench/README.md)
 bench *args:
     @python tools/bench/drive.py "$@"

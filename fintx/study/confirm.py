@@ -8,6 +8,7 @@ runs on one machine at a time.
 from __future__ import annotations
 
 import contextlib
+import functools
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -257,7 +258,7 @@ def begin(
         should_stop: asked while what must be beaten is fitted, and at the end; so is the folder.
 
     Raises:
-        opening.Stopped: one of them said so.
+        stopping.Stopped: one of them said so.
         StudyBusy: another process of this host runs the study.
         FintxError: no trial to confirm, or data that are missing or not those of the study.
     """
@@ -266,11 +267,7 @@ def begin(
         raise FintxError(f"{folder}: holds no study (no study.json)")
     with lock.hold(folder), lock.hold(folder / "confirm", alone=True):
         requests = stopping.Requests(folder)
-
-        def pause() -> None:
-            if should_stop() or requests.came():
-                raise opening.Stopped
-
+        pause = functools.partial(requests.heed, should_stop)
         finished = records.read_all(folder)
         best = records.ranked(finished, minimize=metrics.MINIMIZE[known.spec.study.metric])[: wanted.top_k]
         if not best:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,10 +27,6 @@ RESOLVED = "resolved.toml"
 
 class StudyConflict(FintxError):
     """The output folder, or the storage, holds another study of this name."""
-
-
-class Stopped(Exception):
-    """A stop was asked for while the study began; nothing of it runs."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +106,7 @@ def begin(
         should_stop: asked every few seconds while what must be beaten is fitted, and at the end; so is the folder.
 
     Raises:
-        Stopped: one of them said so.
+        stopping.Stopped: one of them said so.
         StudyConflict: the folder or the storage holds a study with another definition.
         StudyBusy: another process of this host runs it.
         FintxError: whatever in data, budget, queue or storage can't be run; no trial has been touched then.
@@ -126,11 +123,7 @@ def begin(
 
     with lock.hold(folder), contextlib.ExitStack() as stack:
         requests = stopping.Requests(folder)
-
-        def pause() -> None:
-            if should_stop() or requests.came():
-                raise Stopped
-
+        pause = functools.partial(requests.heed, should_stop)
         if known is None:
             _check_no_strangers(folder)
         try:

@@ -23,9 +23,10 @@ from fintx.study.events import Event, Notice, StudyReady
 from fintx.study.fork import TakeOver
 from fintx.study.job import Job, Jobs
 from fintx.study.lead import Lead, best_baseline, over_baselines
-from fintx.study.opening import Stopped, begin, check_queue
+from fintx.study.opening import begin, check_queue
 from fintx.study.pool import ENDS, Pool, Worker
 from fintx.study.records import TrialRecord
+from fintx.study.stopping import Stopped
 from fintx.sweepsource import Where, spelled
 from fintx.train import memory
 from fintx.types import FintxError, told

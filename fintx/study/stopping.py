@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from fintx.study import lock, records
@@ -34,6 +35,10 @@ def ask(study: str, *, outputs: Path) -> str:
     return f"{folder}: asked {holder} to stop; the trials that run now come to their end first"
 
 
+class Stopped(Exception):
+    """A stop was asked for while a study began; nothing of it runs."""
+
+
 class Requests:
     """Those made of a run since it took its study's folder; an older one was another run's."""
 
@@ -47,6 +52,15 @@ class Requests:
             return self._latest() != self._before
         except OSError:
             return False
+
+    def heed(self, should_stop: Callable[[], bool]) -> None:
+        """Where nothing runs yet.
+
+        Raises:
+            Stopped: there is one, or the whole run is to stop.
+        """
+        if should_stop() or self.came():
+            raise Stopped
 
     def _latest(self) -> str:
         try:

@@ -12,7 +12,7 @@ from fintx.config import ConfirmConfig
 from fintx.data import sources
 from fintx.evaluate import metrics
 from fintx.report import confirmation as words
-from fintx.study import comparison, confirm, confirmation, opening, records, seeds, stopping
+from fintx.study import comparison, confirm, confirmation, records, seeds, stopping
 from fintx.types import FintxError
 from tests.study.planted import Planted
 
@@ -304,7 +304,7 @@ def test_who_asks_before_the_first_member_is_heard_too(tiny_study, tmp_path):
         return False
 
     with (
-        pytest.raises(opening.Stopped),
+        pytest.raises(stopping.Stopped),
         confirm.begin(folder, ConfirmConfig(), data_root=tiny_study.parents[1] / "data", notify=print, should_stop=ask),
     ):
         pass

@@ -13,7 +13,6 @@ import json
 import os
 import re
 import subprocess
-import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -163,4 +162,4 @@ def per_step(program: str) -> tuple[int, dict[str, int]]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
