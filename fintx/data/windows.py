@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from fintx.config import DataConfig, SplitConfig, TaskConfig
+from fintx.config import DataConfig, StudySpec, TaskConfig, TrialConfig
 from fintx.data import features, labels, manifest, sources, splits
 from fintx.data.bars import Bars
 from fintx.data.manifest import Entry
@@ -95,25 +95,25 @@ class Prepared:
     """(rows, F) float64, unscaled."""
 
 
-def build(
-    data: DataConfig, task: TaskConfig, split: SplitConfig, *, context_length: int, root: Path
-) -> Prepared:  # fmt: skip
+def build(spec: StudySpec | TrialConfig, root: Path) -> Prepared:
     """Load bars, and make features, labels, splits and scaling of them; the test part stays sealed.
 
     Args:
+        spec: a study or a trial; its data, task, split and context length decide.
         root: the data folder.
 
     Raises:
         FintxError: data that are missing, a split that doesn't fit them, too few samples, unknown features.
     """
-    data, bars, context, bounds = _load(data, task, split, root)
+    task, context_length = spec.task, spec.model.context_length
+    data, bars, context, bounds = _load(spec, root)
     first = bounds.test_first
     seen = Stack.of([_before(b, first) for b in bars], _all_before(context, first), data.features, task)
     usable = seen.whole_windows(context_length)
     _check_any(seen, usable, task, context_length)
     folds = tuple(_dataset(seen, fold, usable, data) for fold in bounds.folds)
     parts = (*_part_rows(seen, folds, task), *_test_rows(bars, bounds, task))
-    splits.check(split, task, parts)
+    splits.check(spec.split, task, parts)
     newest = folds[-1]
     return Prepared(
         data=data,
@@ -163,32 +163,32 @@ def store_processed(prepared: Prepared, root: Path) -> Entry:
     return entry
 
 
-def build_test(
-    data: DataConfig, task: TaskConfig, split: SplitConfig, *, context_length: int, root: Path, scaling: Scaling
-) -> tuple[Dataset, Part]:
+def build_test(spec: StudySpec | TrialConfig, root: Path, *, scaling: Scaling) -> tuple[Dataset, Part]:
     """Open the sealed test part: the only function that cuts its labels. Log the opening before you call it.
 
     Raises:
         FintxError: the split has no test part, or it has no complete sample.
     """
-    data, bars, context, bounds = _load(data, task, split, root)
+    data, bars, context, bounds = _load(spec, root)
     if bounds.test_first is None:
         raise splits.BadSplit("this walk-forward split has no test part (no split.test_start): nothing is sealed")
-    whole = Stack.of(bars, context, data.features, task)
+    whole, context_length = Stack.of(bars, context, data.features, spec.task), spec.model.context_length
     chosen = whole.whole_windows(context_length) & (whole.dates >= bounds.test_first)
     return _scaled(whole, np.flatnonzero(chosen), scaling, f"the test part, from {bounds.test_first}", context_length)
 
 
 def build_foreign(
-    bars: Bars, context: Mapping[str, Bars], data: DataConfig, task: TaskConfig, *, scaling: Scaling,
-    context_length: int,
-) -> tuple[Dataset, Part]:  # fmt: skip
+    bars: Bars, context: Mapping[str, Bars], spec: StudySpec | TrialConfig, *, scaling: Scaling
+) -> tuple[Dataset, Part]:
     """Samples of other bars than the study's, all of them, under the study's features and scaling.
+
+    Args:
+        spec: with its features resolved (`Prepared.data`), as a trial's are.
 
     Raises:
         FintxError: too few bars for one window with its future.
     """
-    stack = Stack.of([bars], context, data.features, task)
+    stack, context_length = Stack.of([bars], context, spec.data.features, spec.task), spec.model.context_length
     chosen = stack.whole_windows(context_length)
     return _scaled(stack, np.flatnonzero(chosen), scaling, bars.symbol, context_length)
 
@@ -196,11 +196,10 @@ def build_foreign(
 # --- loading ----------------------------------------------------------------------------------------------------------
 
 
-def _load(
-    data: DataConfig, task: TaskConfig, split: SplitConfig, root: Path
-) -> tuple[DataConfig, list[Bars], dict[str, Bars], Split]:
+def _load(spec: StudySpec | TrialConfig, root: Path) -> tuple[DataConfig, list[Bars], dict[str, Bars], Split]:
     """The assets' and the context's bars within start … end, the config with features and versions resolved, and the
     bounds of the parts."""
+    data = spec.data
     twice = {symbol for symbol in data.assets if data.assets.count(symbol) > 1}
     if twice:
         raise FintxError(f"data.assets: {', '.join(sorted(twice))} named twice; take one out")
@@ -216,7 +215,7 @@ def _load(
                 f"data.start/end: no bar of {b.symbol} lies in {data.start or '…'} … {data.end or '…'} "
                 f"(it has {whole.dates[0]} … {whole.dates[-1]})"
             )
-    bounds = splits.build(split, horizon=task.horizon, dates=_calendar(bars))
+    bounds = splits.build(spec.split, horizon=spec.task.horizon, dates=_calendar(bars))
     # Which features `stationary` holds is decided before the test part too: its prices choose nothing.
     gaps = all(features.has_gaps(_before(b, bounds.test_first)) for b in bars)
     joined = {symbol: b.between(data.start, None) for symbol, b in context.items()}

@@ -32,9 +32,7 @@ def read(evidence: Evidence, *, data_root: Path) -> Setting:
     spec = evidence.spec
     label = labels.describe(spec.task)
     try:
-        prepared = windows.build(
-            spec.data, spec.task, spec.split, context_length=spec.model.context_length, root=data_root
-        )  # fmt: skip
+        prepared = windows.build(spec, data_root)
         bars = {
             symbol: sources.load(symbol, root=data_root, version=spec.data.versions.get(symbol))
             for symbol in spec.data.assets

@@ -62,9 +62,7 @@ def on_validation(path: Path, *, data_root: Path) -> Evaluation:
     for folder in found.folders:
         restored = checkpoint.load(folder)
         config, meta = restored.config, restored.meta
-        prepared = windows.build(
-            config.data, config.task, config.split, context_length=config.model.context_length, root=data_root
-        )
+        prepared = windows.build(config, data_root)
         dataset = prepared.folds[meta["fold"]]
         _check_hashes(folder, meta, dataset)
         scored.append(_score(restored, dataset.features, dataset.validation, dataset))
@@ -108,9 +106,7 @@ def on_file(path: Path, file: Path, *, symbol: str | None, data_root: Path) -> E
         for context_symbol in config.data.context
     }  # fmt: skip
     scaling = Scaling.from_json(meta["scaling"])
-    dataset, part = windows.build_foreign(
-        bars, context, config.data, config.task, scaling=scaling, context_length=config.model.context_length
-    )
+    dataset, part = windows.build_foreign(bars, context, config, scaling=scaling)
     notes = []
     if name not in config.data.assets:
         notes.append(f"{name} was not trained on: inputs are scaled by the pooled training statistics")
@@ -135,10 +131,7 @@ def _baselines_on(
 ) -> dict[str, Metrics]:
     """Fitted on the training rows of the checkpoint's fold, scored on rows of another asset or of later days."""
     config, meta = restored.config, restored.meta
-    prepared = windows.build(
-        config.data, config.task, config.split, context_length=config.model.context_length, root=data_root
-    )
-    fold = prepared.folds[meta["fold"]]
+    fold = windows.build(config, data_root).folds[meta["fold"]]
     _check_hashes(folder, meta, fold)
     last = fold.dates.max().astype(datetime.date)  # of its own assets, nothing of the test part
     own = {

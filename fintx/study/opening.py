@@ -68,9 +68,7 @@ def resolve(spec: StudySpec, *, folder: Path, data_root: Path) -> tuple[StudySpe
     A study keeps the bars it began with, however many newer snapshots have come since.
     """
     spec = pinned(spec, folder)
-    prepared = windows.build(
-        spec.data, spec.task, spec.split, context_length=spec.model.context_length, root=data_root
-    )  # fmt: skip
+    prepared = windows.build(spec, data_root)
     return spec.model_copy(update={"data": prepared.data}), prepared
 
 

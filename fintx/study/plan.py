@@ -147,9 +147,7 @@ def build(spec: StudySpec, *, data_root: Path, on: Machine | None = None, where:
     Raises:
         FintxError: whatever would stop the study from starting.
     """
-    prepared = windows.build(
-        spec.data, spec.task, spec.split, context_length=spec.model.context_length, root=data_root
-    )  # fmt: skip
+    prepared = windows.build(spec, data_root)
     spec = spec.model_copy(update={"data": prepared.data})
     n_features = len(spec.data.features)
     queue.validate(spec, n_features=n_features, where=where)

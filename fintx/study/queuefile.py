@@ -124,9 +124,7 @@ def _extremes(spec: StudySpec, n_features: int) -> tuple[QueueEntry, ...]:
 
 
 def _n_features(spec: StudySpec, data_root: Path) -> int:
-    prepared = windows.build(
-        spec.data, spec.task, spec.split, context_length=spec.model.context_length, root=data_root
-    )  # fmt: skip
+    prepared = windows.build(spec, data_root)
     return len(prepared.data.features)
 
 

@@ -196,20 +196,14 @@ def _say(path: Path, wanted: Dataset, part: Part, root: Path) -> Floats:
 
 
 def _rows(restored: checkpoint.Restored, root: Path) -> tuple[Dataset, Part]:
-    config = restored.config
-    return windows.build_test(
-        config.data, config.task, config.split, context_length=config.model.context_length, root=root,
-        scaling=Scaling.from_json(restored.meta["scaling"]),
-    )  # fmt: skip
+    return windows.build_test(restored.config, root, scaling=Scaling.from_json(restored.meta["scaling"]))
 
 
 def _baselines(
     dataset: Dataset, part: Part, config: TrialConfig, spec: StudySpec, root: Path
 ) -> dict[str, Floats]:  # fmt: skip
     """Fitted on the last fold's training rows, as they were for validation; name → outputs on the test rows."""
-    last = windows.build(
-        config.data, config.task, config.split, context_length=config.model.context_length, root=root
-    ).folds[-1]
+    last = windows.build(config, root).folds[-1]
     train = Part(_place(last, last.train.rows, dataset), last.train.labels)
     symbols = (*config.data.assets, *config.data.context)
     bars = {each: sources.load(each, root=root, version=config.data.versions.get(each)) for each in symbols}

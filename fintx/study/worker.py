@@ -22,6 +22,7 @@ import threading
 import time
 import traceback
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -160,7 +161,7 @@ def _follow(line: str) -> None:
     from fintx.study.job import Jobs
 
     (job,) = Jobs.validate_json(line)
-    trial.follow(job, _folds(*_data_of(job)))
+    trial.follow(job, _folds(job))
 
 
 def _give_back(channel: _Channel, line: str) -> None:
@@ -192,7 +193,7 @@ def _serve(channel: _Channel, line: str, idle_since: float | None, *, together: 
     open_jobs, trusted = {job.ticket: job for job in jobs}, True
     try:
         _log_to([job.folder / "run" / f"attempt-{job.attempt}.log" for job in jobs])
-        folds = _folds(*_data_of(jobs[0]))
+        folds = _folds(jobs[0])
         for job in jobs:
             channel.tell("loaded", ticket=job.ticket)
         for job, ending in trial.run_together(
@@ -271,7 +272,7 @@ def _prepare(line: str) -> None:
 
     jobs = Jobs.validate_json(line)
     try:
-        trial.prepare(jobs, _folds(*_data_of(jobs[0])))
+        trial.prepare(jobs, _folds(jobs[0]))
     except Exception:
         traceback.print_exc()
 
@@ -289,29 +290,27 @@ def _log_to(paths: list[Path]) -> None:
         other.hardlink_to(first)
 
 
-def _data_of(job: Any) -> tuple[Any, ...]:
-    return job.config.data, job.config.task, job.config.split, job.config.model.context_length, job.data_root
+@dataclass(frozen=True)
+class _Asked:
+    """A trial's config, equal to any other that asks for the same data."""
+
+    key: str
+    root: Path
+    config: Any = field(compare=False)
 
 
 @once(kept=4)
-def _folds_of(key: str, root: Path) -> Any:
-    from fintx.config import DataConfig, SplitConfig, TaskConfig
+def _folds_of(asked: _Asked) -> Any:
     from fintx.data import windows
 
-    data, task, split, context_length = json.loads(key)
-    return windows.build(
-        DataConfig.model_validate_json(data),
-        TaskConfig.model_validate_json(task),
-        SplitConfig.model_validate_json(split),
-        context_length=context_length,
-        root=root,
-    ).folds
+    return windows.build(asked.config, asked.root).folds
 
 
-def _folds(data: Any, task: Any, split: Any, context_length: int, root: Path) -> Any:
+def _folds(job: Any) -> Any:
     """Cached by content: the trials of a study share their data."""
-    parts = [config.model_dump_json() for config in (data, task, split)]
-    return _folds_of(json.dumps([*parts, context_length]), root)
+    config = job.config
+    parts = [part.model_dump_json() for part in (config.data, config.task, config.split)]
+    return _folds_of(_Asked(json.dumps([*parts, config.model.context_length]), job.data_root, config))
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from fintx.data.bars import Bars
 from fintx.data.splits import TooFewSamples
 from fintx.data.windows import Dataset, NoWindows, Part, Prepared
 from fintx.types import FintxError
+from tests.helpers.specs import spec_of
 
 DAY = datetime.date
 SMALL = {"min_positives": 1, "min_effective": 1}
@@ -86,7 +87,7 @@ def prepare(
         scaling=scaling,
     )
     with serve(bars):
-        return windows.build(data, task, split, context_length=context_length, root=Path("nowhere"))
+        return windows.build(spec_of(data, task, split, context_length), Path("nowhere"))
 
 
 def keyed(dataset: Dataset, part: Part) -> dict[tuple[str, np.datetime64], float]:
@@ -344,7 +345,7 @@ def test_data_that_cannot_carry_the_question_are_refused(keys, task, split, cont
     bars = PANEL | {"VIX": make_bars("VIX", 200, seed=9, first="2001-01-02")}
     data = DataConfig(**{"assets": ("AAA",), "features": ("range",), **keys})
     with serve(bars), pytest.raises(error, match=words) as caught:
-        windows.build(data, task, split, context_length=context_length, root=Path("nowhere"))
+        windows.build(spec_of(data, task, split, context_length), Path("nowhere"))
     assert "\n" not in str(caught.value)
 
 
@@ -353,7 +354,7 @@ def test_foreign_bars_too_few_for_a_window_and_its_future_are_refused(n):
     prepared = prepare(PANEL, threshold(3), SPLITS["dates"], features=("stationary",))
     short, scaling = make_bars("ZZZ", 20, seed=8).take(np.arange(n)), prepared.folds[0].scaling
     with pytest.raises(NoWindows, match=f"ZZZ: no row has a window of 8 bars .* among {n} bars; give a longer"):
-        windows.build_foreign(short, {}, prepared.data, threshold(3), scaling=scaling, context_length=8)
+        windows.build_foreign(short, {}, spec_of(prepared.data, threshold(3), SPLITS["dates"], 8), scaling=scaling)
 
 
 @pytest.mark.parametrize("n", range(9))

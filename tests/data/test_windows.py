@@ -17,6 +17,7 @@ from fintx.data.bars import Bars
 from fintx.data.splits import BadSplit, TooFewSamples
 from fintx.data.windows import Dataset, NoWindows, Prepared
 from fintx.types import FintxError
+from tests.helpers.specs import spec_of
 
 T = 15
 TASK = TaskConfig(kind="threshold", price="high", threshold=0.01, horizon=4)
@@ -65,7 +66,7 @@ def root(held, help, tmp_path_factory) -> Path:
 
 
 def build(data: DataConfig, root: Path, *, task=TASK, split=DATES, context_length=T) -> Prepared:
-    return windows.build(data, task, split, context_length=context_length, root=root)
+    return windows.build(spec_of(data, task, split, context_length), root)
 
 
 def assert_same(a: Dataset, b: Dataset) -> None:
@@ -147,7 +148,7 @@ def test_the_watch_above_sees_the_opening_of_the_seal(root, monkeypatch):
     true_cut = labels.cut
     monkeypatch.setattr(labels, "cut", lambda task, bars: seen.append(bars.dates[-1]) or true_cut(task, bars))
     scaling = build(ONE, root).folds[0].scaling
-    windows.build_test(ONE, TASK, DATES, context_length=T, root=root, scaling=scaling)
+    windows.build_test(spec_of(ONE, TASK, DATES, T), root, scaling=scaling)
     assert max(seen) > np.datetime64(DATES.test_start)
 
 
@@ -159,9 +160,7 @@ def test_the_split_table_tells_nothing_of_the_test_part_but_its_days(root):
 
 def test_the_opened_test_part_holds_every_row_that_the_table_promised(root, held):
     prepared = build(ONE, root)
-    dataset, part = windows.build_test(
-        ONE, TASK, DATES, context_length=T, root=root, scaling=prepared.folds[0].scaling
-    )  # fmt: skip
+    dataset, part = windows.build_test(spec_of(ONE, TASK, DATES, T), root, scaling=prepared.folds[0].scaling)
     assert len(part.rows) == prepared.parts[-1].n
     assert (str(dataset.dates[part.rows[0]]), str(dataset.dates[part.rows[-1]])) == (
         prepared.parts[-1].first, prepared.parts[-1].last,
@@ -176,7 +175,7 @@ def test_a_walk_forward_without_a_test_part_has_none_to_open(root):
     prepared = build(ONE, root, split=split)
     assert prepared.parts[-1].part == "validation 3"
     with pytest.raises(BadSplit, match="no test part"):
-        windows.build_test(ONE, TASK, split, context_length=T, root=root, scaling=prepared.folds[0].scaling)
+        windows.build_test(spec_of(ONE, TASK, split, T), root, scaling=prepared.folds[0].scaling)
 
 
 # --- parts ------------------------------------------------------------------------------------------------------------
@@ -382,7 +381,7 @@ def test_foreign_bars_take_the_studys_features_and_scaling(root, held, help):
     prepared = build(ONE, root)
     bars = help.walk("NEW", 300, seed=9)
     dataset, part = windows.build_foreign(
-        bars, {"VIX": held["VIX"]}, prepared.data, TASK, scaling=prepared.folds[0].scaling, context_length=T
+        bars, {"VIX": held["VIX"]}, spec_of(prepared.data, TASK, DATES, T), scaling=prepared.folds[0].scaling
     )
     raw = features.compute(prepared.data.features, bars, {"VIX": held["VIX"]})
     warm = int(np.flatnonzero(np.isfinite(raw).all(axis=1))[0])

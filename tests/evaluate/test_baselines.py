@@ -16,6 +16,7 @@ from fintx.data import labels, scaling, sources, windows
 from fintx.data.bars import Bars
 from fintx.data.windows import Dataset, Part
 from fintx.evaluate import baselines, metrics
+from tests.helpers.specs import spec_of
 
 THRESHOLD = TaskConfig(kind="threshold", price="high", threshold=0.01, horizon=1)
 REGRESSION = TaskConfig(kind="regression", horizon=3)
@@ -363,7 +364,7 @@ def test_walk_forward_figures_on_spy_and_vix(real, horizon):
     task = TaskConfig(kind="threshold", price="high", threshold=0.01, horizon=horizon)
     split = SplitConfig(kind="walk_forward", validation_start=datetime.date(2005, 1, 1), n_folds=22, window="expanding")
     data = DataConfig(assets=("SPY",), context=("VIX",), features=("stationary",), end=datetime.date(2026, 6, 30))
-    folds = windows.build(data, task, split, context_length=1, root=root).folds
+    folds = windows.build(spec_of(data, task, split, 1), root).folds
     scored = [by_name(fold, task, bars, vix) for fold in folds]
     truth = np.concatenate([fold.validation.labels for fold in folds])
     outputs = {name: np.concatenate([fold[name].outputs for fold in scored]) for name in scored[0]}
