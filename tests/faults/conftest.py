@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults import postgres
-from tests.faults.machine import MEDIUM, SHORT, Machine, machines
+from tests.helpers import postgres
+from tests.helpers.machine import MEDIUM, SHORT, Machine, machines
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from fintx.study import confirmation, records
-from tests.faults.machine import Machine, wait_for
+from tests.helpers.machine import Machine, wait_for
 
 SAVES = "execution.checkpoint_s=0.3"
 MEDIUM = ("train.max_epochs=50", "train.patience=50", SAVES, "study.n_trials=2")

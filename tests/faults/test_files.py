@@ -14,7 +14,7 @@ import pytest
 from fintx.model import transformer
 from fintx.study import records
 from fintx.train import checkpoint
-from tests.faults.machine import ENVIRONMENT, FINTX, MEDIUM, SHORT, wait_for
+from tests.helpers.machine import ENVIRONMENT, FINTX, MEDIUM, SHORT, wait_for
 
 ONE, TWO = "study.n_trials=1", "study.n_trials=2"
 TORN = b'{"op_code": 4, "trial'
@@ -23,7 +23,7 @@ TORN = b'{"op_code": 4, "trial'
 @pytest.fixture(scope="module")
 def torn_off(tmp_path_factory, fault_file):
     """An unfinished study with two training states, whose machine lost its power; tests work on copies."""
-    from tests.faults.machine import Machine
+    from tests.helpers.machine import Machine
 
     here = Machine(tmp_path_factory.mktemp("torn_off"), fault_file)
     running = here.start(*MEDIUM, ONE)

@@ -7,7 +7,7 @@ import subprocess
 
 import pytest
 
-from tests.faults.machine import ENVIRONMENT, FINTX
+from tests.helpers.machine import ENVIRONMENT, FINTX
 
 NAMES = {
     "path": "../../x",

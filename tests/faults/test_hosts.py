@@ -10,7 +10,7 @@ from collections.abc import Callable
 import pytest
 
 from fintx.study import records
-from tests.faults.machine import SHORT, Machine, Running, wait_for
+from tests.helpers.machine import SHORT, Machine, Running, wait_for
 
 pytestmark = pytest.mark.slow
 Machines = Callable[..., Machine]

@@ -13,7 +13,7 @@ import time
 import pytest
 
 from fintx.study import stopping
-from tests.faults.machine import ENVIRONMENT, FINTX, LONG, MEDIUM, SHORT, Machine, Running, wait_for
+from tests.helpers.machine import ENVIRONMENT, FINTX, LONG, MEDIUM, SHORT, Machine, Running, wait_for
 
 ONE, TWO = "study.n_trials=1", "study.n_trials=2"
 N_KILLS = 20

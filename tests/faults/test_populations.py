@@ -7,7 +7,7 @@ import signal
 
 import pytest
 
-from tests.faults.machine import LONG, MEDIUM, SHORT, Machine, Running, wait_for
+from tests.helpers.machine import LONG, MEDIUM, SHORT, Machine, Running, wait_for
 
 THREE = ("study.n_trials=3", "execution.population=3")
 BEHIND = ("study.n_trials=3", "execution.pipeline=true")

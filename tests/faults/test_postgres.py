@@ -10,8 +10,8 @@ import pytest
 
 from fintx.study import ledger, storage
 from fintx.study.ledger import Claim
-from tests.faults import postgres
-from tests.faults.machine import SHORT, wait_for
+from tests.helpers import postgres
+from tests.helpers.machine import SHORT, wait_for
 
 
 @pytest.fixture

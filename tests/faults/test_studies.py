@@ -9,7 +9,7 @@ import subprocess
 import pytest
 
 from fintx.study import records
-from tests.faults.machine import MEDIUM, SHORT, Machine, wait_for
+from tests.helpers.machine import MEDIUM, SHORT, Machine, wait_for
 
 QUEUED = "\n[[queue]]\nd_model = 8\nn_layers = 3\nn_heads = 2\nd_ff = 16\nnote = 'deep'\n"
 

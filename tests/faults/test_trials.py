@@ -10,7 +10,7 @@ from pathlib import Path
 from fintx.study import records
 from fintx.study.job import Job
 from fintx.train import memory
-from tests.faults.machine import ENVIRONMENT, LONG, SHORT, wait_for
+from tests.helpers.machine import ENVIRONMENT, LONG, SHORT, wait_for
 
 ONE = "study.n_trials=1"
 ABSURD = 'space."optim.learning_rate"={low=1e29, high=1e30, log=true}'

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from fintx.report import compare, compare_report, page, study_report
-from tests.report import chromium
+from tests.helpers import chromium
+from tests.helpers.planted import return_study
 
 pytestmark = pytest.mark.slow
 WINDOWS = [(1280, False), (1280, True), (390, False), (390, True)]
@@ -99,9 +100,10 @@ def test_anchors_lead_to_their_sections(browser, report):
 
 
 def test_a_comparison_loads_as_quietly(browser, tmp_path):
-    from tests.report.test_compare import study
-
-    folders = [study(tmp_path, "h1", label_hash="a" * 64), study(tmp_path, "h3", horizon=3, label_hash="b" * 64)]
+    folders = [
+        return_study(tmp_path, "h1", label_hash="a" * 64),
+        return_study(tmp_path, "h3", horizon=3, label_hash="b" * 64),
+    ]
     target = compare_report.write(compare.read(folders), outputs=tmp_path)
     assert target.name == page.PAGE
     browser.open(target, width=390)

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import re
 
-from tests.report.test_report import events
-from tests.report.test_scaling import small
-from tests.test_cli import fintx, mistake
+from tests.helpers.command import fintx, mistake
+from tests.helpers.planted import event_study, noise_study
 
 
 def test_report_prints_where_the_page_lies(tiny_study):
@@ -20,7 +19,7 @@ def test_report_prints_where_the_page_lies(tiny_study):
 
 def test_reports_come_by_pattern_and_mistakes_in_a_line(tmp_path):
     for name in ("a_h3", "b_h3"):
-        events(tmp_path, name, n_trials=1, n_rows=100)
+        event_study(tmp_path, name, n_trials=1, n_rows=100)
     shown = fintx("report", str(tmp_path / "*_h3"), "--outputs", tmp_path, "--data-dir", tmp_path).stdout
     assert len(shown.splitlines()) == 2
     assert re.fullmatch(
@@ -31,14 +30,14 @@ def test_reports_come_by_pattern_and_mistakes_in_a_line(tmp_path):
 
 def test_compare_and_scaling_print_tables_and_refuse_in_lines(tmp_path):
     for name, budget in (("a", "2K"), ("b", "10K"), ("c", "50K")):
-        small(tmp_path, name, budget=budget)
+        noise_study(tmp_path, name, budget=budget)
     shown = fintx("compare", "a", "b", "--outputs", tmp_path).stdout
     for words in ("Skill of the best trials", "Transfer", "outside the budget", "_compare/a+b/index.html"):
         assert words in shown, words
     shown = fintx("scaling", "a", "b", "c", "--outputs", tmp_path).stdout
     assert re.match(r"(Scales|Flat|Can't tell)\. From 2\.0K to 50\.0K parameters", shown)
     assert "AICc" in shown and "_scaling/a+b+c/index.html" in shown
-    small(tmp_path, "d", budget="250K", label_hash="m" * 64)
+    noise_study(tmp_path, "d", budget="250K", label_hash="m" * 64)
     said = mistake("scaling", "a", "b", "c", "d", "--outputs", tmp_path)
     assert said.startswith("fintx: no fit: the studies differ in their label hashes")
     assert "wanted two studies or more" in mistake("compare", "a", "--outputs", tmp_path)

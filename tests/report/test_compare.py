@@ -7,23 +7,10 @@ import pytest
 
 from fintx.report import compare, compare_report, evidence
 from fintx.types import FintxError
-from tests.report import planted
+from tests.helpers import planted
+from tests.helpers.planted import return_study
 
 SIGMA = 0.01
-
-
-def study(outputs, name, *, excess=0.05, budget="10K", seed=0, shapes_seed=0, horizon=1, n_rows=600, **more):
-    rng = np.random.default_rng(seed)
-    signal = rng.normal(0, SIGMA * np.sqrt(0.3), n_rows)
-    target = signal + rng.normal(0, SIGMA, n_rows)
-    task = planted.REGRESSION.replace("horizon = 1", f"horizon = {horizon}")
-    spec = planted.spec_of(outputs / "files", name, budget=budget, task=task)
-    return planted.write_study(
-        outputs, spec,
-        lambda i, n: signal + SIGMA * np.sqrt(excess * (1 + i)) * rng.normal(size=n_rows),
-        labels=target, seed=shapes_seed,
-        baselines={"prior": np.zeros(n_rows), "volatility_linear": signal * 0.1}, **more,
-    )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -31,10 +18,10 @@ def studies(tmp_path_factory):
     """Two horizons with the same shapes, a third with others, and a fourth of another budget."""
     root = tmp_path_factory.mktemp("compare")
     return [
-        study(root, "h1", label_hash="a" * 64),
-        study(root, "h3", seed=1, horizon=3, label_hash="b" * 64, excess=0.1),
-        study(root, "h5", seed=2, shapes_seed=5, horizon=5, label_hash="c" * 64, n_trials=3),
-        study(root, "big_h1", budget="50K", label_hash="a" * 64, excess=0.01),
+        return_study(root, "h1", label_hash="a" * 64),
+        return_study(root, "h3", seed=1, horizon=3, label_hash="b" * 64, excess=0.1),
+        return_study(root, "h5", seed=2, shapes_seed=5, horizon=5, label_hash="c" * 64, n_trials=3),
+        return_study(root, "big_h1", budget="50K", label_hash="a" * 64, excess=0.01),
     ]
 
 
@@ -106,7 +93,7 @@ def test_the_page_holds_it_all(found, tmp_path):
 def test_what_can_not_be_compared_is_said(studies, tmp_path):
     with pytest.raises(FintxError, match="wanted two studies or more"):
         compare.read(studies[:1])
-    nothing = study(tmp_path, "nothing", n_trials=2, failed=[0, 1])
+    nothing = return_study(tmp_path, "nothing", n_trials=2, failed=[0, 1])
     with pytest.raises(FintxError, match=r"nothing: has no successful trial yet \(2 finished\)"):
         compare.read([studies[0], nothing])
     n = 300

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from fintx.study import records
-from tests.test_cli import fintx
+from tests.helpers.command import fintx
 
 pytestmark = [pytest.mark.slow, pytest.mark.long]
 ROOT = Path(__file__).resolve().parents[2]

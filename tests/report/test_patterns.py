@@ -12,7 +12,7 @@ from fintx.report import evidence, patterns, ranks, search
 from fintx.report.patterns import pattern
 from fintx.study import importance
 from fintx.study.space import SearchSpace
-from tests.report import planted
+from tests.helpers import planted
 
 SIGMA = 0.01
 

@@ -18,25 +18,11 @@ from fintx.report import answer, evidence, figures, page, sections_evidence, she
 from fintx.report.page import Page, Prose, Section, Text
 from fintx.study import records
 from fintx.types import FintxError
-from tests.report import planted
+from tests.helpers import planted
+from tests.helpers.planted import event_study
 
 SECTIONS = ("asked", "baselines", "confirmation", "direction", "calibration", "course", "patterns", "outcomes", "test",
             "origin")  # fmt: skip
-
-
-def events(outputs, name="events", *, skill=1.0, rival=0.8, n_rows=900, n_trials=6, seed=0, asset="SPX", **more):
-    """A threshold study: the true logit is z; models say skill · z and a little noise, the best baseline rival · z."""
-    rng = np.random.default_rng(seed)
-    z = rng.normal(-0.3, 1.2, n_rows)
-    labels = (rng.random(n_rows) < 1 / (1 + np.exp(-z))).astype(float)
-    spec = planted.spec_of(outputs / "files", name, task=planted.THRESHOLD)
-    spec = spec.model_copy(update={"data": spec.data.model_copy(update={"assets": (asset,)})})
-    prior = np.full(n_rows, -0.3)
-    beaten = {"prior": prior, "volatility_logistic": -0.3 + rival * (z + 0.3)}
-    return planted.write_study(
-        outputs, spec, lambda i, n: -0.3 + skill * (z + 0.3) + 0.1 * rng.normal(size=n_rows), labels=labels,
-        baselines=beaten, n_trials=n_trials, assets=[asset] * n_rows, **more,
-    )  # fmt: skip
 
 
 def told(folder):
@@ -47,7 +33,7 @@ def told(folder):
 
 
 def test_a_baseline_that_is_truly_best_is_said_to_be(tmp_path):
-    found = told(events(tmp_path, skill=0.3, rival=1.0, n_trials=12))
+    found = told(event_study(tmp_path, skill=0.3, rival=1.0, n_trials=12))
     assert found.tone == "bad"
     assert found.sentence.startswith("No: volatility_logistic is better than the best of 12 trials, trial ")
     assert re.search(
@@ -56,14 +42,14 @@ def test_a_baseline_that_is_truly_best_is_said_to_be(tmp_path):
 
 
 def test_a_trial_that_is_truly_better_is_ahead_but_not_confirmed(tmp_path):
-    found = told(events(tmp_path, skill=1.0, rival=0.2, n_trials=12))
+    found = told(event_study(tmp_path, skill=1.0, rival=0.2, n_trials=12))
     assert found.tone == "open"
     assert found.sentence.startswith("Ahead, not confirmed: the best of 12 trials")
     assert "run `just confirm events` before you believe it" in found.sentence and "better by chance" in found.sentence
 
 
 def test_a_trial_as_good_as_the_baseline_does_not_beat_it(tmp_path):
-    found = told(events(tmp_path, skill=0.8, rival=0.8, n_trials=1))
+    found = told(event_study(tmp_path, skill=0.8, rival=0.8, n_trials=1))
     assert found.sentence.startswith("No: ") and found.tone == "bad"
 
 
@@ -102,7 +88,7 @@ def test_a_planted_leak_is_too_good_to_be_true(tmp_path):
 
 
 def test_an_unfinished_study_is_reported_as_far_as_it_goes(tmp_path):
-    folder = events(tmp_path, n_trials=2, asset="NONE")
+    folder = event_study(tmp_path, n_trials=2, asset="NONE")
     text = study_report.write(folder, data_root=tmp_path / "nowhere").read_text()
     assert "The study is unfinished: 2 of 12 trials." in text
     assert all(f'id="{name}"' in text for name in SECTIONS)
@@ -110,13 +96,13 @@ def test_an_unfinished_study_is_reported_as_far_as_it_goes(tmp_path):
 
 
 def test_a_study_of_failures_alone_is_reported(tmp_path):
-    folder = events(tmp_path, n_trials=2, failed=[0, 1])
+    folder = event_study(tmp_path, n_trials=2, failed=[0, 1])
     text = study_report.write(folder, data_root=tmp_path).read_text()
     assert "No trial has succeeded yet: 2 diverged." in text and "the loss became NaN" in text
 
 
 def test_a_study_without_finished_trials_says_so_in_a_line(tmp_path):
-    folder = events(tmp_path, n_trials=0)
+    folder = event_study(tmp_path, n_trials=0)
     with pytest.raises(FintxError, match=r"events: has no finished trial yet; run it") as caught:
         study_report.write(folder, data_root=tmp_path)
     assert "\n" not in str(caught.value)
@@ -125,8 +111,8 @@ def test_a_study_without_finished_trials_says_so_in_a_line(tmp_path):
 
 
 def test_mixed_labels_are_refused_in_a_line(tmp_path):
-    folder = events(tmp_path, n_trials=3)
-    other = events(tmp_path / "other", n_trials=5, label_hash="m" * 64)
+    folder = event_study(tmp_path, n_trials=3)
+    other = event_study(tmp_path / "other", n_trials=5, label_hash="m" * 64)
     for number in (3, 4):
         shutil.copytree(records.trial_folder(other, number), records.trial_folder(folder, number))
     with pytest.raises(FintxError) as caught:
@@ -136,7 +122,7 @@ def test_mixed_labels_are_refused_in_a_line(tmp_path):
 
 
 def test_missing_predictions_are_named_and_the_rest_is_reported(tmp_path):
-    folder = events(tmp_path, n_trials=4)
+    folder = event_study(tmp_path, n_trials=4)
     (records.trial_folder(folder, 1) / "predictions.parquet").unlink()
     text = study_report.write(folder, data_root=tmp_path).read_text()
     assert "predictions.parquet is missing of trial 1 (ran on planted)" in text
@@ -147,7 +133,7 @@ def test_missing_predictions_are_named_and_the_rest_is_reported(tmp_path):
 
 
 def test_damaged_predictions_are_an_error_with_their_name(tmp_path):
-    folder = events(tmp_path, n_trials=2)
+    folder = event_study(tmp_path, n_trials=2)
     (records.trial_folder(folder, 1) / "predictions.parquet").write_bytes(b"torn")
     with pytest.raises(FintxError, match=r"0001/predictions\.parquet: holds no predictions of fintx"):
         study_report.write(folder, data_root=tmp_path)
@@ -285,7 +271,7 @@ def test_a_backtest_is_off_until_asked_for_and_prints_its_assumptions(tiny_study
 
 
 def test_openings_of_the_sealed_test_are_told(tmp_path):
-    folder = events(tmp_path, n_trials=2)
+    folder = event_study(tmp_path, n_trials=2)
     for confirmed in (True, False):
         records.log_opening(folder, {"confirmed": confirmed, "models": ["trial 1"], "checkpoints": []})
     text = study_report.write(folder, data_root=tmp_path).read_text()

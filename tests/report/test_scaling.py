@@ -8,7 +8,8 @@ import pytest
 from fintx.report import evidence, field, scaling, scaling_report
 from fintx.report.field import NotComparable, gather
 from fintx.types import FintxError
-from tests.report import planted
+from tests.helpers import planted
+from tests.helpers.planted import noise_study
 
 SIGMA = 0.01
 BUDGETS = ("2K", "10K", "50K", "250K")
@@ -140,17 +141,6 @@ def test_one_interval_holds_both_tests(gain, word):
 # --- refusals ---------------------------------------------------------------------------------------------------------
 
 
-def small(outputs, name, *, budget="10K", edit="", task=planted.REGRESSION, n_rows=60, n_trials=3, seed=0, **more):
-    rng = np.random.default_rng(seed)
-    target = rng.normal(0, 0.01, n_rows)
-    spec = planted.spec_of(outputs / "files", name, budget=budget, edit=edit, task=task)
-    outputs_ = {"prior": np.zeros(n_rows), "volatility_linear": rng.normal(0, 0.001, n_rows)}
-    return planted.write_study(
-        outputs, spec, lambda i, n: rng.normal(0, 0.001, n_rows), labels=target, baselines=outputs_, n_trials=n_trials,
-        **more,
-    )  # fmt: skip
-
-
 def refusal(*folders, over="parameters"):
     with pytest.raises(NotComparable) as caught:
         gather([evidence.read(folder) for folder in folders], over=over)
@@ -158,26 +148,26 @@ def refusal(*folders, over="parameters"):
 
 
 def test_studies_that_differ_in_kind_are_refused_with_what_differs(tmp_path):
-    a, b = small(tmp_path, "a", budget="2K"), small(tmp_path, "b", budget="10K")
-    other_hash = small(tmp_path, "c", budget="50K", label_hash="m" * 64, data_hash="e" * 64)
+    a, b = noise_study(tmp_path, "a", budget="2K"), noise_study(tmp_path, "b", budget="10K")
+    other_hash = noise_study(tmp_path, "c", budget="50K", label_hash="m" * 64, data_hash="e" * 64)
     said = refusal(a, b, other_hash)
     assert "no fit: the studies differ in their label hashes (a and b: llllllllllll; c: mmmmmmmmmmmm)" in said
     assert "differ in their data" in said
 
 
 def test_other_splits_and_tolerances_are_refused(tmp_path, monkeypatch):
-    folders = [small(tmp_path, "a", budget="2K"), small(tmp_path, "b", budget="10K")]
+    folders = [noise_study(tmp_path, "a", budget="2K"), noise_study(tmp_path, "b", budget="10K")]
     monkeypatch.setattr(planted, "SWEEP", planted.SWEEP.replace("train = 0.6", "train = 0.5"))
-    folders.append(small(tmp_path, "c", budget="50K"))
+    folders.append(noise_study(tmp_path, "c", budget="50K"))
     monkeypatch.setattr(planted, "SWEEP", planted.SWEEP.replace('"BUDGET"', '"BUDGET"\ntolerance = 0.4'))
-    folders.append(small(tmp_path, "d", budget="250K"))
+    folders.append(noise_study(tmp_path, "d", budget="250K"))
     said = refusal(*folders)
     assert "differ in their splits" in said and "train 0.5" in said
     assert "differ in their budget tolerances (a, b and c: ± 25 %; d: ± 40 %)" in said
 
 
 def test_too_few_points_are_counted(tmp_path):
-    a, b = small(tmp_path, "a", budget="2K", n_trials=1), small(tmp_path, "b", budget="10K")
+    a, b = noise_study(tmp_path, "a", budget="2K", n_trials=1), noise_study(tmp_path, "b", budget="10K")
     said = refusal(a, b)
     assert "2 different parameter budgets, wanted at least 3" in said
     assert "too few successful trials to know their spread: 2.0K has 1" in said
@@ -185,8 +175,8 @@ def test_too_few_points_are_counted(tmp_path):
 
 
 def test_missing_predictions_and_other_rows_are_named(tmp_path):
-    folders = [small(tmp_path, name, budget=budget) for name, budget in (("a", "2K"), ("b", "10K"), ("c", "50K"))]
-    longer = small(tmp_path, "d", budget="250K", n_rows=61)
+    folders = [noise_study(tmp_path, name, budget=budget) for name, budget in (("a", "2K"), ("b", "10K"), ("c", "50K"))]
+    longer = noise_study(tmp_path, "d", budget="250K", n_rows=61)
     assert "validation rows differ" in refusal(*folders, longer)
     for path in folders[0].glob("trials/*/predictions.parquet"):
         path.unlink()
@@ -233,7 +223,7 @@ def test_panels_are_read_over_their_data(tmp_path):
 
 def test_patterns_and_names_find_studies(tmp_path):
     for name in ("2K_h3", "10K_h3", "10K_h1"):
-        small(tmp_path, name, budget=name.partition("_")[0], n_trials=1)
+        noise_study(tmp_path, name, budget=name.partition("_")[0], n_trials=1)
     names = [path.name for path in scaling_report.find(["*_h3", "10K_h1", "10K_h3"], outputs=tmp_path)]
     assert names == ["10K_h3", "2K_h3", "10K_h1"]
     assert len(scaling_report.find([str(tmp_path / "*_h3")], outputs=tmp_path / "elsewhere")) == 2

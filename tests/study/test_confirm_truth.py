@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from fintx.study import confirmation, records, sealed
-from tests.test_cli import fintx, mistake
+from tests.helpers.command import fintx, mistake
 
 pytestmark = pytest.mark.slow
 

@@ -14,7 +14,7 @@ from fintx.evaluate import metrics
 from fintx.report import confirmation as words
 from fintx.study import comparison, confirm, confirmation, records, seeds, stopping
 from fintx.types import FintxError
-from tests.study.planted import Planted
+from tests.helpers.planted_predictions import Planted
 
 SEEDS = (11, 12, 13)
 DAYS = 900

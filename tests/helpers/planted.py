@@ -22,6 +22,7 @@ from fintx.study import records
 from fintx.study.records import FoldRecord, StudyFile, TrialRecord
 from fintx.study.space import SearchSpace
 
+RETURN_SD = 0.01
 FEATURES = ["log_return_1", "log_return_5", "realized_vol_21"]
 
 SWEEP = """
@@ -179,6 +180,48 @@ def _record(
         folds=(fold,), libraries={"python": "3.11"}, device="cpu × 1", git_commit=None,
         started=f"2026-01-01T00:{number:02d}:00+00:00", finished=f"2026-01-01T00:{number + 1:02d}:00+00:00",
         compile_s=1.0, wall_s=10.0 + number,
+    )  # fmt: skip
+
+
+def event_study(outputs, name="events", *, skill=1.0, rival=0.8, n_rows=900, n_trials=6, seed=0, asset="SPX", **more):
+    """A threshold study: the true logit is z; models say skill · z and a little noise, the best baseline rival · z."""
+    rng = np.random.default_rng(seed)
+    z = rng.normal(-0.3, 1.2, n_rows)
+    labels = (rng.random(n_rows) < 1 / (1 + np.exp(-z))).astype(float)
+    spec = spec_of(outputs / "files", name, task=THRESHOLD)
+    spec = spec.model_copy(update={"data": spec.data.model_copy(update={"assets": (asset,)})})
+    prior = np.full(n_rows, -0.3)
+    beaten = {"prior": prior, "volatility_logistic": -0.3 + rival * (z + 0.3)}
+    return write_study(
+        outputs, spec, lambda i, n: -0.3 + skill * (z + 0.3) + 0.1 * rng.normal(size=n_rows), labels=labels,
+        baselines=beaten, n_trials=n_trials, assets=[asset] * n_rows, **more,
+    )  # fmt: skip
+
+
+def return_study(outputs, name, *, excess=0.05, budget="10K", seed=0, shapes_seed=0, horizon=1, n_rows=600, **more):
+    """A regression study with noise of variance σ²: trial i errs by (1 + i) · excess · σ² more than the signal."""
+    rng = np.random.default_rng(seed)
+    signal = rng.normal(0, RETURN_SD * np.sqrt(0.3), n_rows)
+    target = signal + rng.normal(0, RETURN_SD, n_rows)
+    task = REGRESSION.replace("horizon = 1", f"horizon = {horizon}")
+    spec = spec_of(outputs / "files", name, budget=budget, task=task)
+    return write_study(
+        outputs, spec,
+        lambda i, n: signal + RETURN_SD * np.sqrt(excess * (1 + i)) * rng.normal(size=n_rows),
+        labels=target, seed=shapes_seed,
+        baselines={"prior": np.zeros(n_rows), "volatility_linear": signal * 0.1}, **more,
+    )  # fmt: skip
+
+
+def noise_study(outputs, name, *, budget="10K", edit="", task=REGRESSION, n_rows=60, n_trials=3, seed=0, **more):
+    """A study of a few rows in which nothing can be known."""
+    rng = np.random.default_rng(seed)
+    target = rng.normal(0, 0.01, n_rows)
+    spec = spec_of(outputs / "files", name, budget=budget, edit=edit, task=task)
+    outputs_ = {"prior": np.zeros(n_rows), "volatility_linear": rng.normal(0, 0.001, n_rows)}
+    return write_study(
+        outputs, spec, lambda i, n: rng.normal(0, 0.001, n_rows), labels=target, baselines=outputs_, n_trials=n_trials,
+        **more,
     )  # fmt: skip
 
 
