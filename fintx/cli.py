@@ -25,7 +25,8 @@ from fintx.types import Bug, FintxError, told, without_passwords
 
 if TYPE_CHECKING:
     from fintx.study.confirm import Confirmed
-    from fintx.study.runner import Failure, Order, Summary
+    from fintx.study.opening import Order
+    from fintx.study.runner import Failure, Summary
 
     Results = list[Summary | Confirmed | Failure]
 
@@ -171,7 +172,7 @@ def confirm(
     """Train a study's best trials again with fresh seeds, and say what of the result holds; continues where it was."""
     from fintx.config import ConfirmConfig
     from fintx.study import records
-    from fintx.study.runner import Order
+    from fintx.study.opening import Order
 
     folder = records.find_study(study, outputs=outputs)
     known = records.read_study(folder)
@@ -219,6 +220,7 @@ def _run(
 
 def _conduct(orders: list[Order], run_all: Callable[[Console, list[Order]], Results], *, confirms: bool) -> None:
     from fintx.study import pool, runner
+    from fintx.study.opening import Order
     from fintx.terminal import tables
 
     pool.keep_off_the_gpus()
@@ -228,7 +230,7 @@ def _conduct(orders: list[Order], run_all: Callable[[Console, list[Order]], Resu
         tables.print_results(console, [each for each in results if not isinstance(each, runner.Confirmed)])
     if confirms:
         finished = [each for each in results if isinstance(each, runner.Summary) and each.to_be_confirmed]
-        after = [runner.Order(each.spec, confirm=each.spec.confirm) for each in finished]
+        after = [Order(each.spec, confirm=each.spec.confirm) for each in finished]
         if after:
             results += run_all(console, after)
     if problems := [result.problem for result in results if result.problem is not None]:
@@ -252,13 +254,12 @@ def _run_all(
     also: Callable[[], Sequence[Order]],
 ) -> Results:
     from fintx.study import runner
+    from fintx.study.context import RunContext
     from fintx.terminal import confirmation, live, tables
 
     with _stop_on_signal() as should_stop, live.View(console) as view:
-        results = runner.run_all(
-            orders, outputs=outputs, data_root=data_dir, notify=view.notify, should_stop=should_stop,
-            workers=workers, hosts=hosts, also=also,
-        )  # fmt: skip
+        context = RunContext(outputs, data_dir, view.notify, should_stop, hosts)
+        results = runner.run_all(orders, context, workers=workers, also=also)
     for result in results:
         if isinstance(result, runner.Summary):
             if result.records or result.problem is None:

@@ -102,8 +102,9 @@ def tiny_study(tiny_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     """The folder of that study, run to its end once for all tests that only read it."""
     from fintx import sweepfile
     from fintx.study import runner
+    from fintx.study.context import RunContext
 
     root = tmp_path_factory.mktemp("tiny")
-    summary = runner.run(sweepfile.load(tiny_file), outputs=root / "outputs", data_root=root / "data")
+    summary = runner.run(sweepfile.load(tiny_file), RunContext(root / "outputs", root / "data"))
     assert not summary.interrupted
     return summary.folder

@@ -1,6 +1,6 @@
-"""What does a confirmation want next, and what becomes of it? A study's best trials, each trained again with new seeds.
+"""A confirmation in this process: a study's best trials, each trained again with new seeds.
 
-To the runner it is a course like a search's: it hands out jobs and hears how they end. Its memory is its folder alone:
+To the runner it is like a search: it hands out jobs and hears how they end. Its memory is its folder alone:
 a member with a record is done, one without is unfinished work that goes on from its last save. It needs no storage, and
 runs on one machine at a time.
 """
@@ -10,9 +10,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import re
-from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,18 +20,11 @@ from fintx.data import windows
 from fintx.evaluate import metrics
 from fintx.study import comparison, confirmation, lock, opening, records, seeds, stopping, trial
 from fintx.study.confirmation import Confirmation
-from fintx.study.events import (
-    ConfirmReady,
-    EpochDone,
-    Event,
-    MemberFinished,
-    Notice,
-    TrialEnded,
-    TrialStarted,
-)
+from fintx.study.context import RunContext
+from fintx.study.events import ConfirmReady, MemberFinished
 from fintx.study.job import Job
 from fintx.study.records import TrialRecord
-from fintx.train import loop, together
+from fintx.study.study_run import StudyRun
 from fintx.train.state import program
 from fintx.types import FintxError
 
@@ -51,68 +43,42 @@ class Confirmed:
     problem: FintxError | None
 
 
-@dataclass(eq=False)
 class Retraining:
     """A confirmation under way in this process; members are numbered seed by seed, so that any stop leaves pairs."""
 
-    folder: Path
-    spec: StudySpec
-    trials: tuple[TrialRecord, ...]
-    """The best, in the search's order."""
-    seeds: tuple[int, ...]
-    data_root: Path
-    n_folds: int
-    notify: Callable[[Event], None]
-    requests: stopping.Requests
-    """To stop."""
-    on_gpu: bool = False
-    """Whether the workers' trials run on one."""
-    hosts: bool = False
-    """Several train each member: one at a time, and the next when it is over."""
-    held: dict[int, TrialRecord] = field(default_factory=dict)
-    """Members that a worker trains: their place → the trial that each repeats."""
-    superseded: set[int] = field(default_factory=set)
-    problem: FintxError | None = None
-    stop_asked: bool = False
-
-    def __post_init__(self) -> None:
-        self.members = tuple((record, seed) for seed in self.seeds for record in self.trials)
+    def __init__(
+        self, folder: Path, run: StudyRun, trials: tuple[TrialRecord, ...], fresh: tuple[int, ...]
+    ):  # fmt: skip
+        """
+        Args:
+            trials: the best, in the search's order.
+            fresh: seeds, the same for each of them.
+        """
+        self.folder, self.run, self.trials, self.seeds = folder, run, trials, fresh
+        self.members = tuple((record, seed) for seed in fresh for record in trials)
         self.done = {key for key in range(len(self.members)) if (self._where(key) / "record.json").is_file()}
         self._attempts: dict[int, int] = {}
-        self._tried: Counter[int] = Counter()
-        self._aside: dict[int, str] = {}
-        self._failed_in_a_row = 0
+        run.label = self._words
 
     @property
-    def name(self) -> str:
+    def spec(self) -> StudySpec:
         """The study's."""
-        return self.spec.study.name
+        return self.run.spec
 
     @property
     def over(self) -> bool:
         """Nothing is left to do."""
-        return len(self.done | self._aside.keys()) == len(self.members)
+        return not self.run.held and not self._open()
 
     @property
     def settled(self) -> bool:
         """Nothing runs."""
-        return not self.held
+        return not self.run.held
 
     @property
     def asks(self) -> bool:
         """Whether another member may be started."""
-        return not (self.over or self.problem or self.stop_asked)
-
-    @property
-    def pipelines(self) -> bool:
-        """Whether the next member is asked for while one trains."""
-        wanted = self.spec.execution.pipeline
-        return not self.hosts and (self.on_gpu if wanted is None else wanted)
-
-    @property
-    def left_aside(self) -> tuple[str, ...]:
-        """Members whose attempts in this run all crashed or hung, a line each."""
-        return tuple(self._aside[key] for key in sorted(self._aside))
+        return self.run.goes_on and not self.over
 
     # --- what next ---
 
@@ -130,22 +96,24 @@ class Retraining:
         limit = fits(config)
         if limit is None:
             return None
-        tried = self._tried[open_[0]]
-        # The last attempt is alone: the others may be to blame.
-        alone = self.hosts or 0 < tried >= self.spec.execution.max_attempts - 1
-        at_once = 1 if alone else together.at_once(config, self.spec.execution.population, on_gpu=self.on_gpu)
-        return self._job(open_[0], limit or None, at_once)
+        return self._job(open_[0], limit or None, self.run.at_once(open_[0], config))
 
     def more_like(self, first: Job, *, beside: int) -> Job | None:
         """Another member that may train together with one just handed out; none: no more of them."""
         if beside >= first.at_once or not self.asks:
             return None
         wanted = program(first.config)
-        alike = [key for key in self._open() if self._tried[key] == 0 and program(self._config(key)) == wanted]
+        alike = [
+            key
+            for key in self._open()
+            if program(config := self._config(key)) == wanted and self.run.at_once(key, config) > 1
+        ]
         return self._job(alike[0], first.memory_limit, first.at_once) if alike else None
 
     def _open(self) -> list[int]:
-        return [key for key in range(len(self.members)) if key not in {*self.done, *self.held, *self._aside}]
+        limits = self.spec.execution
+        keys = (key for key in range(len(self.members)) if key not in self.done and key not in self.run.held)
+        return [key for key in keys if self.run.failures.attempts_left(key, limits)]
 
     def _config(self, key: int) -> TrialConfig:
         record, seed = self.members[key]
@@ -154,81 +122,42 @@ class Retraining:
     def _job(self, key: int, limit: int | None, at_once: int) -> Job:
         record, config = self.members[key][0], self._config(key)
         attempt = self._attempts[key] = max(self._attempts.get(key, 0), _attempts_of(self._where(key))) + 1
-        self.held[key] = record
-        self.notify(TrialStarted(self.name, key, attempt, record.config.shape, "again", "", name=self._words(key)))
-        return Job(
+        job = Job(
             spec=self.spec.model_copy(update={"queue": ()}), config=config, number=record.trial_number,
             attempt=attempt, params=record.params, entry=record.entry, note=record.note, training=record.training,
-            study_folder=self.folder.resolve(), data_root=self.data_root.resolve(), memory_limit=limit, member=key,
-            at_once=at_once,
+            study_folder=self.folder.resolve(), data_root=self.run.context.data_root.resolve(), memory_limit=limit,
+            member=key, at_once=at_once,
         )  # fmt: skip
+        return self.run.begin(job)
 
     # --- what came of it ---
 
     def heard(self, key: int, kind: str, values: dict[str, Any], *, pid: int) -> None:
         """Take what a worker said of a held member, or how its job ended (`pool.ENDS`)."""
-        match kind:
-            case "progress" | "loaded":
-                pass
-            case "epoch":
-                epoch = loop.Epoch(**values["epoch"])
-                self.notify(EpochDone(self.name, key, values["fold"], self.n_folds, 0, 1, epoch))
-            case "warning":
-                self.notify(Notice(self.name, f"{self._words(key)}: {values['text']}"))
-            case "done":
-                del self.held[key]
-                self.done.add(key)
-                self._failed_in_a_row = 0
-                record = records.read(self._where(key) / "record.json")
-                words, total = self._words(key), len(self.members)
-                self.notify(MemberFinished(self.name, key, words, record, len(self.done), total))
-            case "interrupted":
-                self._release(key, "stopped on request")
-            case "returned":  # it had no part in its worker's end
-                self._release(key, values["text"])
-            case "superseded":
-                self._release(key, "taken over by another attempt")
-            case "mistake":
-                self.problem = self.problem or FintxError(f"{self._words(key)}: {values['text']}")
-                self._release(key, values["text"])
-            case _:
-                self._failed(key, kind, values["text"], counts=not values["beside"])
-
-    def _failed(self, key: int, kind: str, text: str, *, counts: bool) -> None:
-        self._tried[key] += 1
-        left = self.spec.execution.max_attempts - self._tried[key]
-        words = f"{kind}: {text}"
-        if left <= 0:
-            self._aside[key] = f"{self._words(key)} {words}"
-        more = f"{left} attempts left" if left > 0 else "left aside; the next run tries it again"
-        self._release(key, f"attempt {self._attempts[key]} {words}; {more}")
-        self._failed_in_a_row += counts  # not once for each of those who trained together
-        if self._failed_in_a_row >= self.spec.execution.max_failures:
-            self.problem = self.problem or FintxError(
-                f"{self.name}: stopped after {self._failed_in_a_row} failures in a row, the last {words}; mend the "
-                "cause (or raise execution.max_failures), and the same command continues"
-            )
-
-    def _release(self, key: int, words: str) -> None:
-        del self.held[key]
-        self.notify(TrialEnded(self.name, key, words))
+        ending = self.run.hear(key, kind, values)
+        if isinstance(ending, TrialRecord):
+            self.done.add(key)
+            total = len(self.members)
+            self.run.context.notify(
+                MemberFinished(self.run.name, key, self._words(key), ending, len(self.done), total)
+            )  # fmt: skip
 
     def tick(self) -> None:
         """Look for a request to stop."""
-        if not self.stop_asked and self.requests.came():
-            self.stop_asked = True
-            self.notify(Notice(self.name, stopping.HEARD))
+        self.run.hear_stop()
 
     def result(self, *, interrupted: bool) -> Confirmed:
         """Compare what has been trained so far, and write confirmation.json."""
-        found = None
+        found, run = None, self.run
         try:
-            found = comparison.build(self.folder, self.spec, self.trials, self.seeds, data_root=self.data_root)
+            found = comparison.build(
+                self.folder, self.spec, self.trials, self.seeds, data_root=run.context.data_root
+            )  # fmt: skip
             confirmation.write(self.folder, found)
         except FintxError as error:
-            self.problem = self.problem or error
-        stopped = (interrupted or self.stop_asked) and not self.over
-        return Confirmed(self.folder, self.spec, found, stopped, self.left_aside, self.problem)
+            run.fail(error)
+        stopped = (interrupted or run.stop_asked) and not self.over
+        return Confirmed(self.folder, self.spec, found, stopped, run.left_aside(self.done), run.problem)
 
     # --- names ---
 
@@ -242,23 +171,11 @@ class Retraining:
 
 
 @contextlib.contextmanager
-def begin(
-    folder: Path,
-    wanted: ConfirmConfig,
-    *,
-    data_root: Path,
-    notify: Callable[[Event], None],
-    on_gpu: bool = False,
-    hosts: bool = False,
-    should_stop: Callable[[], bool] = lambda: False,
-) -> Iterator[Retraining]:
+def begin(folder: Path, wanted: ConfirmConfig, context: RunContext) -> Iterator[Retraining]:
     """Hold a study's folder and choose its best trials so far.
 
-    Args:
-        should_stop: asked while what must be beaten is fitted, and at the end; so is the folder.
-
     Raises:
-        stopping.Stopped: one of them said so.
+        stopping.Stopped: a stop was asked for, of the run or of the study, before it stood.
         StudyBusy: another process of this host runs the study.
         FintxError: no trial to confirm, or data that are missing or not those of the study.
     """
@@ -267,7 +184,7 @@ def begin(
         raise FintxError(f"{folder}: holds no study (no study.json)")
     with lock.hold(folder), lock.hold(folder / "confirm", alone=True):
         requests = stopping.Requests(folder)
-        pause = functools.partial(requests.heed, should_stop)
+        pause = functools.partial(requests.heed, context.should_stop)
         finished = records.read_all(folder)
         best = records.ranked(finished, minimize=metrics.MINIMIZE[known.spec.study.metric])[: wanted.top_k]
         if not best:
@@ -275,24 +192,19 @@ def begin(
                 f"{folder}: has no successful trial yet ({len(finished)} finished), so there is nothing to confirm; "
                 "run the study first"
             )
-        spec, prepared = opening.resolve(known.spec, folder=folder, data_root=data_root)
+        spec, prepared = opening.resolve(known.spec, folder=folder, data_root=context.data_root)
         _check_data(folder, best[0], prepared)
-        trial.ensure_baselines(folder, prepared.folds, spec, data_root, tell=lambda words: None, pause=pause)
+        trial.ensure_baselines(
+            folder, prepared.folds, spec, context.data_root, tell=lambda words: None, pause=pause
+        )  # fmt: skip
         pause()
         fresh = fresh_seeds(spec.study.seed, wanted.n_seeds, used={record.config.seed for record in finished})
-        n_folds = len(prepared.folds)
-        course = Retraining(folder, spec, tuple(best), fresh, data_root, n_folds, notify, requests, on_gpu, hosts)
-        notify(
-            ConfirmReady(
-                spec.study.name,
-                spec,
-                prepared,
-                tuple(record.trial_number for record in best),
-                len(fresh),
-                len(finished),
-                len(course.done),
-            )  # fmt: skip
-        )
+        run = StudyRun(spec, context, requests, len(prepared.folds))
+        course = Retraining(folder, run, tuple(best), fresh)
+        numbers = tuple(record.trial_number for record in best)
+        context.notify(
+            ConfirmReady(run.name, spec, prepared, numbers, len(fresh), len(finished), len(course.done))
+        )  # fmt: skip
         yield course
 
 

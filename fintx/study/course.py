@@ -1,4 +1,4 @@
-"""What does one study want next, and what becomes of what its trials bring? The decisions of a run, and no waiting.
+"""A study's search in this process: which trial it wants next, and what becomes of each. No waiting, no training.
 
 Whatever touches the storage may find the database away. Then the study says so once, goes on with what it holds, and
 tries again: what is to be told is kept in order until it is told.
@@ -7,23 +7,22 @@ tries again: what is to be told is kept in order until it is told.
 from __future__ import annotations
 
 import time
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from fintx import sweepchecks
 from fintx.config import StudySpec, TrialConfig
-from fintx.study import queue, records, sampler, seeds, stopping, tables, trial
-from fintx.study.events import EpochDone, Event, Notice, TrialEnded, TrialFinished, TrialStarted
+from fintx.study import queue, records, sampler, seeds, tables, trial
+from fintx.study.context import RunContext
+from fintx.study.events import TrialFinished
 from fintx.study.job import Job
 from fintx.study.ledger import Answer, Choice, Claim, Proposal, Withdrawal
-from fintx.study.opening import Opened, kept, write
+from fintx.study.opening import Opened, Order, kept, write
 from fintx.study.records import TrialRecord
 from fintx.study.storage import StorageAway
-from fintx.sweepsource import Where, spelled
-from fintx.train import loop, together
+from fintx.study.study_run import StudyRun
+from fintx.train import together
 from fintx.train.state import program
 from fintx.types import FintxError
 
@@ -37,43 +36,24 @@ _BACKOFF_S = (0.2, 5.0)
 
 @dataclass(eq=False)
 class Course:
-    """A study under way in this process."""
+    """A search under way in this process."""
 
     opened: Opened
-    outputs: Path
-    data_root: Path
-    notify: Callable[[Event], None]
-    reload: Callable[[], StudySpec | None]
-    """The sweep file again, if it has changed since the last call; none: it has not."""
-    queue_only: bool
-    """Run what is queued, beyond n_trials too, and nothing else."""
-    where: Where = spelled
-    """Tells where a key of the file stands."""
-    on_gpu: bool = False
-    """Whether the workers' trials run on one."""
-    hosts: bool = False
-    """Several train each trial: one at a time, and the next when it is over."""
-    n_workers: int = 1
-    spec: StudySpec = field(init=False)
+    order: Order
+    context: RunContext
+    run: StudyRun = field(init=False)
     finished: dict[int, TrialRecord] = field(init=False)
-    held: dict[int, Claim] = field(default_factory=dict)
-    """Trials that a worker is training for this process."""
-    superseded: set[int] = field(default_factory=set)
-    """Held trials that another machine has taken: their workers are to be killed."""
-    problem: FintxError | None = None
-    stop_asked: bool = False
+    claims: dict[int, Claim] = field(default_factory=dict)
+    """Of the trials that workers train for this process."""
     over: bool = False
     """Nothing is left to do, here or elsewhere."""
 
     def __post_init__(self) -> None:
-        self.spec = self.opened.spec
-        self.finished = {record.trial_number: record for record in records.read_all(self.opened.folder)}
-        self._steps: dict[int, int] = {}
+        opened = self.opened
+        self.run = StudyRun(opened.spec, self.context, opened.requests, len(opened.prepared.folds))
+        self.finished = {record.trial_number: record for record in records.read_all(opened.folder)}
         self._pids: dict[int, int] = {}
         self._progressed: set[int] = set()
-        self._tried: Counter[int] = Counter()
-        self._aside: dict[int, str] = {}
-        self._streak: tuple[str, int] = ("", 0)
         self._todo: list[Callable[[], object]] = []
         self._away_since: float | None = None
         self._away_tries = 0
@@ -83,14 +63,14 @@ class Course:
         self._edit: StudySpec | None = None
 
     @property
-    def name(self) -> str:
-        """The study's."""
-        return self.spec.study.name
+    def spec(self) -> StudySpec:
+        """As its file says it now."""
+        return self.run.spec
 
     @property
     def total(self) -> int:
         """Trials with a record at the end of this run, as far as its file asks for them now."""
-        if not self.queue_only:
+        if not self.order.queue_only:
             return self.spec.study.n_trials
         done = {record.entry for record in self.finished.values()}
         return len(self.finished) + sum(queue.identity(entry) not in done for entry in self._entries())
@@ -98,18 +78,12 @@ class Course:
     @property
     def settled(self) -> bool:
         """Nothing runs here, and all that happened has been told."""
-        return not self.held and not self._todo
+        return not self.run.held and not self._todo
 
     @property
     def asks(self) -> bool:
         """Whether another trial may be started."""
-        return not (self.over or self.problem or self.stop_asked)
-
-    @property
-    def pipelines(self) -> bool:
-        """Whether the next trial is asked for while one trains."""
-        wanted = self.spec.execution.pipeline
-        return not self.hosts and (self.on_gpu if wanted is None else wanted)
+        return self.run.goes_on and not self.over
 
     # --- what next ---
 
@@ -119,7 +93,7 @@ class Course:
         Args:
             fits: memory limit of a trial of that config if it were started now (0: the device's); none: no room yet.
         """
-        self._hear_stop()
+        self.run.hear_stop()
         if not self.asks or self._todo or time.monotonic() < self._idle_until:
             return None
         chosen: list[tuple[TrialConfig, int]] = []
@@ -139,16 +113,16 @@ class Course:
         try:
             claim = self._reach(lambda: self.opened.ledger.claim(choose))
         except sampler.SpaceExhausted as error:
-            if self.held:  # what runs comes to its end first
+            if self.run.held:  # what runs comes to its end first
                 self._idle_until = time.monotonic() + _IDLE_S
             else:
-                self.problem = error
+                self.run.fail(error)
             return None
         if claim is None:
             self._idle_until = time.monotonic() + _IDLE_S
             return None
         (config, limit), self.over = chosen[0], False
-        return self._job(claim, config, limit or None, self._at_once(claim, config))
+        return self._job(claim, config, limit or None, self.run.at_once(claim.number, config))
 
     def more_like(self, first: Job, *, beside: int) -> Job | None:
         """Another trial that may train together with one just handed out, claimed; none: no more of them.
@@ -157,7 +131,8 @@ class Course:
             beside: trials that are to train together so far, the first included.
         """
         setting, k = self.spec.execution.population, self.spec.study.replicates
-        fair = -(-(self.spec.study.n_trials - len(self.finished)) // self.n_workers)  # the rest is for other workers
+        remaining = self.spec.study.n_trials - len(self.finished)
+        fair = -(-remaining // self.context.n_workers)  # the rest is for other workers
         if (beside + 1) * k > first.at_once or beside >= fair or not self.asks or self._todo:
             return None
         chosen: list[TrialConfig] = []
@@ -170,7 +145,7 @@ class Course:
                 return choice
             config = self._config(choice, self._number(choice))
             alike = program(config) == program(first.config)
-            if not alike or (isinstance(choice, Claim) and self._at_once(choice, config) == 1):
+            if not alike or (isinstance(choice, Claim) and self.run.at_once(choice.number, config) == 1):
                 return None
             if setting == "auto" and isinstance(choice, Proposal) and choice.entry and not self._is_settled(choice):
                 return None
@@ -183,31 +158,21 @@ class Course:
             return None
         return None if claim is None else self._job(claim, chosen[0], first.memory_limit, first.at_once)
 
-    def _at_once(self, claim: Claim, config: TrialConfig) -> int:
-        """Members that may train side by side. After failures the last attempt is alone: the others may be to blame."""
-        if self.hosts or 0 < self._tried[claim.number] >= self.spec.execution.max_attempts - 1:
-            return 1
-        return together.at_once(config, self.spec.execution.population, on_gpu=self.on_gpu)
-
-    def _on_cores(self, config: TrialConfig) -> bool:
-        return not self.hosts and together.on_cores(config, self.spec.execution.population, on_gpu=self.on_gpu)
-
     def _is_settled(self, proposal: Proposal) -> bool:
         """Whether a queued trial's values depend on no result that may still come in."""
         entry = next(entry for entry in self._entries() if queue.identity(entry) == proposal.entry)
         return proposal.training == "" or entry.training == "defaults"
 
     def _job(self, claim: Claim, config: TrialConfig, limit: int | None, at_once: int) -> Job:
-        self.held[claim.number] = claim
-        self._steps[claim.number] = claim.step
+        population, on_gpu = self.spec.execution.population, self.context.on_gpu
+        self.claims[claim.number] = claim
         job = Job(
             spec=self.spec.model_copy(update={"queue": ()}), config=config, number=claim.number, attempt=claim.attempt,
             params=claim.params, entry=claim.entry, note=claim.note, training=claim.training,
-            study_folder=self.opened.folder.resolve(), data_root=self.data_root.resolve(), memory_limit=limit,
-            at_once=at_once, on_cores=self._on_cores(config),
+            study_folder=self.opened.folder.resolve(), data_root=self.context.data_root.resolve(), memory_limit=limit,
+            at_once=at_once, on_cores=not self.context.hosts and together.on_cores(config, population, on_gpu=on_gpu),
         )  # fmt: skip
-        self.notify(TrialStarted(self.name, claim.number, claim.attempt, claim.shape, job.source, claim.note))
-        return job
+        return self.run.begin(job, step=claim.step)
 
     def _choose(self, claims: tuple[Claim, ...], *, propose: bool = True) -> Choice:
         """Own unfinished trials, then the queue, then the sampler, then what other machines have left behind.
@@ -218,16 +183,16 @@ class Course:
         open_claims = list({claim.number: claim for claim in claims if not claim.finished}.values())
         cancelled = {queue.identity(entry) for entry in self.spec.queue if entry.cancelled}
         for claim in open_claims:
-            if claim.entry in cancelled and claim.number not in self.held and self._is_loose(claim):
+            if claim.entry in cancelled and claim.number not in self.run.held and self._is_loose(claim):
                 return Withdrawal(claim.number)
-        at_work = [claim for claim in open_claims if claim.number in self.held or not self._is_loose(claim)]
+        at_work = [claim for claim in open_claims if claim.number in self.run.held or not self._is_loose(claim)]
         total, finished = len({claim.number for claim in claims}), len({c.number for c in claims if c.finished})
-        if self.queue_only or finished + len(at_work) < self.spec.study.n_trials:
+        if self.order.queue_only or finished + len(at_work) < self.spec.study.n_trials:
             loose = [claim for claim in open_claims if claim not in at_work and self._may_try(claim)]
             mine = [claim for claim in loose if claim.owner == self.opened.ledger.owner]
             if mine:
                 return mine[0]
-            if (self.queue_only or total < self.spec.study.n_trials) and (
+            if (self.order.queue_only or total < self.spec.study.n_trials) and (
                 new := self._new(claims, propose)
             ) is not None:
                 return new
@@ -235,17 +200,17 @@ class Course:
                 return loose[0]
         awaited = [claim for claim in at_work if self._is_ours(claim)]
         for claim in awaited:
-            if claim.number not in self.held:
+            if claim.number not in self.run.held:
                 self._say_once(f"waiting for trial {claim.number}, which runs on {claim.host}")
         self.over = not awaited
         return None
 
     def _is_ours(self, claim: Claim) -> bool:
         """Whether this run is about it: any trial of the study, or the queue's alone."""
-        return not self.queue_only or claim.entry in {queue.identity(entry) for entry in self._entries()}
+        return not self.order.queue_only or claim.entry in {queue.identity(entry) for entry in self._entries()}
 
     def _may_try(self, claim: Claim) -> bool:
-        return self._is_ours(claim) and self._tried[claim.number] < self.spec.execution.max_attempts
+        return self._is_ours(claim) and self.run.failures.attempts_left(claim.number, self.spec.execution) > 0
 
     def _is_loose(self, claim: Claim) -> bool:
         """Nobody works on it: it was given back, its coordinator is gone, or its lease hasn't been renewed."""
@@ -267,7 +232,7 @@ class Course:
             identity = queue.identity(entry)
             if identity not in taken:
                 return self._queued(entry, identity, trained)
-        if self.queue_only or not propose:
+        if self.order.queue_only or not propose:
             return None
         params = self._proposed({}, None, trained)
         return self._proposal(params, self.opened.space.decode(params))
@@ -314,47 +279,29 @@ class Course:
 
     def heard(self, number: int, kind: str, values: dict[str, Any], *, pid: int) -> None:
         """Take what a worker said of a held trial, or how its job ended (`pool.ENDS`)."""
-        claim = self.held[number]
         self._pids[number], self._idle_until = pid, 0.0
-        match kind:
-            case "loaded":  # a sign of life; from which step the trial goes on is not known yet
-                self._progressed.add(number)
-            case "progress":
-                self._steps[number] = values["step"]
-                self._progressed.add(number)
-            case "epoch":
-                epoch = loop.Epoch(**values["epoch"])
-                n_folds = len(self.opened.prepared.folds)
-                self._progressed.add(number)
-                of = (n_folds, values["replicate"], self.spec.study.replicates)
-                self.notify(EpochDone(self.name, number, values["fold"], *of, epoch))
-            case "warning":
-                self.notify(Notice(self.name, f"trial {number}: {values['text']}"))
-            case "done":
-                self._done(claim)
-            case "interrupted":
-                self._release(claim, "interrupted", "stopped on request")
-            case "returned":  # it had no part in its worker's end
-                self._release(claim, "interrupted", values["text"])
-            case "superseded":
-                del self.held[number]
-                self.notify(TrialEnded(self.name, number, "taken over by another attempt"))
-            case "mistake":
-                self.problem = self.problem or FintxError(f"trial {number}: {values['text']}")
-                self._release(claim, "interrupted", values["text"])
-            case _:
-                self._failed(claim, kind, values["text"], counts=not values["beside"])
+        if kind in ("loaded", "progress", "epoch"):  # a sign of life
+            self._progressed.add(number)
+        ending = self.run.hear(number, kind, values)
+        if ending is None:
+            return
+        claim = self.claims.pop(number)
+        if isinstance(ending, TrialRecord):
+            self._finish(claim, ending)
+        elif ending.state != "superseded":  # then whoever took it has released the claim
+            state, detail, step = ending.state, ending.detail, self.run.step(number)
+            self._todo.append(lambda: self.opened.ledger.release(claim, state, detail, step=step))
+            self._catch_up()
 
-    def _done(self, claim: Claim) -> None:
-        del self.held[claim.number]
-        record = records.read(records.trial_folder(self.opened.folder, claim.number) / "record.json")
+    def _finish(self, claim: Claim, record: TrialRecord) -> None:
         self.finished[claim.number] = record
-        self._count_failure("" if record.value is not None else record.outcome, record.detail)
         self._todo.append(lambda: self._tell(claim, record))
         self._catch_up()
         if claim.number in self.finished:
-            self.notify(TrialFinished(self.name, record, tuple(self.finished.values()), self.total))
-            self._keep_best_checkpoints()
+            self._tell_finished(record)
+            ranked = records.ranked(list(self.finished.values()), minimize=self.opened.minimize)
+            for other in ranked[self.spec.study.keep_checkpoints :]:
+                trial.drop_checkpoint(self.opened.folder, other.trial_number)
             self.write_tables()
 
     def _tell(self, claim: Claim, record: TrialRecord) -> None:
@@ -363,53 +310,24 @@ class Course:
         where = records.trial_folder(self.opened.folder, claim.number)
         (where / "record.json").rename(where / f"record.superseded-{claim.attempt}.json")
         self.finished.pop(claim.number, None)
-        words = f"trial {claim.number} had been given to another machine; the result that came late is set aside"
-        self.notify(Notice(self.name, words))
+        self._notice(f"trial {claim.number} had been given to another machine; the result that came late is set aside")
 
-    def _failed(self, claim: Claim, kind: str, text: str, *, counts: bool) -> None:
-        number = claim.number
-        self._tried[number] += 1
-        log = records.trial_folder(self.opened.folder, number) / "run" / f"attempt-{claim.attempt}.log"
-        words = f"{kind}: {text}" + (f" (log: {log})" if log.is_file() and log.stat().st_size else "")
-        left = self.spec.execution.max_attempts - self._tried[number]
-        if left <= 0:
-            self._aside[number] = f"trial {number} {words}"
-        more = f"{left} attempts left" if left > 0 else "left aside; the next run tries it again"
-        self._release(claim, "failed", words, said=f"attempt {claim.attempt} {words}; {more}")
-        if not counts:  # not once for each of those who trained together
-            return
-        # Of one kind whatever path or number its text names: an exception's type, a signal, an exit code.
-        what = "" if kind == "hung" else f" ({text.partition(':')[0].partition(' (')[0]})"
-        self._count_failure(f"{kind}{what}", words)
+    def _tell_finished(self, record: TrialRecord) -> None:
+        self.context.notify(TrialFinished(self.run.name, record, tuple(self.finished.values()), self.total))
 
-    def _release(self, claim: Claim, state: Any, detail: str, *, said: str = "") -> None:
-        del self.held[claim.number]
-        step = self._steps.get(claim.number, claim.step)
-        # A superseded claim is released by whoever took it.
-        self._todo.append(lambda: self.opened.ledger.release(claim, state, detail, step=step))
-        self._catch_up()
-        self.notify(TrialEnded(self.name, claim.number, said or f"{state} at step {step}: {detail}"))
-
-    def _count_failure(self, kind: str, detail: str) -> None:
-        before, count = self._streak
-        self._streak = (kind, count + 1 if kind == before else 1) if kind else ("", 0)
-        limit = self.spec.execution.max_failures
-        if kind and self._streak[1] >= limit:
-            self.problem = self.problem or FintxError(
-                f"{self.name}: stopped after {limit} failures in a row of the same kind, {kind}: {detail}; mend the "
-                "cause (or raise execution.max_failures), and the same command continues"
-            )
+    def _notice(self, words: str) -> None:
+        self.context.notice(self.run.name, words)
 
     # --- now and then ---
 
     def tick(self) -> None:
         """Renew leases, tell what is untold, and look for requests, edits and other machines' results."""
         self._catch_up()
-        self._hear_stop()
+        self.run.hear_stop()
         now = time.monotonic()
         if self._progressed and now >= self._renew_at:
             self._renew_at = now + self._renew_s
-            for number in sorted(self._progressed & self.held.keys()):
+            for number in sorted(self._progressed & self.run.held.keys()):
                 self._renew(number)
             self._progressed.clear()
         if now >= self._look_at:
@@ -417,24 +335,19 @@ class Course:
             self._reread_file()
             self.learn()
 
-    def _hear_stop(self) -> None:
-        if not self.stop_asked and self.opened.requests.came():
-            self.stop_asked = True
-            self.notify(Notice(self.name, stopping.HEARD))
-
     @property
     def _renew_s(self) -> float:
         return min(_RENEW_S, self.spec.execution.hang_s / 4)
 
     def _renew(self, number: int) -> None:
-        claim = self.held[number]
-        step, pid = self._steps[number], self._pids[number]
+        claim = self.claims[number]
+        step, pid = self.run.step(number), self._pids[number]
         gone = object()
         renewed = self._reach(lambda: self.opened.ledger.renew(claim, step=step, pid=pid) or gone)
         if renewed is gone:
-            self.superseded.add(number)
+            self.run.superseded.add(number)
         elif renewed is not None:
-            self.held[number] = renewed
+            self.claims[number] = renewed
 
     def learn(self) -> None:
         """Trials that other machines finished: through the storage, or from the shared folder."""
@@ -444,35 +357,37 @@ class Course:
             if not path.is_file():
                 records.append(self.opened.folder, record)
         paths = (self.opened.folder / "trials").glob("[0-9]*/record.json")
-        new = [path for path in paths if int(path.parent.name) not in {*self.finished, *self.held}]
+        new = [path for path in paths if int(path.parent.name) not in {*self.finished, *self.run.held}]
         for record in map(records.read, new):
             self.finished[record.trial_number] = record
-            self.notify(TrialFinished(self.name, record, tuple(self.finished.values()), self.total))
+            self._tell_finished(record)
 
     def _reread_file(self) -> None:
         """What may change freely is taken while the study runs, all else waits for the next start."""
         try:
-            fresh = self._edit = self.reload() or self._edit
+            fresh = self._edit = self.order.reload() or self._edit
             if fresh is None or (claims := self._reach(self.opened.ledger.claims)) is None:
                 return
             self._edit = None
             spec, n_features = _edited(self.spec, fresh), len(self.spec.data.features)
             if misfit := next(sweepchecks.cross_checks(spec, counted=False), None):
-                raise FintxError(f"{self.where(misfit[0])}: {misfit[1]}")
-            queue.validate(spec, n_features=n_features, where=self.where)
-            queue.check_begun(spec, self.opened.space, claims, counted=not self.queue_only, where=self.where)
+                raise FintxError(f"{self.order.where(misfit[0])}: {misfit[1]}")
+            queue.validate(spec, n_features=n_features, where=self.order.where)
+            queue.check_begun(
+                spec, self.opened.space, claims, counted=not self.order.queue_only, where=self.order.where
+            )
         except FintxError as error:
-            self.notify(Notice(self.name, f"the edited sweep file is not taken: {error}"))
+            self._notice(f"the edited sweep file is not taken: {error}")
             return
         if waiting := records.differences(_edited(self.opened.asked, fresh), fresh):
-            self.notify(Notice(self.name, f"edits of {', '.join(waiting)} hold from the next start"))
+            self._notice(f"edits of {', '.join(waiting)} hold from the next start")
         if spec != self.spec:
-            self.spec, self.over, self._idle_until = spec, False, 0.0
+            self.run.spec, self.over, self._idle_until = spec, False, 0.0
             known = records.read_study(self.opened.folder)
             assert known is not None
-            write(self.opened.folder, kept(spec, known) if self.queue_only else spec, known.definition, known)
+            write(self.opened.folder, kept(spec, known) if self.order.queue_only else spec, known.definition, known)
             words = f"the file was edited: {len(spec.queue)} queue entries, {spec.study.n_trials} trials in all"
-            self.notify(Notice(self.name, words))
+            self._notice(words)
 
     # --- the storage, which may be away ---
 
@@ -486,13 +401,13 @@ class Course:
         except StorageAway as error:
             if self._away_since is None:
                 self._away_since = now
-                busy = f"{len(self.held)} trials go on" if self.held else "nothing is lost"
-                self.notify(Notice(self.name, f"{error}; waiting for it, {busy}"))
+                busy = f"{len(self.run.held)} trials go on" if self.run.held else "nothing is lost"
+                self._notice(f"{error}; waiting for it, {busy}")
             self._away_tries += 1
             self._retry_at = time.monotonic() + min(_BACKOFF_S[0] * 2**self._away_tries, _BACKOFF_S[1])
             return None
         if self._away_since is not None:
-            self.notify(Notice(self.name, f"the storage is back after {now - self._away_since:.0f} s"))
+            self._notice(f"the storage is back after {now - self._away_since:.0f} s")
             self._away_since, self._away_tries = None, 0
         return result
 
@@ -505,7 +420,7 @@ class Course:
     def _say_once(self, words: str) -> None:
         if words not in self._said:
             self._said.add(words)
-            self.notify(Notice(self.name, words))
+            self._notice(words)
 
     # --- what is derived ---
 
@@ -513,11 +428,6 @@ class Course:
     def best(self) -> TrialRecord | None:
         """The best finished trial so far."""
         return records.best_of(list(self.finished.values()), minimize=self.opened.minimize)
-
-    @property
-    def left_aside(self) -> tuple[str, ...]:
-        """Trials whose attempts in this run all crashed or hung, a line each."""
-        return tuple(self._aside[number] for number in sorted(self._aside) if number not in self.finished)
 
     @property
     def waiting(self) -> tuple[str, ...]:
@@ -533,13 +443,8 @@ class Course:
             folder, records.read_all(folder), n_trials=study.n_trials, metric=study.metric,
             minimize=self.opened.minimize,
         )  # fmt: skip
-        for damage in tables.write_csv(self.outputs):
+        for damage in tables.write_csv(self.context.study_root):
             self._say_once(f"left out of experiment_results.csv: {damage}")
-
-    def _keep_best_checkpoints(self) -> None:
-        ranked = records.ranked(list(self.finished.values()), minimize=self.opened.minimize)
-        for record in ranked[self.spec.study.keep_checkpoints :]:
-            trial.drop_checkpoint(self.opened.folder, record.trial_number)
 
 
 def _edited(spec: StudySpec, fresh: StudySpec) -> StudySpec:

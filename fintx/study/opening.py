@@ -1,4 +1,4 @@
-"""Is the study that a file asks for the one that stands in its folder? Checked whole before anything is trained."""
+"""Opening a study: what is asked for, checked against what stands in its folder before anything is trained."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from typing import Any
 
 import fintx
 from fintx import sweepfile
-from fintx.config import StudySpec
+from fintx.config import ConfirmConfig, StudySpec
 from fintx.data import windows
 from fintx.evaluate import metrics
 from fintx.study import environment, ledger, lock, queue, records, stopping, storage, trial
+from fintx.study.context import RunContext
 from fintx.study.fork import TakeOver
 from fintx.study.ledger import Ledger
 from fintx.study.records import StudyFile
@@ -27,6 +28,23 @@ RESOLVED = "resolved.toml"
 
 class StudyConflict(FintxError):
     """The output folder, or the storage, holds another study of this name."""
+
+
+@dataclass(frozen=True)
+class Order:
+    """One study to run."""
+
+    spec: StudySpec
+    reload: Callable[[], StudySpec | None] = lambda: None
+    """The sweep file again, if it has changed since the last call."""
+    where: Where = spelled
+    """Tells where a key of its file stands."""
+    queue_only: bool = False
+    """Run what is queued, beyond n_trials too, and nothing else: the queue is another file's, not the study's own."""
+    take_over: TakeOver | None = None
+    """Brings trials into a study that is new (a fork)."""
+    confirm: ConfirmConfig | None = None
+    """Train its best trials again with fresh seeds, instead of searching."""
 
 
 @dataclass(frozen=True)
@@ -72,56 +90,41 @@ def resolve(spec: StudySpec, *, folder: Path, data_root: Path) -> tuple[StudySpe
     return spec.model_copy(update={"data": prepared.data}), prepared
 
 
-def check_queue(spec: StudySpec, *, outputs: Path, data_root: Path, where: Where = spelled) -> None:
+def check_queue(order: Order, context: RunContext) -> None:
     """Whether a study could run its queue, before any study of the same command begins; nothing is written.
 
     Raises:
         FintxError: data that are missing, or entries that can't be run.
     """
-    spec, _ = resolve(spec, folder=outputs / spec.study.name, data_root=data_root)
-    queue.validate(spec, n_features=len(spec.data.features), where=where)
+    folder = context.study_root / order.spec.study.name
+    spec, _ = resolve(order.spec, folder=folder, data_root=context.data_root)
+    queue.validate(spec, n_features=len(spec.data.features), where=order.where)
 
 
 @contextlib.contextmanager
-def begin(
-    spec: StudySpec,
-    *,
-    outputs: Path,
-    data_root: Path,
-    warn: Callable[[str], None] = lambda words: None,
-    take_over: TakeOver | None = None,
-    queue_only: bool = False,
-    where: Where = spelled,
-    should_stop: Callable[[], bool] = lambda: False,
-) -> Iterator[Opened]:
+def begin(order: Order, context: RunContext) -> Iterator[Opened]:
     """Hold a study's folder and open it, made where it isn't there yet.
 
-    Args:
-        warn: told of what was mended on the way.
-        take_over: brings trials of another study into one that is new.
-        queue_only: the spec's queue is another file's, and not the study's own to keep.
-        where: tells where a key of the file stands.
-        should_stop: asked every few seconds while what must be beaten is fitted, and at the end; so is the folder.
-
     Raises:
-        stopping.Stopped: one of them said so.
+        stopping.Stopped: a stop was asked for, of the run or of the study, before it stood.
         StudyConflict: the folder or the storage holds a study with another definition.
         StudyBusy: another process of this host runs it.
         FintxError: whatever in data, budget, queue or storage can't be run; no trial has been touched then.
     """
-    folder, asked = outputs / spec.study.name, spec
+    asked, where, take_over, data_root = order.spec, order.where, order.take_over, context.data_root
+    folder, warn = context.study_root / asked.study.name, functools.partial(context.notice, asked.study.name)
     known = records.read_study(folder)
-    spec, prepared = resolve(spec, folder=folder, data_root=data_root)
+    spec, prepared = resolve(asked, folder=folder, data_root=data_root)
     mine = records.definition(spec)
     if known is not None:
         check_same(folder, known.definition, mine)
     space = SearchSpace.build(spec, n_features=len(spec.data.features))
     queue.validate(spec, n_features=len(spec.data.features), where=where)
-    counted = not queue_only and take_over is None
+    counted = not order.queue_only and take_over is None
 
     with lock.hold(folder), contextlib.ExitStack() as stack:
         requests = stopping.Requests(folder)
-        pause = functools.partial(requests.heed, should_stop)
+        pause = functools.partial(requests.heed, context.should_stop)
         if known is None:
             _check_no_strangers(folder)
         try:
@@ -135,7 +138,7 @@ def begin(
             pending = folder / "fork-pending"  # stands until every old trial has come over
             if known is None and take_over is not None:
                 records.write_atomically(pending, "trials are being taken over from another study\n")
-            write(folder, kept(spec, known) if queue_only else spec, mine, known)
+            write(folder, kept(spec, known) if order.queue_only else spec, mine, known)
             if pending.is_file():
                 if take_over is None:
                     raise FintxError(f"{folder}: its fork was cut off; give the command with --fork again")

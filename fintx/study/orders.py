@@ -1,4 +1,4 @@
-"""Which studies does a command ask for? Its files as orders, which follow their files' edits while they run."""
+"""Orders from files: the studies that a command asks for, which follow their files' edits while they run."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from fintx import sweepfile
 from fintx.config import StudySpec
 from fintx.study import fork, opening
-from fintx.study.runner import Order
+from fintx.study.opening import Order
 
 
 def of_sweep(path: Path, overrides: Sequence[str]) -> Order:

@@ -1,4 +1,4 @@
-"""How do studies run? Workers are kept busy with what the studies want next, until all is done or a stop is asked for.
+"""The runner: workers are kept busy with what the studies want next, until all is done or a stop is asked for.
 
 The coordinator decides and never trains: workers are processes of their own (pool, worker). What it knows it can read
 again from records and storage, so it may be stopped, killed or started twice anywhere; the same command continues:
@@ -9,25 +9,26 @@ is told.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Container, Iterator, Sequence
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from fintx.config import ConfirmConfig, StudySpec, TrialConfig
+from fintx.config import StudySpec, TrialConfig
 from fintx.study import confirm, records
 from fintx.study import gpus as machine
 from fintx.study.confirm import Confirmed
+from fintx.study.context import RunContext
 from fintx.study.course import Course as Search
-from fintx.study.events import Event, Notice, StudyReady
-from fintx.study.fork import TakeOver
+from fintx.study.events import StudyReady
 from fintx.study.job import Job, Jobs
 from fintx.study.lead import Lead, best_baseline, over_baselines
-from fintx.study.opening import begin, check_queue
+from fintx.study.opening import Order, begin, check_queue
 from fintx.study.pool import ENDS, Pool, Worker
 from fintx.study.records import TrialRecord
 from fintx.study.stopping import Stopped
-from fintx.sweepsource import Where, spelled
+from fintx.study.study_run import StudyRun
 from fintx.train import memory
 from fintx.types import FintxError, told
 
@@ -73,39 +74,10 @@ class Failure:
     problem: FintxError
 
 
-@dataclass(frozen=True)
-class Order:
-    """One study to run."""
-
-    spec: StudySpec
-    reload: Callable[[], StudySpec | None] = lambda: None
-    """The sweep file again, if it has changed since the last call."""
-    where: Where = spelled
-    """Tells where a key of its file stands."""
-    queue_only: bool = False
-    """Run what is queued, beyond n_trials too, and nothing else."""
-    take_over: TakeOver | None = None
-    """Brings trials into a study that is new (a fork)."""
-    confirm: ConfirmConfig | None = None
-    """Train its best trials again with fresh seeds, instead of searching."""
-
-
 class Course(Protocol):
     """What the runner keeps busy: a search (course), or a confirmation of its best (confirm)."""
 
-    spec: StudySpec
-    superseded: set[int]
-    """Held jobs whose workers are to be killed."""
-    problem: FintxError | None
-    stop_asked: bool
-
-    @property
-    def name(self) -> str:
-        """The study's."""
-
-    @property
-    def held(self) -> Container[int]:
-        """Keys of the jobs that workers have."""
+    run: StudyRun
 
     @property
     def over(self) -> bool:
@@ -118,10 +90,6 @@ class Course(Protocol):
     @property
     def asks(self) -> bool:
         """Whether another job may be started."""
-
-    @property
-    def pipelines(self) -> bool:
-        """Whether the next job is asked for while one trains."""
 
     def next_job(self, fits: Callable[[TrialConfig], int | None]) -> Job | None:
         """The next job to hand to a worker; none: nothing to do now."""
@@ -136,24 +104,14 @@ class Course(Protocol):
         """What is to be done now and then."""
 
 
-def run(
-    spec: StudySpec,
-    *,
-    outputs: Path,
-    data_root: Path,
-    notify: Callable[[Event], None] = lambda event: None,
-    should_stop: Callable[[], bool] = lambda: False,
-    workers: int = 1,
-) -> Summary:
-    """Run one study until it has n_trials records, or until asked to stop; arguments as `run_all`.
+def run(spec: StudySpec, context: RunContext, *, workers: int = 1) -> Summary:
+    """Run one study until it has n_trials records, or until asked to stop.
 
     Raises:
         StudyConflict: the folder holds a study with another definition.
         FintxError: whatever in data, budget or queue can't be run, or stopped the study.
     """
-    (result,) = run_all(
-        [Order(spec)], outputs=outputs, data_root=data_root, notify=notify, should_stop=should_stop, workers=workers
-    )
+    (result,) = run_all([Order(spec)], context, workers=workers)
     if result.problem is not None:
         raise result.problem
     assert isinstance(result, Summary)
@@ -162,13 +120,9 @@ def run(
 
 def run_all(
     orders: Sequence[Order],
+    context: RunContext,
     *,
-    outputs: Path,
-    data_root: Path,
-    notify: Callable[[Event], None] = lambda event: None,
-    should_stop: Callable[[], bool] = lambda: False,
     workers: int | None = None,
-    hosts: bool = False,
     also: Callable[[], Sequence[Order]] = tuple,
 ) -> list[Summary | Confirmed | Failure]:
     """Run studies: one after the other with one worker, else as many side by side as there are workers.
@@ -176,11 +130,9 @@ def run_all(
     A study that fails stops none of the others.
 
     Args:
-        notify: called with every event, for the live view.
-        should_stop: asked several times a second; true saves what runs and ends the run.
+        context: what the workers run on is found out here.
         workers: processes that train, each on its share of the GPUs or of the cores; none: one, and on several GPUs
             one for as few of them as the largest trial needs.
-        hosts: the one worker trains together with those of the launch's other processes (`group.follow`).
         also: asked several times a second for studies to run after these, by whatever file has come to name them.
 
     Raises:
@@ -191,19 +143,18 @@ def run_all(
         raise FintxError(f"study.name {', '.join(repeated)}: stands in more than one of the files; each needs its own")
     for order in orders:
         if order.queue_only:  # hand-picked trials are judged as a whole: no study begins while another's can't
-            check_queue(order.spec, outputs=outputs, data_root=data_root, where=order.where)
+            check_queue(order, context)
     gpus = machine.gpus()
     if workers is None:
-        workers = 1 if hosts else machine.filling([order.spec for order in orders], gpus)
+        workers = 1 if context.hosts else machine.filling([order.spec for order in orders], gpus)
         if workers > 1:
-            notify(Notice(", ".join(names), f"{workers} workers, for {len(gpus)} GPUs"))
+            context.notice(", ".join(names), f"{workers} workers, for {len(gpus)} GPUs")
     if workers > len(gpus) > 0:
         raise FintxError(f"--workers {workers}: this machine has {len(gpus)} GPUs, and a worker needs one of its own")
+    context = dataclasses.replace(context, on_gpu=len(gpus) > 0, n_workers=workers)
     with contextlib.ExitStack() as stack:
-        pool = stack.enter_context(contextlib.closing(Pool(workers, gpus=len(gpus), hosts=hosts)))
-        return _Run(
-            list(orders), outputs, data_root, notify, pool, len(gpus) > 0, hosts, stack, should_stop, also
-        ).to_the_end()
+        pool = stack.enter_context(contextlib.closing(Pool(workers, gpus=len(gpus), hosts=context.hosts)))
+        return _Run(list(orders), context, pool, stack, also).to_the_end()
 
 
 @dataclass(eq=False)
@@ -221,14 +172,9 @@ class _Handed:
 @dataclass(eq=False)
 class _Run:
     orders: list[Order]
-    outputs: Path
-    data_root: Path
-    notify: Callable[[Event], None]
+    context: RunContext
     pool: Pool
-    on_gpus: bool
-    hosts: bool
     stack: contextlib.ExitStack
-    should_stop: Callable[[], bool]
     also: Callable[[], Sequence[Order]]
 
     def __post_init__(self) -> None:
@@ -242,7 +188,7 @@ class _Run:
 
     def to_the_end(self) -> list[Summary | Confirmed | Failure]:
         while True:
-            if self.should_stop() and not self.stopping:
+            if self.context.should_stop() and not self.stopping:
                 self.stopping = True
                 self.pool.stop()
             self._take_more()
@@ -264,7 +210,7 @@ class _Run:
             self.waiting += more
 
     def _open(self, course: Course) -> bool:
-        if course.problem or course.stop_asked or self.stopping:
+        if self.stopping or not course.run.goes_on:
             return False
         return not (course.over and course.settled)
 
@@ -277,7 +223,7 @@ class _Run:
             if worker.free:
                 self._give(worker)
             elif worker.takes_one_more and all(handed.begun for handed in self._of(worker)):
-                self._offer(worker, [course for course in self._asking() if course.pipelines])
+                self._offer(worker, [c for c in self._asking() if self.context.pipelines(c.run.spec.execution)])
 
     def _give(self, worker: Worker) -> None:
         while not self._offer(worker, self._asking()):
@@ -315,53 +261,29 @@ class _Run:
             return False
         order = self.waiting.pop(0)
         name = order.spec.study.name
-
-        def warn(words: str) -> None:
-            self.notify(Notice(name, words))
-
         try:
-            if order.confirm is None:
-                self.courses[name] = self._search(order, warn)
-            else:
-                self.courses[name] = self.stack.enter_context(
-                    confirm.begin(
-                        self.outputs / name,
-                        order.confirm,
-                        data_root=self.data_root,
-                        notify=self.notify,
-                        on_gpu=self.on_gpus,
-                        hosts=self.hosts,
-                        should_stop=self.should_stop,
-                    )  # fmt: skip
-                )
+            self.courses[name] = self._confirmation(order) if order.confirm else self._search(order)
         except Stopped:  # this study by `fintx stop`, or all of them by a signal
-            if self.should_stop():
+            if self.context.should_stop():
                 self.stopping = True
                 self.pool.stop()
         except Exception as error:
             self.results[id(order)] = Failure(order.spec, told(error, of=name))
         return not self.stopping
 
-    def _search(self, order: Order, warn: Callable[[str], None]) -> Search:
-        opened = self.stack.enter_context(
-            begin(
-                order.spec,
-                outputs=self.outputs,
-                data_root=self.data_root,
-                warn=warn,
-                take_over=order.take_over,
-                queue_only=order.queue_only,
-                where=order.where,
-                should_stop=self.should_stop,
-            )  # fmt: skip
-        )
-        course = Search(
-            opened, self.outputs, self.data_root, self.notify, order.reload, order.queue_only, where=order.where,
-            on_gpu=self.on_gpus, hosts=self.hosts, n_workers=len(self.pool.workers),
-        )  # fmt: skip
+    def _confirmation(self, order: Order) -> Course:
+        assert order.confirm is not None
+        folder = self.context.study_root / order.spec.study.name
+        return self.stack.enter_context(confirm.begin(folder, order.confirm, self.context))
+
+    def _search(self, order: Order) -> Course:
+        opened = self.stack.enter_context(begin(order, self.context))
+        course = Search(opened, order, self.context)
         n_shapes, finished = len(opened.space.shapes), len(course.finished)
         rival = best_baseline(opened.baselines, opened.spec.study.metric)
-        self.notify(StudyReady(course.name, opened.spec, opened.prepared, n_shapes, finished, course.total, rival))
+        self.context.notify(
+            StudyReady(course.run.name, opened.spec, opened.prepared, n_shapes, finished, course.total, rival)
+        )  # fmt: skip
         return course
 
     def _limit(self, config: TrialConfig, worker: Worker) -> int | None:
@@ -370,10 +292,10 @@ class _Run:
         On GPUs each worker has its own. On the CPU all share the machine: a trial gets the share of one worker; one
         that needs more gets everything, when nothing else runs.
         """
-        budgets = [course.spec.execution.memory for course in self.courses.values()]
+        budgets = [course.run.spec.execution.memory for course in self.courses.values()]
         given = min((budget for budget in budgets if budget is not None), default=0)
         n = len(self.pool.workers)
-        if n == 1 or self.on_gpus:
+        if n == 1 or self.context.on_gpu:
             return given // n
         total = given or memory.available()
         needs = [handed.need for handed in self.handed.values() if handed.worker is not worker]
@@ -386,7 +308,7 @@ class _Run:
     # --- hearing ---
 
     def _listen(self) -> None:
-        patience = {handed.worker: handed.course.spec.execution.hang_s for handed in self.handed.values()}
+        patience = {handed.worker: handed.course.run.spec.execution.hang_s for handed in self.handed.values()}
         for event in self.pool.poll(wait_s=_POLL_S, hang_s=patience):
             handed = self.handed.get(event.ticket)
             if handed is None:
@@ -401,19 +323,19 @@ class _Run:
                         self._hear(other, "loaded", {})
 
     def _hear(self, handed: _Handed, kind: str, values: dict[str, Any]) -> None:
-        if handed.key in handed.course.held:
+        if handed.key in handed.course.run.held:
             with _blamed_on(handed.course):
                 handed.course.heard(handed.key, kind, values, pid=handed.worker.pid)
 
     def _end_those_who_must(self) -> None:
         for worker in self.pool.workers:
             mine = {ticket: handed for ticket, handed in self.handed.items() if handed.worker is worker}
-            lost = {ticket for ticket, handed in mine.items() if handed.key in handed.course.superseded}
+            lost = {ticket for ticket, handed in mine.items() if handed.key in handed.course.run.superseded}
             if lost:
                 self._end(worker, mine, lost)
-            if any(handed.course.problem is not None for handed in mine.values()):
+            if any(handed.course.run.problem is not None for handed in mine.values()):
                 self.pool.stop_one(worker)
-            elif worker not in self.recalled and any(handed.course.stop_asked for handed in mine.values()):
+            elif worker not in self.recalled and any(handed.course.run.stop_asked for handed in mine.values()):
                 self.recalled.add(worker)
                 self.pool.recall(worker)
 
@@ -428,7 +350,7 @@ class _Run:
                 self.pool.leave(worker, ticket)
         for ticket, kind in ends.items():
             handed = self.handed.pop(ticket)
-            handed.course.superseded.discard(handed.key)
+            handed.course.run.superseded.discard(handed.key)
             self._hear(handed, kind, {"text": "its worker had to be ended"})
 
     # --- the end ---
@@ -446,9 +368,9 @@ class _Run:
         if isinstance(course, confirm.Retraining):
             return course.result(interrupted=self.stopping)
         if course is None and order.confirm is not None:  # stopped before its turn
-            return Confirmed(self.outputs / order.spec.study.name, order.spec, None, True, (), None)
+            return Confirmed(self.context.study_root / order.spec.study.name, order.spec, None, True, (), None)
         if course is None:  # stopped before its turn
-            folder = self.outputs / order.spec.study.name
+            folder = self.context.study_root / order.spec.study.name
             kept = tuple(records.read_all(folder)) if folder.is_dir() else ()
             return Summary(folder, order.spec, kept, None, {}, None, True, (), (), None)
         assert isinstance(course, Search)
@@ -461,7 +383,7 @@ def _blamed_on(course: Course) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        course.problem = course.problem or told(error, of=course.name)
+        course.run.fail(told(error, of=course.run.name))
 
 
 def _summary(course: Search, *, interrupted: bool) -> Summary:
@@ -480,10 +402,10 @@ def _summary(course: Search, *, interrupted: bool) -> Summary:
         best=best,
         baselines=opened.baselines,
         lead=lead,
-        interrupted=(interrupted or course.stop_asked) and not course.over,
-        left_aside=course.left_aside,
+        interrupted=(interrupted or course.run.stop_asked) and not course.over,
+        left_aside=course.run.left_aside(course.finished),
         waiting=course.waiting,
-        problem=course.problem,
+        problem=course.run.problem,
     )
 
 

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 
 import numpy as np
 import pytest
 
 from fintx import sweepfile
-from fintx.config import ConfirmConfig
+from fintx.config import ConfirmConfig, config_hash
 from fintx.data import sources
 from fintx.evaluate import metrics
 from fintx.report import confirmation as words
-from fintx.study import comparison, confirm, confirmation, records, seeds, stopping
+from fintx.study import comparison, confirm, confirmation, opening, records, seeds, stopping
+from fintx.study.context import RunContext
+from fintx.study.course import Course
 from fintx.types import FintxError
 from tests.helpers.planted_predictions import Planted
 
@@ -239,7 +242,7 @@ def course(tiny_study, tmp_path):
     folder = shutil.copytree(tiny_study, tmp_path / "tiny")
     told: list = []
     wanted = ConfirmConfig(top_k=2, n_seeds=3)
-    with confirm.begin(folder, wanted, data_root=tiny_study.parents[1] / "data", notify=told.append) as made:
+    with confirm.begin(folder, wanted, RunContext(tmp_path, tiny_study.parents[1] / "data", told.append)) as made:
         yield made, told
 
 
@@ -262,24 +265,68 @@ def test_a_member_that_crashes_is_tried_again_and_then_left_aside(course):
         job = made.next_job(lambda config: 0)
         assert (job.key, job.attempt) == (0, attempt)
         made.heard(job.key, "died", {"text": "killed by SIGSEGV", "beside": False}, pid=1)
-    assert made.left_aside == (f"trial {made.trials[0].trial_number} again, seed 1 of 3 died: killed by SIGSEGV",)
+    assert made.run.left_aside(made.done) == (
+        f"trial {made.trials[0].trial_number} again, seed 1 of 3 died: killed by SIGSEGV",
+    )
     assert "2 attempts left" in told[2].words and "left aside; the next run tries it again" in told[-1].words
     assert made.next_job(lambda config: 0).key == 1
     assert made.next_job(lambda config: None) is None, "no memory for it now"
     made.heard(1, "mistake", {"text": "No space left on device"}, pid=1)
-    assert "No space left" in str(made.problem) and made.next_job(lambda config: 0) is None
+    assert "No space left" in str(made.run.problem) and made.next_job(lambda config: 0) is None
     result = made.result(interrupted=False)
-    assert result.problem is made.problem and not result.confirmation.complete
+    assert result.problem is made.run.problem and not result.confirmation.complete
 
 
 def test_failures_in_a_row_stop_it(course):
     made, _ = course
-    made.spec = made.spec.model_copy(
+    made.run.spec = made.spec.model_copy(
         update={"execution": made.spec.execution.model_copy(update={"max_failures": 4})}
     )  # fmt: skip
     for _ in range(4):
         made.heard(made.next_job(lambda config: 0).key, "hung", {"text": "no step for 900 s", "beside": False}, pid=1)
-    assert "stopped after 4 failures in a row" in str(made.problem) and made.settled
+    assert "stopped after 4 failures in a row of the same kind, hung" in str(made.run.problem) and made.settled
+
+
+@pytest.mark.parametrize("of_members", [False, True], ids=["of a search", "of a confirmation"])
+def test_failures_of_different_kinds_in_a_row_do_not_stop_it(course, tiny_study, tiny_file, tmp_path, of_members):
+    """One policy for both: what stops a study is one cause that more trials won't cure."""
+    if of_members:
+        made, _ = course
+    else:
+        order = opening.Order(sweepfile.load(tiny_file, overrides=["study.name='another'"]))
+        context = RunContext(tmp_path, tiny_study.parents[1] / "data")
+        stack = contextlib.ExitStack()
+        made = Course(stack.enter_context(opening.begin(order, context)), order, context)
+    limits = made.spec.execution.model_copy(update={"max_failures": 3, "max_attempts": 9})
+    made.run.spec = made.spec.model_copy(update={"execution": limits})
+
+    def fails(kind, text):
+        made.heard(made.next_job(lambda config: 0).key, kind, {"text": text, "beside": False}, pid=1)
+
+    for _ in range(2):
+        fails("died", "killed by SIGKILL")
+        fails("failed", "OSError: [Errno 5] Input/output error: 'a'")
+    fails("failed", "OSError: [Errno 5] Input/output error: 'b'")
+    assert made.run.problem is None
+    fails("failed", "OSError: [Errno 5] Input/output error: 'c'")
+    wanted = "stopped after 3 failures in a row of the same kind, failed (OSError)"
+    assert wanted in str(made.run.problem) and made.next_job(lambda config: 0) is None
+    if not of_members:
+        stack.close()
+
+
+def test_members_that_diverge_one_after_the_other_stop_a_confirmation_as_they_stop_a_search(course):
+    made, _ = course
+    limits = made.spec.execution.model_copy(update={"max_failures": 2})
+    made.run.spec = made.spec.model_copy(update={"execution": limits})
+    for record in made.trials:
+        job = made.next_job(lambda config: 0)
+        diverged = {"value": None, "outcome": "diverged", "detail": "the loss is nan"}
+        mine = {"config": job.config, "config_hash": config_hash(job.config)}
+        records.write_record(job.folder, record.model_copy(update=mine | diverged))
+        made.heard(job.key, "done", {}, pid=1)
+    assert "stopped after 2 failures in a row of the same kind, diverged: the loss is nan" in str(made.run.problem)
+    assert made.done == {0, 1} and made.run.left_aside(made.done) == ()
 
 
 def test_a_request_to_stop_is_heard_once_and_no_member_begins_after_it(course):
@@ -305,7 +352,7 @@ def test_who_asks_before_the_first_member_is_heard_too(tiny_study, tmp_path):
 
     with (
         pytest.raises(stopping.Stopped),
-        confirm.begin(folder, ConfirmConfig(), data_root=tiny_study.parents[1] / "data", notify=print, should_stop=ask),
+        confirm.begin(folder, ConfirmConfig(), RunContext(tmp_path, tiny_study.parents[1] / "data", should_stop=ask)),
     ):
         pass
     assert asked
@@ -316,7 +363,7 @@ def test_a_study_without_a_success_or_with_other_data_is_refused(tiny_study, tmp
     empty = shutil.copytree(tiny_study, tmp_path / "empty", ignore=lambda *_: ["trials"])
     with (
         pytest.raises(FintxError, match="no successful trial yet"),
-        confirm.begin(empty, wanted, data_root=data, notify=print),
+        confirm.begin(empty, wanted, RunContext(tmp_path, data)),
     ):
         pass
     other = shutil.copytree(tiny_study, tmp_path / "other")
@@ -326,7 +373,7 @@ def test_a_study_without_a_success_or_with_other_data_is_refused(tiny_study, tmp
     (path / "record.json").write_text(text.replace(found, "0" * 64))
     with (
         pytest.raises(FintxError, match="trained on other label"),
-        confirm.begin(other, wanted, data_root=data, notify=print),
+        confirm.begin(other, wanted, RunContext(tmp_path, data)),
     ):
         pass
     with pytest.raises(FintxError, match="is no study under"):

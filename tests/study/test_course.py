@@ -6,12 +6,14 @@ import json
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from fintx import sweepfile
 from fintx.config import StudySpec
 from fintx.study import opening, stopping
+from fintx.study.context import RunContext
 from fintx.study.course import Course
 from fintx.study.job import Job
 
@@ -25,14 +27,14 @@ def course(tiny_file: Path, tmp_path: Path) -> Iterator[Courses]:
     """Opens the tiny study, of one shape, on a machine with GPUs, where so small a model pays."""
     with ExitStack() as stack:
 
-        def make(*changes: str, queue: tuple[dict, ...] = (), **options: int | bool) -> Course:
+        def make(*changes: str, queue: tuple[dict, ...] = (), **options: Any) -> Course:
             spec = sweepfile.load(tiny_file, overrides=["study.n_trials=12", *ONE_SHAPE, *changes])
             tree = {**spec.model_dump(mode="json", exclude_none=True), "queue": list(queue)}
             spec = StudySpec.model_validate_json(json.dumps(tree))
             root = tmp_path
-            opened = stack.enter_context(opening.begin(spec, outputs=root / "outputs", data_root=root / "data"))
-            given = {"on_gpu": True} | options
-            return Course(opened, root / "outputs", root / "data", lambda event: None, lambda: None, False, **given)
+            given: dict[str, Any] = {"on_gpu": True} | options
+            order, context = opening.Order(spec), RunContext(root / "outputs", root / "data", **given)
+            return Course(stack.enter_context(opening.begin(order, context)), order, context)
 
         yield make
 
@@ -127,7 +129,7 @@ def test_the_last_attempt_is_alone(course: Courses) -> None:
         assert len(jobs) == together
         for place, job in enumerate(jobs):
             search.heard(job.number, "died", {"text": "killed", "beside": place > 0}, pid=1)
-    assert search.problem is None  # two failures so far, not six
+    assert search.run.problem is None  # two failures so far, not six
     assert [numbers(handed(search)) for _ in range(3)] == [[0], [1], [2]]
 
 
@@ -142,14 +144,14 @@ def test_what_never_began_is_given_back_without_blame(course: Courses) -> None:
 
 def test_a_request_to_stop_is_heard_at_once_and_once(course: Courses) -> None:
     """Not at a later look: the trial that trains may end before it, and another would begin."""
-    study, told = course(), []
-    study.notify = told.append
+    told: list[Any] = []
+    study = course(notify=told.append)
     study.tick()
-    stopping.ask(str(study.opened.folder), outputs=study.outputs)
+    stopping.ask(str(study.opened.folder), outputs=study.context.study_root)
     study.tick()
     study.tick()
-    assert [event.words for event in told] == [stopping.HEARD]
-    assert study.stop_asked and handed(study) == []
+    assert [event.words for event in told[-1:]] == [stopping.HEARD]
+    assert study.run.stop_asked and handed(study) == []
 
 
 def test_a_request_that_cannot_be_read_just_now_is_heard_later(course: Courses) -> None:
@@ -157,8 +159,8 @@ def test_a_request_that_cannot_be_read_just_now_is_heard_later(course: Courses) 
     file = study.opened.folder / "stop"
     file.mkdir()  # stands for a network folder that is away: reading it fails
     study.tick()
-    assert not study.stop_asked and study.problem is None
+    assert not study.run.stop_asked and study.run.problem is None
     file.rmdir()
-    stopping.ask(str(study.opened.folder), outputs=study.outputs)
+    stopping.ask(str(study.opened.folder), outputs=study.context.study_root)
     study.tick()
-    assert study.stop_asked
+    assert study.run.stop_asked

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 
 from fintx.study import opening, orders, queue, records, runner, stopping
+from fintx.study.context import RunContext
 from fintx.study.course import Course
 from fintx.study.events import Event, Notice, StudyReady
-from fintx.study.runner import Order
+from fintx.study.opening import Order
 
 ENTRY = '\n[[queue]]\nd_model = 8\nn_layers = {}\nn_heads = 1\nd_ff = 16\nid = "{}"\n'
 MANUAL = ENTRY + 'sweep = "tiny.toml"\n'
@@ -44,12 +45,10 @@ def begun(tmp_path: Path, told: list[str]) -> Iterator[Courses]:
 
     def begin(order: Order) -> Course:
         stack.close()
-        outputs, data = tmp_path / "outputs", tmp_path / "data"
-        held = opening.begin(
-            order.spec, outputs=outputs, data_root=data, queue_only=order.queue_only, where=order.where
-        )
-        opened = stack.enter_context(held)
-        return Course(opened, outputs, data, hear, order.reload, order.queue_only, where=order.where)
+        context = RunContext(tmp_path / "outputs", tmp_path / "data", hear)
+        opened = stack.enter_context(opening.begin(order, context))
+        told.clear()
+        return Course(opened, order, context)
 
     with stack:
         yield begin
@@ -104,7 +103,7 @@ def test_what_is_wrong_with_a_manual_files_entry_is_told_at_its_line_there(file,
     (tmp_path / "other.toml").write_text(file.read_text().replace('"tiny"', '"other"'))
     manual.write_text(MANUAL.format(2, "a").replace("tiny", "other") + MANUAL.format(2, "b") + MANUAL.format(90, "c"))
     with pytest.raises(queue.QueueError) as caught:
-        runner.run_all(orders.of_manual(manual, ()), outputs=tmp_path / "outputs", data_root=tmp_path / "data")
+        runner.run_all(orders.of_manual(manual, ()), RunContext(tmp_path / "outputs", tmp_path / "data"))
     assert str(caught.value).startswith(f"{manual}:{line_of(manual, 2)}: queue[2]: d_model 8, n_layers 90, n_heads 1")
     assert not (tmp_path / "outputs").exists()
 
@@ -113,7 +112,7 @@ def test_a_queue_in_a_base_is_told_at_its_line_there(file, tmp_path):
     add(file, ENTRY.format(90, "a"))
     own = tmp_path / "own.toml"
     own.write_text('extends = "tiny.toml"\n[study]\nname = "own"\n')
-    (result,) = runner.run_all([orders.of_sweep(own, ())], outputs=tmp_path / "outputs", data_root=tmp_path / "data")
+    (result,) = runner.run_all([orders.of_sweep(own, ())], RunContext(tmp_path / "outputs", tmp_path / "data"))
     assert str(result.problem).startswith(f"{file}:{line_of(file, 0)}: queue[0]: d_model 8, n_layers 90")
 
 
@@ -175,7 +174,7 @@ def test_a_fork_keeps_the_bars_of_the_old_study(file, begun):
     course = begun(orders.of_sweep(file, ()))
     versions = course.spec.data.versions
     assert versions
-    forked = orders.of_fork(orders.of_sweep(file, ()), "forked", outputs=course.outputs)
+    forked = orders.of_fork(orders.of_sweep(file, ()), "forked", outputs=course.context.study_root)
     assert forked.spec.data.versions == versions and forked.spec.study.name == "forked"
     add(file, ENTRY.format(2, "later"))
     fresh = forked.reload()
@@ -196,8 +195,8 @@ def test_a_study_that_a_manual_file_comes_to_name_is_run_too(file, tmp_path):
                 add(manual, MANUAL.format(3, "b").replace("tiny", "other"))
 
     results = runner.run_all(
-        made, outputs=tmp_path / "outputs", data_root=tmp_path / "data", notify=notify, workers=2,
-        should_stop=lambda: "other" in ready, also=orders.added(manual, (), made),
+        made, RunContext(tmp_path / "outputs", tmp_path / "data", notify, lambda: "other" in ready), workers=2,
+        also=orders.added(manual, (), made),
     )  # fmt: skip
     assert ready == ["tiny", "other"] and [result.spec.study.name for result in results] == ready
     assert [entry.id for entry in results[1].spec.queue] == ["b"]
@@ -213,6 +212,6 @@ def test_one_study_of_two_can_be_stopped_while_its_baselines_are_fitted(file, tm
             stopping.ask("tiny", outputs=outputs)
 
     made = [orders.of_sweep(path, ("study.n_trials=1",)) for path in (file, other)]
-    stopped, run = runner.run_all(made, outputs=outputs, data_root=tmp_path / "data", notify=hear)
+    stopped, run = runner.run_all(made, RunContext(outputs, tmp_path / "data", hear))
     assert stopped.interrupted and stopped.records == ()
     assert not run.interrupted and len(run.records) == 1

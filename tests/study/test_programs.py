@@ -11,6 +11,7 @@ import pytest
 
 from fintx import sweepfile
 from fintx.study import programs, records, runner
+from fintx.study.context import RunContext
 from fintx.study.records import TrialRecord
 from fintx.types import FintxError
 
@@ -24,7 +25,7 @@ VALUES = (
 
 def run(file: Path, root: Path, *changes: str) -> list[TrialRecord]:
     spec = sweepfile.load(file, overrides=[f'execution.program_cache="{root / "programs"}"', *ONE_SHAPE, *changes])
-    return records.read_all(runner.run(spec, outputs=root / "outputs", data_root=root / "data").folder)
+    return records.read_all(runner.run(spec, RunContext(root / "outputs", root / "data")).folder)
 
 
 @pytest.mark.slow

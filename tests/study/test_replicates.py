@@ -13,6 +13,7 @@ import pytest
 from fintx import sweepfile
 from fintx.config import StudySpec
 from fintx.study import evaluation, fork, records, runner, seeds
+from fintx.study.context import RunContext
 from fintx.study.records import TrialRecord
 from fintx.study.space import SearchSpace
 
@@ -21,7 +22,7 @@ TOLERANCE = 2e-4
 
 
 def run(spec: StudySpec, root: Path) -> Path:
-    return runner.run(spec, outputs=root / "outputs", data_root=root / "data").folder
+    return runner.run(spec, RunContext(root / "outputs", root / "data")).folder
 
 
 def load(file: Path, *changes: str) -> StudySpec:

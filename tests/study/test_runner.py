@@ -15,6 +15,7 @@ from fintx.config import Shape
 from fintx.evaluate import metrics
 from fintx.model import transformer
 from fintx.study import opening, records, runner
+from fintx.study.context import RunContext
 from fintx.study.events import EpochDone, StudyReady, TrialFinished, TrialStarted
 from fintx.types import Bug, FintxError
 
@@ -25,7 +26,7 @@ def spec(tiny_file):
 
 
 def run(spec, tmp_path, **arguments):
-    return runner.run(spec, outputs=tmp_path / "outputs", data_root=tmp_path / "data", **arguments)
+    return runner.run(spec, RunContext(tmp_path / "outputs", tmp_path / "data", **arguments))
 
 
 def essence(folder):
@@ -72,7 +73,7 @@ def test_running_a_finished_study_again_changes_nothing(tiny_study, spec):
     before = {path: path.read_bytes() for path in tiny_study.rglob("record.json")}
     events = []
     root = tiny_study.parents[1]
-    summary = runner.run(spec, outputs=root / "outputs", data_root=root / "data", notify=events.append)
+    summary = runner.run(spec, RunContext(root / "outputs", root / "data", notify=events.append))
     assert [event for event in events if not isinstance(event, StudyReady)] == []
     assert summary.best.value == min(record.value for record in summary.records)
     assert {path: path.read_bytes() for path in tiny_study.rglob("record.json")} == before
@@ -128,7 +129,7 @@ def test_another_definition_under_the_same_name_is_refused(tiny_study, tiny_file
     before = sorted(path for path in tiny_study.rglob("*"))
     root = tiny_study.parents[1]
     with pytest.raises(opening.StudyConflict, match=r"(?s)task.horizon: 3 there, 2 here.*train.batch_size: 128 there"):
-        runner.run(other, outputs=root / "outputs", data_root=root / "data")
+        runner.run(other, RunContext(root / "outputs", root / "data"))
     assert sorted(path for path in tiny_study.rglob("*")) == before
 
 
@@ -164,8 +165,8 @@ def test_the_queue_runs_first_in_order_and_counts(tiny_file, tmp_path):
 def test_a_bug_ends_its_own_study_alone_and_its_traceback_is_named(tiny_file, tmp_path):
     short = ["study.n_trials=1", "train.max_epochs=1"]
     broken, good = (sweepfile.load(tiny_file, overrides=[*short, f"study.name='{name}'"]) for name in ("b", "g"))
-    orders = [runner.Order(broken, reload=lambda: 1 // 0), runner.Order(good)]
-    first, second = runner.run_all(orders, outputs=tmp_path / "outputs", data_root=tmp_path / "data")
+    orders = [opening.Order(broken, reload=lambda: 1 // 0), opening.Order(good)]
+    first, second = runner.run_all(orders, RunContext(tmp_path / "outputs", tmp_path / "data"))
     assert len(second.records) == 1 and second.problem is None
     assert isinstance(first.problem, Bug) and str(first.problem).startswith("b: ZeroDivisionError: ")
     (named,) = re.findall(r"/\S+traceback\.txt", str(first.problem))
@@ -175,14 +176,14 @@ def test_a_bug_ends_its_own_study_alone_and_its_traceback_is_named(tiny_file, tm
 
 
 def test_a_stop_while_a_study_begins_begins_no_other(tiny_file, tmp_path):
-    orders = [runner.Order(sweepfile.load(tiny_file, overrides=[f"study.name='{name}'"])) for name in "ab"]
+    orders = [opening.Order(sweepfile.load(tiny_file, overrides=[f"study.name='{name}'"])) for name in "ab"]
     told = []
 
     def stop_once_it_fits():
         return any("fitting" in getattr(event, "words", "") for event in told)
 
-    places = {"outputs": tmp_path / "outputs", "data_root": tmp_path / "data"}
-    results = runner.run_all(orders, notify=told.append, should_stop=stop_once_it_fits, **places)
+    context = RunContext(tmp_path / "outputs", tmp_path / "data", told.append, stop_once_it_fits)
+    results = runner.run_all(orders, context)
     assert [result.interrupted and result.records == () for result in results] == [True, True]
     assert [path.name for path in (tmp_path / "outputs").iterdir()] == ["a"]
     assert not (tmp_path / "outputs" / "a" / "baselines.json").exists()

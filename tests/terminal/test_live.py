@@ -12,8 +12,9 @@ from rich.console import Console
 
 from fintx import sweepfile
 from fintx.study import runner
+from fintx.study.context import RunContext
 from fintx.study.events import Event, StudyReady, TrialFinished
-from fintx.study.runner import Order
+from fintx.study.opening import Order
 from fintx.terminal.live import View
 
 ENTRY = (
@@ -37,7 +38,7 @@ def events(tiny_file: Path, outputs: Path) -> list[Event]:
     file.write_text(tiny_file.read_text() + ENTRY)
     found: list[Event] = []
     order = Order(sweepfile.load(file), queue_only=True)
-    runner.run_all([order], outputs=outputs, data_root=outputs.parent / "data", notify=found.append)
+    runner.run_all([order], RunContext(outputs, outputs.parent / "data", notify=found.append))
     return found
 
 

@@ -25,6 +25,7 @@ os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # inherited by the workers
 from fintx import sweepfile  # noqa: E402
 from fintx.config import StudySpec  # noqa: E402
 from fintx.study import pool, runner  # noqa: E402
+from fintx.study.context import RunContext
 from fintx.study.events import EpochDone, Event  # noqa: E402
 
 DEMO = ("train.max_epochs=40", "train.patience=40")
@@ -65,7 +66,7 @@ def measure(spec: StudySpec) -> dict[str, Any]:
             first_epoch.append(time.perf_counter())
 
     with tempfile.TemporaryDirectory() as root:
-        summary = runner.run(spec, outputs=Path(root) / "outputs", data_root=Path(root) / "data", notify=notify)
+        summary = runner.run(spec, RunContext(Path(root) / "outputs", Path(root) / "data", notify))
         ended = time.perf_counter()
     waits = [record.wait_s for record in summary.records if record.wait_s is not None]
     span_s = ended - first_epoch[0]
