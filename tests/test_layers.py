@@ -22,7 +22,7 @@ FLOORS = [
     {"model", "data"},
     {"sweepfile", "sweepsource", "sweepchecks", "sweepwords", "toml_lines", "toml_writer"},
     {"config"},
-    {"types"},
+    {"types", "files"},
 ]
 """Rooms from the roof down; two on one floor don't import each other, but sweepfile's own helpers."""
 

@@ -23,6 +23,7 @@ import pyarrow.compute
 import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from fintx import files
 from fintx.types import FintxError
 
 Kind = Literal["raw", "processed"]
@@ -179,16 +180,8 @@ def _write(
     relative = Path(kind) / name / f"{version[:16]}.parquet"
     path = root / relative
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with files.replacing(path) as temporary:  # what is there without an entry is the rest of a write that was cut off
         pq.write_table(table, temporary, compression="zstd")
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        # A file without an entry is the rest of a write that was cut off before its entry: it is replaced.
-        os.replace(temporary, path)
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
     dates = table["date"]
     return Entry(
         name=name,

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import datetime
 import functools
-import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Literal
 import jinja2
 
 import fintx
+from fintx.files import replacing
 from fintx.report.figures import Picture
 from fintx.report.sheet import Sheet
 from fintx.types import FintxError
@@ -130,9 +130,8 @@ def write(page: Page, folder: Path) -> Path:
             (folder / name).mkdir(parents=True, exist_ok=True)
             for file, content in files.items():
                 (folder / name / file).write_bytes(content)
-        temporary = folder / f".{PAGE}.tmp"
-        temporary.write_text(render(page), encoding="utf-8")
-        os.replace(temporary, target)
+        with replacing(target) as temporary:
+            temporary.write_text(render(page), encoding="utf-8")
     except OSError as error:
         raise FintxError(
             f"{target}: can't be written: {error.strerror}; mend that and run the command again"

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fintx import sweepfile, sweepsource, toml_writer
+from fintx import files, sweepfile, sweepsource, toml_writer
 from fintx.config import QueueEntry, StudySpec
 from fintx.data import windows
 from fintx.model import sizes
@@ -361,16 +361,9 @@ def _held(path: Path) -> Iterator[Path]:
 
 def _replace(real: Path, text: str) -> None:
     """A whole new file in the place of the old one, with its mode; or the old one, whatever happens."""
-    temporary = real.with_name(f".{real.name}.{os.getpid()}.tmp")
     try:
-        with temporary.open("wb") as file:
+        with files.replacing(real) as temporary, temporary.open("wb") as file:
             os.fchmod(file.fileno(), real.stat().st_mode & 0o7777)
             file.write(text.encode("utf-8"))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, real)
     except OSError as error:
         raise QueueFileError(f"{real}: can't be written: {error.strerror}; it is as it was") from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()

@@ -19,7 +19,6 @@ outputs/experiment_results.csv                   derived, a line per trial of ev
 
 from __future__ import annotations
 
-import contextlib
 import datetime
 import hashlib
 import json
@@ -33,6 +32,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
+from fintx import files
 from fintx.config import BudgetConfig, StudySpec, TrialConfig, config_hash
 from fintx.study import environment
 from fintx.types import FintxError
@@ -232,17 +232,8 @@ def member_folder(study_folder: Path, number: int, seed: int) -> Path:
 # --- writing ----------------------------------------------------------------------------------------------------------
 
 
-def _sync(folder: Path) -> None:
-    """A new name is on the disk too, before anything else is said to be done."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def write_atomically(path: Path, text: str, *, once: bool = False) -> None:
-    """Write a whole file or nothing: to a neighbour, fsync, rename.
+    """Write a whole text file or nothing, its folder too where there is none.
 
     Args:
         once: refuse to replace an existing file.
@@ -250,25 +241,14 @@ def write_atomically(path: Path, text: str, *, once: bool = False) -> None:
     Raises:
         FintxError: disk full, no permission, or `once` and the file exists.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        if once:
-            os.link(temporary, path)
-        else:
-            os.replace(temporary, path)
-        _sync(path.parent)
+        with files.replacing(path, once=once) as temporary:
+            temporary.write_text(text, encoding="utf-8")
     except FileExistsError:
         raise FintxError(f"{path}: is written already; fintx never overwrites a record") from None
     except OSError as error:
         raise FintxError(f"{path}: can't be written: {error.strerror}; mend that and run the command again") from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
 
 
 def append(study_folder: Path, record: TrialRecord) -> None:
@@ -291,14 +271,12 @@ def write_predictions(folder: Path, table: pa.Table, *, name: str = "predictions
     Raises:
         FintxError: the file can't be written.
     """
-    path, temporary = folder / name, folder / f".{name}.{os.getpid()}.tmp"
+    path = folder / name
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        pq.write_table(table, temporary, compression="zstd")
-        os.replace(temporary, path)
+        with files.replacing(path) as temporary:
+            pq.write_table(table, temporary, compression="zstd")
     except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
         raise FintxError(f"{path}: can't be written: {error.strerror or error}; mend that and run again") from error
 
 

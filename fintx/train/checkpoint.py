@@ -29,6 +29,7 @@ import jax
 import numpy as np
 from pydantic import ValidationError
 
+from fintx import files
 from fintx.config import TrialConfig
 from fintx.model import transformer
 from fintx.types import FintxError, Params
@@ -124,9 +125,10 @@ def write(
             _reserve(staging, sum(leaf.nbytes for leaf in jax.tree.leaves(items)))
             with _WRITING:
                 _write_arrays(staging, items=items)
-            _write_text(staging / _DESCRIPTION, text)
-            _write_text(staging / _SUMS, _sums(staging))
-            _sync(staging)
+            (staging / _DESCRIPTION).write_text(text, encoding="utf-8")
+            (staging / _SUMS).write_text(_sums(staging), encoding="utf-8")
+            for path in [*staging.rglob("*"), staging]:  # a power cut after the rename finds them there
+                files.sync(path)
         guard()
         with _disk_errors(folder):
             _put_in_place(staging, folder)
@@ -301,36 +303,12 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _write_text(path: Path, text: str) -> None:
-    """Whole or not at all: tmp + fsync + rename."""
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("w", encoding="utf-8", newline="") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.rename(path)
-
-
-def _sync(folder: Path) -> None:
-    """Files and folders to the disk itself, so that a power cut after the rename finds them there."""
-    for path in [*folder.rglob("*"), folder]:
-        _fsync(path)
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _put_in_place(staging: Path, folder: Path) -> None:
     old = folder.with_name(f".{folder.name}.replaced-{os.getpid()}")
     if folder.exists():
         folder.rename(old)  # a rename can't land on a folder that is not empty
     staging.rename(folder)
-    _fsync(folder.parent)
+    files.sync(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 
