@@ -1,4 +1,4 @@
-"""How do the blocks run, forward and back? One scan over the stacked layers each way; the backward pass is by hand.
+"""Transformer blocks, forward and backward: one scan over the stacked layers each way, gradients by hand.
 
     x → x + drop(attend(norm(x))) → x + drop(feed_forward(norm(x)))
 
@@ -85,15 +85,15 @@ def _run_forward(
     return after_BND, (kept, blocks, masks_L4W, rate)
 
 
-def _run_backward(static: Static, residuals: Any, slope_BND: Array) -> tuple[Array, Params, None, None]:
+def _run_backward(static: Static, residuals: Any, grad_BND: Array) -> tuple[Array, Params, None, None]:
     (inputs, kept), blocks, masks_L4W, rate = residuals
 
-    def body(slope_BND: Array, layer: tuple[Any, ...]) -> tuple[Array, Params]:
+    def body(grad_BND: Array, layer: tuple[Any, ...]) -> tuple[Array, Params]:
         hidden_BND, kept, block, masks_4W = layer
-        return _backward(static, slope_BND, hidden_BND, kept, block, masks_4W, rate)
+        return _backward(static, grad_BND, hidden_BND, kept, block, masks_4W, rate)
 
-    slope_BND, slopes = jax.lax.scan(body, slope_BND, (inputs, kept, blocks, masks_L4W), reverse=True)
-    return slope_BND, slopes, None, None
+    grad_BND, grads = jax.lax.scan(body, grad_BND, (inputs, kept, blocks, masks_L4W), reverse=True)
+    return grad_BND, grads, None, None
 
 
 _run.defvjp(_run_forward, _run_backward)
@@ -138,57 +138,57 @@ def _forward(
 
 def _backward(
     static: Static,
-    slope_BND: Array,
+    grad_BND: Array,
     hidden_BND: Array,
     kept: _Kept | None,
     block: Params,
     masks_4W: Array | None,
     rate: Array,
 ) -> tuple[Array, Params]:
-    """Slopes by the layer's input and parameters, from that by its output."""
+    """Gradients of the layer's input and parameters, from that of its output."""
     if kept is None:
         kept = _forward(static, hidden_BND, block, masks_4W, rate)[1]
-    (hidden_BND, block), lay_back = jax.vjp(static.before_layer, hidden_BND, block)
+    (hidden_BND, block), before_layer_vjp = jax.vjp(static.before_layer, hidden_BND, block)
     masks, dtype = _keys(masks_4W), jnp.dtype(static.dtype)
-    slopes: Params = {}
+    grads: Params = {}
 
     # feed-forward: between + drop(W₂ · drop(u · Φ(u))), u = W₁ · norm(between)
-    slope_QD = slope_BND.reshape(-1, slope_BND.shape[-1])
+    grad_QD = grad_BND.reshape(-1, grad_BND.shape[-1])
     u_QM = kept.inner.astype(jnp.float32)
     phi_QM = _phi(u_QM)
     active_QM = drop(u_QM * phi_QM, rate, masks[2])
-    by_active_QM, slopes["feed_forward_out"] = _linear_back(
-        block["feed_forward_out"], active_QM, drop(slope_QD, rate, masks[3]), dtype
+    d_active_QM, grads["feed_forward_out"] = _linear_backward(
+        block["feed_forward_out"], active_QM, drop(grad_QD, rate, masks[3]), dtype
     )
-    by_u_QM = drop(by_active_QM, rate, masks[2]) * (phi_QM + u_QM * _density(u_QM))
-    by_between_QD, slopes["feed_forward_in"], slopes["feed_forward_norm"] = _norm_linear_back(
-        block["feed_forward_norm"], block["feed_forward_in"], kept.between, by_u_QM, dtype
+    d_u_QM = drop(d_active_QM, rate, masks[2]) * (phi_QM + u_QM * _density(u_QM))
+    d_between_QD, grads["feed_forward_in"], grads["feed_forward_norm"] = _norm_linear_backward(
+        block["feed_forward_norm"], block["feed_forward_in"], kept.between, d_u_QM, dtype
     )
-    by_between_QD += slope_QD
+    d_between_QD += grad_QD
 
     # attention: x + drop(Wₒ · (drop(softmax(q·kᵀ)) · v)), qkv = W · norm(x)
     q_BHNK, k_BHNK, v_BHNK = _heads(static, kept.qkv, n=hidden_BND.shape[1])
     weights_BHNN = _attention(q_BHNK, k_BHNK)
     used_BHNN = drop(weights_BHNN, rate, masks[0]).astype(dtype)
     mixed_QD = _rows(jnp.matmul(used_BHNN, v_BHNK))
-    by_mixed_QD, slopes["attention_out"] = _linear_back(
-        block["attention_out"], mixed_QD, drop(by_between_QD, rate, masks[1]), dtype
+    d_mixed_QD, grads["attention_out"] = _linear_backward(
+        block["attention_out"], mixed_QD, drop(d_between_QD, rate, masks[1]), dtype
     )
-    by_mixed_BHNK = _split(by_mixed_QD.astype(dtype), n=hidden_BND.shape[1], heads=static.n_heads)
-    by_used_BHNN = jnp.matmul(by_mixed_BHNK, _swap(v_BHNK), preferred_element_type=jnp.float32)
-    by_weights_BHNN = drop(by_used_BHNN, rate, masks[0])
-    drift_BHN1 = jnp.sum(by_weights_BHNN * weights_BHNN, axis=-1, keepdims=True)
-    by_scores_BHNN = weights_BHNN * (by_weights_BHNN - drift_BHN1) / math.sqrt(q_BHNK.shape[-1])
-    by_scores_BHNN = by_scores_BHNN.astype(dtype)
-    by_q_BHNK = jnp.matmul(by_scores_BHNN, k_BHNK)
-    by_k_BHNK = jnp.matmul(_swap(by_scores_BHNN), q_BHNK)
-    by_v_BHNK = jnp.matmul(_swap(used_BHNN), by_mixed_BHNK)
-    by_qkv = _join(by_q_BHNK, by_k_BHNK, by_v_BHNK)
+    d_mixed_BHNK = _split(d_mixed_QD.astype(dtype), n=hidden_BND.shape[1], heads=static.n_heads)
+    d_used_BHNN = jnp.matmul(d_mixed_BHNK, _swap(v_BHNK), preferred_element_type=jnp.float32)
+    d_weights_BHNN = drop(d_used_BHNN, rate, masks[0])
+    delta_BHN1 = jnp.sum(d_weights_BHNN * weights_BHNN, axis=-1, keepdims=True)
+    d_scores_BHNN = weights_BHNN * (d_weights_BHNN - delta_BHN1) / math.sqrt(q_BHNK.shape[-1])
+    d_scores_BHNN = d_scores_BHNN.astype(dtype)
+    d_q_BHNK = jnp.matmul(d_scores_BHNN, k_BHNK)
+    d_k_BHNK = jnp.matmul(_swap(d_scores_BHNN), q_BHNK)
+    d_v_BHNK = jnp.matmul(_swap(used_BHNN), d_mixed_BHNK)
+    d_qkv = _join(d_q_BHNK, d_k_BHNK, d_v_BHNK)
     x_QD = hidden_BND.reshape(-1, hidden_BND.shape[-1])
-    by_x_QD, slopes["qkv"], slopes["attention_norm"] = _norm_linear_back(
-        block["attention_norm"], block["qkv"], x_QD, by_qkv.astype(jnp.float32), dtype
+    d_x_QD, grads["qkv"], grads["attention_norm"] = _norm_linear_backward(
+        block["attention_norm"], block["qkv"], x_QD, d_qkv.astype(jnp.float32), dtype
     )
-    return lay_back(((by_between_QD + by_x_QD).reshape(slope_BND.shape), slopes))
+    return before_layer_vjp(((d_between_QD + d_x_QD).reshape(grad_BND.shape), grads))
 
 
 # --- parts ------------------------------------------------------------------------------------------------------------
@@ -204,12 +204,12 @@ def _linear(layer: Params, x_QD: Array, dtype: Any) -> Array:
     return product.astype(jnp.float32) + layer["bias"][None, :]
 
 
-def _linear_back(layer: Params, x_QD: Array, slope_QE: Array, dtype: Any) -> tuple[Array, Params]:
-    """Slopes by x and by the parameters; all float32."""
-    x_QD, slope = x_QD.astype(dtype), slope_QE.astype(dtype)
-    by_kernel_DE = jax.lax.dot_general(x_QD, slope, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
-    by_x_QD = jax.lax.dot_general(slope, layer["kernel"].astype(dtype), (((1,), (1,)), ((), ()))).astype(jnp.float32)
-    return by_x_QD, {"kernel": by_kernel_DE, "bias": jnp.sum(slope_QE, axis=0)}
+def _linear_backward(layer: Params, x_QD: Array, grad_QE: Array, dtype: Any) -> tuple[Array, Params]:
+    """Gradients of x and of the parameters; all float32."""
+    x_QD, grad = x_QD.astype(dtype), grad_QE.astype(dtype)
+    d_kernel_DE = jax.lax.dot_general(x_QD, grad, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
+    d_x_QD = jax.lax.dot_general(grad, layer["kernel"].astype(dtype), (((1,), (1,)), ((), ()))).astype(jnp.float32)
+    return d_x_QD, {"kernel": d_kernel_DE, "bias": jnp.sum(grad_QE, axis=0)}
 
 
 def normal(x: Float32[Array, "*rows D"]) -> tuple[Float32[Array, "*rows D"], Float32[Array, "*rows 1"]]:
@@ -229,18 +229,18 @@ def _scaled(norm: Params, normal_QD: Array) -> Array:
     return normal_QD * norm["scale"][None, :] + norm["bias"][None, :]
 
 
-def _norm_linear_back(
-    norm: Params, linear: Params, x_QD: Array, slope_QE: Array, dtype: Any
+def _norm_linear_backward(
+    norm: Params, linear: Params, x_QD: Array, grad_QE: Array, dtype: Any
 ) -> tuple[Array, Params, Params]:
-    """Slopes of linear(norm(x)): by x, by the linear layer's parameters and by the norm's."""
+    """Gradients of linear(norm(x)): of x, of the linear layer's parameters and of the norm's."""
     normal_QD, over_sd_Q1 = normal(x_QD)
-    by_scaled_QD, by_linear = _linear_back(linear, _scaled(norm, normal_QD), slope_QE, dtype)
-    by_norm = {"scale": jnp.sum(by_scaled_QD * normal_QD, axis=0), "bias": jnp.sum(by_scaled_QD, axis=0)}
-    by_normal_QD = by_scaled_QD * norm["scale"][None, :]
+    d_scaled_QD, d_linear = _linear_backward(linear, _scaled(norm, normal_QD), grad_QE, dtype)
+    d_norm = {"scale": jnp.sum(d_scaled_QD * normal_QD, axis=0), "bias": jnp.sum(d_scaled_QD, axis=0)}
+    d_normal_QD = d_scaled_QD * norm["scale"][None, :]
     # Of (x − mean) / SD: what moves all of a row alike, or along the row itself, moves nothing.
-    along_Q1 = _mean(by_normal_QD * normal_QD)
-    by_x_QD = over_sd_Q1 * (by_normal_QD - _mean(by_normal_QD) - normal_QD * along_Q1)
-    return by_x_QD, by_linear, by_norm
+    along_Q1 = _mean(d_normal_QD * normal_QD)
+    d_x_QD = over_sd_Q1 * (d_normal_QD - _mean(d_normal_QD) - normal_QD * along_Q1)
+    return d_x_QD, d_linear, d_norm
 
 
 def _heads(static: Static, qkv: Array, *, n: int) -> tuple[Array, Array, Array]:
@@ -285,5 +285,5 @@ def _phi(x: Array) -> Array:
 
 
 def _density(x: Array) -> Array:
-    """Φ's slope."""
+    """Φ's derivative."""
     return jnp.exp(-0.5 * jnp.square(x)) / math.sqrt(2 * math.pi)
