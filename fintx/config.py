@@ -11,19 +11,29 @@ import hashlib
 import json
 import math
 import re
-from typing import Annotated, Any, Literal
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
     Discriminator,
     Field,
     PlainValidator,
+    SerializeAsAny,
+    SerializerFunctionWrapHandler,
     Tag,
+    ValidationInfo,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
     field_serializer,
+    model_serializer,
     model_validator,
 )
+from pydantic_core import PydanticKnownError
 
 from fintx.types import without_passwords
 
@@ -81,6 +91,15 @@ class _Config(BaseModel):
     """Strict, frozen, and closed: a wrong type, an edit or an unknown key is an error."""
 
     model_config = ConfigDict(strict=True, frozen=True, extra="forbid", validate_default=True)
+
+
+ENCODER = "encoder"
+
+
+def _known_family(name: str) -> str:
+    if name not in FAMILIES:
+        raise PydanticKnownError("literal_error", {"expected": " or ".join(f"'{known}'" for known in FAMILIES)})
+    return name
 
 
 class DataConfig(_Config):
@@ -170,23 +189,29 @@ class SplitConfig(_Config):
 
 
 class Shape(_Config):
-    """A transformer's shape: what a parameter budget is solved for. Its identity is its content."""
+    """A model's shape: whole numbers by the names of its family (d_model, n_layers, n_heads, d_ff for the encoder).
 
-    d_model: PositiveInt
-    n_layers: PositiveInt
-    n_heads: PositiveInt
-    d_ff: PositiveInt
+    It is what a parameter budget is solved for. Its identity is its content.
+    """
 
-    @model_validator(mode="after")
-    def _heads_divide_d_model(self) -> Shape:
-        if self.d_model % self.n_heads:
-            raise ValueError(f"n_heads = {self.n_heads} does not divide d_model = {self.d_model}")
-        return self
+    model_config = ConfigDict(extra="allow")
+    __pydantic_extra__: dict[str, PositiveInt]
+
+    if TYPE_CHECKING:  # names are the family's
+
+        def __init__(self, **numbers: int): ...
+
+        def __getattr__(self, name: str) -> int: ...
+
+    def __hash__(self) -> int:
+        return hash(frozenset(self.__pydantic_extra__.items()))
 
 
 class ModelConfig(_Config):
-    """What of the transformer a file fixes, or searches by name; its `Shape` is solved from the budget."""
+    """What of the model a file fixes, or searches by name; its `Shape` is solved from the budget."""
 
+    family: Annotated[str, AfterValidator(_known_family)] = ENCODER
+    """Kind of model: encoder is a PatchTST-like transformer. It says what [architecture] and a queue entry hold."""
     context_length: PositiveInt = 60
     """Bars that a window holds, T."""
     patch_length: PositiveInt = 10
@@ -200,6 +225,12 @@ class ModelConfig(_Config):
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
     """Of matmul operands and what the backward pass keeps; all else, the residual stream too, is float32. GPUs that
     know TF32 multiply float32 by it (10 bits), unless JAX_DEFAULT_MATMUL_PRECISION=highest."""
+
+    @model_serializer(mode="wrap")
+    def _family_unless_encoder(self, fields: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """As configs of before there were families say it: their hashes stay."""
+        tree: dict[str, Any] = fields(self)
+        return {key: value for key, value in tree.items() if (key, value) != ("family", ENCODER)}
 
     @model_validator(mode="after")
     def _patch_fits_window(self) -> ModelConfig:
@@ -274,8 +305,9 @@ class TrialConfig(_Config):
     seed: Seed = 0
 
     @model_validator(mode="after")
-    def _loss_fits_task(self) -> TrialConfig:
+    def _parts_fit(self) -> TrialConfig:
         check_loss(self.task, self.train)
+        check_shape(self.model, self.shape)
         return self
 
 
@@ -443,6 +475,45 @@ class ArchitectureConfig(_Config):
     """d_ff / d_model; the product is rounded to a whole number."""
 
 
+def _encoder_misfit(shape: Shape) -> str:
+    if shape.d_model % shape.n_heads:
+        return f"n_heads = {shape.n_heads} does not divide d_model = {shape.d_model}"
+    return ""
+
+
+@dataclass(frozen=True)
+class FamilyConfig:
+    """What a sweep file and a record may say of a model family."""
+
+    architecture: type[BaseModel]
+    """Of the section [architecture]: candidates with defaults."""
+    shape: tuple[str, ...]
+    """Names of a shape's numbers."""
+    misfit: Callable[[Shape], str] = lambda shape: ""
+    """Why a shape's numbers make no model; empty: they do."""
+
+
+FAMILIES: dict[str, FamilyConfig] = {
+    ENCODER: FamilyConfig(ArchitectureConfig, ("d_model", "n_layers", "n_heads", "d_ff"), _encoder_misfit),
+}
+"""By `model.family`. What a family computes stands in `fintx.model.family`, under the same name."""
+
+
+def check_shape(model: ModelConfig, shape: Shape) -> None:
+    """A shape has the numbers of its family, and they make a model.
+
+    Raises:
+        ValueError: they don't.
+    """
+    known, given = FAMILIES[model.family], tuple(shape.model_dump())
+    if sorted(given) != sorted(known.shape):
+        raise ValueError(
+            f"a shape of model.family = {model.family} has {', '.join(known.shape)}, got {', '.join(given)}"
+        )
+    if misfit := known.misfit(shape):
+        raise ValueError(misfit)
+
+
 class FloatRange(_Config):
     """A searched number: low ≤ x ≤ high, on a log scale if asked."""
 
@@ -506,6 +577,19 @@ class QueueEntry(_Config):
         return Shape(d_model=self.d_model, n_layers=self.n_layers, n_heads=self.n_heads, d_ff=self.d_ff)
 
 
+def _of_family(value: Any, _: ValidatorFunctionWrapHandler, info: ValidationInfo) -> BaseModel:
+    """[architecture] as its family has it; the default of another family's is its own."""
+    model = info.data.get("model")
+    candidates = FAMILIES[ENCODER if model is None else model.family].architecture
+    if isinstance(value, candidates):
+        return value
+    if value == ArchitectureConfig():
+        return candidates()
+    return (
+        candidates.model_validate_json(json.dumps(value)) if info.mode == "json" else candidates.model_validate(value)
+    )
+
+
 class StudySpec(_Config):
     """A sweep file, resolved: one question."""
 
@@ -514,8 +598,8 @@ class StudySpec(_Config):
     task: TaskConfig
     split: SplitConfig = SplitConfig(kind="fractions", train=0.7, validation=0.15)
     budget: BudgetConfig
-    architecture: ArchitectureConfig = ArchitectureConfig()
     model: ModelConfig = ModelConfig()
+    architecture: Annotated[SerializeAsAny[BaseModel], WrapValidator(_of_family)] = ArchitectureConfig()
     optim: OptimConfig = OptimConfig()
     train: TrainConfig = TrainConfig()
     space: dict[str, Searched] = {}

@@ -87,6 +87,9 @@ def _task(spec: StudySpec) -> Iterator[tuple[KeyPath, str]]:
 def _searched(spec: StudySpec, path: str, searched: FloatRange | Choices) -> Iterator[tuple[KeyPath, str]]:
     where: KeyPath = ("space", path)
     section_name, _, key = path.partition(".")
+    if path == "model.family":
+        yield where, "can't be searched: it says what [architecture] holds; make a study of each family"
+        return
     if section_name not in SECTIONS or key not in type(getattr(spec, section_name)).model_fields:
         every = [f"{name}.{field}" for name in SECTIONS for field in type(getattr(spec, name)).model_fields]
         near = difflib.get_close_matches(path, every, n=1, cutoff=0.5)

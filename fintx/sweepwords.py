@@ -11,7 +11,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from fintx.config import Choices, FloatRange, LayerRange, QueueEntry, StudySpec
+from fintx.config import ENCODER, FAMILIES, Choices, FloatRange, LayerRange, QueueEntry, StudySpec
 from fintx.toml_lines import Path as KeyPath
 from fintx.types import without_passwords
 
@@ -161,6 +161,10 @@ def _valid_keys(parent: KeyPath, tree: Mapping[str, Any]) -> list[str]:
         return list((Choices if "choices" in held else FloatRange).model_fields)
     if parent == ("architecture", "n_layers"):
         return list(LayerRange.model_fields)
+    if parent == ("architecture",):
+        model = tree.get("model")
+        named = model.get("family", ENCODER) if isinstance(model, dict) else ENCODER
+        return list(FAMILIES[named if named in FAMILIES else ENCODER].architecture.model_fields)
     annotation = StudySpec.model_fields[str(parent[0])].annotation
     for section in typing.get_args(annotation) or (annotation,):  # a section that may be left out is one or None
         if isinstance(section, type) and issubclass(section, BaseModel):

@@ -12,7 +12,7 @@ import jax
 from jax.sharding import PartitionSpec
 
 from fintx.config import ModelConfig, Shape
-from fintx.model import transformer
+from fintx.model.family import FAMILIES
 from fintx.train import sharding
 from fintx.train.sharding import Layout
 
@@ -28,11 +28,13 @@ SHAPE = Shape(d_model=768, n_layers=28, n_heads=12, d_ff=3072)
 
 def specs() -> dict[str, dict[str, str]]:
     """Layout → path → shape and spec, of a model with every parameter there is."""
-    params = transformer.abstract_params(ModelConfig(revin=True), SHAPE, 25)
+    params = FAMILIES["encoder"].abstract_params(ModelConfig(revin=True), SHAPE, 25)
     shapes = jax.tree_util.tree_leaves_with_path(params)
     found = {}
     for layout in LAYOUTS:
-        cut = jax.tree.leaves(sharding.specs(layout, params), is_leaf=lambda x: isinstance(x, PartitionSpec))
+        cut = jax.tree.leaves(
+            sharding.specs(FAMILIES["encoder"], layout, params), is_leaf=lambda x: isinstance(x, PartitionSpec)
+        )
         found[str(layout)] = {
             "/".join(part.key for part in path): f"{tuple(leaf.shape)} {tuple(spec)}"
             for (path, leaf), spec in zip(shapes, cut, strict=True)
@@ -41,5 +43,5 @@ def specs() -> dict[str, dict[str, str]]:
 
 
 if __name__ == "__main__":
-    made = "tools/golden_specs.py, from the table in fintx/train/sharding.py: shape, then mesh axis by axis of it"
+    made = "tools/golden_specs.py, from the family's partition rules: shape, then mesh axis by axis of it"
     FILE.write_text(json.dumps({"made by": made, "specs": specs()}, indent=1, ensure_ascii=False) + "\n")

@@ -17,12 +17,13 @@ from fintx.config import (
     ModelConfig,
     Shape,
     StudySpec,
+    check_shape,
     parse_parameters,
 )
 from fintx.data import windows
 from fintx.evaluate import power
 from fintx.evaluate.power import Power
-from fintx.model import sizes
+from fintx.model import family, sizes, transformer
 from fintx.study import queue
 from fintx.study.space import SearchSpace
 from fintx.sweepsource import Where, spelled
@@ -205,7 +206,7 @@ def _estimate(
         flops = sizes.flops(spec.model, shape, n_features)
         epoch = n_train * (flops.forward + flops.backward) + n_validation * flops.forward
         steps = n_train / spec.train.batch_size
-        epoch_s = epoch / (rate * _EFFICIENCY) + steps * shape.n_layers * _LAYER_S
+        epoch_s = epoch / (rate * _EFFICIENCY) + steps * family.of(spec.model).depth(shape) * _LAYER_S
         seconds.append(_COMPILE_S + spec.train.max_epochs * epoch_s)
     return Estimate(
         matmul_gflops=rate / 1e9,
@@ -301,6 +302,7 @@ def params_question(
         wanted = None if budget is None else BudgetConfig(parameters=parse_parameters(budget), tolerance=tolerance)
         if not missing:
             shape = Shape(d_model=d_model, n_layers=n_layers, n_heads=n_heads, d_ff=d_ff)  # type: ignore[arg-type]
+            check_shape(model, shape)
     except ValueError as error:
         raise FintxError(_plain(error)) from None
     if not missing:
@@ -309,7 +311,7 @@ def params_question(
             count=sizes.count(model, shape, n_features),
             flops=sizes.flops(model, shape, n_features),
             state_bytes=sizes.state_bytes(model, shape, n_features),
-            head_counts=sizes.head_counts(shape.d_model),
+            head_counts=transformer.head_counts(shape.d_model),
             budget=wanted,
         )
     if wanted is None:
@@ -326,7 +328,7 @@ def _depths(model: ModelConfig, budget: BudgetConfig, d_model: int | None, n_fea
     for width in widths:
         for ratio in candidates.d_ff_ratio:
             d_ff = round(ratio * width)
-            depths = sizes.depths_for(budget, (model,), n_features, d_model=width, d_ff=d_ff)
+            depths = transformer.depths_for(budget, (model,), n_features, d_model=width, d_ff=d_ff)
             if depths:
                 ends = [Shape(d_model=width, n_layers=n, n_heads=1, d_ff=d_ff) for n in (depths[0], depths[-1])]
                 first, last = (sizes.count(model, shape, n_features).total for shape in ends)
@@ -336,7 +338,9 @@ def _depths(model: ModelConfig, budget: BudgetConfig, d_model: int | None, n_fea
             f"params: no depth of d_model {', '.join(map(str, widths))} holds {budget.low:,} … {budget.high:,} "
             "parameters; try another --d-model, --budget or --tolerance"
         )
-    return DepthsAnswer(budget, tuple(rows), {width: sizes.head_counts(width) for width in {row[0] for row in rows}})
+    return DepthsAnswer(
+        budget, tuple(rows), {width: transformer.head_counts(width) for width in {row[0] for row in rows}}
+    )
 
 
 def _plain(error: ValueError) -> str:

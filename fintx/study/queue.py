@@ -12,7 +12,7 @@ import numpy as np
 from optuna.distributions import BaseDistribution, CategoricalDistribution
 
 from fintx.config import QueueEntry, Shape, StudySpec
-from fintx.model import sizes
+from fintx.model import family, sizes
 from fintx.study.ledger import Claim
 from fintx.study.records import TrialRecord
 from fintx.study.space import SearchSpace, clamped, model_variants
@@ -84,13 +84,13 @@ def extremes(space: SearchSpace) -> tuple[QueueEntry, ...]:
     Of the shapes that have the value it is the one nearest to the median of the other axes, on a log scale, each
     measured by its range.
     """
-    names = ("d_model", "n_layers", "d_ff ratio", "n_heads")
-    values = np.array([(s.d_model, s.n_layers, s.d_ff / s.d_model, s.n_heads) for s in space.shapes], dtype=float)
+    extents = family.of(space.spec.model).extents
+    values = np.array([[extent(shape) for extent in extents.values()] for shape in space.shapes], dtype=float)
     logs = np.log2(values)
     spans = np.ptp(logs, axis=0)
     offsets = np.square((logs - np.median(logs, axis=0)) / np.where(spans > 0, spans, 1))
     notes: dict[Shape, list[str]] = {}
-    for axis, name in enumerate(names):
+    for axis, name in enumerate(extents):
         if spans[axis] == 0:
             continue
         distances = np.delete(offsets, axis, axis=1).sum(axis=1).round(9)  # so that equal ones tie on any machine
@@ -170,9 +170,9 @@ def _outside(spec: StudySpec, entry: QueueEntry, n_features: int) -> list[str]:
     for model in model_variants(spec, entry.values):
         total = sizes.count(model, shape, n_features).total
         if not budget.low <= total <= budget.high:
+            numbers = ", ".join(f"{name} {number}" for name, number in shape.model_dump().items())
             return [
-                f"d_model {shape.d_model}, n_layers {shape.n_layers}, n_heads {shape.n_heads}, d_ff {shape.d_ff} "
-                f"holds {total:,} parameters, outside the budget {budget.low:,} … {budget.high:,}; "
+                f"{numbers} holds {total:,} parameters, outside the budget {budget.low:,} … {budget.high:,}; "
                 "change the shape, budget.parameters or budget.tolerance"
             ]
     return []

@@ -25,7 +25,7 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -99,6 +99,14 @@ class TrialRecord(Kept):
     better and no worse than the others; the best of them would be a choice of noise.
     """
 
+    model_config = ConfigDict(extra="allow")
+    __pydantic_extra__: dict[str, int]
+    """The shape's numbers once more, for those who read the file: d_model, n_layers, n_heads, d_ff of an encoder."""
+
+    if TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> int: ...
+
     study: str
     trial_number: int
     config: TrialConfig
@@ -114,10 +122,6 @@ class TrialRecord(Kept):
     """Of a trial that a fork took over: the study and trial it was trained in."""
     params: dict[str, bool | int | float | str]
     """What the sampler holds of the trial: its coordinates and searched values."""
-    d_model: int
-    n_layers: int
-    n_heads: int
-    d_ff: int
     param_count: int
     seeds: dict[str, int]
     metric: str
@@ -167,8 +171,10 @@ class TrialRecord(Kept):
 
     @model_validator(mode="after")
     def _consistent(self) -> TrialRecord:
-        shape = self.config.shape
-        if (self.d_model, self.n_layers, self.n_heads, self.d_ff) != tuple(shape.model_dump().values()):
+        numbers, shape = self.__pydantic_extra__, self.config.shape.model_dump()
+        if unknown := sorted(numbers.keys() - shape.keys()):
+            raise ValueError(f"unknown keys: {', '.join(unknown)}")
+        if numbers != shape:
             raise ValueError("the record's shape is not its config's shape")
         if self.config_hash != config_hash(self.config):
             raise ValueError("config_hash is not the hash of config")

@@ -104,7 +104,8 @@ def _record(training: Trained, folds: tuple[Dataset, ...]) -> TrialRecord:
             for other, of_seed in zip(job.replicates[1:], seeds_of_folds[1:], strict=True)
         ),
         libraries=environment.libraries(),
-        settings=runtime.told() | {name: str(value) for name, value in compiling.options(config.shape).items()},
+        settings=runtime.told()
+        | {name: str(value) for name, value in compiling.options(config.model, config.shape).items()},
         device=environment.device(),
         git_commit=environment.git_commit(),
         started=training.started,

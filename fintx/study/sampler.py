@@ -21,7 +21,7 @@ from optuna.trial import FrozenTrial, TrialState
 from fintx.config import Shape, StudySpec, TrialConfig, config_hash
 from fintx.evaluate import metrics
 from fintx.study.seeds import SAMPLER, derive_seed
-from fintx.study.space import AXES, SearchSpace
+from fintx.study.space import SearchSpace
 from fintx.types import FintxError
 
 _TRIES = 20
@@ -105,7 +105,7 @@ def _fresh(
 
 def _everything(space: SearchSpace, fixed: Mapping[str, Any], shape: Shape | None) -> Sequence[dict[str, Any]] | None:
     """Every point of a finite space; none where it is endless, or too large to be walked through."""
-    free = {name: each for name, each in space.distributions.items() if name not in AXES and name not in fixed}
+    free = {name: each for name, each in space.distributions.items() if name not in space.axes and name not in fixed}
     values: list[Sequence[Any]] = []
     for distribution in free.values():
         if isinstance(distribution, CategoricalDistribution):
@@ -114,7 +114,8 @@ def _everything(space: SearchSpace, fixed: Mapping[str, Any], shape: Shape | Non
             values.append(range(distribution.low, distribution.high + 1, distribution.step))
         else:
             return None
-    places = [{name: fixed[name] for name in AXES if name in fixed}] if shape else list(map(space.encode, space.shapes))
+    pinned = {name: fixed[name] for name in space.axes if name in fixed}
+    places = [pinned] if shape else [space.encode(candidate) for candidate in space.shapes]
     if len(places) * np.prod([len(each) for each in values], dtype=float) > _ENUMERABLE:
         return None
     combinations = [dict(zip(free, each, strict=True)) for each in itertools.product(*values)]

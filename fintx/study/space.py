@@ -1,8 +1,8 @@
-"""What does the sampler see? Two or three ordered coordinates of shape, and the searched values; and back.
+"""Search space: what the sampler sees, a few ordered coordinates of shape and the searched values; and back.
 
-The budget is solved, not searched: a shape is the feasible one nearest to the coordinates (log2 d_model / n_layers,
-log2 d_ff / d_model, log2 n_heads), so every proposal has a size inside the tolerance. The config trained is a pure
-function of a trial's parameters and its shape.
+The budget is solved, not searched: a shape is the feasible one nearest to its family's coordinates (for the encoder
+log2 d_model / n_layers, log2 d_ff / d_model, log2 n_heads), so every proposal has a size inside the tolerance. The
+config trained is a pure function of a trial's parameters and its shape.
 
 The space is the study's definition and nothing else, so it is the same for all of a study's life: what the queue adds
 moves no bound and gives no older trial's coordinates another meaning. A queued shape off the candidates' grid keeps
@@ -12,7 +12,6 @@ its own numbers; the sampler sees it where it lies, or at the nearest bound.
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -22,13 +21,13 @@ import numpy as np
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 
 from fintx.config import Choices, FloatRange, ModelConfig, OptimConfig, Shape, StudySpec, TrainConfig, TrialConfig
-from fintx.model import sizes
+from fintx.model import family, sizes
+from fintx.model.family import Family
 from fintx.sweepchecks import SECTIONS, field_kind
 from fintx.types import Floats
 
-AXES = ("shape.aspect", "shape.d_ff_ratio", "shape.heads")
 _NUDGE = 1e-6
-"""Shapes of equal coordinates are told apart by this much on the aspect axis, in the order of the feasible set."""
+"""Shapes of equal coordinates are told apart by this much on the first axis, in the order of the feasible set."""
 
 
 @dataclass(frozen=True)
@@ -39,9 +38,14 @@ class SearchSpace:
     shapes: tuple[Shape, ...]
     """The candidates inside the budget."""
     coordinates: Floats
-    """(n_shapes, 3) float64, in the order of `AXES`."""
+    """(n_shapes, n_axes) float64, in the order of `axes`."""
     distributions: dict[str, BaseDistribution]
     """Name → distribution, for `study.ask`; a shape axis with one value is left out."""
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """Names of a shape's coordinates."""
+        return tuple(family.of(self.spec.model).coordinates)
 
     @staticmethod
     def build(spec: StudySpec, *, n_features: int) -> SearchSpace:
@@ -51,9 +55,10 @@ class SearchSpace:
             InfeasibleBudget: no candidate fits.
         """
         shapes = sizes.feasible(spec.architecture, spec.budget, model_variants(spec), n_features)
-        coordinates = _coordinates(shapes)
+        kind = family.of(spec.model)
+        coordinates = _coordinates(kind, shapes)
         distributions: dict[str, BaseDistribution] = {}
-        for axis, name in enumerate(AXES):
+        for axis, name in enumerate(kind.coordinates):
             low, high = float(coordinates[:, axis].min()), float(coordinates[:, axis].max())
             if high > low:
                 distributions[name] = FloatDistribution(low, high)
@@ -63,10 +68,13 @@ class SearchSpace:
 
     def encode(self, shape: Shape) -> dict[str, float]:
         """Coordinates of a shape. Of a candidate: `decode` gives it back; of another one: clamped to the bounds."""
-        known = shape in self.shapes
-        found = self.coordinates[self.shapes.index(shape)] if known else np.array(_position(shape))
-        held = {name: float(found[axis]) for axis, name in enumerate(AXES) if name in self.distributions}
-        return {name: clamped(self.distributions[name], value) for name, value in held.items()}
+        kind, known = family.of(self.spec.model), shape in self.shapes
+        position = self.coordinates[self.shapes.index(shape)] if known else np.array(_position(kind, shape))
+        return {
+            name: clamped(self.distributions[name], float(position[axis]))
+            for axis, name in enumerate(self.axes)
+            if name in self.distributions
+        }
 
     def decode(self, params: Mapping[str, Any]) -> Shape:
         """The candidate nearest to the coordinates, each axis measured by its range; the first of equally near.
@@ -74,7 +82,7 @@ class SearchSpace:
         It answers for the sampler's proposals. A queued trial's shape stands beside its parameters in the storage.
         """
         distance = np.zeros(len(self.shapes))
-        for axis, name in enumerate(AXES):
+        for axis, name in enumerate(self.axes):
             if name in self.distributions:
                 column = self.coordinates[:, axis]
                 distance += np.square((column - params[name]) / (column.max() - column.min()))
@@ -126,19 +134,18 @@ def clamped(distribution: BaseDistribution, value: float) -> Any:
     return int(inside) if isinstance(distribution, IntDistribution) else float(inside)
 
 
-def _position(shape: Shape) -> tuple[float, float, float]:
-    """Where a shape lies on `AXES`."""
-    aspect, ratio = shape.d_model / shape.n_layers, shape.d_ff / shape.d_model
-    return math.log2(aspect), math.log2(ratio), math.log2(shape.n_heads)
+def _position(kind: Family, shape: Shape) -> list[float]:
+    """Where a shape lies on its family's coordinates."""
+    return [coordinate(shape) for coordinate in kind.coordinates.values()]
 
 
-def _coordinates(shapes: tuple[Shape, ...]) -> Floats:
-    found = np.array([_position(shape) for shape in shapes])
+def _coordinates(kind: Family, shapes: tuple[Shape, ...]) -> Floats:
+    positions = np.array([_position(kind, shape) for shape in shapes])
     seen: dict[tuple[float, ...], int] = {}
-    for index, row in enumerate(map(tuple, found)):
-        found[index, 0] += _NUDGE * seen.get(row, 0)
+    for index, row in enumerate(map(tuple, positions)):
+        positions[index, 0] += _NUDGE * seen.get(row, 0)
         seen[row] = seen.get(row, 0) + 1
-    return found
+    return positions
 
 
 def _distribution(spec: StudySpec, path: str, searched: FloatRange | Choices) -> BaseDistribution:

@@ -255,8 +255,7 @@ def print_params(console: Console, answer: ShapeAnswer | DepthsAnswer) -> None:
         return
     counted = answer.count
     _line(console, shape_words(answer.shape))
-    parts = [("embedding", counted.embedding), ("positions", counted.positions), ("blocks", counted.blocks)]
-    rows = [[name, f"{n:,}"] for name, n in [*parts, ("head", counted.head), ("total", counted.total)]]
+    rows = [[name, f"{n:,}"] for name, n in {**counted.parts, "total": counted.total}.items()]
     show(console, table("", ["part", "parameters"], rows))
     flops = answer.flops
     _line(console, f"FLOPs per sample: {flops.forward:.3g} forward, {flops.backward:.3g} backward (multiply-add = 2)")

@@ -31,7 +31,7 @@ from pydantic import ValidationError
 
 from fintx import files
 from fintx.config import TrialConfig
-from fintx.model import transformer
+from fintx.model import family
 from fintx.types import FintxError, Params
 
 FORMAT = 2
@@ -74,7 +74,7 @@ def save(folder: Path, params: Params, *, config: TrialConfig, meta: dict[str, A
     """Write a trained model, replacing one that stands there; the folder appears whole or not at all.
 
     Args:
-        params: the tree of `transformer.abstract_params` for the config and its resolved features.
+        params: the tree of the family's `abstract_params` for the config and its resolved features.
         meta: anything JSON can say; NaN it can't.
 
     Raises:
@@ -227,7 +227,7 @@ def _stored_shapes(folder: Path) -> dict[str, _Leaf]:
 
 
 def _abstract(config: TrialConfig) -> Params:
-    return transformer.abstract_params(config.model, config.shape, len(config.data.features))
+    return family.of(config.model).abstract_params(config.model, config.shape, len(config.data.features))
 
 
 def _shapes(tree: Params) -> dict[str, _Leaf]:

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 import jax
 
-from fintx.config import Shape
+from fintx.config import ModelConfig, Shape
+from fintx.model import family
 
 _COMPILED = "/jax/core/compile/backend_compile_duration"
 """A program was compiled, or read from the program cache; with how long it took."""
@@ -22,15 +23,15 @@ _LEVEL, _EIGEN, _LIBRARY = (
     "xla_backend_optimization_level", "xla_cpu_multi_thread_eigen", "xla_cpu_experimental_ynn_fusion_type",
 )  # fmt: skip
 _NARROW = 256
-"""Up to this d_model, Eigen's matrix products of the linear layers are faster than YNNPACK's."""
+"""Up to this width, Eigen's matrix products of the linear layers are faster than YNNPACK's."""
 
 
-def compiled(lowered: jax.stages.Lowered, shape: Shape) -> jax.stages.Compiled:
+def compiled(lowered: jax.stages.Lowered, model: ModelConfig, shape: Shape) -> jax.stages.Compiled:
     """The program, by the options that all programs of a model of this shape are compiled with: numbers agree."""
-    return lowered.compile(compiler_options=options(shape))
+    return lowered.compile(compiler_options=options(model, shape))
 
 
-def options(shape: Shape) -> dict[str, str | bool]:
+def options(model: ModelConfig, shape: Shape) -> dict[str, str | bool]:
     """XLA's options beside its defaults, on a CPU; what each brings is measured (docs/performance.md).
 
     LLVM's level 2 rather than 3 compiles sooner and runs as fast. Without Eigen's own threads attention's small
@@ -41,7 +42,7 @@ def options(shape: Shape) -> dict[str, str | bool]:
     if jax.config.read("jax_disable_most_optimizations") or jax.default_backend() != "cpu":
         return {}
     always: dict[str, str | bool] = {_LEVEL: "2", _EIGEN: False}
-    return always | ({_LIBRARY: "LIBRARY_FUSION_TYPE_REDUCE"} if shape.d_model <= _NARROW else {})
+    return always | ({_LIBRARY: "LIBRARY_FUSION_TYPE_REDUCE"} if family.of(model).width(shape) <= _NARROW else {})
 
 
 @dataclass

@@ -8,6 +8,7 @@ import numpy as np
 
 from fintx.config import MeshConfig, TrialConfig
 from fintx.data.windows import Dataset
+from fintx.model import family
 from fintx.train import sharding, step
 from fintx.train.attempt import Member
 from fintx.train.population import fit_population
@@ -84,4 +85,6 @@ def predict(config: TrialConfig, params: Params, features: Floats, rows: Ints, *
         n_samples=windows.rows.shape[0],
         layout=layout,
     )
-    return sharding.to_host(forward.run(sharding.put(layout, params), windows))[: len(rows)].copy()
+    return sharding.to_host(forward.run(sharding.put(family.of(config.model), layout, params), windows))[
+        : len(rows)
+    ].copy()

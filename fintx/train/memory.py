@@ -16,7 +16,7 @@ from pathlib import Path
 import jax
 
 from fintx.config import TrialConfig
-from fintx.model import sizes, transformer
+from fintx.model import family, sizes
 from fintx.train import hosts, placement, sharding, step
 from fintx.train.sharding import ONE, Layout
 from fintx.train.state import Arrangement, for_program, program
@@ -110,7 +110,8 @@ def lower_bound(config: TrialConfig, *, host_is_device: bool = True, layout: Lay
     n = sizes.count(config.model, config.shape, n_features).total
     part = 4 * n
     if layout.n_devices > 1:
-        part = sharding.part_bytes(layout, transformer.abstract_params(config.model, config.shape, n_features))
+        kind = family.of(config.model)
+        part = sharding.part_bytes(kind, layout, kind.abstract_params(config.model, config.shape, n_features))
     return 4 * part * sharding.n_local(layout) + (4 * n if host_is_device else 0)
 
 
@@ -145,11 +146,12 @@ def plan(
     layout = arrangement.layout
     n_rows, n_features = train.features.shape
     n_train, n_validation = len(train.rows), len(validation.rows)
-    params = transformer.abstract_params(config.model, config.shape, n_features)
+    kind = family.of(config.model)
+    params = kind.abstract_params(config.model, config.shape, n_features)
     beside = Beside(
         n_devices=sharding.n_local(layout),
         n_params=sizes.count(config.model, config.shape, n_features).total,
-        part_bytes=sharding.part_bytes(layout, params),
+        part_bytes=sharding.part_bytes(kind, layout, params),
         n_features=n_features,
         n_rows=n_rows,
         n_train=n_train,

@@ -1,4 +1,4 @@
-"""How does a gradient become an update? AdamW behind a global-norm clip, with a rate that warms up and falls."""
+"""Optimizer: AdamW behind a global-norm clip, with a rate that warms up and falls."""
 
 from __future__ import annotations
 
@@ -49,15 +49,17 @@ def learning_rate(schedule: ScheduleKind, values: OptimValues, step: Int[Array, 
     return values.learning_rate * jnp.where(position <= warmup, climbing, falling)
 
 
-def transformation(values: OptimValues, *, schedule: ScheduleKind) -> optax.GradientTransformation:
-    """Clip to the global norm, scale by Adam, add the decay of the matrices, multiply by minus the rate.
+def transformation(
+    values: OptimValues, *, schedule: ScheduleKind, mask: Callable[[Params], Params]
+) -> optax.GradientTransformation:
+    """Clip to the global norm, scale by Adam, add the decay of what the mask says, multiply by minus the rate.
 
     Loshchilov & Hutter 2019, https://arxiv.org/abs/1711.05101: the decay is decoupled, and scaled by the rate.
     """
     return optax.chain(
         optax.stateless(lambda gradients, _: _clipped(gradients, values.clip_norm)),
         optax.scale_by_adam(b1=values.b1, b2=values.b2, eps=values.eps),
-        optax.add_decayed_weights(values.weight_decay, mask=decays),
+        optax.add_decayed_weights(values.weight_decay, mask=mask),
         optax.scale_by_learning_rate(lambda count: learning_rate(schedule, values, count)),
     )
 
@@ -81,22 +83,6 @@ def _clipped(gradients: Params, limit: Any) -> Params:
     factor = jnp.where(size < limit, jnp.float32(1), limit / size)
     return jax.tree.map(lambda gradient: gradient * factor, gradients)
 
-
-def decays(params: Params) -> Params:
-    """For each leaf: is it a matrix, and so subject to weight decay? Not so: biases, norms, positions, RevIN's scales.
-
-    The leading axis of a stacked layer does not count: (L, D) is L vectors.
-    """
-    return jax.tree_util.tree_map_with_path(_is_matrix, params)
-
-
-def _is_matrix(path: tuple[Any, ...], leaf: Any) -> bool:
-    names = [str(part.key) for part in path]
-    stacked = "blocks" in names
-    return names[-1] not in _NEVER_DECAYED and leaf.ndim - stacked >= 2
-
-
-_NEVER_DECAYED = frozenset({"bias", "scale", "positions"})
 
 # (progress from 0 at the peak to 1 at the last step, t / w, final fraction) → share of the peak
 _SCHEDULES: dict[str, Callable[[Any, Any, Any], Any]] = {

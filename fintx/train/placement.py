@@ -9,12 +9,11 @@ their gradients: less only from about 4.5·d tokens a device on (d_ff = 4d, coun
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from fintx.config import MeshConfig, ModelConfig, Shape
-from fintx.model import sizes, transformer
+from fintx.model import family
 from fintx.train import sharding
 from fintx.train.sharding import Layout
 from fintx.train.state import Arrangement
@@ -39,15 +38,17 @@ class Footprint:
 
 def footprint(model: ModelConfig, shape: Shape, n_features: int, arrangement: Arrangement) -> Footprint:
     """What a trial holds on each device; exact but for the activations."""
-    layout = arrangement.layout
-    params = transformer.abstract_params(model, shape, n_features)
-    part = sharding.part_bytes(layout, params)
-    working = sizes.activation_bytes(
+    layout, kind = arrangement.layout, family.of(model)
+    params = kind.abstract_params(model, shape, n_features)
+    part = sharding.part_bytes(kind, layout, params)
+    working = kind.activation_bytes(
         model, shape, windows=-(-arrangement.micro_batch // layout.data), remat=arrangement.remat, parts=layout.model
     )
     if layout.fsdp:
-        layer = sharding.part_bytes(Layout(model=layout.model), params["blocks"]) // shape.n_layers
-        working += 2 * layer  # and its gradients, before they are scattered
+        gathered = params if kind.stacked is None else params[kind.stacked]
+        at_once = 1 if kind.stacked is None else kind.depth(shape)
+        # and its gradients, before they are scattered
+        working += 2 * (sharding.part_bytes(kind, Layout(model=layout.model), gathered) // at_once)
     return Footprint(parameters=part, gradients=part, moments=2 * part, activations=working)
 
 
@@ -80,7 +81,7 @@ def choose(
     It fits if its footprint does with layers computed again; a smaller micro-batch is the last resort, and none of its
     business. Where nothing fits, the layout that holds the least.
     """
-    possible = list(layouts(mesh, shape, batch_size=batch_size, n_devices=n_devices))
+    possible = list(layouts(mesh, model, shape, batch_size=batch_size, n_devices=n_devices))
 
     def held(layout: Layout) -> int:
         return footprint(model, shape, n_features, Arrangement(batch_size, remat=True, layout=layout)).total
@@ -110,10 +111,10 @@ def fewest(
     return n_devices
 
 
-def layouts(mesh: MeshConfig, shape: Shape, *, batch_size: int, n_devices: int) -> Iterator[Layout]:
+def layouts(mesh: MeshConfig, model: ModelConfig, shape: Shape, *, batch_size: int, n_devices: int) -> Iterator[Layout]:
     """What [mesh] leaves open, in order of preference: one device, then without fsdp, then fewer parts of the model."""
     fixed = mesh.data if isinstance(mesh.data, int) and mesh.data > 0 else None
-    common, most = math.gcd(shape.n_heads, shape.d_ff), n_devices if mesh.model == "auto" else mesh.model
+    common, most = family.of(model).model_parts(shape), n_devices if mesh.model == "auto" else mesh.model
     dividing = [parts for parts in range(1, most + 1) if common % parts == 0]
     if mesh.model == "auto":
         dividing = [parts for parts in dividing if n_devices % (parts * (fixed or 1)) == 0] or [1]

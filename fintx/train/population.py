@@ -17,9 +17,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from fintx.config import MeshConfig, TrialConfig
+from fintx.config import MeshConfig, ModelConfig, TrialConfig
 from fintx.data.windows import Dataset
 from fintx.evaluate import metrics
+from fintx.model import family
 from fintx.train import compiling, hosts, memory, placement, progress, sharding, step
 from fintx.train.attempt import Attempt, Member, Watch
 from fintx.train.pace import Pace
@@ -190,6 +191,7 @@ def _begin(attempt: Attempt, *, limit: int) -> TrainingState | None:
 class _Loaded:
     """Members on their devices, compiled; their state changes. One alone has no axis R."""
 
+    model: ModelConfig
     hyper: Hyper
     training: step.Training
     forward: step.Forward
@@ -203,7 +205,7 @@ class _Loaded:
     def params(self, slot: int) -> Params:
         """A member's parameters, in the target's units."""
         own = self.training.member(self.state.params, np.int32(slot))
-        return sharding.put(self.layout, in_target_units(own, self.scale))
+        return sharding.put(family.of(self.model), self.layout, in_target_units(self.model, own, self.scale))
 
     def on_host(self) -> list[TrainState]:
         """Every member's state, by slot: copies, never views of what the next segment writes over."""
@@ -251,12 +253,15 @@ def _load(begun: list[_Begun], watch: Watch, *, limit: int) -> _Loaded | memory.
         plan.training.start(value) if saved is None else saved.state
         for value, (_, saved) in zip(values, begun, strict=True)
     ]
+    kind = family.of(config.model)
     if len(begun) == 1:
         (value,), (state,) = values, states
-        state = state if begun[0][1] is None else sharding.put(layout, state)
+        state = state if begun[0][1] is None else sharding.put(kind, layout, state)
     else:
-        value, state = _stacked(values), sharding.put(layout, _stacked(sharding.to_host(states)), leading=1)
-    return _Loaded(value, plan.training, plan.forward, layout, train, validation, scale, state, len(begun))
+        value, state = _stacked(values), sharding.put(kind, layout, _stacked(sharding.to_host(states)), leading=1)
+    return _Loaded(
+        config.model, value, plan.training, plan.forward, layout, train, validation, scale, state, len(begun)
+    )  # fmt: skip
 
 
 def _train(attempts: list[Attempt], loaded: _Loaded, watch: Watch, should_stop: Callable[[], bool]) -> None:

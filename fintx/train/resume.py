@@ -24,7 +24,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from fintx.model import transformer
+from fintx.model import family
 from fintx.train import checkpoint, hosts
 from fintx.train.checkpoint import CheckpointDamaged, Described, NotACheckpoint
 from fintx.train.progress import Progress, Question
@@ -230,7 +230,7 @@ class Keeper:
         items = {_TRAINING: _as_dicts(wanted)}
         if meta["progress"]["best_epoch"] > 0:
             outputs = jax.ShapeDtypeStruct((len(self._question.dataset.validation.rows),), np.float32)
-            params = transformer.abstract_params(config.model, config.shape, n_features)
+            params = family.of(config.model).abstract_params(config.model, config.shape, n_features)
             items[_BEST] = {"params": params, "outputs": outputs}
         arrays = checkpoint.read(found, items)
         state, tally = _from_dicts(arrays[_TRAINING], wanted)

@@ -1,4 +1,4 @@
-"""How does a trial lie on several devices? A mesh, a table of where each parameter is cut, and arrays put there.
+"""Sharding: a mesh of devices, where each parameter is cut over it by its family's rules, and arrays put there.
 
 The mesh has two axes. `data` shares out a step's windows and, with fsdp, each matrix (Rajbhandari et al. 2020, ZeRO,
 https://arxiv.org/abs/1910.02054): a layer's weights are brought together when the layer is reached, and let go after
@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any
@@ -24,6 +24,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
+from fintx.model.family import Family
 from fintx.types import FintxError, Params
 
 DATA, MODEL = "data", "model"
@@ -54,67 +55,43 @@ class Layout:
 ONE = Layout()
 
 
-@dataclass(frozen=True)
-class Table:
-    """Path of a parameter → the mesh axes that its own axes are cut over; one that isn't listed lies whole everywhere.
-
-    Raises:
-        ValueError: a spec names a mesh axis twice; no array can be cut so.
-    """
-
-    specs: Mapping[str, PartitionSpec]
-
-    def __post_init__(self) -> None:
-        for path, spec in self.specs.items():
-            used = [axis for axis in spec if axis is not None]
-            if len(used) != len(set(used)):
-                raise ValueError(f"{path}: {spec} uses a mesh axis twice")
-
-
-TABLE = Table(
-    {
-        "blocks/qkv/kernel": PartitionSpec(None, None, MODEL),  # (L, D, H·3·K): whole heads
-        "blocks/qkv/bias": PartitionSpec(None, MODEL),
-        "blocks/attention_out/kernel": PartitionSpec(None, MODEL, None),  # (L, H·K, D)
-        "blocks/feed_forward_in/kernel": PartitionSpec(None, None, MODEL),  # (L, D, M)
-        "blocks/feed_forward_in/bias": PartitionSpec(None, MODEL),
-        "blocks/feed_forward_out/kernel": PartitionSpec(None, MODEL, None),  # (L, M, D)
-    }
-)
-"""Tensor parallelism. What fsdp adds to it follows from each leaf's shape (`spec_of`)."""
-
-
-def spec_of(layout: Layout, path: tuple[str, ...], shape: tuple[int, ...], *, leading: int = 0) -> PartitionSpec:
-    """Where a leaf is cut: by the table, and with fsdp each matrix over `data` along its largest axis left.
+def spec_of(
+    family: Family, layout: Layout, path: tuple[str, ...], shape: tuple[int, ...], *, leading: int = 0
+) -> PartitionSpec:
+    """Where a leaf is cut: by the family's rules, and with fsdp each matrix over `data` along its largest axis left.
 
     Args:
         path: keys on the way to a parameter, such as ("blocks", "qkv", "kernel"); empty for a counter.
         shape: the leaf's, its leading axes included. The axis of stacked layers is never cut: a loop runs over it.
         leading: axes in front of the parameter's own, such as a population's R; never cut.
+
+    Raises:
+        ValueError: the rules cut a parameter twice over a mesh axis; no array can be.
     """
     own = shape[leading:]
-    listed = TABLE.specs.get("/".join(path), PartitionSpec()) if layout.model > 1 else PartitionSpec()
-    axes: list[str | None] = [*listed, *[None] * (len(own) - len(listed))]
-    first = 1 if path[:1] == ("blocks",) else 0
+    rule = family.partition_rules.get("/".join(path), PartitionSpec()) if layout.model > 1 else PartitionSpec()
+    axes: list[str | None] = [*rule, *[None] * (len(own) - len(rule))]
+    first = 1 if path[:1] == (family.stacked,) else 0
     if layout.fsdp and len(own) - first >= 2:
         free = [i for i in range(first, len(own)) if axes[i] is None and own[i] % layout.data == 0]
         if free:
             axes[max(free, key=lambda i: own[i])] = DATA
     while axes and axes[-1] is None:
         axes.pop()
-    spec = PartitionSpec(*[None] * leading, *axes) if axes else PartitionSpec()
-    Table({"/".join(path): spec})
-    return spec
+    used = [axis for axis in axes if axis is not None]
+    if len(used) != len(set(used)):
+        raise ValueError(f"{'/'.join(path)}: {PartitionSpec(*axes)} uses a mesh axis twice")
+    return PartitionSpec(*[None] * leading, *axes) if axes else PartitionSpec()
 
 
-def specs(layout: Layout, tree: Any, *, leading: int = 0) -> Any:
+def specs(family: Family, layout: Layout, tree: Any, *, leading: int = 0) -> Any:
     """`spec_of` for each leaf of a tree that holds parameters: themselves, an optimiser's state, a whole TrainState.
 
     Parameters are nested dicts and nothing else is, so the keys of dicts on the way to a leaf are its parameter's path:
     an optimiser's moments lie like what they are moments of.
     """
     return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: spec_of(layout, _keys(path), tuple(leaf.shape), leading=leading), tree
+        lambda path, leaf: spec_of(family, layout, _keys(path), tuple(leaf.shape), leading=leading), tree
     )
 
 
@@ -145,10 +122,10 @@ def mesh_of(layout: Layout) -> Mesh:
     )
 
 
-def shardings(layout: Layout, tree: Any, *, leading: int = 0) -> Any:
+def shardings(family: Family, layout: Layout, tree: Any, *, leading: int = 0) -> Any:
     """`specs` on the mesh: what jit, device_put and a restore want."""
     mesh = mesh_of(layout)
-    cut = specs(layout, tree, leading=leading)
+    cut = specs(family, layout, tree, leading=leading)
     return jax.tree.map(lambda spec: NamedSharding(mesh, spec), cut, is_leaf=lambda x: isinstance(x, PartitionSpec))
 
 
@@ -162,11 +139,11 @@ def everywhere(layout: Layout) -> NamedSharding:
     return NamedSharding(mesh_of(layout), PartitionSpec())
 
 
-def put(layout: Layout, tree: Any, *, leading: int = 0) -> Any:
+def put(family: Family, layout: Layout, tree: Any, *, leading: int = 0) -> Any:
     """Host arrays onto the devices, parameters cut as `specs` says, all else whole on each."""
     if layout.n_devices == 1:
         return jax.device_put(tree)
-    return jax.device_put(tree, shardings(layout, tree, leading=leading))
+    return jax.device_put(tree, shardings(family, layout, tree, leading=leading))
 
 
 def put_everywhere(layout: Layout, tree: Any) -> Any:
@@ -207,37 +184,41 @@ def over_data(layout: Layout, tree: Any) -> Any:
     return jax.tree.map(lambda leaf: jax.lax.with_sharding_constraint(leaf, sharding), tree)
 
 
-def before_pass(layout: Layout, params: Params, batch: Any) -> tuple[Params, Any]:
-    """What a pass over a batch works on: each device has its share of the windows, and all but the blocks' weights."""
+def before_pass(family: Family, layout: Layout, params: Params, batch: Any) -> tuple[Params, Any]:
+    """What a pass over a batch works on: each device has its share of the windows, and all weights but stacked ones."""
     if layout.n_devices == 1:
         return params, batch
-    edges = {name: leaf for name, leaf in params.items() if name != "blocks"}
-    return {**_brought_together(layout, edges), "blocks": params["blocks"]}, over_data(layout, batch)
+    stacked = {name: leaf for name, leaf in params.items() if name == family.stacked}
+    rest = {name: leaf for name, leaf in params.items() if name not in stacked}
+    return {**_brought_together(family, layout, rest), **stacked}, over_data(layout, batch)
 
 
-def before_layer(layout: Layout, hidden_BND: Array, block: Params) -> tuple[Array, Params]:
-    """What `transformer.apply` works on in a layer: each device keeps its windows, and the layer's weights come to it.
+def before_layer(family: Family, layout: Layout, hidden_BND: Array, block: Params) -> tuple[Array, Params]:
+    """What a family works on in a stacked layer: each device keeps its windows, and the layer's weights come to it.
 
     Left to itself, XLA may cut the residual stream along D like the weights are, and add up every product.
     """
     if layout.n_devices == 1:
         return hidden_BND, block
-    return over_data(layout, hidden_BND), _brought_together(layout, block, stacked=True)
+    return over_data(layout, hidden_BND), _brought_together(family, layout, block, stacked=True)
 
 
-def _brought_together(layout: Layout, params: Params, *, stacked: bool = False) -> Params:
+def _brought_together(family: Family, layout: Layout, params: Params, *, stacked: bool = False) -> Params:
     """Parameters as without fsdp; their gradients are cut again at once, not first added up whole everywhere.
 
     Args:
-        stacked: they are one layer's, out of `blocks`.
+        stacked: they are one layer's, out of those that are stacked.
     """
     if not layout.fsdp:
         return params
-    mesh, above, axes = mesh_of(layout), ("blocks",) if stacked else (), (1,) if stacked else ()
+    mesh, axes = mesh_of(layout), (1,) if stacked else ()
+    above = (family.stacked,) if stacked and family.stacked else ()
 
     def gathered(path: tuple[Any, ...], leaf: Array) -> Array:
         cut, whole = (
-            NamedSharding(mesh, PartitionSpec(*spec_of(each, above + _keys(path), axes + leaf.shape)[len(axes) :]))
+            NamedSharding(
+                mesh, PartitionSpec(*spec_of(family, each, above + _keys(path), axes + leaf.shape)[len(axes) :])
+            )
             for each in (layout, dataclasses.replace(layout, fsdp=False))
         )
         return leaf if cut == whole else _cast(cut, whole, leaf)
@@ -264,12 +245,12 @@ _cast.defvjp(_cast_forward, _cast_backward)
 # --- counted, not made ------------------------------------------------------------------------------------------------
 
 
-def part_bytes(layout: Layout, tree: Any, *, leading: int = 0) -> int:
+def part_bytes(family: Family, layout: Layout, tree: Any, *, leading: int = 0) -> int:
     """Bytes of a tree's leaves (abstract ones will do) that each device holds; needs no device."""
     sizes = {DATA: layout.data, MODEL: layout.model, None: 1}
 
     def held(path: tuple[Any, ...], leaf: Any) -> int:
-        spec = spec_of(layout, _keys(path), tuple(leaf.shape), leading=leading)
+        spec = spec_of(family, layout, _keys(path), tuple(leaf.shape), leading=leading)
         return math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize // math.prod(sizes[axis] for axis in spec)
 
     return sum(jax.tree.leaves(jax.tree_util.tree_map_with_path(held, tree)))

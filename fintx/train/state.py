@@ -11,7 +11,8 @@ import numpy as np
 from jaxtyping import PRNGKeyArray
 
 from fintx.config import ModelConfig, Shape, TaskConfig, TrialConfig
-from fintx.model import transformer
+from fintx.model import family
+from fintx.model.family import Family
 from fintx.train import losses, optim
 from fintx.train.losses import LossKind, LossValues
 from fintx.train.optim import OptimValues, ScheduleKind
@@ -39,6 +40,11 @@ class Program:
     remat: bool = False
     """Keep each layer's input alone for the backward pass, and compute the layer again."""
     layout: Layout = ONE
+
+    @property
+    def family(self) -> Family:
+        """What the model is made of."""
+        return family.of(self.model)
 
 
 @jax.tree_util.register_dataclass
@@ -183,8 +189,9 @@ def stream(values: Hyper, which: int) -> PRNGKeyArray:
 
 def init(static: Program, values: Hyper, *, n_features: int) -> TrainState:
     """The state before the first step; pure, so that vmap over `values` starts a population."""
-    params = transformer.init(static.model, static.shape, n_features, stream(values, INIT))
-    optimizer = optim.transformation(values.optim, schedule=static.schedule).init(params)
+    params = static.family.init(static.model, static.shape, n_features, stream(values, INIT))
+    mask = static.family.weight_decay_mask
+    optimizer = optim.transformation(values.optim, schedule=static.schedule, mask=mask).init(params)
     return TrainState(step=jnp.zeros((), jnp.int32), params=params, optimizer=optimizer)
 
 
@@ -193,12 +200,11 @@ def abstract_state(static: Program, *, n_features: int) -> TrainState:
     return jax.eval_shape(lambda values: init(static, values, n_features=n_features), abstract_hyper())
 
 
-def in_target_units(params: Params, scale: TargetScale) -> Params:
+def in_target_units(model: ModelConfig, params: Params, scale: TargetScale) -> Params:
     """The parameters of the model whose output is in the target's own units: what is evaluated and kept.
 
-    The head is linear, so mean + sd · head(x) is a head again: no scale has to travel with the parameters.
+    So no scale has to travel with the parameters.
     """
     if scale == TargetScale(mean=0.0, sd=1.0):
         return params
-    head = params["head"]
-    return params | {"head": {"kernel": head["kernel"] * scale.sd, "bias": head["bias"] * scale.sd + scale.mean}}
+    return family.of(model).rescale_output(params, scale.mean, scale.sd)

@@ -19,7 +19,7 @@ import optax
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from fintx.config import ModelConfig, Shape
-from fintx.model import transformer
+from fintx.model import family
 from fintx.train import losses, optim, sharding
 from fintx.train.compiling import compiled
 from fintx.train.once import once
@@ -93,7 +93,9 @@ def train_step(static: Program, hyper: Hyper, state: TrainState, batch: Batch) -
     finite = jnp.isfinite(loss) & jnp.isfinite(optim.norm(gradients))
     # optax mixes dtypes in its own arithmetic; nothing of ours does.
     with jax.numpy_dtype_promotion("standard"):
-        transformation = optim.transformation(hyper.optim, schedule=static.schedule)
+        transformation = optim.transformation(
+            hyper.optim, schedule=static.schedule, mask=static.family.weight_decay_mask
+        )
         updates, optimizer = transformation.update(gradients, state.optimizer, state.params)
         params = optax.apply_updates(state.params, updates)
     report = StepReport(loss_sum=loss * jnp.sum(batch.weights), finite=finite)
@@ -107,11 +109,11 @@ def _gradients(static: Program, hyper: Hyper, state: TrainState, batch: Batch) -
     """
     key = jax.random.fold_in(stream(hyper, STEP), state.step) if static.stochastic else None
     total = jnp.sum(batch.weights)
-    before_layer = partial(sharding.before_layer, static.layout)
+    before_layer = partial(sharding.before_layer, static.family, static.layout)
 
     def share(params: Params, part: Batch, key: PRNGKeyArray | None) -> Float[Array, ""]:
-        params, part = sharding.before_pass(static.layout, params, part)
-        outputs_B = transformer.apply(
+        params, part = sharding.before_pass(static.family, static.layout, params, part)
+        outputs_B = static.family.apply(
             static.model, static.shape, params, part.x,
             key=key, dropout=hyper.dropout, remat=static.remat, before_layer=before_layer,
         )  # fmt: skip
@@ -194,14 +196,15 @@ def logits(
     model: ModelConfig, shape: Shape, params: Params, windows: Windows, *, layout: Layout = ONE
 ) -> Float[Array, " S"]:
     """The model's output for each sample, without dropout; rubbish beyond the n-th."""
-    before_layer = partial(sharding.before_layer, layout)
+    kind = family.of(model)
+    before_layer = partial(sharding.before_layer, kind, layout)
     n_batches = (windows.n + EVALUATION_BATCH - 1) // EVALUATION_BATCH
 
     def body(i: Any, outputs_S: Any) -> Any:
         rows_B = jax.lax.dynamic_slice_in_dim(windows.rows, i * EVALUATION_BATCH, EVALUATION_BATCH)
         x_BTF = _gather_windows(model.context_length, windows.features, rows_B)
-        together, x_BTF = sharding.before_pass(layout, params, x_BTF)
-        outputs_B = transformer.apply(model, shape, together, x_BTF, before_layer=before_layer).astype(jnp.float32)
+        together, x_BTF = sharding.before_pass(kind, layout, params, x_BTF)
+        outputs_B = kind.apply(model, shape, together, x_BTF, before_layer=before_layer).astype(jnp.float32)
         return jax.lax.dynamic_update_slice_in_dim(outputs_S, outputs_B, i * EVALUATION_BATCH, axis=0)
 
     return jax.lax.fori_loop(0, n_batches, body, jnp.zeros(windows.rows.shape, jnp.float32))
@@ -265,22 +268,22 @@ def compile_training(static: Program, *, n_features: int, n_rows: int, n_samples
     state = abstract_state(static, n_features=n_features)
     values = (abstract_hyper(), state, jax.eval_shape(empty_tally))
     count = jax.ShapeDtypeStruct((), jnp.int32)
-    starting, stepping = _placed(static.layout, state)
-    started = compiled(jax.jit(start, **starting).lower(abstract_hyper()), static.shape)
+    starting, stepping = _placed(static, state)
+    started = compiled(jax.jit(start, **starting).lower(abstract_hyper()), static.model, static.shape)
     if n_members == 1:
         lowered = jax.jit(segment, donate_argnums=1, **stepping).lower(*values, windows, count)
-        running = compiled(lowered, static.shape)
+        running = compiled(lowered, static.model, static.shape)
         return Training(start=started, segment=running, n_bytes=max(_bytes(started), _bytes(running)))
     together = jax.vmap(segment, in_axes=(0, 0, 0, None, None))
     values = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((n_members, *leaf.shape), leaf.dtype), values)
-    _, stepping = _placed(static.layout, values[1], leading=1)
+    _, stepping = _placed(static, values[1], leading=1)
     lowered = jax.jit(together, donate_argnums=1, **stepping).lower(*values, windows, count)
-    running = compiled(lowered, static.shape)
+    running = compiled(lowered, static.model, static.shape)
     taking: dict[str, Any] = {}
     if static.layout.n_devices > 1:
-        cut = sharding.shardings(static.layout, state.params)
+        cut = sharding.shardings(static.family, static.layout, state.params)
         taking = {"in_shardings": (stepping["in_shardings"][1].params, None), "out_shardings": cut}
-    taken = compiled(jax.jit(member, **taking).lower(values[1].params, count), static.shape)
+    taken = compiled(jax.jit(member, **taking).lower(values[1].params, count), static.model, static.shape)
     n_bytes = max(map(_bytes, (started, running, taken)))
     return Training(start=started, segment=running, n_bytes=n_bytes, member=taken)
 
@@ -290,11 +293,12 @@ def member(population: Params, index: Int[Array, ""] | int) -> Params:
     return jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False), population)
 
 
-def _placed(layout: Layout, state: TrainState, *, leading: int = 0) -> tuple[dict[str, Any], dict[str, Any]]:
+def _placed(static: Program, state: TrainState, *, leading: int = 0) -> tuple[dict[str, Any], dict[str, Any]]:
     """Where arguments and results of start and segment lie; on one device that goes without saying."""
-    if layout.n_devices == 1:
+    if static.layout.n_devices == 1:
         return {}, {}
-    whole, cut = sharding.everywhere(layout), sharding.shardings(layout, state, leading=leading)
+    whole = sharding.everywhere(static.layout)
+    cut = sharding.shardings(static.family, static.layout, state, leading=leading)
     starting = {"in_shardings": whole, "out_shardings": cut}
     return starting, {"in_shardings": (whole, cut, whole, whole, whole), "out_shardings": (cut, whole)}
 
@@ -308,13 +312,14 @@ def compile_logits(
     def forward(params: Params, windows: Windows) -> Array:
         return logits(model, shape, params, windows, layout=layout)
 
-    params = transformer.abstract_params(model, shape, n_features)
+    kind = family.of(model)
+    params = kind.abstract_params(model, shape, n_features)
     placed: dict[str, Any] = {}
     if layout.n_devices > 1:
         whole = sharding.everywhere(layout)
-        placed = {"in_shardings": (sharding.shardings(layout, params), whole), "out_shardings": whole}
+        placed = {"in_shardings": (sharding.shardings(kind, layout, params), whole), "out_shardings": whole}
     windows = abstract_windows(n_features=n_features, n_rows=n_rows, n_samples=n_samples)
-    run = compiled(jax.jit(forward, **placed).lower(params, windows), shape)
+    run = compiled(jax.jit(forward, **placed).lower(params, windows), model, shape)
     return Forward(run=run, n_bytes=_bytes(run))
 
 

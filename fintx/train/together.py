@@ -25,7 +25,7 @@ from __future__ import annotations
 from typing import Literal
 
 from fintx.config import TrialConfig
-from fintx.model import sizes
+from fintx.model import family, sizes
 
 MOST = 16
 """Members at once: from there on, memory and the slowest member's epochs cost what launches save."""
@@ -63,6 +63,6 @@ def pays(config: TrialConfig, *, on_gpu: bool) -> int:
     n_params = sizes.count(config.model, config.shape, n_features).total
     matmuls_s = config.train.batch_size * (flops.forward + flops.backward) / _RATE[config.model.compute_dtype]
     work_s = matmuls_s + n_params * _TRAFFIC / _BANDWIDTH
-    launches_s = config.shape.n_layers * _LAYER_S + _REST_S
+    launches_s = family.of(config.model).depth(config.shape) * _LAYER_S + _REST_S
     fitting = min(MOST, int(launches_s / work_s))
     return 1 << (fitting.bit_length() - 1) if fitting >= 2 else 1

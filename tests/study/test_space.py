@@ -23,9 +23,10 @@ from fintx.config import (
     TaskConfig,
     config_hash,
 )
-from fintx.model import sizes
-from fintx.study.space import AXES, SearchSpace
+from fintx.model import sizes, transformer
+from fintx.study.space import SearchSpace
 
+AXES = tuple(transformer.COORDINATES)
 TASK = TaskConfig(kind="threshold", horizon=3, price="high", threshold=0.01)
 N_FEATURES = 25
 SWEEPS = Path(__file__).resolve().parents[2] / "sweeps"

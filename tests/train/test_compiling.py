@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from fintx.config import Shape
+from fintx.config import ModelConfig, Shape
 from fintx.train import compiling
 
 NARROW = Shape(d_model=256, n_layers=2, n_heads=2, d_ff=512)
@@ -26,27 +26,32 @@ def test_each_option_reaches_the_compiler(unhurried, monkeypatch):
     lowered = jax.jit(lambda x: jnp.sin(x) @ x.T).lower(jax.ShapeDtypeStruct((8, 8), jnp.float32))
     x = jnp.arange(64, dtype=jnp.float32).reshape(8, 8)
     for shape in (NARROW, WIDE):
-        assert jnp.allclose(compiling.compiled(lowered, shape)(x), jnp.sin(x) @ x.T, rtol=1e-5, atol=1e-4)
+        assert jnp.allclose(
+            compiling.compiled(lowered, ModelConfig(), shape)(x), jnp.sin(x) @ x.T, rtol=1e-5, atol=1e-4
+        )
     for name in ("_LEVEL", "_EIGEN", "_LIBRARY"):
         with monkeypatch.context() as patched:
             patched.setattr(compiling, name, "xla_no_such_option")
             with pytest.raises(Exception, match="xla_no_such_option"):
-                compiling.compiled(lowered, NARROW)
+                compiling.compiled(lowered, ModelConfig(), NARROW)
 
 
 def test_a_narrow_model_leaves_its_products_to_eigen(unhurried):
     """On this kind of processor: nothing else shows that the option does what it is for."""
     lowered = jax.jit(lambda x, y: x @ y).lower(*[jax.ShapeDtypeStruct((256, 256), jnp.float32)] * 2)
-    narrow, wide = (compiling.compiled(lowered, shape).as_text() for shape in (NARROW, WIDE))
+    narrow, wide = (compiling.compiled(lowered, ModelConfig(), shape).as_text() for shape in (NARROW, WIDE))
     assert "ynn_fusion" not in narrow
     assert wide != narrow, "YNNPACK's default has changed: is the option still of use?"
-    assert compiling.options(WIDE) == ALWAYS and compiling.options(NARROW).items() > ALWAYS.items()
+    assert (
+        compiling.options(ModelConfig(), WIDE) == ALWAYS
+        and compiling.options(ModelConfig(), NARROW).items() > ALWAYS.items()
+    )
 
 
 def test_who_is_in_a_hurry_stays_so():
-    assert compiling.options(NARROW) == {}
+    assert compiling.options(ModelConfig(), NARROW) == {}
 
 
 def test_a_gpu_has_its_own_default(unhurried, monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    assert compiling.options(NARROW) == {}
+    assert compiling.options(ModelConfig(), NARROW) == {}

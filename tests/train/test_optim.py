@@ -61,7 +61,7 @@ def test_only_matrices_decay(make_trial: Callable[..., TrialConfig], revin: bool
     config = make_trial({"model.revin": revin})
     abstract = transformer.abstract_params(config.model, config.shape, 3)
     leaves = jax.tree_util.tree_flatten_with_path(abstract)[0]
-    masks = jax.tree.leaves(optim.decays(abstract))
+    masks = jax.tree.leaves(transformer.weight_decay_mask(abstract))
     decayed = 0
     for (path, leaf), decays in zip(leaves, masks, strict=True):
         name = jax.tree_util.keystr(path).lower()
@@ -83,7 +83,7 @@ def test_update_is_adamw_by_hand(make_trial: Callable[..., TrialConfig]) -> None
         {"kernel": np.array([[0.1, 0.0]]), "bias": np.array([-0.2])},
     ]
     with jax.numpy_dtype_promotion("standard"):
-        transformation = optim.transformation(v, schedule="cosine")
+        transformation = optim.transformation(v, schedule="cosine", mask=transformer.weight_decay_mask)
         state = transformation.init(params)
         for gradient in gradients:
             tree = {"head": jax.tree.map(lambda g: jnp.asarray(g, jnp.float32), gradient)}

@@ -11,12 +11,17 @@ from typing import Any
 
 import pytest
 
-from fintx.config import ModelConfig, OptimConfig, Shape, TaskConfig, TrainConfig, TrialConfig
+from fintx.config import FAMILIES, ModelConfig, OptimConfig, TaskConfig, TrainConfig, TrialConfig
 from fintx.data.windows import Dataset
 from fintx.train import loop
 
-SECTIONS = {"shape": Shape, "model": ModelConfig, "optim": OptimConfig, "train": TrainConfig}
-KEYS = [f"{name}.{key}" for name, section in SECTIONS.items() for key in section.model_fields] + ["seed"]
+SECTIONS = {
+    "shape": FAMILIES["encoder"].shape,
+    "model": [key for key in ModelConfig.model_fields if key != "family"],
+    "optim": OptimConfig.model_fields,
+    "train": TrainConfig.model_fields,
+}
+KEYS = [f"{name}.{key}" for name, keys in SECTIONS.items() for key in keys] + ["seed"]
 REGRESSION = TaskConfig(kind="regression", horizon=1)
 
 

@@ -21,11 +21,12 @@ from jax.sharding import NamedSharding, PartitionSpec
 from fintx.config import MeshConfig, ModelConfig, Shape, TaskConfig, TrialConfig
 from fintx.data.windows import Dataset
 from fintx.model import transformer
+from fintx.model.family import FAMILIES
 from fintx.train import checkpoint, loop, sharding, step
 from fintx.train.pace import Pace
 from fintx.train.progress import Progress, Question
 from fintx.train.resume import Keeper, Saves, TrainingState
-from fintx.train.sharding import DATA, MODEL, ONE, Layout, Table
+from fintx.train.sharding import DATA, MODEL, ONE, Layout
 from fintx.train.state import (
     Arrangement,
     Hyper,
@@ -42,6 +43,7 @@ from fintx.types import FintxError
 Trials = Callable[..., TrialConfig]
 Datasets = Callable[..., Dataset]
 ROOT = Path(__file__).parents[2]
+ENCODER = FAMILIES["encoder"]
 LAYOUTS = {
     "data 8": Layout(data=8),
     "data 8, fsdp": Layout(data=8, fsdp=True),
@@ -93,7 +95,7 @@ def compiled(make_trial: Trials, batch: step.Batch) -> Compile:
             state = abstract_state(static, n_features=3)
             whole, cut = None, None
             if layout != ONE:
-                whole, cut = sharding.everywhere(layout), sharding.shardings(layout, state)
+                whole, cut = sharding.everywhere(layout), sharding.shardings(ENCODER, layout, state)
             start = jax.jit(partial(init, static, n_features=3), in_shardings=whole, out_shardings=cut)
             slope = jax.jit(
                 partial(step._gradients, static),
@@ -122,9 +124,9 @@ def test_the_start_is_bit_equal_and_each_device_holds_its_part(
         for device in jax.devices()
     }  # fmt: skip
     assert len(set(held.values())) == 1, "no device holds more than another"
-    assert held[jax.devices()[0]] == sharding.part_bytes(layout, alone)
+    assert held[jax.devices()[0]] == sharding.part_bytes(ENCODER, layout, alone)
     # Parameters and both moments alike: the state is three times the parameters, and three counters.
-    assert sharding.part_bytes(layout, alone) == 3 * sharding.part_bytes(layout, alone.params) + 12
+    assert sharding.part_bytes(ENCODER, layout, alone) == 3 * sharding.part_bytes(ENCODER, layout, alone.params) + 12
 
 
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
@@ -209,15 +211,16 @@ def test_every_parameter_lies_as_the_golden_file_says() -> None:
     assert found.keys() == {str(layout) for layout in LAYOUTS.values()}
 
 
-def test_every_path_of_the_table_is_a_parameter() -> None:
+def test_every_path_of_the_rules_is_a_parameter() -> None:
     params = transformer.abstract_params(ModelConfig(), Shape(d_model=8, n_layers=1, n_heads=1, d_ff=8), 2)
     paths = {"/".join(part.key for part in path) for path, _ in jax.tree_util.tree_leaves_with_path(params)}
-    assert sharding.TABLE.specs.keys() <= paths
+    assert ENCODER.partition_rules.keys() <= paths
 
 
 def test_a_spec_that_uses_an_axis_twice_is_refused() -> None:
     with pytest.raises(ValueError, match="blocks/qkv/kernel.*twice"):
-        Table({"blocks/qkv/kernel": PartitionSpec(None, MODEL, MODEL)})
+        twice = replace(ENCODER, partition_rules={"blocks/qkv/kernel": PartitionSpec(None, MODEL, MODEL)})
+        sharding.spec_of(twice, Layout(model=2), ("blocks", "qkv", "kernel"), (2, 4, 4))
 
 
 @pytest.mark.parametrize(
@@ -233,14 +236,14 @@ def test_a_spec_that_uses_an_axis_twice_is_refused() -> None:
 )
 def test_fsdp_cuts_the_largest_axis_that_it_can(shape: tuple[int, ...], wanted: PartitionSpec) -> None:
     layout = Layout(data=8, fsdp=True)
-    assert sharding.spec_of(layout, ("blocks", "qkv", "kernel"), shape) == wanted
-    population = sharding.spec_of(layout, ("blocks", "qkv", "kernel"), (7, *shape), leading=1)
+    assert sharding.spec_of(ENCODER, layout, ("blocks", "qkv", "kernel"), shape) == wanted
+    population = sharding.spec_of(ENCODER, layout, ("blocks", "qkv", "kernel"), (7, *shape), leading=1)
     assert population == (PartitionSpec(None, *wanted) if wanted else wanted)
 
 
 def test_an_optimisers_moments_lie_like_their_parameters(make_trial: Trials) -> None:
     static = program(make_trial(SHAPE))
-    state = sharding.specs(Layout(data=4, model=2, fsdp=True), abstract_state(static, n_features=3))
+    state = sharding.specs(ENCODER, Layout(data=4, model=2, fsdp=True), abstract_state(static, n_features=3))
     (adam,) = (part for part in state.optimizer if hasattr(part, "mu"))
     assert adam.mu == adam.nu == state.params
     assert state.step == adam.count == PartitionSpec()
@@ -265,7 +268,7 @@ def test_a_population_lies_on_a_mesh(
     static = program(make_trial(SHAPE), layout=layout)
     start = jax.vmap(partial(init, static, n_features=3))
     abstract = jax.eval_shape(start, together)
-    cut, whole = sharding.shardings(layout, abstract, leading=1), sharding.everywhere(layout)
+    cut, whole = sharding.shardings(ENCODER, layout, abstract, leading=1), sharding.everywhere(layout)
     states = jax.jit(start, in_shardings=whole, out_shardings=cut)(together)
     slope = jax.jit(
         jax.vmap(partial(step._gradients, static), in_axes=(0, 0, None)),
@@ -288,7 +291,7 @@ def test_a_population_lies_on_a_mesh(
             sharding.to_host(wanted),
         )
     parts = [shard.data.nbytes for leaf in jax.tree.leaves(states) for shard in leaf.addressable_shards]
-    assert sum(parts) == 8 * sharding.part_bytes(layout, abstract, leading=1)
+    assert sum(parts) == 8 * sharding.part_bytes(ENCODER, layout, abstract, leading=1)
 
 
 # --- on the disk and back ---------------------------------------------------------------------------------------------
@@ -296,10 +299,10 @@ def test_a_population_lies_on_a_mesh(
 
 def placed(layout: Layout, state: TrainState) -> TrainState:
     """On the layout's devices, and checked that it lies there as it should."""
-    found = sharding.put(layout, state)
+    found = sharding.put(ENCODER, layout, state)
     if layout != ONE:
         for leaf, wanted in zip(
-            jax.tree.leaves(found), jax.tree.leaves(sharding.shardings(layout, state)), strict=True
+            jax.tree.leaves(found), jax.tree.leaves(sharding.shardings(ENCODER, layout, state)), strict=True
         ):
             assert isinstance(wanted, NamedSharding) and leaf.sharding.is_equivalent_to(wanted, leaf.ndim)
     return found
@@ -345,7 +348,7 @@ def test_a_trained_model_saved_on_eight_devices_is_the_same_on_four(
     config = make_trial(SHAPE)
     params = compiled(LAYOUTS["data 8, fsdp"]).start(values).params
     checkpoint.save(tmp_path / "model", sharding.to_host(params), config=config, meta={})
-    found = sharding.put(Layout(data=4, fsdp=True), checkpoint.load(tmp_path / "model").params)
+    found = sharding.put(ENCODER, Layout(data=4, fsdp=True), checkpoint.load(tmp_path / "model").params)
     jax.tree.map(np.testing.assert_array_equal, sharding.to_host(found), sharding.to_host(params))
 
 

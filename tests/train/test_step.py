@@ -80,7 +80,8 @@ def test_epoch_equals_a_plain_loop(make_trial: Trials, make_dataset: Datasets) -
     params = jax.tree.map(np.array, state.params)
     rate = partial(optim.learning_rate, "cosine", values.optim)
     adamw = optax.chain(
-        optax.clip_by_global_norm(0.3), optax.adamw(rate, eps=1e-3, weight_decay=0.1, mask=optim.decays(params))
+        optax.clip_by_global_norm(0.3),
+        optax.adamw(rate, eps=1e-3, weight_decay=0.1, mask=transformer.weight_decay_mask(params)),
     )
 
     def mean_loss(params: dict, x_BTF: jax.Array, labels_B: jax.Array) -> jax.Array:

@@ -105,14 +105,14 @@ def main() -> None:
     at_trace = time.perf_counter()
     lowered = traced.lower()
     at_lower = time.perf_counter()
-    segment_program = compiled(lowered, config.shape)
+    segment_program = compiled(lowered, config.model, config.shape)
     at_compile, cpu_s = time.perf_counter(), time.process_time() - cpu
     start = jax.jit(lambda values: init(static, values, n_features=cases.N_FEATURES))
-    compiled(start.lower(abstract_hyper()), config.shape)
+    compiled(start.lower(abstract_hyper()), config.model, config.shape)
     at_start = time.perf_counter()
     params = transformer.abstract_params(model, config.shape, cases.N_FEATURES)
     evaluation = jax.jit(lambda params, windows: step.logits(model, config.shape, params, windows))
-    compiled(evaluation.lower(params, windows), config.shape)
+    compiled(evaluation.lower(params, windows), config.model, config.shape)
     stats = segment_program.memory_analysis()
     print(json.dumps({
         "trace_s": at_trace - began, "lower_s": at_lower - at_trace, "compile_s": at_compile - at_lower,

@@ -149,7 +149,7 @@ class Population:
             return jax.vmap(lambda h, s, t: step.train_segment(static, h, s, t, windows, n))(hypers, state, tally)
 
         arguments = (self.hypers, self.state, self.tally, self.windows, self.n)
-        self.segment = compiled(jax.jit(segment, donate_argnums=1).lower(*arguments), static.shape)
+        self.segment = compiled(jax.jit(segment, donate_argnums=1).lower(*arguments), static.model, static.shape)
 
     def turn(self) -> None:
         self.state, self.tally = self.segment(self.hypers, self.state, self.tally, self.windows, self.n)

@@ -1,0 +1,99 @@
+"""Model families: what training, the budget solver and the search ask of a model, and the table of those there are.
+
+A family is a module of pure functions over a nested dict of arrays, an entry in `FAMILIES`, and its candidates' entry
+in `config.FAMILIES` (a sweep file is checked before JAX is loaded). No other module knows how its shapes are named.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from jax.sharding import PartitionSpec
+
+from fintx.config import ModelConfig, Shape
+from fintx.model import transformer
+from fintx.types import FintxError, Params
+
+
+@dataclass(frozen=True, eq=False)
+class Family:
+    """A kind of model. `model` and `shape` are static everywhere; parameters may be traced, vmapped or sharded."""
+
+    init: Callable[..., Params]
+    """(model, shape, n_features, key) → parameters, float32."""
+    apply: Callable[..., Any]
+    """(model, shape, params, x_BTF, *, key, dropout, remat, before_layer) → (B,) logits; without a key no dropout.
+    before_layer(hidden_BND, layer's parameters) is called with what each stacked layer works on."""
+    abstract_params: Callable[[ModelConfig, Shape, int], Params]
+    """(model, shape, n_features) → the tree of `init` as shapes and dtypes; nothing is allocated."""
+    rescale_output: Callable[[Params, float, float], Params]
+    """(params, mean, sd) → the parameters of the model whose output is mean + sd · output."""
+
+    param_count: Callable[[ModelConfig, Shape, int], dict[str, int]]
+    """(model, shape, n_features) → exact number of parameters by part."""
+    flops: Callable[[ModelConfig, Shape, int], float]
+    """(model, shape, n_features) → FLOPs of one sample's forward pass: matmuls, a multiply-add is 2."""
+    activation_bytes: Callable[..., int]
+    """(model, shape, *, windows, remat, parts) → bytes that a pass forward and back holds beside parameters and
+    gradients, roughly; parts: devices that share out what `partition_rules` cuts."""
+
+    weight_decay_mask: Callable[[Params], Params]
+    """For each leaf: does it decay?"""
+    partition_rules: Mapping[str, PartitionSpec]
+    """Path of a parameter, such as "blocks/qkv/kernel" → which of its axes the mesh axis "model" cuts. One that isn't
+    listed lies whole on the devices along that axis."""
+    model_parts: Callable[[Shape], int]
+    """The devices that the axis "model" may have are the divisors of this number; 1: none but one."""
+    stacked: str | None
+    """The parameters' key under which layers are stacked on a leading axis and applied by a loop; none: no such."""
+    depth: Callable[[Shape], int]
+    """Layers that run one after the other."""
+    width: Callable[[Shape], int]
+    """Of the linear layers that most of the work is in."""
+
+    feasible: Callable[..., tuple[Shape, ...]]
+    """(architecture, budget, models, n_features) → the candidates that fit with every model, in a fixed order."""
+    why_infeasible: Callable[..., str]
+    """The same arguments, where nothing fits → what is in the way and which bound to change, in one line."""
+    coordinates: Mapping[str, Callable[[Shape], float]]
+    """Name → a shape's ordered coordinate, which the sampler proposes; near shapes are alike. The first one tells apart
+    shapes that are equal in all."""
+    extents: Mapping[str, Callable[[Shape], float]]
+    """Name → what of a shape has a smallest and a largest value worth trying first (`study.queue_extremes`)."""
+
+
+FAMILIES: dict[str, Family] = {
+    "encoder": Family(
+        init=transformer.init,
+        apply=transformer.apply,
+        abstract_params=transformer.abstract_params,
+        rescale_output=transformer.rescale_output,
+        param_count=transformer.param_count,
+        flops=transformer.flops,
+        activation_bytes=transformer.activation_bytes,
+        weight_decay_mask=transformer.weight_decay_mask,
+        partition_rules=transformer.PARTITION_RULES,
+        model_parts=transformer.model_parts,
+        stacked="blocks",
+        depth=lambda shape: shape.n_layers,
+        width=lambda shape: shape.d_model,
+        feasible=transformer.feasible,
+        why_infeasible=transformer.why_infeasible,
+        coordinates=transformer.COORDINATES,
+        extents=transformer.EXTENTS,
+    ),
+}
+
+
+def of(model: ModelConfig) -> Family:
+    """The family that a model belongs to.
+
+    Raises:
+        FintxError: there is none of its name.
+    """
+    if model.family not in FAMILIES:
+        known = " or ".join(f'"{name}"' for name in FAMILIES)
+        raise FintxError(f'model.family: wanted {known}, got "{model.family}"')
+    return FAMILIES[model.family]
