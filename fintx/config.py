@@ -35,6 +35,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticKnownError
 
+from fintx.tasks import TASKS, Prediction, Task, settings
 from fintx.types import without_passwords
 
 PositiveInt = Annotated[int, Field(ge=1)]
@@ -121,10 +122,17 @@ class DataConfig(_Config):
     """Symbol → sha256 of its raw snapshot; filled when a study starts, so that it keeps its data for life."""
 
 
+def _known_task(kind: str) -> str:
+    if kind not in TASKS:
+        *others, last = (f"'{name}'" for name in TASKS)
+        raise PydanticKnownError("literal_error", {"expected": f"{', '.join(others)} or {last}"})
+    return kind
+
+
 class TaskConfig(_Config):
     """The question asked of the future. `horizon` lives here and nowhere else."""
 
-    kind: Literal["threshold", "direction", "regression"]
+    kind: Annotated[str, AfterValidator(_known_task)]
     """threshold: is (1 + threshold) × close reached? direction: is the close higher? regression: the log return."""
     horizon: PositiveInt
     """Trading days ahead, h."""
@@ -134,13 +142,22 @@ class TaskConfig(_Config):
     """For threshold: the relative move, .01 = +1 %; the label is 1 when price ≥ (1 + threshold) × close."""
 
     @model_validator(mode="after")
-    def _price_and_threshold_belong_to_threshold(self) -> TaskConfig:
+    def _settings_belong_to_the_task(self) -> TaskConfig:
         for key in ("price", "threshold"):
-            given = getattr(self, key) is not None
-            if given != (self.kind == "threshold"):
-                verb = "needs" if self.kind == "threshold" else "takes no"
-                raise ValueError(f'kind = "{self.kind}" {verb} `{key}`')
+            wanted = key in settings(self.kind)
+            if (getattr(self, key) is not None) != wanted:
+                raise ValueError(f'kind = "{self.kind}" {"needs" if wanted else "takes no"} `{key}`')
         return self
+
+    @property
+    def rule(self) -> Task:
+        """The task itself: how labels are cut, and what is predicted."""
+        return TASKS[self.kind](**{key: getattr(self, key) for key in settings(self.kind)})
+
+    @property
+    def predicts(self) -> Prediction:
+        """What a model puts out, by which losses, metrics and baselines are chosen."""
+        return TASKS[self.kind].predicts
 
 
 class SplitConfig(_Config):
@@ -289,7 +306,12 @@ class TrainConfig(_Config):
     """… and so many such epochs in a row stop the trial."""
 
 
-_LOSSES = {"threshold": ("bce", "focal"), "direction": ("bce", "focal"), "regression": ("mse", "huber")}
+LOSSES: dict[Prediction, tuple[str, ...]] = {"probability": ("bce", "focal"), "value": ("mse", "huber")}
+METRICS: dict[Prediction, tuple[str, ...]] = {
+    "probability": ("log_loss", "brier", "auc", "average_precision"),
+    "value": ("mse", "mae"),
+}
+"""What a study may decide by."""
 
 
 class TrialConfig(_Config):
@@ -312,15 +334,15 @@ class TrialConfig(_Config):
 
 
 def check_loss(task: TaskConfig, train: TrainConfig) -> None:
-    """A task kind binds its losses.
+    """What is predicted binds the losses.
 
     Raises:
         ValueError: a classification loss on a regression task, or the reverse.
     """
-    if train.loss not in _LOSSES[task.kind]:
-        wanted = " or ".join(f'"{loss}"' for loss in _LOSSES[task.kind])
+    if train.loss not in LOSSES[task.predicts]:
+        wanted = " or ".join(f'"{loss}"' for loss in LOSSES[task.predicts])
         raise ValueError(f'train.loss = "{train.loss}" does not fit task.kind = "{task.kind}"; use {wanted}')
-    if task.kind == "regression":
+    if task.predicts == "value":
         if train.label_smoothing:
             raise ValueError("train.label_smoothing is for classification; leave it out for a regression task")
         if train.class_weight != "none":

@@ -11,15 +11,12 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ValidationError
 
-from fintx.config import Choices, FloatRange, StudySpec, check_loss
+from fintx.config import LOSSES, METRICS, Choices, FloatRange, StudySpec, check_loss
 from fintx.sweepwords import expectation, got
 from fintx.toml_lines import Path as KeyPath
 
 SECTIONS = ("model", "optim", "train")
 """Sections of TrialConfig whose values a search may vary."""
-
-_CLASSIFICATION = ("log_loss", "brier", "auc", "average_precision")
-_REGRESSION = ("mse", "mae")
 
 
 def cross_checks(
@@ -65,7 +62,7 @@ _LOSS_SPACE = tuple(f"space.train.{key}" for key in _LOSS_KEYS)
 
 
 def _task(spec: StudySpec) -> Iterator[tuple[KeyPath, str]]:
-    fitting = _REGRESSION if spec.task.kind == "regression" else _CLASSIFICATION
+    fitting = METRICS[spec.task.predicts]
     if spec.study.metric not in fitting:
         wanted = " or ".join(f'"{metric}"' for metric in fitting)
         yield ("study", "metric"), f'"{spec.study.metric}" does not fit task.kind = "{spec.task.kind}"; wanted {wanted}'
@@ -75,8 +72,7 @@ def _task(spec: StudySpec) -> Iterator[tuple[KeyPath, str]]:
         values = fixed if searched is None else getattr(searched, "choices", (getattr(searched, "high", None),))
         for value in values:
             # Beside the one key, everything fits: so each misfit is told once, at its own key.
-            loss = "mse" if spec.task.kind == "regression" else "bce"
-            others = {"loss": loss, "label_smoothing": 0.0, "class_weight": "none"}
+            others = {"loss": LOSSES[spec.task.predicts][0], "label_smoothing": 0.0, "class_weight": "none"}
             try:
                 check_loss(spec.task, spec.train.model_copy(update={**others, key: value}))
             except ValueError as error:

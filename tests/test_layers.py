@@ -22,6 +22,7 @@ FLOORS = [
     {"model", "data"},
     {"sweepfile", "sweepsource", "sweepchecks", "sweepwords", "toml_lines", "toml_writer"},
     {"config"},
+    {"tasks"},
     {"types", "files"},
 ]
 """Rooms from the roof down; two on one floor don't import each other, but sweepfile's own helpers."""
@@ -42,7 +43,15 @@ DOORS = {
 ENVIRONMENT = ("fintx/study/launcher.py", "fintx/study/runtime.py")
 """Where the environment is read: that of a launcher of several processes; and what a worker inherits."""
 
-NO_JAX = ("fintx/types.py", "fintx/config.py", "fintx/sweep", "fintx/toml_lines.py", "fintx/data/", "fintx/evaluate/")
+NO_JAX = (
+    "fintx/types.py",
+    "fintx/tasks.py",
+    "fintx/config.py",
+    "fintx/sweep",
+    "fintx/toml_lines.py",
+    "fintx/data/",
+    "fintx/evaluate/",
+)
 
 
 def modules() -> list[str]:

@@ -19,6 +19,7 @@ from pydantic_core import PydanticUndefined
 
 from fintx import config
 from fintx.data.features import FEATURES, SETS
+from fintx.tasks import TASKS
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "guide" / "sweep-file.md"
 
@@ -99,7 +100,8 @@ def _table(model: type[BaseModel]) -> str:
         default = "required" if field.default is PydanticUndefined else _toml(field.default)
         bounds = "".join(_bound(each) for each in field.metadata)
         meaning = words.get(name, "").replace("|", "\\|")
-        rows.append(f"| `{name}` | {_type(field.annotation)}{bounds} | {default} | {meaning} |")
+        kind = Literal[tuple(TASKS)] if (model, name) == (config.TaskConfig, "kind") else field.annotation
+        rows.append(f"| `{name}` | {_type(kind)}{bounds} | {default} | {meaning} |")
     return "\n".join(rows) + "\n"
 
 

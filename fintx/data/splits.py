@@ -195,7 +195,7 @@ def describe_part(
     Args:
         labels: none for the sealed test part.
     """
-    classes = task.kind != "regression" and labels is not None
+    classes = task.predicts == "probability" and labels is not None
     rate = None if labels is None or len(labels) == 0 else float(np.mean(labels, dtype=np.float64))
     return PartRow(
         part=part,
@@ -222,7 +222,7 @@ def check(split: SplitConfig, task: TaskConfig, rows: tuple[PartRow, ...]) -> No
         if row.part.startswith("train"):
             complaints += _class_complaints(split, task, row.part, row.n, row.positives)
     n = sum(row.n for row in validation)
-    positives = None if task.kind == "regression" else sum(row.positives or 0 for row in validation)
+    positives = None if task.predicts == "value" else sum(row.positives or 0 for row in validation)
     complaints += _class_complaints(split, task, "validation", n, positives)
     effective = sum(row.n_effective for row in validation)
     if effective < split.min_effective:

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fintx.config import TaskConfig
-from fintx.data import features, labels
+from fintx import tasks
+from fintx.data import features
 from fintx.data.bars import Bars
+from fintx.tasks import Task
 from fintx.types import Floats, Ints
 
 
@@ -31,7 +32,7 @@ class Stack:
     label_ends: np.ndarray
 
     @staticmethod
-    def of(bars: list[Bars], context: Mapping[str, Bars], names: tuple[str, ...], task: TaskConfig) -> Stack:
+    def of(bars: list[Bars], context: Mapping[str, Bars], names: tuple[str, ...], task: Task) -> Stack:
         return Stack(
             names=names,
             features=np.concatenate([features.compute(names, b, context) for b in bars]),
@@ -40,8 +41,8 @@ class Stack:
             bar=np.concatenate([np.arange(len(b)) for b in bars]),
             assets=tuple(b.symbol for b in bars),
             close=np.concatenate([b.close for b in bars]),
-            labels=np.concatenate([labels.cut(task, b) for b in bars]),
-            label_ends=np.concatenate([labels.ends(task, b) for b in bars]),
+            labels=np.concatenate([tasks.labels(task, b) for b in bars]),
+            label_ends=np.concatenate([tasks.ends(task, b) for b in bars]),
         )
 
     def whole_windows(self, context_length: int) -> np.ndarray:

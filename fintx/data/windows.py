@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 
 from fintx.config import DataConfig, StudySpec, TaskConfig, TrialConfig
-from fintx.data import features, labels, manifest, sources, splits
+from fintx.data import features, manifest, sources, splits
 from fintx.data.bars import Bars
 from fintx.data.manifest import Entry
 from fintx.data.scaling import Drift, Scaling, drift, fit
@@ -108,7 +108,7 @@ def build(spec: StudySpec | TrialConfig, root: Path) -> Prepared:
     task, context_length = spec.task, spec.model.context_length
     data, bars, context, bounds = _load(spec, root)
     first = bounds.test_first
-    seen = Stack.of([_before(b, first) for b in bars], _all_before(context, first), data.features, task)
+    seen = Stack.of([_before(b, first) for b in bars], _all_before(context, first), data.features, task.rule)
     usable = seen.whole_windows(context_length)
     _check_any(seen, usable, task, context_length)
     folds = tuple(_dataset(seen, fold, usable, data) for fold in bounds.folds)
@@ -127,7 +127,7 @@ def build(spec: StudySpec | TrialConfig, root: Path) -> Prepared:
             validation=newest.validation.rows,
             names=seen.names,
         ),
-        label_words=labels.describe(task),
+        label_words=task.rule.describe(),
         ranges=tuple(
             AssetRange(b.symbol, len(b), str(b.dates[0]), str(b.dates[-1]), b.version)
             for b in (*bars, *context.values())
@@ -172,7 +172,7 @@ def build_test(spec: StudySpec | TrialConfig, root: Path, *, scaling: Scaling) -
     data, bars, context, bounds = _load(spec, root)
     if bounds.test_first is None:
         raise splits.BadSplit("this walk-forward split has no test part (no split.test_start): nothing is sealed")
-    whole, context_length = Stack.of(bars, context, data.features, spec.task), spec.model.context_length
+    whole, context_length = Stack.of(bars, context, data.features, spec.task.rule), spec.model.context_length
     chosen = whole.whole_windows(context_length) & (whole.dates >= bounds.test_first)
     return _scaled(whole, np.flatnonzero(chosen), scaling, f"the test part, from {bounds.test_first}", context_length)
 
@@ -188,7 +188,7 @@ def build_foreign(
     Raises:
         FintxError: too few bars for one window with its future.
     """
-    stack, context_length = Stack.of([bars], context, spec.data.features, spec.task), spec.model.context_length
+    stack, context_length = Stack.of([bars], context, spec.data.features, spec.task.rule), spec.model.context_length
     chosen = stack.whole_windows(context_length)
     return _scaled(stack, np.flatnonzero(chosen), scaling, bars.symbol, context_length)
 

@@ -11,8 +11,8 @@ from typing import Literal
 
 import numpy as np
 
-from fintx.config import TaskConfig
 from fintx.data.bars import Bars
+from fintx.tasks import Threshold
 from fintx.types import Floats
 
 YEAR = 252
@@ -77,9 +77,13 @@ class DeflatedSharpe:
     n_trials: int
 
 
-def assumptions(rules: Rules, task: TaskConfig) -> tuple[str, ...]:
+def applies(level: Threshold | None) -> bool:
+    """Whether there is a target above the close, at which to sell."""
+    return level is not None and level.threshold > 0
+
+
+def assumptions(rules: Rules, task: Threshold) -> tuple[str, ...]:
     """All that the backtest takes for granted, a line each."""
-    assert task.threshold is not None
     enter = (
         "at the close that the forecast was made from (kind to it: that close is an input)"
         if rules.entry == "close"
@@ -102,7 +106,7 @@ def assumptions(rules: Rules, task: TaskConfig) -> tuple[str, ...]:
     )
 
 
-def trade(bars: Bars, decision_days: np.ndarray, yes: np.ndarray, task: TaskConfig, rules: Rules) -> Ledger:
+def trade(bars: Bars, decision_days: np.ndarray, yes: np.ndarray, task: Threshold, rules: Rules) -> Ledger:
     """Follow a rule through one asset's bars.
 
     Args:
@@ -116,7 +120,7 @@ def trade(bars: Bars, decision_days: np.ndarray, yes: np.ndarray, task: TaskConf
     Raises:
         ValueError: a task without a target above the close, or decision days that the bars lack.
     """
-    if task.kind != "threshold" or task.threshold is None or task.threshold <= 0:
+    if not applies(task):
         raise ValueError("a backtest needs a threshold task whose target lies above the close")
     place = np.searchsorted(bars.dates, decision_days)
     if len(place) == 0 or place[-1] + task.horizon >= len(bars) or (bars.dates[place] != decision_days).any():
@@ -146,7 +150,7 @@ def trade(bars: Bars, decision_days: np.ndarray, yes: np.ndarray, task: TaskConf
     return Ledger(bars.dates[days], growth[days] - 1, held[days], trades, wins, at_target)
 
 
-def _exit(bars: Bars, day: int, target: float, task: TaskConfig) -> tuple[int, float]:
+def _exit(bars: Bars, day: int, target: float, task: Threshold) -> tuple[int, float]:
     """The day a position ends, and at which price."""
     end = day + task.horizon
     if task.price == "high":

@@ -1,4 +1,7 @@
-"""What must a model beat? Small forecasters, fitted on the same training rows, scored on the same validation rows."""
+"""Baselines, which a model must beat: small forecasters, fitted on the same training rows, scored on the same ones.
+
+One entry each in `BASELINES`, at the end of the file.
+"""
 
 from __future__ import annotations
 
@@ -10,12 +13,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from fintx import tasks
 from fintx.config import TaskConfig
-from fintx.data import features, labels
+from fintx.data import features
 from fintx.data.bars import Bars
 from fintx.data.windows import Dataset
 from fintx.evaluate import history, lastbar, metrics, touch
 from fintx.evaluate.metrics import Metrics
+from fintx.tasks import Prediction, Task
 from fintx.types import Floats, Ints
 
 VERSION = 2
@@ -40,7 +45,7 @@ class Baseline:
     name: str
     words: str
     outputs: Floats
-    """(S,) float32 logits, or log returns for regression."""
+    """(S,) float32 logits, or values."""
     metrics: Metrics
 
 
@@ -68,12 +73,35 @@ def for_dataset(
         ValueError: a classification fold whose training labels are all alike; bars without the dataset's days.
     """
     prior = float(np.mean(dataset.train.labels, dtype=np.float64))
-    constant: Floats = np.full(len(dataset.validation.rows), metrics.prior_output(task.kind, prior))
-    known = Known.at(dataset, bars, context)
-    forecast = _Forecaster(dataset, constant, pause)
+    constant = metrics.prior_output(task.predicts, prior)
+    known = Known.at(dataset, task.rule, bars, context)
+    fitted = []
     with _one_thread():
-        found = _of_returns(known, forecast) if task.kind == "regression" else _of_labels(known, forecast, task)
-    return tuple(_scored(name, words, outputs, dataset, task, prior) for name, words, outputs in found)
+        for name, recipe in BASELINES[task.predicts].items():
+            if not recipe.applies(known):
+                continue
+            pause()
+            words, outputs = _forecast(recipe, known, constant)
+            scores = metrics.evaluate(task.predicts, outputs, dataset.validation.labels, prior=prior)
+            fitted.append(Baseline(name, words, outputs, scores))
+    return tuple(fitted)
+
+
+def _forecast(recipe: Recipe, known: Known, constant: np.float32) -> tuple[str, Floats]:
+    """Words and (S',) outputs: from the first input where it is known, else from the next, at last the constant."""
+    train, validation = known.dataset.train, known.dataset.validation
+    outputs = np.full(len(validation.rows), constant, np.float64)
+    there = [(each.words, values) for each in recipe.inputs if (values := each.values(known)) is not None]
+    for _, values in reversed(there):  # a better input overwrites a worse one
+        finite = np.isfinite(values).all(axis=1)
+        learn, say = finite[train.rows], finite[validation.rows]
+        to_predict = values[validation.rows[say]]
+        if recipe.fit is None:
+            outputs[say] = to_predict[:, 0]
+        elif say.any() and learn.any() and np.ptp(train.labels[learn]) > 0:
+            outputs[say] = recipe.fit(known.task)(values[train.rows[learn]], train.labels[learn], to_predict)
+    # float32, as models' outputs are kept: a baseline scored again from disk has the same figures.
+    return recipe.words.format(there[0][0] if there else ""), outputs.astype(np.float32)
 
 
 @contextlib.contextmanager
@@ -87,102 +115,6 @@ def _one_thread() -> Iterator[None]:
         yield
 
 
-Said = list[tuple[str, str, Floats]]
-"""Name, words, outputs."""
-
-
-def _of_labels(known: Known, forecast: _Forecaster, task: TaskConfig) -> Said:
-    """Probabilities, as logits."""
-    vix, realised = known.vix, known.volatilities
-    volatility = forecast(volatility_logistic, *([vix] if vix is not None else []), realised)
-    said = "ln VIX" if vix is not None else "ln realised volatility of 5, 21 and 63 days"
-    dataset = known.dataset
-    rows = dataset.validation.rows
-    cut, ends = known.labels(task)
-    rate = history.climatology(cut, ends, dataset.dates[rows])
-    with np.errstate(divide="ignore"):
-        climate = np.log(rate) - np.log1p(-rate)
-    found = [
-        ("prior", "the base rate in training", forecast.constant),
-        ("climatology", "the base rate of all labels known by then", np.where(np.isfinite(climate), climate,
-         forecast.constant)),
-        ("last_label", "how often it comes after the last known label was 0, or 1",
-         forecast(_only(history.persistence), known.last_label(task))),
-        ("volatility_logistic", f"logistic regression on {said}", volatility),
-    ]  # fmt: skip
-    if vix is not None:
-        both = np.concatenate([vix, realised], axis=1)
-        words = "logistic regression on ln VIX and ln realised volatility of 5, 21 and 63 days"
-        found.append(("vix_har_logistic", words, forecast(volatility_logistic, both, vix, realised)))
-    if touch.applies(task):
-        fit = _only(functools.partial(touch.fitted, task))
-        unit = np.sqrt(task.horizon / touch.TRADING_DAYS)
-        implied = [np.exp(vix) / 100 * unit] if vix is not None else []
-        own = np.exp(realised[:, 1:2]) * np.sqrt(task.horizon)
-        words = f"a level is touched by a driftless diffusion of k × {'VIX' if implied else '21-day volatility'}"
-        found.append(("volatility_touch", words, forecast(fit, *implied, own)))
-        garch = forecast(fit, known.garch(task.horizon), own)
-        found.append(("garch_touch", "the same, of k × the SD that a GJR-GARCH(1, 1) foresees", garch))
-    inputs = dataset.features.astype(np.float64)
-    found += [
-        ("bar_logistic", "L2 logistic regression on the last bar's features", forecast(lastbar.logistic, inputs)),
-        ("bar_boosting", "gradient boosted trees on the last bar's features", forecast(lastbar.boosting, inputs)),
-        ("bar_mlp", "five small networks on the last bar's features", forecast(lastbar.mlp, inputs)),
-    ]
-    return found
-
-
-def _of_returns(known: Known, forecast: _Forecaster) -> Said:
-    """Log returns."""
-    vix, realised, returns = known.vix, known.volatilities, known.inputs(RETURNS)
-    said = "ln VIX" if vix is not None else "ln realised volatility of 5, 21 and 63 days"
-    volatility = forecast(volatility_linear, *([vix] if vix is not None else []), realised)
-    words = "linear regression on the log return of the last 1, 5 and 21 days"
-    return [
-        ("prior", "the mean training return", forecast.constant),
-        ("zero", "no move", np.zeros_like(forecast.constant)),
-        ("har_linear", words, forecast(volatility_linear, returns)),
-        ("volatility_linear", f"linear regression on {said}", volatility),
-    ]
-
-
-Fit = Callable[[Floats, Floats, Floats], Floats]
-"""(training inputs (S, K), labels (S,), validation inputs (S', K)) → outputs (S',)."""
-
-
-def _only(fit: Fit) -> Fit:
-    """Of a model of one input, which takes it as (S,)."""
-    return lambda train, labels, validation: fit(train[:, 0], labels, validation[:, 0])
-
-
-@dataclass(frozen=True, eq=False)
-class _Forecaster:
-    """Fits on training rows, and says something of every validation row."""
-
-    dataset: Dataset
-    constant: Floats
-    """(S',): said of rows whose inputs are unknown."""
-    pause: Callable[[], None]
-
-    def __call__(self, fit: Fit, *choices: Floats) -> Floats:
-        """Outputs from the first choice of inputs, (rows, K) each, where it is known; else from the next."""
-        self.pause()
-        outputs = self.constant.astype(np.float64)
-        train, validation = self.dataset.train, self.dataset.validation
-        for inputs in reversed(choices):  # a better choice overwrites a worse one
-            known = np.isfinite(inputs).all(axis=1)
-            learn, say = known[train.rows], known[validation.rows]
-            if say.any() and learn.any() and np.ptp(train.labels[learn]) > 0:
-                outputs[say] = fit(inputs[train.rows[learn]], train.labels[learn], inputs[validation.rows[say]])
-        return outputs
-
-
-def _scored(name: str, words: str, outputs: Floats, dataset: Dataset, task: TaskConfig, prior: float) -> Baseline:
-    # float32, as models' outputs are kept: a baseline scored again from disk has the same figures.
-    kept = outputs.astype(np.float32)
-    return Baseline(name, words, kept, metrics.evaluate(task.kind, kept, dataset.validation.labels, prior=prior))
-
-
 # --- inputs -----------------------------------------------------------------------------------------------------------
 
 
@@ -191,6 +123,7 @@ class Known:
     """What is known at each row's close."""
 
     dataset: Dataset
+    task: Task
     bars: Mapping[str, Bars]
     """Of the assets, cut off after the dataset's last day."""
     context: Mapping[str, Bars]
@@ -198,51 +131,64 @@ class Known:
     """Per asset: its rows, and their places among its bars."""
 
     @staticmethod
-    def at(dataset: Dataset, bars: Mapping[str, Bars], context: Mapping[str, Bars]) -> Known:
+    def at(dataset: Dataset, task: Task, bars: Mapping[str, Bars], context: Mapping[str, Bars]) -> Known:
         """Raises ValueError: bars without the dataset's days."""
         last = dataset.dates.max().astype(datetime.date)
         cut = {symbol: bars[symbol].between(None, last) for symbol in dataset.assets}
         places = tuple(_places(dataset, i, cut[symbol]) for i, symbol in enumerate(dataset.assets))
-        return Known(dataset, cut, context, places)
+        return Known(dataset, task, cut, context, places)
 
     def inputs(self, names: Sequence[str]) -> Floats:
         """(rows, K) features by name; NaN in their warm-up."""
         return self._gather(lambda bars: features.compute(tuple(names), bars, self.context), len(names))
 
-    @property
+    @functools.cached_property
     def vix(self) -> Floats | None:
         """(rows, 1) ln VIX; none: the context doesn't hold it."""
         return self.inputs(VIX) if features.VIX in self.context else None
 
-    @property
+    @functools.cached_property
     def volatilities(self) -> Floats:
         """(rows, 3) ln realised volatility per day."""
         return np.log(np.maximum(self.inputs(VOLATILITIES), _LEAST_VOL))
 
-    def labels(self, task: TaskConfig) -> tuple[Floats, np.ndarray]:
-        """(N,) the labels of all bars, and when each is known; before the dataset's last day."""
-        each = self.bars.values()
-        cut = [labels.cut(task, bars) for bars in each]
-        return np.concatenate(cut), np.concatenate([labels.ends(task, bars) for bars in each])
+    def implied_sd(self) -> Floats | None:
+        """(rows, 1) SD of the log return over the horizon, by VIX."""
+        if self.vix is None:
+            return None
+        return np.exp(self.vix) / 100 * np.sqrt(self.task.horizon / touch.TRADING_DAYS)
 
-    def last_label(self, task: TaskConfig) -> Floats:
-        """(rows, 1): the last label of the same asset that is known, h bars old."""
+    def realised_sd(self) -> Floats:
+        """(rows, 1) the same, by the realised volatility of 21 days."""
+        return np.exp(self.volatilities[:, 1:2]) * np.sqrt(self.task.horizon)
 
-        def shifted(bars: Bars) -> Floats:
-            cut = labels.cut(task, bars)
-            return np.concatenate([np.full(task.horizon, np.nan), cut])[: len(cut), None]
-
-        return self._gather(shifted, 1)
-
-    def garch(self, horizon: int) -> Floats:
-        """(rows, 1) SD of the log return over the horizon, fitted per asset to its closes that training has seen."""
+    def garch_sd(self) -> Floats:
+        """(rows, 1) the same, fitted per asset to its closes that training has seen."""
         last = self.dataset.dates[self.dataset.train.rows].max()
 
         def foreseen(bars: Bars) -> Floats:
             n_train = int(np.searchsorted(bars.dates, last, side="right"))
-            return touch.garch_sd(bars.close, n_train=n_train, horizon=horizon)[:, None]
+            return touch.garch_sd(bars.close, n_train=n_train, horizon=self.task.horizon)[:, None]
 
         return self._gather(foreseen, 1)
+
+    def climatology(self) -> Floats:
+        """(rows, 1) logit of the base rate of all labels that are known by then, of all bars."""
+        each = self.bars.values()
+        labels = np.concatenate([tasks.labels(self.task, bars) for bars in each])
+        ends = np.concatenate([tasks.ends(self.task, bars) for bars in each])
+        rate = history.climatology(labels, ends, self.dataset.dates)[:, None]
+        with np.errstate(divide="ignore"):
+            return np.log(rate) - np.log1p(-rate)
+
+    def last_label(self) -> Floats:
+        """(rows, 1): the last label of the same asset that is known, h bars old."""
+
+        def shifted(bars: Bars) -> Floats:
+            labels = tasks.labels(self.task, bars)
+            return np.concatenate([np.full(self.task.horizon, np.nan), labels])[: len(labels), None]
+
+        return self._gather(shifted, 1)
 
     def _gather(self, of: Callable[[Bars], Floats], width: int) -> Floats:
         found = np.full((len(self.dataset.dates), width), np.nan)
@@ -296,3 +242,103 @@ def _standardised(train: Floats, validation: Floats) -> tuple[Floats, Floats]:
     mean, std = train.mean(axis=0), train.std(axis=0)
     std = np.where(std > 1e-12 * np.abs(mean), std, 1.0)
     return (train - mean) / std, (validation - mean) / std
+
+
+# --- what there is ----------------------------------------------------------------------------------------------------
+
+Fit = Callable[[Floats, Floats, Floats], Floats]
+"""(training inputs (S, K), labels (S,), validation inputs (S', K)) → outputs (S',)."""
+
+
+@dataclass(frozen=True)
+class Input:
+    """What a baseline looks at."""
+
+    words: str
+    values: Callable[[Known], Floats | None]
+    """(rows, K); NaN where it is not known. None: the study's context doesn't hold it."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a baseline forecasts."""
+
+    words: str
+    """{} stands for the words of the first input that is there."""
+    inputs: tuple[Input, ...] = ()
+    """The best first; a row that lacks it is forecast from the next, at last by the prior."""
+    fit: Callable[[Task], Fit] | None = None
+    """None: nothing is fitted, the input is the forecast."""
+    applies: Callable[[Known], bool] = lambda known: True
+    """Whether it can say anything; else it is left out."""
+
+
+def _with_vix(known: Known) -> Floats | None:
+    return None if known.vix is None else np.concatenate([known.vix, known.volatilities], axis=1)
+
+
+def _touchable(known: Known) -> bool:
+    return touch.applies(known.task.level)
+
+
+def _touch(task: Task) -> Fit:
+    assert task.level is not None
+    return _only(functools.partial(touch.fitted, task.level))
+
+
+def _only(fit: Fit) -> Fit:
+    """Of a model of one input, which takes it as (S,)."""
+    return lambda train, labels, validation: fit(train[:, 0], labels, validation[:, 0])
+
+
+_REALISED = "ln realised volatility of 5, 21 and 63 days"
+_VOLATILITY = (Input("ln VIX", lambda known: known.vix), Input(_REALISED, lambda known: known.volatilities))
+_REALISED_SD = Input("21-day volatility", Known.realised_sd)
+_LAST_BAR = (Input("the last bar's features", lambda known: known.dataset.features.astype(np.float64)),)
+
+BASELINES: dict[Prediction, dict[str, Recipe]] = {
+    "probability": {
+        "prior": Recipe("the base rate in training"),
+        "climatology": Recipe(
+            "the base rate of all labels known by then", (Input("labels known by then", Known.climatology),)
+        ),
+        "last_label": Recipe(
+            "how often it comes after the last known label was 0, or 1",
+            (Input("the last known label", Known.last_label),),
+            lambda _: _only(history.persistence),
+        ),
+        "volatility_logistic": Recipe("logistic regression on {}", _VOLATILITY, lambda _: volatility_logistic),
+        "vix_har_logistic": Recipe(
+            "logistic regression on {}",
+            (Input(f"ln VIX and {_REALISED}", _with_vix), *_VOLATILITY),
+            lambda _: volatility_logistic,
+            applies=lambda known: known.vix is not None,
+        ),
+        "volatility_touch": Recipe(
+            "a level is touched by a driftless diffusion of k × {}",
+            (Input("VIX", Known.implied_sd), _REALISED_SD),
+            _touch,
+            applies=_touchable,
+        ),
+        "garch_touch": Recipe(
+            "the same, of k × {}",
+            (Input("the SD that a GJR-GARCH(1, 1) foresees", Known.garch_sd), _REALISED_SD),
+            _touch,
+            applies=_touchable,
+        ),
+        "bar_logistic": Recipe("L2 logistic regression on {}", _LAST_BAR, lambda _: lastbar.logistic),
+        "bar_boosting": Recipe("gradient boosted trees on {}", _LAST_BAR, lambda _: lastbar.boosting),
+        "bar_mlp": Recipe("five small networks on {}", _LAST_BAR, lambda _: lastbar.mlp),
+    },
+    "value": {
+        "prior": Recipe("the mean training return"),
+        "zero": Recipe("no move", (Input("nothing", lambda known: np.zeros((len(known.dataset.dates), 1))),)),
+        "har_linear": Recipe(
+            "linear regression on {}",
+            (Input("the log return of the last 1, 5 and 21 days", lambda known: known.inputs(RETURNS)),),
+            lambda _: volatility_linear,
+        ),
+        "volatility_linear": Recipe("linear regression on {}", _VOLATILITY, lambda _: volatility_linear),
+    },
+}
+"""By what is predicted, in the order in which they are told. Whoever adds one raises VERSION."""

@@ -153,7 +153,7 @@ def temperature(logits: Floats, labels: Floats) -> float:
     from scipy.optimize import minimize_scalar
 
     def loss(log_t: float) -> float:
-        return float(metrics.per_sample_loss("threshold", logits / np.exp(log_t), labels).mean())
+        return float(metrics.per_sample_loss("probability", logits / np.exp(log_t), labels).mean())
 
     bound = np.log(20.0)
     found = minimize_scalar(loss, bounds=(-bound, bound), method="bounded", options={"xatol": 1e-6})
@@ -229,7 +229,7 @@ def halves(dates: np.ndarray, *, horizon: int) -> Ints:
 def _judged(method: str, logits: Floats, labels: Floats) -> Recalibration:
     return Recalibration(
         method=method,
-        log_loss=float(metrics.per_sample_loss("threshold", logits, labels).mean()),
+        log_loss=float(metrics.per_sample_loss("probability", logits, labels).mean()),
         brier=float(np.square(metrics.sigmoid(logits) - labels).mean()),
         calibration_error=metrics.calibration_error(logits, labels),
         n=len(labels),

@@ -87,7 +87,7 @@ def mirror_test(logits: Floats, labels: Floats, opposite: Floats, *, horizon: in
     Args:
         logits: (S,).
         labels: (S,) 0 or 1.
-        opposite: (S,) 0 or 1, of `data.labels.opposite`.
+        opposite: (S,) 0 or 1, of `tasks.opposites`.
         horizon: h, days over which labels overlap.
 
     Raises:
@@ -125,13 +125,13 @@ def by_year(
         ValueError: as `mirror_test`; or a prior of 0 or 1.
     """
     _check(logits, labels)
-    losses = metrics.per_sample_loss("threshold", logits, labels)
+    losses = metrics.per_sample_loss("probability", logits, labels)
     priors = np.broadcast_to(np.asarray(prior, np.float64), losses.shape)
     constant = np.empty(len(losses))
     for rate in np.unique(priors):
-        constant[priors == rate] = metrics.prior_output("threshold", float(rate))
-    prior_losses = metrics.per_sample_loss("threshold", constant, labels)
-    saved = None if rival is None else metrics.per_sample_loss("threshold", rival, labels) - losses
+        constant[priors == rate] = metrics.prior_output("probability", float(rate))
+    prior_losses = metrics.per_sample_loss("probability", constant, labels)
+    saved = None if rival is None else metrics.per_sample_loss("probability", rival, labels) - losses
     rows = []
     for year, mine in _years(dates):
         loss, prior_loss = float(losses[mine].mean()), float(prior_losses[mine].mean())
@@ -191,4 +191,4 @@ def _years(dates: np.ndarray) -> list[tuple[int, np.ndarray]]:
 
 
 def _check(logits: Floats, labels: Floats) -> None:
-    metrics.per_sample_loss("threshold", logits, labels)  # it refuses what can't be scored
+    metrics.per_sample_loss("probability", logits, labels)  # it refuses what can't be scored

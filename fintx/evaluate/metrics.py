@@ -1,4 +1,4 @@
-"""How good are predictions? Every metric of a task's kind at once, from logits; NumPy in, plain numbers out.
+"""Metrics: all that fit what is predicted at once, a probability or a value; NumPy in, plain numbers out.
 
 The ranking metrics are written out rather than taken from scikit-learn: every command imports this module, and that
 import alone takes seconds. Tests hold them equal to scikit-learn's.
@@ -6,15 +6,14 @@ import alone takes seconds. Tests hold them equal to scikit-learn's.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 
+from fintx.tasks import Prediction
 from fintx.types import Floats, Ints
 
-Kind = Literal["threshold", "direction", "regression"]
 Metrics = dict[str, float | int | None]
 """Name → number. An int is a count, which adds up over folds; None: undefined on these samples."""
 
@@ -28,23 +27,18 @@ MINIMIZE: dict[str, bool] = {
 }
 """What a study may decide by, and whether less is better."""
 
-KINDS: dict[str, tuple[Kind, ...]] = {
-    metric: ("regression",) if metric in ("mse", "mae") else ("threshold", "direction") for metric in MINIMIZE
-}
-"""Which kinds of task have the metric."""
-
 SKILLS: dict[str, str] = {"log_loss": "skill", "brier": "brier_skill", "mse": "skill", "mae": "mae_skill"}
 """Loss → the key of its skill, 1 − loss / loss of the training prior."""
 
 CALIBRATION_BINS = 10
 
 
-def evaluate(kind: Kind, outputs: Floats, targets: Floats, *, prior: float) -> Metrics:
+def evaluate(predicts: Prediction, outputs: Floats, targets: Floats, *, prior: float) -> Metrics:
     """All metrics of a set of predictions.
 
     Args:
-        outputs: (S,) logits, or predicted log returns for regression.
-        targets: (S,) 0 or 1, or log returns.
+        outputs: (S,) logits of probabilities, or predicted values.
+        targets: (S,) 0 or 1, or values.
         prior: mean training label: what a forecaster without inputs would say. Skill is measured against it.
 
     Returns:
@@ -54,16 +48,11 @@ def evaluate(kind: Kind, outputs: Floats, targets: Floats, *, prior: float) -> M
         ValueError: no samples, different lengths, outputs or targets that are not finite, classes other than 0 and 1,
             or a base rate of 0 or 1 as the prior.
     """
-    outputs, targets = _checked(kind, outputs, targets)
-    if kind == "regression":
-        if not np.isfinite(prior):
-            raise ValueError(f"the prior must be a finite mean training label, got {prior}")
-        return _regression(outputs, targets, prior)
-    return _classification(outputs, targets, prior)
+    return _SCORES[predicts].evaluate(*_checked(predicts, outputs, targets), prior)
 
 
 def per_asset(
-    kind: Kind, outputs: Floats, targets: Floats, asset_ids: Ints, assets: Sequence[str], *, prior: float
+    predicts: Prediction, outputs: Floats, targets: Floats, asset_ids: Ints, assets: Sequence[str], *, prior: float
 ) -> dict[str, Metrics]:
     """`evaluate` of each asset's own samples, against the one pooled prior; assets without any are left out.
 
@@ -72,47 +61,39 @@ def per_asset(
     """
     masks = {asset: asset_ids == i for i, asset in enumerate(assets)}
     return {
-        asset: evaluate(kind, outputs[mask], targets[mask], prior=prior) for asset, mask in masks.items() if mask.any()
+        asset: evaluate(predicts, outputs[mask], targets[mask], prior=prior)
+        for asset, mask in masks.items()
+        if mask.any()
     }
 
 
-def per_sample_loss(kind: Kind, outputs: Floats, targets: Floats) -> Floats:
-    """(S,) float64, whose mean is log_loss, or mse for regression.
+def per_sample_loss(predicts: Prediction, outputs: Floats, targets: Floats) -> Floats:
+    """(S,) float64, whose mean is log_loss, or mse of values.
 
     Log loss in nats is ln(1 + e^(∓logit)), computed so for any logit and never clamped.
 
     Raises:
         ValueError: as `evaluate`, for outputs and targets.
     """
-    return _loss(kind, *_checked(kind, outputs, targets))
+    return _SCORES[predicts].loss(*_checked(predicts, outputs, targets))
 
 
-def ensemble(kind: Kind, outputs: Floats) -> Floats:
-    """(S,) output of several models that speak as one: the logit of their mean probability, or their mean return.
+def ensemble(predicts: Prediction, outputs: Floats) -> Floats:
+    """(S,) output of several models that speak as one: the logit of their mean probability, or their mean value.
 
     Args:
-        outputs: (N, S) logits, or log returns.
+        outputs: (N, S) logits, or values.
     """
-    outputs = np.asarray(outputs, np.float64)
-    if kind == "regression":
-        return outputs.mean(axis=0)
-    # ln Σp − ln Σ(1 − p), each summed as logarithms: no probability is rounded to 0 or 1 on the way.
-    return np.logaddexp.reduce(-np.logaddexp(0.0, -outputs), axis=0) - np.logaddexp.reduce(
-        -np.logaddexp(0.0, outputs), axis=0
-    )
+    return _SCORES[predicts].ensemble(np.asarray(outputs, np.float64))
 
 
-def prior_output(kind: Kind, prior: float) -> np.float32:
+def prior_output(predicts: Prediction, prior: float) -> np.float32:
     """What a model that knows the training prior alone puts out for every row; float32, as every model's output is.
 
     Raises:
-        ValueError: a base rate that is not strictly between 0 and 1.
+        ValueError: a base rate that is not strictly between 0 and 1, or a mean that is not finite.
     """
-    if kind == "regression":
-        return np.float32(prior)
-    if not 0 < prior < 1:
-        raise ValueError(f"the training base rate must lie between 0 and 1, got {prior}: train on rows of both classes")
-    return np.float32(np.log(prior) - np.log1p(-prior))
+    return _SCORES[predicts].prior_output(prior)
 
 
 def better(metric: str, a: float | None, b: float | None) -> bool:
@@ -122,15 +103,15 @@ def better(metric: str, a: float | None, b: float | None) -> bool:
     return a < b if MINIMIZE[metric] else a > b
 
 
-# --- classification ---------------------------------------------------------------------------------------------------
+# --- probabilities ----------------------------------------------------------------------------------------------------
 
 
-def _classification(logits: Floats, targets: Floats, prior: float) -> Metrics:
+def _of_probabilities(logits: Floats, targets: Floats, prior: float) -> Metrics:
     # The prior is scored as the constant output it is, rounding included: its own skill is exactly 0.
-    constant = np.full(len(targets), prior_output("threshold", prior), np.float64)
+    constant = np.full(len(targets), _prior_logit(prior), np.float64)
     p, prior_p = sigmoid(logits), sigmoid(constant)
-    log_loss = float(_loss("threshold", logits, targets).mean())
-    prior_log_loss = float(_loss("threshold", constant, targets).mean())
+    log_loss = float(_log_loss(logits, targets).mean())
+    prior_log_loss = float(_log_loss(constant, targets).mean())
     brier, prior_brier = float(np.square(p - targets).mean()), float(np.square(prior_p - targets).mean())
     truth, n, positives = targets > 0.5, len(targets), int(targets.sum())
     return {
@@ -151,6 +132,23 @@ def _classification(logits: Floats, targets: Floats, prior: float) -> Metrics:
         "positives": positives,
         "n": n,
     }
+
+
+def _log_loss(logits: Floats, targets: Floats) -> Floats:
+    return np.logaddexp(0.0, (1 - 2 * targets) * logits)
+
+
+def _mean_probability(logits: Floats) -> Floats:
+    # ln Σp − ln Σ(1 − p), each summed as logarithms: no probability is rounded to 0 or 1 on the way.
+    return np.logaddexp.reduce(-np.logaddexp(0.0, -logits), axis=0) - np.logaddexp.reduce(
+        -np.logaddexp(0.0, logits), axis=0
+    )
+
+
+def _prior_logit(prior: float) -> np.float32:
+    if not 0 < prior < 1:
+        raise ValueError(f"the training base rate must lie between 0 and 1, got {prior}: train on rows of both classes")
+    return np.float32(np.log(prior) - np.log1p(-prior))
 
 
 def _decisions(said: np.ndarray, truth: np.ndarray, at: str) -> Metrics:
@@ -222,11 +220,11 @@ def calibration_error(logits: Floats, targets: Floats) -> float:
     return float(np.abs(gaps).sum() / n)
 
 
-# --- regression -------------------------------------------------------------------------------------------------------
+# --- values -----------------------------------------------------------------------------------------------------------
 
 
-def _regression(predicted: Floats, targets: Floats, prior: float) -> Metrics:
-    constant = float(prior_output("regression", prior))
+def _of_values(predicted: Floats, targets: Floats, prior: float) -> Metrics:
+    constant = float(_prior_value(prior))
     mse, prior_mse = float(np.square(predicted - targets).mean()), float(np.square(constant - targets).mean())
     mae, prior_mae = float(np.abs(predicted - targets).mean()), float(np.abs(constant - targets).mean())
     return {
@@ -243,6 +241,12 @@ def _regression(predicted: Floats, targets: Floats, prior: float) -> Metrics:
         "prior_mae": prior_mae,
         "n": len(targets),
     }
+
+
+def _prior_value(prior: float) -> np.float32:
+    if not np.isfinite(prior):
+        raise ValueError(f"the prior must be a finite mean training label, got {prior}")
+    return np.float32(prior)
 
 
 def correlation(predicted: Floats, targets: Floats) -> float | None:
@@ -267,7 +271,7 @@ def _sign_accuracy(predicted: Floats, targets: Floats) -> float | None:
 # --- shared -----------------------------------------------------------------------------------------------------------
 
 
-def _checked(kind: Kind, outputs: Floats, targets: Floats) -> tuple[Floats, Floats]:
+def _checked(predicts: Prediction, outputs: Floats, targets: Floats) -> tuple[Floats, Floats]:
     outputs, targets = np.asarray(outputs, np.float64), np.asarray(targets, np.float64)
     if outputs.shape != targets.shape or outputs.ndim != 1 or len(outputs) == 0:
         raise ValueError(
@@ -276,15 +280,9 @@ def _checked(kind: Kind, outputs: Floats, targets: Floats) -> tuple[Floats, Floa
     for name, values in (("outputs", outputs), ("targets", targets)):
         if bad := int((~np.isfinite(values)).sum()):
             raise ValueError(f"{name} must be finite; {bad} of {len(values)} are not")
-    if kind != "regression" and not np.isin(targets, (0.0, 1.0)).all():
-        raise ValueError(f'targets of a "{kind}" task must be 0 or 1, got {targets.min():g} … {targets.max():g}')
+    if predicts == "probability" and not np.isin(targets, (0.0, 1.0)).all():
+        raise ValueError(f"targets of probabilities must be 0 or 1, got {targets.min():g} … {targets.max():g}")
     return outputs, targets
-
-
-def _loss(kind: Kind, outputs: Floats, targets: Floats) -> Floats:
-    if kind == "regression":
-        return np.square(outputs - targets)
-    return np.logaddexp(0.0, (1 - 2 * targets) * outputs)
 
 
 def sigmoid(logits: Floats) -> Floats:
@@ -298,10 +296,32 @@ def _skill(loss: float, prior_loss: float) -> float | None:
 
 
 def _spread(predictions: Floats) -> Metrics:
-    """Extent of probabilities, or of predicted log returns; spread is their SD."""
+    """Extent of probabilities, or of predicted values; spread is their SD."""
     return {
         "prediction_min": float(predictions.min()),
         "prediction_max": float(predictions.max()),
         "prediction_mean": float(predictions.mean()),
         "prediction_spread": float(predictions.std()),
     }
+
+
+@dataclass(frozen=True)
+class _Scores:
+    """How one kind of prediction is scored."""
+
+    evaluate: Callable[[Floats, Floats, float], Metrics]
+    """(outputs, targets, prior) → metrics."""
+    loss: Callable[[Floats, Floats], Floats]
+    ensemble: Callable[[Floats], Floats]
+    prior_output: Callable[[float], np.float32]
+
+
+_SCORES: dict[Prediction, _Scores] = {
+    "probability": _Scores(_of_probabilities, _log_loss, _mean_probability, _prior_logit),
+    "value": _Scores(
+        _of_values,
+        lambda outputs, targets: np.square(outputs - targets),
+        lambda outputs: outputs.mean(axis=0),
+        _prior_value,
+    ),
+}

@@ -19,7 +19,7 @@ from typing import Literal
 import numpy as np
 
 from fintx.evaluate import metrics
-from fintx.evaluate.metrics import Kind
+from fintx.tasks import Prediction
 from fintx.types import Floats, Ints
 
 LEVEL = 0.05
@@ -44,7 +44,7 @@ def loss_name(metric: str) -> RowLoss:
     return metric if metric in ("log_loss", "brier", "mse", "mae") else "log_loss"  # type: ignore[return-value]
 
 
-def row_losses(kind: Kind, loss: RowLoss, outputs: Floats, targets: Floats) -> Floats:
+def row_losses(predicts: Prediction, loss: RowLoss, outputs: Floats, targets: Floats) -> Floats:
     """(S,) float64, whose mean is the metric called `loss`.
 
     Args:
@@ -54,7 +54,7 @@ def row_losses(kind: Kind, loss: RowLoss, outputs: Floats, targets: Floats) -> F
     Raises:
         ValueError: as `metrics.per_sample_loss`.
     """
-    whole = metrics.per_sample_loss(kind, outputs, targets)
+    whole = metrics.per_sample_loss(predicts, outputs, targets)
     if loss in ("log_loss", "mse"):
         return whole
     outputs, targets = np.asarray(outputs, np.float64), np.asarray(targets, np.float64)

@@ -14,8 +14,8 @@ import math
 
 import numpy as np
 
-from fintx.config import TaskConfig
 from fintx.evaluate import metrics
+from fintx.tasks import Threshold
 from fintx.types import Floats
 
 TRADING_DAYS = 252
@@ -27,19 +27,16 @@ _FEWEST_RETURNS = 250
 """A year of days, below which no GARCH model is fitted."""
 
 
-def applies(task: TaskConfig) -> bool:
+def applies(level: Threshold | None) -> bool:
     """Whether the formula says anything: a level that is not the close itself, and for highs one above it."""
-    if task.kind != "threshold":
-        return False
-    assert task.threshold is not None
-    return task.threshold > 0 or (task.price == "close" and task.threshold != 0)
+    return level is not None and (level.threshold > 0 or (level.price == "close" and level.threshold != 0))
 
 
-def fitted(task: TaskConfig, train: Floats, labels: Floats, validation: Floats) -> Floats:
+def fitted(level: Threshold, train: Floats, labels: Floats, validation: Floats) -> Floats:
     """Logits of the touch probability, k fitted by the mean log loss of the training rows.
 
     Args:
-        train: (S,) forecast SD of the log return over the task's horizon, positive; in any unit, which k takes up.
+        train: (S,) forecast SD of the log return over the horizon, positive; in any unit, which k takes up.
         labels: (S,) 0 or 1.
         validation: (S',), in the same unit.
 
@@ -49,17 +46,17 @@ def fitted(task: TaskConfig, train: Floats, labels: Floats, validation: Floats) 
     from scipy import optimize
 
     def loss(log_k: float) -> float:
-        outputs = logits(task, math.exp(log_k) * train)
-        return float(metrics.per_sample_loss("threshold", outputs, labels).mean())
+        outputs = logits(level, math.exp(log_k) * train)
+        return float(metrics.per_sample_loss("probability", outputs, labels).mean())
 
     unit = float(np.median(train))
-    typical = abs(math.log1p(task.threshold or 0.0))  # of the order of s where neither answer is certain
+    typical = abs(math.log1p(level.threshold))  # of the order of s where neither answer is certain
     bounds = [math.log(k * typical / unit) for k in (_K[0] / 10, _K[1] * 10)]
     best = optimize.minimize_scalar(loss, bounds=bounds, method="bounded", options={"xatol": 1e-6})
-    return logits(task, math.exp(best.x) * validation)
+    return logits(level, math.exp(best.x) * validation)
 
 
-def logits(task: TaskConfig, sd: Floats) -> Floats:
+def logits(level: Threshold, sd: Floats) -> Floats:
     """The formula.
 
     Args:
@@ -67,9 +64,9 @@ def logits(task: TaskConfig, sd: Floats) -> Floats:
     """
     from scipy.special import ndtr
 
-    assert applies(task) and task.threshold is not None
-    tail = ndtr(-math.log1p(task.threshold) / np.maximum(sd, 1e-9))
-    probability = np.clip(2 * tail if task.price == "high" else tail, _CLOSEST, 1 - _CLOSEST)
+    assert applies(level)
+    tail = ndtr(-math.log1p(level.threshold) / np.maximum(sd, 1e-9))
+    probability = np.clip(2 * tail if level.price == "high" else tail, _CLOSEST, 1 - _CLOSEST)
     return np.log(probability) - np.log1p(-probability)
 
 

@@ -14,7 +14,6 @@ from pathlib import Path
 import numpy as np
 
 from fintx.config import Shape
-from fintx.data import labels
 from fintx.evaluate import significance
 from fintx.evaluate.significance import Estimate
 from fintx.model import sizes
@@ -116,7 +115,7 @@ def read(folders: Sequence[Path]) -> Comparison:
     for each in found:
         if each.best is None:
             raise FintxError(f"{each.folder}: has no successful trial yet ({len(each.records)} finished)")
-    kinds = {each.skill_key + ("" if each.spec.task.kind == "regression" else " of events") for each in found}
+    kinds = {(each.skill_key, each.spec.task.predicts) for each in found}
     if len(kinds) > 1:
         words = ", ".join(f"{each.name}: {each.loss} of a {each.spec.task.kind} task" for each in found)
         raise FintxError(f"compare: the studies' skills are of different losses ({words}); compare those of one kind")
@@ -137,7 +136,7 @@ def _row(found: Evidence) -> StudyRow:
     rows = found.rows
     return StudyRow(
         name=found.name,
-        label=labels.describe(found.spec.task),
+        label=found.spec.task.rule.describe(),
         label_hash=best.folds[0].label_hash,
         budget=found.spec.budget.parameters,
         n_finished=len(found.records),

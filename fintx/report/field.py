@@ -13,7 +13,6 @@ from typing import Literal
 import numpy as np
 
 from fintx.config import StudySpec
-from fintx.data import labels
 from fintx.evaluate import significance
 from fintx.evaluate.significance import Resamples
 from fintx.model import sizes
@@ -162,7 +161,7 @@ def _on(chosen: Ints, evidence: Evidence, outputs: Floats) -> Floats:
 def _differences(found: Sequence[Evidence], over: Over) -> list[str]:
     """A line per respect in which studies differ that should not."""
     checks: list[tuple[str, Callable[[Evidence], str]]] = [
-        ("labels", lambda e: labels.describe(e.spec.task)),
+        ("labels", lambda e: e.spec.task.rule.describe()),
         ("metrics", lambda e: e.spec.study.metric),
         ("splits", lambda e: _split_words(e.spec)),
         ("budget tolerances", lambda e: f"± {100 * e.spec.budget.tolerance:g} %"),

@@ -13,6 +13,7 @@ from fintx.report.page import Block, Prose, Section
 from fintx.report.sections_evidence import volatility_rival
 from fintx.report.sheet import Format, Sheet
 from fintx.report.words import percent
+from fintx.tasks import Threshold
 from fintx.types import Floats
 
 
@@ -20,7 +21,7 @@ def calibration_section(evidence: Evidence) -> Section | None:
     """Reliability, Brier parts, scaling judged on later rows, precision and recall, thresholds."""
     best, rows = evidence.best, evidence.rows
     if (
-        evidence.spec.task.kind == "regression"
+        evidence.spec.task.predicts != "probability"
         or best is None
         or rows is None
         or best.trial_number not in evidence.outputs
@@ -100,7 +101,7 @@ def _thresholds(outputs: Floats, labels: Floats) -> Sheet:
 def interval_section(evidence: Evidence) -> Section | None:
     """For regression: conformal intervals learnt on the older half of the validation days, judged on the newer."""
     best, rows = evidence.best, evidence.rows
-    if evidence.spec.task.kind != "regression" or best is None or rows is None:
+    if evidence.spec.task.predicts != "value" or best is None or rows is None:
         return None
     if best.trial_number not in evidence.outputs:
         return None
@@ -145,11 +146,11 @@ def _conformal(
 
 def backtest_section(evidence: Evidence, bars: dict[str, Bars], rules: Rules) -> Section | None:
     """Follow the best trial, a volatility rule and the asset itself over the validation days, after costs."""
-    best, task = evidence.best, evidence.spec.task
+    best, level = evidence.best, evidence.spec.task.rule.level
     title = "Backtest"
     if best is None or best.trial_number not in evidence.outputs:
         return None
-    if task.kind != "threshold" or task.threshold is None or task.threshold <= 0:
+    if level is None or not backtest.applies(level):
         words = "A backtest needs a threshold task whose target lies above the close."
         return Section("backtest", title, (Prose(words, "note"),))
     if not bars:
@@ -157,11 +158,11 @@ def backtest_section(evidence: Evidence, bars: dict[str, Bars], rules: Rules) ->
         return Section("backtest", title, (Prose(words, "note"),))
     assert evidence.rows is not None
     rival = volatility_rival(evidence)
-    ledgers = {number: _follow(evidence, outputs, bars, rules) for number, outputs in evidence.outputs.items()}
+    ledgers = {number: _follow(evidence, outputs, bars, level, rules) for number, outputs in evidence.outputs.items()}
     mine = ledgers[best.trial_number]
     shown = {f"trial {best.trial_number}": mine}
     if rival is not None:
-        shown[rival] = _follow(evidence, evidence.rows.baselines[rival], bars, rules)
+        shown[rival] = _follow(evidence, evidence.rows.baselines[rival], bars, level, rules)
     shown["buy and hold"] = backtest.portfolio([backtest.buy_and_hold(held, mine, rules) for held in bars.values()])
     performances = [backtest.performance(name, ledger) for name, ledger in shown.items()]
     columns: list[tuple[str, Format]] = [
@@ -173,13 +174,13 @@ def backtest_section(evidence: Evidence, bars: dict[str, Bars], rules: Rules) ->
         for p in performances
     ]
     table = sheet.of("backtest", "After costs, on the validation days", columns, made, marked=(0,))
-    taken = Prose(tuple(backtest.assumptions(rules, task)))
+    taken = Prose(tuple(backtest.assumptions(rules, level)))
     return Section(
         "backtest", title, (Prose("What is taken for granted:"), taken, table, _deflated(evidence, ledgers, mine))
     )
 
 
-def _follow(evidence: Evidence, outputs: Floats, bars: dict[str, Bars], rules: Rules) -> Ledger:
+def _follow(evidence: Evidence, outputs: Floats, bars: dict[str, Bars], level: Threshold, rules: Rules) -> Ledger:
     """A yes where the probability reaches the training base rate of its fold; a panel's assets have equal shares."""
     rows = evidence.rows
     assert rows is not None
@@ -191,7 +192,7 @@ def _follow(evidence: Evidence, outputs: Floats, bars: dict[str, Bars], rules: R
         own = np.flatnonzero(assets == symbol)
         own = own[np.argsort(rows.dates[own], kind="stable")]
         if len(own):
-            ledgers.append(backtest.trade(held, rows.dates[own], yes[own], evidence.spec.task, rules))
+            ledgers.append(backtest.trade(held, rows.dates[own], yes[own], level, rules))
     return ledgers[0] if len(ledgers) == 1 else backtest.portfolio(ledgers)
 
 

@@ -17,10 +17,13 @@ from fintx.report.sheet import Format, Sheet
 from fintx.report.words import number, percent, shape_words, span
 from fintx.study.confirmation import Candidate, Confirmation
 from fintx.study.records import TrialRecord
+from fintx.tasks import Prediction
 from fintx.types import Floats
 
-_SHOWN = ("log_loss", "auc", "brier", "average_precision", "calibration_error")
-_SHOWN_REGRESSION = ("mse", "mae", "correlation", "sign_accuracy")
+_SHOWN: dict[Prediction, tuple[str, ...]] = {
+    "probability": ("log_loss", "auc", "brier", "average_precision", "calibration_error"),
+    "value": ("mse", "mae", "correlation", "sign_accuracy"),
+}
 _VOLATILITY = ("volatility_", "vix_", "garch_")
 _FOREST = 8
 
@@ -28,7 +31,7 @@ _FOREST = 8
 def beside_baselines(evidence: Evidence) -> Section:
     """The best trial and every baseline on the same rows; gains with intervals."""
     best = evidence.best
-    first, *others = _SHOWN_REGRESSION if evidence.spec.task.kind == "regression" else _SHOWN
+    first, *others = _SHOWN[evidence.spec.task.predicts]
     columns: list[tuple[str, Format]] = [
         ("", "text"), (_head(first), "number"), ("skill", "percent"), ("the trial saves", "number"),
         ("95 % interval", "text"), *((_head(key), "number") for key in others), ("what it is", "text"),
@@ -169,7 +172,7 @@ def direction_section(evidence: Evidence, bars: dict[str, Bars]) -> Section | No
     """For threshold tasks: the mirror test, years, and the lead over volatility through time."""
     best, rows = evidence.best, evidence.rows
     if (
-        evidence.spec.task.kind != "threshold"
+        evidence.spec.task.rule.level is None
         or best is None
         or rows is None
         or best.trial_number not in evidence.outputs

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from fintx.data import labels, sources, windows
+from fintx import tasks
+from fintx.data import sources, windows
 from fintx.data.bars import Bars
 from fintx.report import sheet
 from fintx.report.evidence import Evidence
@@ -30,7 +31,7 @@ class Setting:
 def read(evidence: Evidence, *, data_root: Path) -> Setting:
     """Rebuild the tables that `plan` prints, from the data that the study pinned."""
     spec = evidence.spec
-    label = labels.describe(spec.task)
+    label = spec.task.rule.describe()
     try:
         prepared = windows.build(spec, data_root)
         bars = {
@@ -74,15 +75,15 @@ def _from_records(evidence: Evidence) -> Sheet:
 
 
 def opposite(evidence: Evidence, bars: dict[str, Bars]) -> Floats | None:
-    """(S,) labels of the mirrored event on the validation rows; none without the data, or for another kind of task."""
-    rows = evidence.rows
-    if rows is None or not bars or evidence.spec.task.kind != "threshold":
+    """(S,) labels of the mirrored event on the validation rows; none without data or without a level."""
+    rows, level = evidence.rows, evidence.spec.task.rule.level
+    if rows is None or not bars or level is None:
         return None
     assets = np.asarray(rows.key["asset"].to_pylist())
     found = np.full(len(rows.labels), np.nan)
     for symbol, held in bars.items():
         mine = assets == symbol
-        mirrored = labels.opposite(evidence.spec.task, held)
+        mirrored = tasks.opposites(level, held)
         place = np.searchsorted(held.dates, rows.dates[mine])
         found[mine] = mirrored[np.minimum(place, len(held) - 1)]
     return found if np.isfinite(found).all() else None

@@ -183,10 +183,10 @@ def _candidate(
 def _ensemble(record: TrialRecord, compared: _Compared) -> Ensemble:
     rows = compared.rows
     assert compared.fresh is not None and compared.resamples is not None
-    outputs = metrics.ensemble(rows.kind, compared.fresh)
+    outputs = metrics.ensemble(rows.predicts, compared.fresh)
     saved = rows.series(compared.baseline - rows.losses(outputs))
     scored = [
-        metrics.evaluate(rows.kind, outputs[rows.fold == fold], rows.labels[rows.fold == fold], prior=prior)
+        metrics.evaluate(rows.predicts, outputs[rows.fold == fold], rows.labels[rows.fold == fold], prior=prior)
         for fold, prior in enumerate(_priors(record))
     ]
     return Ensemble(

@@ -217,9 +217,14 @@ def _score(restored: checkpoint.Restored, features: np.ndarray, part: Part, data
     dates = dataset.dates[part.rows]
     return _Scored(
         meta=meta,
-        metrics=metrics.evaluate(config.task.kind, outputs, part.labels, prior=meta["prior"]),
+        metrics=metrics.evaluate(config.task.predicts, outputs, part.labels, prior=meta["prior"]),
         per_asset=metrics.per_asset(
-            config.task.kind, outputs, part.labels, dataset.asset_ids[part.rows], dataset.assets, prior=meta["prior"]
+            config.task.predicts,
+            outputs,
+            part.labels,
+            dataset.asset_ids[part.rows],
+            dataset.assets,
+            prior=meta["prior"],
         ),
         first_date=str(dates.min()),
         last_date=str(dates.max()),

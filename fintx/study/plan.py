@@ -175,7 +175,7 @@ def build(spec: StudySpec, *, data_root: Path, on: Machine | None = None, where:
 
 
 def _power(spec: StudySpec, prepared: windows.Prepared) -> tuple[tuple[str, Power], ...]:
-    if spec.task.kind == "regression":
+    if spec.task.predicts != "probability":
         return ()
     found, n_trials = [], spec.study.n_trials
     n = n_positive = effective = 0.0

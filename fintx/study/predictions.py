@@ -15,9 +15,9 @@ import pyarrow.parquet as pq
 
 from fintx.config import StudySpec
 from fintx.evaluate import significance
-from fintx.evaluate.metrics import Kind
 from fintx.evaluate.significance import RowLoss
 from fintx.study import records
+from fintx.tasks import Prediction
 from fintx.types import FintxError, Floats, Ints
 
 _KEY = ("fold", "date", "asset", "label")
@@ -27,7 +27,7 @@ _KEY = ("fold", "date", "asset", "label")
 class Rows:
     """The validation rows of a study, and what its baselines said of them."""
 
-    kind: Kind
+    predicts: Prediction
     loss: RowLoss
     horizon: int
     fold: Ints
@@ -43,7 +43,7 @@ class Rows:
 
     def losses(self, outputs: Floats) -> Floats:
         """(S,) of a model's outputs."""
-        return significance.row_losses(self.kind, self.loss, outputs, self.labels)
+        return significance.row_losses(self.predicts, self.loss, outputs, self.labels)
 
     def series(self, losses: Floats, *, chosen: np.ndarray | None = None) -> Floats:
         """(S, …) losses as a series of days."""
@@ -86,7 +86,7 @@ def read_rows(study_folder: Path, spec: StudySpec) -> Rows:
     for name, part in each.items():
         _check_same(path, part, key, name)
     return Rows(
-        kind=spec.task.kind,
+        predicts=spec.task.predicts,
         loss=significance.loss_name(spec.study.metric),
         horizon=spec.task.horizon,
         fold=key["fold"].to_numpy(),

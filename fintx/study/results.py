@@ -135,7 +135,7 @@ def _fold_record(spec: StudySpec, fit: FitResult, dataset: Dataset) -> FoldRecor
     if fit.outputs is not None and np.isfinite(fit.outputs).all():
         ids = dataset.asset_ids[part.rows]
         prior = train_prior(dataset)
-        per_asset = metrics.per_asset(spec.task.kind, fit.outputs, part.labels, ids, dataset.assets, prior=prior)
+        per_asset = metrics.per_asset(spec.task.predicts, fit.outputs, part.labels, ids, dataset.assets, prior=prior)
     return FoldRecord(
         outcome=fit.outcome,
         best=fit.best,

@@ -165,7 +165,7 @@ def _opened(
     restored = checkpoint.load(models[0].checkpoints[0])
     dataset, part = _rows(restored, root)
     said = {model.name: np.array([_say(each, dataset, part, root) for each in model.checkpoints]) for model in models}
-    outputs = {name: metrics.ensemble(spec.task.kind, members) for name, members in said.items()}
+    outputs = {name: metrics.ensemble(spec.task.predicts, members) for name, members in said.items()}
     beaten = _baselines(dataset, part, config, spec, root)
     scorer = _Scorer(spec, dataset, part, restored.meta["prior"], beaten[rival], rival, said)
     opening = Opening(
@@ -234,7 +234,7 @@ class _Scorer:
         self, spec: StudySpec, dataset: Dataset, part: Part, prior: float, rival: Floats, rival_name: str,
         members: Mapping[str, Floats],
     ):  # fmt: skip
-        self.kind, self.loss = spec.task.kind, significance.loss_name(spec.study.metric)
+        self.predicts, self.loss = spec.task.predicts, significance.loss_name(spec.study.metric)
         self.dataset, self.part, self.prior, self.members = dataset, part, prior, members
         self.dates, self.rival_name = dataset.dates[part.rows], rival_name
         self.rival = self._losses(rival)
@@ -270,13 +270,13 @@ class _Scorer:
         saved = significance.by_day(self.rival - self._losses(outputs), self.dates)
         return Scored(
             name=name,
-            metrics=metrics.evaluate(self.kind, outputs, labels, prior=self.prior),
+            metrics=metrics.evaluate(self.predicts, outputs, labels, prior=self.prior),
             gain=None if name == self.rival_name else significance.estimate(saved, self.resamples),
-            per_asset=metrics.per_asset(self.kind, outputs, labels, ids, self.dataset.assets, prior=self.prior),
+            per_asset=metrics.per_asset(self.predicts, outputs, labels, ids, self.dataset.assets, prior=self.prior),
         )
 
     def _losses(self, outputs: Floats) -> Floats:
-        return significance.row_losses(self.kind, self.loss, outputs, self.part.labels)
+        return significance.row_losses(self.predicts, self.loss, outputs, self.part.labels)
 
 
 def _notes(study: Path, config: TrialConfig, number: int, confirmed: bool) -> tuple[str, ...]:

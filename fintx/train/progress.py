@@ -100,12 +100,12 @@ def evaluate(question: Question, outputs: Floats) -> Metrics:
     Raises:
         FintxError: the study's metric is not among them, or undefined on these samples.
     """
-    kind, labels, metric = question.config.task.kind, question.dataset.validation.labels, question.metric
+    task, labels, metric = question.config.task, question.dataset.validation.labels, question.metric
     prior = float(np.mean(question.dataset.train.labels, dtype=np.float64))
-    found = metrics.evaluate(kind, outputs, labels, prior=prior)
+    found = metrics.evaluate(task.predicts, outputs, labels, prior=prior)
     if metric not in found:
         fitting = ", ".join(name for name in metrics.MINIMIZE if name in found)
-        raise FintxError(f'metric = "{metric}" does not fit task.kind = "{kind}"; use one of {fitting}')
+        raise FintxError(f'metric = "{metric}" does not fit task.kind = "{task.kind}"; use one of {fitting}')
     if found[metric] is None:
         raise FintxError(
             f'metric = "{metric}" is undefined on this validation part ({len(labels)} samples, labels from '
@@ -124,7 +124,7 @@ def is_collapsed(config: TrialConfig, outputs: Floats, scale: TargetScale) -> bo
 
 def _spread(task: TaskConfig, outputs: Floats, scale: TargetScale) -> float:
     """SD of the predictions: of probabilities, or of log returns as a share of the training target's SD."""
-    if task.kind == "regression":
+    if task.predicts == "value":
         return float(outputs.std() / scale.sd)
     return float((0.5 * (1 + np.tanh(0.5 * outputs))).std())
 

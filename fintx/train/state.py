@@ -125,8 +125,8 @@ def for_program(model: ModelConfig) -> ModelConfig:
 
 
 def target_scale(task: TaskConfig, labels: Floats) -> TargetScale:
-    """The scale of the training targets; (0, 1) for classification, and where all targets are equal an sd of 1."""
-    if task.kind != "regression":
+    """The scale of the training targets; (0, 1) for probabilities, and where all targets are equal an sd of 1."""
+    if task.predicts == "probability":
         return TargetScale(mean=0.0, sd=1.0)
     sd = float(np.std(labels, dtype=np.float64))
     return TargetScale(mean=float(np.mean(labels, dtype=np.float64)), sd=sd if sd > 0 else 1.0)

@@ -18,9 +18,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fintx import tasks
 from fintx.config import DataConfig, SplitConfig, TaskConfig
 from fintx.data import bars as bars_module
-from fintx.data import features, labels, sources, splits, windows
+from fintx.data import features, sources, splits, windows
 from fintx.data.bars import Bars
 from fintx.data.splits import TooFewSamples
 from fintx.data.windows import Dataset, NoWindows, Part, Prepared
@@ -268,11 +269,11 @@ def modules_that(refers: str) -> set[str]:
     return found
 
 
-def test_eval_alone_opens_the_test_part_and_windows_alone_cuts_labels():
+def test_eval_alone_opens_the_test_part_and_few_ask_for_labels():
     assert modules_that("build_test") == {"study/sealed.py"}
-    wording = {"report/compare.py", "report/field.py", "report/setting.py"}  # the label in words, and its mirror image
-    # Baselines ask for labels that are known by then, of bars that end with the dataset.
-    assert modules_that("fintx.data.labels") == {"data/stack.py", "data/windows.py", "evaluate/baselines.py"} | wording
+    assert modules_that("cut_labels") == modules_that("cut_opposite") == {"tasks.py"}
+    # Baselines ask for labels that are known by then, of bars that end with the dataset; a page for the mirror image.
+    assert modules_that("fintx.tasks") == {"data/stack.py", "evaluate/baselines.py", "report/setting.py"}
 
 
 # --- hashes -----------------------------------------------------------------------------------------------------------
@@ -360,8 +361,8 @@ def test_foreign_bars_too_few_for_a_window_and_its_future_are_refused(n):
 @pytest.mark.parametrize("n", range(9))
 def test_a_history_no_longer_than_the_horizon_has_no_label_and_no_end(n):
     bars, task = make_bars("X", 20, seed=4).take(np.arange(n)), threshold(8)
-    assert len(labels.cut(task, bars)) == n and np.isnan(labels.cut(task, bars)).all()
-    assert len(labels.ends(task, bars)) == n and np.isnat(labels.ends(task, bars)).all()
+    assert len(tasks.labels(task.rule, bars)) == n and np.isnan(tasks.labels(task.rule, bars)).all()
+    assert len(tasks.ends(task.rule, bars)) == n and np.isnat(tasks.ends(task.rule, bars)).all()
 
 
 @pytest.mark.parametrize("name", features.FEATURES)

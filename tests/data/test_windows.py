@@ -11,8 +11,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from fintx import tasks
 from fintx.config import DataConfig, SplitConfig, TaskConfig
-from fintx.data import features, labels, manifest, sources, windows
+from fintx.data import features, manifest, sources, windows
 from fintx.data.bars import Bars
 from fintx.data.splits import BadSplit, TooFewSamples
 from fintx.data.windows import Dataset, NoWindows, Prepared
@@ -117,8 +118,8 @@ def test_no_label_or_feature_is_made_of_a_bar_of_the_test_part(kind, root, monke
 
         return watching
 
-    monkeypatch.setattr(labels, "cut", watched(labels.cut, lambda task, bars: [bars]))
-    monkeypatch.setattr(labels, "ends", watched(labels.ends, lambda task, bars: [bars]))
+    monkeypatch.setattr(tasks, "labels", watched(tasks.labels, lambda task, bars: [bars]))
+    monkeypatch.setattr(tasks, "ends", watched(tasks.ends, lambda task, bars: [bars]))
     monkeypatch.setattr(features, "compute", watched(features.compute, lambda n, bars, c: [bars, *c.values()]))
     prepared = build(PANEL, root, split=SPLITS[kind])
     assert len(seen) >= 3 * len(PANEL.assets)
@@ -145,8 +146,8 @@ def test_the_choice_of_features_knows_nothing_of_the_test_part(held, help, tmp_p
 
 def test_the_watch_above_sees_the_opening_of_the_seal(root, monkeypatch):
     seen = []
-    true_cut = labels.cut
-    monkeypatch.setattr(labels, "cut", lambda task, bars: seen.append(bars.dates[-1]) or true_cut(task, bars))
+    true_labels = tasks.labels
+    monkeypatch.setattr(tasks, "labels", lambda task, bars: seen.append(bars.dates[-1]) or true_labels(task, bars))
     scaling = build(ONE, root).folds[0].scaling
     windows.build_test(spec_of(ONE, TASK, DATES, T), root, scaling=scaling)
     assert max(seen) > np.datetime64(DATES.test_start)
@@ -165,7 +166,7 @@ def test_the_opened_test_part_holds_every_row_that_the_table_promised(root, held
     assert (str(dataset.dates[part.rows[0]]), str(dataset.dates[part.rows[-1]])) == (
         prepared.parts[-1].first, prepared.parts[-1].last,
     )  # fmt: skip
-    np.testing.assert_array_equal(part.labels, labels.cut(TASK, held["AAA"])[part.rows])
+    np.testing.assert_array_equal(part.labels, tasks.labels(TASK.rule, held["AAA"])[part.rows])
     seen = prepared.folds[0]
     np.testing.assert_array_equal(dataset.features[: len(seen.features)], seen.features)  # one scale, one feature
 
@@ -191,7 +192,7 @@ def test_no_label_of_a_part_ends_inside_the_next(kind, horizon, embargo, panel, 
     prepared = build(PANEL if panel else ONE, root, task=task, split=split)
     days = np.unique(np.concatenate([held[s].dates for s in prepared.data.assets]))
     for fold, bounds in zip(prepared.folds, prepared.split.folds, strict=True):
-        ends = {s: labels.ends(task, held[s]) for s in fold.assets}
+        ends = {s: tasks.ends(task.rule, held[s]) for s in fold.assets}
         for part, next_first in ((fold.train, bounds.validation_first), (fold.validation, prepared.split.test_first)):
             last = days[np.searchsorted(days, next_first) - embargo]
             for row in part.rows:
@@ -212,7 +213,7 @@ def test_every_sample_is_the_window_and_the_label_of_its_day(task, root, held):
         seen = held[symbol].take(np.flatnonzero(held[symbol].dates < test_first))
         vix = held["VIX"].take(np.flatnonzero(held["VIX"].dates < test_first))
         raw = features.compute(names, seen, {"VIX": vix})
-        label = labels.cut(task, seen)
+        label = tasks.labels(task.rule, seen)
         first = int(np.flatnonzero(fold.asset_ids == i)[0])
         offered = {
             bar + first
@@ -386,7 +387,7 @@ def test_foreign_bars_take_the_studys_features_and_scaling(root, held, help):
     raw = features.compute(prepared.data.features, bars, {"VIX": held["VIX"]})
     warm = int(np.flatnonzero(np.isfinite(raw).all(axis=1))[0])
     np.testing.assert_array_equal(part.rows, np.arange(warm + T - 1, 300 - TASK.horizon))
-    np.testing.assert_array_equal(part.labels, labels.cut(TASK, bars)[part.rows])
+    np.testing.assert_array_equal(part.labels, tasks.labels(TASK.rule, bars)[part.rows])
     scaling = prepared.folds[0].scaling
     np.testing.assert_allclose(
         dataset.features[warm:], (raw[warm:] - scaling.pooled_mean) / scaling.pooled_std, rtol=1e-5, atol=1e-6

@@ -7,13 +7,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fintx.config import TaskConfig
 from fintx.data import bars as bars_module
 from fintx.data.bars import Bars
 from fintx.evaluate import backtest
 from fintx.evaluate.backtest import Rules
+from fintx.tasks import Threshold
 
-TASK = TaskConfig(kind="threshold", price="high", threshold=0.01, horizon=2)
+TASK = Threshold(price="high", threshold=0.01, horizon=2)
 FREE = Rules(cost_bp=0.0)
 
 
@@ -33,7 +33,7 @@ def walk(n: int, seed: int) -> Bars:
     return make(open_, np.maximum(open_, close) * reach, np.minimum(open_, close) / reach, close)
 
 
-def trade(bars: Bars, says: list[int], task: TaskConfig = TASK, rules: Rules = FREE) -> backtest.Ledger:
+def trade(bars: Bars, says: list[int], task: Threshold = TASK, rules: Rules = FREE) -> backtest.Ledger:
     days = bars.dates[: len(bars) - task.horizon]
     return backtest.trade(bars, days, np.isin(np.arange(len(days)), says), task, rules)
 
@@ -78,7 +78,7 @@ def test_an_open_beyond_the_target_is_no_trade():
 
 
 def test_a_close_task_has_no_limit_order():
-    task = TaskConfig(kind="threshold", price="close", threshold=0.01, horizon=2)
+    task = Threshold(price="close", threshold=0.01, horizon=2)
     bars = make(FLAT["open_"], [100.5, 105, 100.5, 100.5, 100.5, 100.5], FLAT["low"], FLAT["close"])
     assert np.prod(1 + trade(bars, [0], task).returns) == pytest.approx(1.0)
 
@@ -128,7 +128,7 @@ def test_a_driftless_price_earns_nothing_before_costs_and_loses_them_after():
     rng = np.random.default_rng(0)
     close = 100 * np.exp(np.cumsum(0.01 * rng.normal(size=20_000) - 0.5e-4))
     flat = make(close, close, close, close)
-    task = TaskConfig(kind="threshold", price="close", threshold=0.01, horizon=3)
+    task = Threshold(price="close", threshold=0.01, horizon=3)
     for cost, expected in ((0.0, 0.0), (20.0, -2 * 20e-4)):
         found = trade(flat, list(range(0, 19_990, 4)), task, Rules("close", cost))
         per_trade = np.log1p(found.returns).sum() / found.trades
@@ -136,7 +136,7 @@ def test_a_driftless_price_earns_nothing_before_costs_and_loses_them_after():
 
 
 def test_tasks_without_a_target_above_are_refused():
-    task = TaskConfig(kind="threshold", price="high", threshold=-0.01, horizon=2)
+    task = Threshold(price="high", threshold=-0.01, horizon=2)
     with pytest.raises(ValueError, match="target lies above"):
         trade(walk(20, 0), [0], task)
     bars = walk(20, 0)
@@ -211,7 +211,5 @@ def test_cash_has_no_deflated_sharpe_ratio():
 def test_assumptions_name_entry_target_and_costs():
     said = " ".join(backtest.assumptions(Rules("next_open", 5.0), TASK))
     assert all(words in said for words in ("next day's open", "1.01 ×", "5 basis points", "training base rate"))
-    close = " ".join(
-        backtest.assumptions(Rules("close"), TaskConfig(kind="threshold", price="close", threshold=0.01, horizon=3))
-    )
+    close = " ".join(backtest.assumptions(Rules("close"), Threshold(price="close", threshold=0.01, horizon=3)))
     assert "an input" in close and "high reaches" not in close

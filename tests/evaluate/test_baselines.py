@@ -10,9 +10,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from fintx import tasks
 from fintx.config import DataConfig, SplitConfig, TaskConfig
 from fintx.data import bars as bars_module
-from fintx.data import labels, scaling, sources, windows
+from fintx.data import scaling, sources, windows
 from fintx.data.bars import Bars
 from fintx.data.windows import Dataset, Part
 from fintx.evaluate import baselines, metrics
@@ -53,7 +54,7 @@ def market() -> tuple[dict[str, Bars], dict[str, Bars]]:
 def stacked(bars: dict[str, Bars], task: TaskConfig, *, first: int = 0, split: float = 0.6) -> Dataset:
     """The dataset of whole assets: rows from day `first`, the older `split` of the days train."""
     days = np.concatenate([b.dates for b in bars.values()])
-    cut = np.concatenate([labels.cut(task, b) for b in bars.values()])
+    cut = np.concatenate([tasks.labels(task.rule, b) for b in bars.values()])
     ids = np.concatenate([np.full(len(b), i, np.int32) for i, b in enumerate(bars.values())])
     begin = days.min()
     usable = ~np.isnan(cut) & (days >= begin + first)
@@ -82,7 +83,7 @@ def by_name(dataset, task, bars, context) -> dict[str, baselines.Baseline]:
 
 
 def of_known(names, data, bars, context) -> np.ndarray:
-    known = baselines.Known.at(data, bars, context)
+    known = baselines.Known.at(data, THRESHOLD.rule, bars, context)
     return known.vix if names == baselines.VIX else known.volatilities
 
 
@@ -121,7 +122,7 @@ def test_outputs_are_float32_on_the_validation_rows_and_give_the_metrics(market,
     for baseline in baselines.for_dataset(data, task, bars, vix):
         assert baseline.outputs.dtype == np.float32
         assert baseline.outputs.shape == data.validation.rows.shape
-        again = metrics.evaluate(task.kind, baseline.outputs, data.validation.labels, prior=prior)
+        again = metrics.evaluate(task.predicts, baseline.outputs, data.validation.labels, prior=prior)
         assert again == baseline.metrics
 
 
@@ -368,7 +369,7 @@ def test_walk_forward_figures_on_spy_and_vix(real, horizon):
     scored = [by_name(fold, task, bars, vix) for fold in folds]
     truth = np.concatenate([fold.validation.labels for fold in folds])
     outputs = {name: np.concatenate([fold[name].outputs for fold in scored]) for name in scored[0]}
-    losses = {name: metrics.per_sample_loss("threshold", z, truth).mean() for name, z in outputs.items()}
+    losses = {name: metrics.per_sample_loss("probability", z, truth).mean() for name, z in outputs.items()}
     assert len(truth) > 5380
     # .003 is the project's own margin: folds of equal length are not calendar years to the day. The published logistic
     # saw 19 features, this one all 36 of the set.

@@ -123,7 +123,7 @@ def test_scaling_mends_rows_it_never_saw():
     for mended in (temperature, isotonic):
         assert mended.log_loss < none.log_loss - 0.1
         assert mended.calibration_error < 0.3 * none.calibration_error
-    assert none.log_loss == pytest.approx(metrics.per_sample_loss("threshold", logits[4000:], truth[4000:]).mean())
+    assert none.log_loss == pytest.approx(metrics.per_sample_loss("probability", logits[4000:], truth[4000:]).mean())
 
 
 def test_forward_scaling_learns_from_earlier_groups_alone():
@@ -135,7 +135,7 @@ def test_forward_scaling_learns_from_earlier_groups_alone():
         calibration.fit_temperature(logits[:1000], truth[:1000])(logits[1000:2000]),
         calibration.fit_temperature(logits[:2000], truth[:2000])(logits[2000:]),
     ]
-    expected = metrics.per_sample_loss("threshold", by_hand, truth[1000:]).mean()
+    expected = metrics.per_sample_loss("probability", by_hand, truth[1000:]).mean()
     assert judged[1].log_loss == pytest.approx(expected, rel=1e-12)
     # One fold alone can judge nothing, but its halves can.
     with pytest.raises(ValueError, match="two folds, or halves of one"):

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fintx import tasks
 from fintx.config import TaskConfig
 from fintx.data import bars as bars_module
-from fintx.data import labels
 from fintx.evaluate import direction, metrics
 
 
@@ -73,17 +73,16 @@ def test_the_opposite_event_is_the_mirror_image(closes, horizon, threshold, pric
     days = np.datetime64("2020-01-01") + np.arange(len(close))
     bars = bars_module.make("A", days, open=close, high=high, low=low, close=close, volume=np.ones(len(close)))
     task = TaskConfig(kind="threshold", price=price, threshold=threshold, horizon=horizon)
-    found = labels.opposite(task, bars)
+    found = tasks.opposites(task.rule.level, bars)
     for t in range(len(close) - horizon):
         lowest = low[t + 1 : t + 1 + horizon].min() if price == "high" else close[t + horizon]
         assert found[t] == float(lowest <= (1 - threshold) * close[t])
     assert np.isnan(found[len(close) - horizon :]).all()
 
 
-def test_other_tasks_have_no_opposite_event():
-    days = np.datetime64("2020-01-01") + np.arange(5)
-    flat = {name: np.full(5, 10.0) for name in ("open", "high", "low", "close", "volume")}
-    assert np.isnan(labels.opposite(TaskConfig(kind="direction", horizon=1), bars_module.make("A", days, **flat))).all()
+def test_other_tasks_have_no_level_and_so_no_opposite_event():
+    assert TaskConfig(kind="direction", horizon=1).rule.level is None
+    assert TaskConfig(kind="regression", horizon=1).rule.level is None
 
 
 # --- over time --------------------------------------------------------------------------------------------------------
@@ -103,11 +102,11 @@ def test_years_add_up_to_the_whole(rows):
     found = direction.by_year(logits, truth, dates, prior=0.3, rival=np.zeros(900))
     assert [row.year for row in found] == [2018, 2019, 2020]
     assert sum(row.n for row in found) == 900
-    whole = metrics.evaluate("threshold", logits, truth, prior=0.3)
+    whole = metrics.evaluate("probability", logits, truth, prior=0.3)
     assert sum(row.n * row.log_loss for row in found) / 900 == pytest.approx(whole["log_loss"], rel=1e-12)
     assert sum(row.n * row.gain for row in found) / 900 == pytest.approx(np.log(2) - whole["log_loss"], rel=1e-12)
     mine = dates.astype("datetime64[Y]") == np.datetime64("2019")
-    alone = metrics.evaluate("threshold", logits[mine], truth[mine], prior=0.3)
+    alone = metrics.evaluate("probability", logits[mine], truth[mine], prior=0.3)
     assert found[1].skill == pytest.approx(alone["skill"], rel=1e-12)
     assert found[1].auc == alone["auc"]
 
@@ -148,7 +147,7 @@ def test_no_year_with_both_classes_has_no_auc(rows):
 def test_gains_add_up_by_day_whatever_the_order_of_rows(rows):
     logits, truth, dates = rows
     days = np.sort(np.r_[dates[:450], dates[:450]])
-    mine, theirs = (metrics.per_sample_loss("threshold", z, truth) for z in (logits, np.zeros(900)))
+    mine, theirs = (metrics.per_sample_loss("probability", z, truth) for z in (logits, np.zeros(900)))
     order = np.random.default_rng(3).permutation(900)
     found = direction.cumulative_gain(mine[order], theirs[order], days[order])
     assert len(found.dates) == 450

@@ -11,9 +11,10 @@ import sklearn.metrics
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fintx.config import METRICS
 from fintx.evaluate import metrics
 
-CLASSIFICATION, REGRESSION = "threshold", "regression"
+CLASSIFICATION, REGRESSION = "probability", "value"
 
 
 def sample(seed: int, n: int, *, tied: bool = False) -> tuple[np.ndarray, np.ndarray]:
@@ -136,12 +137,12 @@ def test_correlation_equals_numpys():
     assert metrics.correlation(predicted, returns) == pytest.approx(expected, abs=1e-12)
 
 
-@pytest.mark.parametrize("kind, mean", [("threshold", "log_loss"), ("direction", "log_loss"), ("regression", "mse")])
-def test_the_mean_of_per_sample_losses_is_the_loss(kind, mean):
+@pytest.mark.parametrize("predicts, mean", [("probability", "log_loss"), ("value", "mse")])
+def test_the_mean_of_per_sample_losses_is_the_loss(predicts, mean):
     outputs, labels = sample(9, 300)
-    losses = metrics.per_sample_loss(kind, outputs, labels)
+    losses = metrics.per_sample_loss(predicts, outputs, labels)
     assert losses.shape == (300,) and losses.dtype == np.float64
-    assert losses.mean() == metrics.evaluate(kind, outputs, labels, prior=0.3)[mean]
+    assert losses.mean() == metrics.evaluate(predicts, outputs, labels, prior=0.3)[mean]
 
 
 # --- properties -------------------------------------------------------------------------------------------------------
@@ -285,43 +286,43 @@ def test_undefined_regression_metrics_are_none(predicted, returns, undefined):
     assert {key for key, value in found.items() if value is None} == undefined
 
 
-@pytest.mark.parametrize("kind", ["threshold", "direction", "regression"])
-def test_metrics_are_plain_numbers_that_survive_json(kind):
+@pytest.mark.parametrize("predicts", ["probability", "value"])
+def test_metrics_are_plain_numbers_that_survive_json(predicts):
     outputs, labels = sample(2, 60)
-    found = metrics.evaluate(kind, outputs, labels, prior=0.25)
+    found = metrics.evaluate(predicts, outputs, labels, prior=0.25)
     assert {type(value) for value in found.values()} <= {int, float}
     assert json.loads(json.dumps(found, allow_nan=False)) == found
 
 
 @pytest.mark.parametrize(
-    "kind, outputs, targets, prior, words",
+    "predicts, outputs, targets, prior, words",
     [
-        ("threshold", [0.0, 1.0], [0.0, 1.0], 0.0, "base rate must lie between 0 and 1"),
-        ("threshold", [0.0, 1.0], [0.0, 1.0], 1.0, "base rate must lie between 0 and 1"),
-        ("threshold", [0.0, 1.0], [0.0, 1.0], math.nan, "base rate must lie between 0 and 1"),
-        ("regression", [0.0, 1.0], [0.0, 1.0], math.nan, "prior must be a finite"),
-        ("threshold", [0.0, math.nan], [0.0, 1.0], 0.5, "outputs must be finite; 1 of 2"),
-        ("threshold", [math.inf, -math.inf], [0.0, 1.0], 0.5, "outputs must be finite; 2 of 2"),
-        ("regression", [0.0, 0.0], [0.0, math.nan], 0.5, "targets must be finite"),
-        ("direction", [0.0, 1.0], [0.0, 0.5], 0.5, "must be 0 or 1"),
-        ("threshold", [], [], 0.5, "S > 0"),
-        ("threshold", [0.0], [0.0, 1.0], 0.5, r"shapes \(1,\) and \(2,\)"),
-        ("threshold", [[0.0]], [[1.0]], 0.5, r"shapes \(1, 1\)"),
+        ("probability", [0.0, 1.0], [0.0, 1.0], 0.0, "base rate must lie between 0 and 1"),
+        ("probability", [0.0, 1.0], [0.0, 1.0], 1.0, "base rate must lie between 0 and 1"),
+        ("probability", [0.0, 1.0], [0.0, 1.0], math.nan, "base rate must lie between 0 and 1"),
+        ("value", [0.0, 1.0], [0.0, 1.0], math.nan, "prior must be a finite"),
+        ("probability", [0.0, math.nan], [0.0, 1.0], 0.5, "outputs must be finite; 1 of 2"),
+        ("probability", [math.inf, -math.inf], [0.0, 1.0], 0.5, "outputs must be finite; 2 of 2"),
+        ("value", [0.0, 0.0], [0.0, math.nan], 0.5, "targets must be finite"),
+        ("probability", [0.0, 1.0], [0.0, 0.5], 0.5, "must be 0 or 1"),
+        ("probability", [], [], 0.5, "S > 0"),
+        ("probability", [0.0], [0.0, 1.0], 0.5, r"shapes \(1,\) and \(2,\)"),
+        ("probability", [[0.0]], [[1.0]], 0.5, r"shapes \(1, 1\)"),
     ],
 )
-def test_what_can_not_be_scored_is_refused(kind, outputs, targets, prior, words):
+def test_what_can_not_be_scored_is_refused(predicts, outputs, targets, prior, words):
     with pytest.raises(ValueError, match=words):
-        metrics.evaluate(kind, np.array(outputs), np.array(targets), prior=prior)
+        metrics.evaluate(predicts, np.array(outputs), np.array(targets), prior=prior)
 
 
 def test_an_ensemble_speaks_by_its_mean_probability_however_sure_its_members_are():
     logits = np.array([[2.0, -700.0, 40.0], [-1.0, -710.0, -40.0]])
-    found = metrics.ensemble("threshold", logits)
+    found = metrics.ensemble("probability", logits)
     assert metrics.sigmoid(found[0]) == pytest.approx((metrics.sigmoid(2.0) + metrics.sigmoid(-1.0)) / 2)
     # Of the two small probabilities the larger counts; of two that are sure of opposite things, the mean is one half.
     assert found[1] == pytest.approx(-700 - math.log(2), abs=1e-3) and found[2] == pytest.approx(0, abs=1e-12)
-    np.testing.assert_allclose(metrics.ensemble("threshold", logits[:1]), logits[0], rtol=1e-12)
-    np.testing.assert_array_equal(metrics.ensemble("regression", logits), logits.mean(axis=0))
+    np.testing.assert_allclose(metrics.ensemble("probability", logits[:1]), logits[0], rtol=1e-12)
+    np.testing.assert_array_equal(metrics.ensemble("value", logits), logits.mean(axis=0))
 
 
 @settings(max_examples=50, deadline=None)
@@ -330,8 +331,8 @@ def test_an_ensembles_loss_is_never_above_its_members_mean(seed, n):
     """Jensen's inequality: the logarithm is concave."""
     rng = np.random.default_rng(seed)
     logits, labels = rng.normal(0, 3, (n, 20)), (rng.random(20) < 0.5).astype(float)
-    members = np.mean([metrics.per_sample_loss("threshold", each, labels) for each in logits], axis=0)
-    together = metrics.per_sample_loss("threshold", metrics.ensemble("threshold", logits), labels)
+    members = np.mean([metrics.per_sample_loss("probability", each, labels) for each in logits], axis=0)
+    together = metrics.per_sample_loss("probability", metrics.ensemble("probability", logits), labels)
     assert (together <= members + 1e-12).all()
 
 
@@ -351,11 +352,9 @@ def test_better_knows_the_direction_and_that_undefined_is_worst(metric, good, ba
     assert not metrics.better(metric, None, None)
 
 
-@pytest.mark.parametrize("kind", ["threshold", "direction", "regression"])
-def test_every_study_metric_of_a_kind_is_computed_for_it(kind):
+@pytest.mark.parametrize("predicts", ["probability", "value"])
+def test_every_study_metric_of_a_prediction_is_computed_for_it(predicts):
     outputs, labels = sample(4, 50)
-    found = metrics.evaluate(kind, outputs, labels, prior=0.3)
-    assert {metric for metric in metrics.MINIMIZE if metric in found} == {
-        m for m, k in metrics.KINDS.items() if kind in k
-    }
+    found = metrics.evaluate(predicts, outputs, labels, prior=0.3)
+    assert {metric for metric in metrics.MINIMIZE if metric in found} == set(METRICS[predicts])
     assert all(metrics.SKILLS[metric] in found for metric in metrics.SKILLS if metric in found)

@@ -39,7 +39,7 @@ def test_the_paired_error_is_that_of_two_forecasters_whose_logits_differ():
     truth = np.log(rate / (1 - rate)) + rng.normal(size=n)
     y = (rng.random(n) < metrics.sigmoid(truth)).astype(float)
     gap = power.LOGIT_GAP * rng.normal(size=n)
-    difference = np.subtract(*(metrics.per_sample_loss("threshold", truth + s * gap / 2, y) for s in (1, -1)))
+    difference = np.subtract(*(metrics.per_sample_loss("probability", truth + s * gap / 2, y) for s in (1, -1)))
     found = power.of_rows(rate, 1000, 500.0, n_trials=50)
     assert found.paired_se == pytest.approx(difference.std() / np.sqrt(500), rel=0.02)
 

@@ -27,14 +27,14 @@ def correlated_losses() -> np.ndarray:
 
 
 @pytest.mark.parametrize(
-    ("kind", "loss"), [("threshold", "log_loss"), ("direction", "brier"), ("regression", "mse"), ("regression", "mae")]
+    ("predicts", "loss"), [("probability", "log_loss"), ("probability", "brier"), ("value", "mse"), ("value", "mae")]
 )
-def test_row_losses_average_to_the_metric_of_their_name(kind, loss):
+def test_row_losses_average_to_the_metric_of_their_name(predicts, loss):
     rng = np.random.default_rng(0)
     outputs = rng.standard_normal(200)
-    targets = rng.standard_normal(200) if kind == "regression" else (rng.random(200) < 0.4).astype(float)
-    scored = metrics.evaluate(kind, outputs, targets, prior=0.4)
-    assert significance.row_losses(kind, loss, outputs, targets).mean() == pytest.approx(scored[loss], rel=1e-12)
+    targets = rng.standard_normal(200) if predicts == "value" else (rng.random(200) < 0.4).astype(float)
+    scored = metrics.evaluate(predicts, outputs, targets, prior=0.4)
+    assert significance.row_losses(predicts, loss, outputs, targets).mean() == pytest.approx(scored[loss], rel=1e-12)
 
 
 @pytest.mark.parametrize(("metric", "loss"), [("auc", "log_loss"), ("brier", "brier"), ("mae", "mae")])

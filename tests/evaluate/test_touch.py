@@ -5,12 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from fintx.config import TaskConfig
 from fintx.evaluate import touch
+from fintx.tasks import Direction, Threshold
 
 
-def task(threshold: float = 0.01, price: str = "high", horizon: int = 3) -> TaskConfig:
-    return TaskConfig(kind="threshold", price=price, threshold=threshold, horizon=horizon)
+def task(threshold: float = 0.01, price: str = "high", horizon: int = 3) -> Threshold:
+    return Threshold(price=price, threshold=threshold, horizon=horizon)
 
 
 def probability(logits: np.ndarray) -> np.ndarray:
@@ -45,7 +45,7 @@ def test_a_planted_scale_is_found(k):
 def test_where_the_formula_says_nothing():
     assert touch.applies(task()) and touch.applies(task(-0.01, "close"))
     assert not touch.applies(task(-0.01, "high"))
-    assert not touch.applies(TaskConfig(kind="direction", horizon=1))
+    assert not touch.applies(Direction(horizon=1).level)
 
 
 def closes(n: int = 1500, seed: int = 2) -> np.ndarray:

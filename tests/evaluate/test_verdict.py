@@ -34,7 +34,7 @@ def study(
     logit = 1.7 * strength * signal  # the logistic curve that is closest to the normal one
 
     def losses(outputs: np.ndarray) -> np.ndarray:
-        return metrics.per_sample_loss("threshold", outputs, labels)
+        return metrics.per_sample_loss("probability", outputs, labels)
 
     def trained(sd: float) -> np.ndarray:
         return losses(logit + sd * overlapping(rng, n_days)[:, 0])
@@ -146,11 +146,11 @@ def test_labels_that_are_shuffled_leave_no_skill():
     resamples = significance.resample(1000, 6)
     p_values = {}
     for name, truth in (("as they are", labels), ("shuffled", rng.permutation(labels))):
-        prior = np.full(1000, metrics.prior_output("threshold", float(truth.mean())))
+        prior = np.full(1000, metrics.prior_output("probability", float(truth.mean())))
         models = np.column_stack(
-            [metrics.per_sample_loss("threshold", scale * 1.7 * signal, truth) for scale in (0.1, 0.5, 1.0)]
+            [metrics.per_sample_loss("probability", scale * 1.7 * signal, truth) for scale in (0.1, 0.5, 1.0)]
         )
-        baseline = metrics.per_sample_loss("threshold", prior, truth)
+        baseline = metrics.per_sample_loss("probability", prior, truth)
         p_values[name] = significance.superiority(baseline, models, resamples).p_value
     assert p_values["as they are"] < 0.01 and p_values["shuffled"] > 0.2
 
@@ -158,7 +158,7 @@ def test_labels_that_are_shuffled_leave_no_skill():
 def test_a_planted_leak_is_too_good_to_be_true():
     rng = np.random.default_rng(6)
     labels = (rng.random(1000) < 0.3).astype(float)
-    leaked = metrics.evaluate("threshold", 4 * labels - 2 + rng.standard_normal(1000), labels, prior=0.3)
+    leaked = metrics.evaluate("probability", 4 * labels - 2 + rng.standard_normal(1000), labels, prior=0.3)
     assert leaked["auc"] > 0.95 and "too good to be true" in significance.too_good(leaked)
-    honest = metrics.evaluate("threshold", 2 * labels - 2 + rng.standard_normal(1000), labels, prior=0.3)
+    honest = metrics.evaluate("probability", 2 * labels - 2 + rng.standard_normal(1000), labels, prior=0.3)
     assert 0.85 < honest["auc"] < 0.95 and significance.too_good(honest) is None

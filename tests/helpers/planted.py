@@ -130,10 +130,10 @@ def write_study(
                    outputs_.astype(np.float32)]  # fmt: skip
         return pa.table([pa.array(column) for column in columns], names=list(records.PREDICTION_COLUMNS))
 
-    kind, prior = spec.task.kind, float(metrics_prior(spec, baselines["prior"]))
+    predicts, prior = spec.task.predicts, float(metrics_prior(spec, baselines["prior"]))
 
     def scored(outputs_: np.ndarray) -> dict:
-        return metrics.evaluate(kind, outputs_.astype(np.float32), labels.astype(np.float32), prior=prior)
+        return metrics.evaluate(predicts, outputs_.astype(np.float32), labels.astype(np.float32), prior=prior)
 
     held = {name: {"words": name, "metrics": scored(each), "folds": [scored(each)]} for name, each in baselines.items()}
     records.write_atomically(folder / "baselines.json", json.dumps(held))
@@ -157,7 +157,7 @@ def write_study(
 def metrics_prior(spec: StudySpec, outputs: np.ndarray) -> float:
     """The training mean that a constant prior stands for."""
     value = float(outputs[0])
-    return value if spec.task.kind == "regression" else 1 / (1 + np.exp(-value))
+    return value if spec.task.predicts == "value" else 1 / (1 + np.exp(-value))
 
 
 def _record(

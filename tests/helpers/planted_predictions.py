@@ -24,7 +24,7 @@ class Planted:
     labels: np.ndarray
     dates: np.ndarray
     folds: np.ndarray
-    kind: str = "threshold"
+    predicts: str = "probability"
 
     def table(self, outputs: np.ndarray) -> pa.Table:
         """Predictions as a study keeps them."""
@@ -67,7 +67,7 @@ class Planted:
         config = self.template.config.model_copy(update={"seed": seed})
         fold = self.template.folds[0]
         best = {} if outputs is None else self._scored(outputs)
-        metric = "mse" if self.kind == "regression" else "log_loss"
+        metric = "mse" if self.predicts == "value" else "log_loss"
         folds = tuple(
             fold.model_copy(update={"best": held, "outcome": "completed" if held else "diverged"})
             for held in (best.values() if best else ({},))
@@ -87,7 +87,10 @@ class Planted:
     def _scored(self, outputs: np.ndarray) -> dict[int, dict]:
         return {
             int(fold): metrics.evaluate(
-                self.kind, outputs[self.folds == fold].astype(np.float32), self.labels[self.folds == fold], prior=0.5
+                self.predicts,
+                outputs[self.folds == fold].astype(np.float32),
+                self.labels[self.folds == fold],
+                prior=0.5,
             )
             for fold in np.unique(self.folds)
         }

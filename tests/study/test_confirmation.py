@@ -210,7 +210,7 @@ def test_thirds_of_vix_are_told_where_vix_is_in_the_data(shared_data, plant, spe
 
 def test_a_regression_is_compared_by_its_squared_error(plant, spec, tmp_path):
     planted, signal, rng = plant()
-    planted.kind = "regression"
+    planted.predicts = "value"
     planted.labels = (0.01 * signal + 0.01 * rng.standard_normal(DAYS)).astype(np.float32)
     task = spec.task.model_copy(update={"kind": "regression", "price": None, "threshold": None})
     study = spec.study.model_copy(update={"metric": "mse"})

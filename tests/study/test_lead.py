@@ -34,7 +34,7 @@ def plant(folder, best, logits: dict[str, np.ndarray], labels: np.ndarray) -> di
     tables = [table(v).append_column("baseline", pa.array([k] * len(labels))) for k, v in rivals.items()]
     records.write_predictions(folder, pa.concat_tables(tables), name="baselines.parquet")
     return {
-        name: {"metrics": metrics.evaluate("threshold", values.astype(np.float32), labels, prior=0.5)}
+        name: {"metrics": metrics.evaluate("probability", values.astype(np.float32), labels, prior=0.5)}
         for name, values in rivals.items()
     }
 
@@ -52,7 +52,7 @@ def test_a_planted_lead_is_found_with_its_interval(case):
     labels = (rng.random(4000) < 1 / (1 + np.exp(-signal))).astype(np.float32)
     held = plant(folder, best, {"model": signal, "weak": 0.2 * signal, "none": np.zeros(4000)}, labels)
     lead = over_baselines(folder, spec, best, held)
-    losses = {k: metrics.per_sample_loss("threshold", v, labels) for k, v in (("m", signal), ("w", 0.2 * signal))}
+    losses = {k: metrics.per_sample_loss("probability", v, labels) for k, v in (("m", signal), ("w", 0.2 * signal))}
     difference = losses["w"] - losses["m"]
     assert lead.baseline == "weak" and lead.n == 4000 and lead.loss == "log_loss"
     assert lead.gain.mean == pytest.approx(difference.mean(), abs=1e-6)

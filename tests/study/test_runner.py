@@ -57,7 +57,7 @@ def test_recorded_metrics_follow_from_the_recorded_predictions(tiny_study):
         table = pq.read_table(records.trial_folder(tiny_study, record.trial_number) / "predictions.parquet")
         assert table.column_names == list(records.PREDICTION_COLUMNS)
         outputs, labels = table["output"].to_numpy(), table["label"].to_numpy()
-        again = metrics.evaluate("threshold", outputs, labels, prior=record.folds[0].best["prior"])
+        again = metrics.evaluate("probability", outputs, labels, prior=record.folds[0].best["prior"])
         for key in ("log_loss", "brier", "auc"):
             assert again[key] == record.folds[0].best[key]
         assert record.value == record.folds[0].best["log_loss"]

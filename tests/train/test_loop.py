@@ -62,7 +62,7 @@ def test_predict_repeats_the_record_exactly(fitted: FitResult, make_trial: Trial
     outputs = loop.predict(config, fitted.params, data.features, data.validation.rows)
     np.testing.assert_array_equal(outputs, fitted.outputs)
     prior = float(data.train.labels.mean(dtype=np.float64))
-    assert metrics.evaluate("threshold", outputs, data.validation.labels, prior=prior) == fitted.best
+    assert metrics.evaluate("probability", outputs, data.validation.labels, prior=prior) == fitted.best
 
 
 @pytest.mark.slow

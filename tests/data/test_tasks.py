@@ -9,9 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fintx import tasks
 from fintx.config import TaskConfig
 from fintx.data import bars as bars_module
-from fintx.data import labels, sources
+from fintx.data import sources
 
 TASKS = {
     "high": {"kind": "threshold", "price": "high", "threshold": 0.01},
@@ -42,7 +43,7 @@ def slowly(task: TaskConfig, bars) -> list[float]:
 @pytest.mark.parametrize("kind", TASKS)
 def test_labels_equal_their_definition(kind, horizon, help):
     task, bars = TaskConfig(**TASKS[kind], horizon=horizon), help.walk(n=150)
-    np.testing.assert_array_equal(labels.cut(task, bars), slowly(task, bars))
+    np.testing.assert_array_equal(tasks.labels(task.rule, bars), slowly(task, bars))
 
 
 @pytest.mark.parametrize("kind", TASKS)
@@ -50,7 +51,7 @@ def test_labels_equal_their_definition(kind, horizon, help):
 @given(n=st.integers(1, 30), horizon=st.integers(1, 40), seed=st.integers(0, 99))
 def test_labels_equal_their_definition_on_any_history_however_short(kind, n, horizon, seed, help):
     task, bars = TaskConfig(**TASKS[kind], horizon=horizon), help.walk(n=n, seed=seed)
-    np.testing.assert_array_equal(labels.cut(task, bars), slowly(task, bars))
+    np.testing.assert_array_equal(tasks.labels(task.rule, bars), slowly(task, bars))
 
 
 def test_a_threshold_that_is_just_reached_counts(help):
@@ -58,29 +59,33 @@ def test_a_threshold_that_is_just_reached_counts(help):
     close = np.array([128.0, 100.0, 100.0])
     bars = replace(bars, close=close, high=np.array([130.0, 128.0 * 1.25, 100.0]))
     task = TaskConfig(kind="threshold", price="high", threshold=0.25, horizon=1)
-    assert labels.cut(task, bars).tolist()[:2] == [1.0, 0.0]
+    assert tasks.labels(task.rule, bars).tolist()[:2] == [1.0, 0.0]
     below = replace(bars, high=np.nextafter(bars.high, 0))
-    assert labels.cut(task, below)[0] == 0.0
+    assert tasks.labels(task.rule, below)[0] == 0.0
 
 
 def test_an_unchanged_close_is_no_rise(help):
     bars = replace(help.walk(n=2), close=np.array([10.0, 10.0]))
-    assert labels.cut(TaskConfig(kind="direction", horizon=1), bars)[0] == 0.0
+    assert tasks.labels(TaskConfig(kind="direction", horizon=1).rule, bars)[0] == 0.0
 
 
 @pytest.mark.parametrize("kind", TASKS)
 def test_labels_do_not_know_the_price_level_nor_the_past(kind, help):
     task, bars = TaskConfig(**TASKS[kind], horizon=3), help.walk(n=300)
     prices = {column: 8 * getattr(bars, column) for column in ("open", "high", "low", "close")}
-    np.testing.assert_allclose(labels.cut(task, replace(bars, **prices)), labels.cut(task, bars), rtol=1e-12)
-    np.testing.assert_array_equal(labels.cut(task, bars.take(np.arange(100, 300))), labels.cut(task, bars)[100:])
+    np.testing.assert_allclose(
+        tasks.labels(task.rule, replace(bars, **prices)), tasks.labels(task.rule, bars), rtol=1e-12
+    )
+    np.testing.assert_array_equal(
+        tasks.labels(task.rule, bars.take(np.arange(100, 300))), tasks.labels(task.rule, bars)[100:]
+    )
 
 
 @pytest.mark.parametrize("horizon", [1, 3, 200])
 def test_ends_are_the_days_of_the_last_bar_looked_at(horizon, help):
     bars, task = help.walk(n=100), TaskConfig(kind="direction", horizon=horizon)
-    ends = labels.ends(task, bars)
-    np.testing.assert_array_equal(np.isnat(ends), np.isnan(labels.cut(task, bars)))
+    ends = tasks.ends(task.rule, bars)
+    np.testing.assert_array_equal(np.isnat(ends), np.isnan(tasks.labels(task.rule, bars)))
     for t in range(100 - min(horizon, 100)):
         assert ends[t] == bars.dates[t + horizon]
 
@@ -89,10 +94,10 @@ def test_ends_are_the_days_of_the_last_bar_looked_at(horizon, help):
 @pytest.mark.parametrize("horizon", [1, 4])
 def test_a_label_depends_on_no_bar_after_its_end(kind, horizon, help):
     task, bars = TaskConfig(**TASKS[kind], horizon=horizon), help.walk(n=80)
-    whole, ends = labels.cut(task, bars), labels.ends(task, bars)
+    whole, ends = tasks.labels(task.rule, bars), tasks.ends(task.rule, bars)
     for t in (0, 17, 60):
         known = bars.take(np.flatnonzero(bars.dates <= ends[t]))
-        assert labels.cut(task, known)[t] == whole[t]
+        assert tasks.labels(task.rule, known)[t] == whole[t]
 
 
 @pytest.mark.parametrize(
@@ -114,7 +119,7 @@ def test_a_label_depends_on_no_bar_after_its_end(kind, horizon, help):
     ids=["high", "close", "2nd", "11th", "23rd", "regression"],
 )
 def test_a_label_is_described_in_words(settings_, words):
-    assert words in labels.describe(TaskConfig(**settings_))
+    assert words in TaskConfig(**settings_).rule.describe()
 
 
 # --- the published base rates -----------------------------------------------------------------------------------------
@@ -133,7 +138,7 @@ BASE_RATES = [
 @pytest.mark.parametrize(("price", "horizon", "all_days", "two_years"), BASE_RATES)
 def test_base_rates_of_spy_are_the_published_ones(price, horizon, all_days, two_years, shared_data, help):
     spy = sources.read_file(shared_data / "SPY.csv", "SPY", today=help.today)
-    found = labels.cut(TaskConfig(kind="threshold", price=price, threshold=0.01, horizon=horizon), spy)
+    found = tasks.labels(TaskConfig(kind="threshold", price=price, threshold=0.01, horizon=horizon).rule, spy)
     assert np.nanmean(found) == pytest.approx(all_days, abs=0.0006)
     if two_years is not None:
         inside = (spy.dates >= np.datetime64("2023-01-01")) & (spy.dates <= np.datetime64("2024-12-31"))
@@ -143,7 +148,7 @@ def test_base_rates_of_spy_are_the_published_ones(price, horizon, all_days, two_
 def test_an_exact_label_is_float64_and_untouched_by_the_embedded_bars():
     bars = sources.embedded()
     before = bars.close.copy()
-    found = labels.cut(TaskConfig(kind="regression", horizon=5), bars)
+    found = tasks.labels(TaskConfig(kind="regression", horizon=5).rule, bars)
     assert found.dtype == np.float64
     assert bars_module.problems(bars) == []
     np.testing.assert_array_equal(bars.close, before)

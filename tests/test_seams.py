@@ -1,0 +1,198 @@
+"""Each seam takes one more from outside: a task, a baseline and a feature that fintx has never heard of."""
+
+from __future__ import annotations
+
+import datetime
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+import pytest
+
+from fintx import sweepfile, tasks
+from fintx.config import StudySpec
+from fintx.data import sources, windows
+from fintx.evaluate import baselines
+from fintx.evaluate.baselines import Input, Recipe
+from fintx.report import answer, compare, evidence, sections_evidence, setting
+from fintx.study import trial
+from fintx.types import FintxError, Floats
+from tests.helpers import planted
+
+SPX = sources.embedded()
+
+
+@dataclass(frozen=True)
+class BigMove:
+    """Whether the close moves by more than the threshold, up or down."""
+
+    predicts: ClassVar[tasks.Prediction] = "probability"
+    level: ClassVar[None] = None
+    horizon: int
+    threshold: float
+
+    def cut_labels(self, bars: tasks.Prices) -> Floats:
+        return np.abs(bars.close[self.horizon :] / bars.close[: -self.horizon] - 1) > self.threshold
+
+    def describe(self) -> str:
+        return f"1 if the close moves by more than {self.threshold:.1%} in {self.horizon} days, else 0."
+
+
+@dataclass(frozen=True)
+class Range:
+    """ln(highest high / lowest low) of the next h days."""
+
+    predicts: ClassVar[tasks.Prediction] = "value"
+    level: ClassVar[None] = None
+    horizon: int
+
+    def cut_labels(self, bars: tasks.Prices) -> Floats:
+        ahead = [
+            (bars.high[t + 1 : t + 1 + self.horizon].max(), bars.low[t + 1 : t + 1 + self.horizon].min())
+            for t in range(len(bars) - self.horizon)
+        ]
+        return np.array([np.log(high / low) for high, low in ahead])
+
+    def describe(self) -> str:
+        return f"The log range of the next {self.horizon} days."
+
+
+TOYS = {
+    "big_move": (BigMove, 'kind = "big_move"\nthreshold = 0.01\nhorizon = 2', "log_loss", "bce", "auc"),
+    "range": (Range, 'kind = "range"\nhorizon = 2', "mse", "mse", "correlation"),
+}
+
+
+@pytest.fixture(params=TOYS)
+def toy(request, monkeypatch):
+    """A task from outside, in its place while the test runs; and what fits it."""
+    task, *settings = TOYS[request.param]
+    monkeypatch.setitem(tasks.TASKS, request.param, task)
+    return request.param, *settings
+
+
+def spec_of(folder: Path, task: str, metric: str, loss: str, edit: str = "") -> StudySpec:
+    text = planted.SWEEP.replace("NAME", "toy").replace("TASK", task).replace("BUDGET", "10K").replace("METRIC", metric)
+    text = text.replace("[train]", f'[train]\nloss = "{loss}"').replace("[data]", "[data]\nstart = 2008-01-01")
+    path = folder / "toy.toml"
+    path.write_text(text + edit)
+    return sweepfile.load(path)
+
+
+# --- a task -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_task_from_outside_is_trained_scored_and_kept(toy, tmp_path):
+    from fintx.study.space import SearchSpace
+    from fintx.train import loop
+
+    _, text, metric, loss, also = toy
+    spec = spec_of(tmp_path, text, metric, loss)
+    prepared = windows.build(spec, tmp_path)
+    (fold,) = prepared.folds
+    rule = spec.task.rule
+    np.testing.assert_array_equal(
+        fold.validation.labels,
+        tasks.labels(rule, SPX.between(spec.data.start, None))[fold.validation.rows].astype("f4"),
+    )
+    assert prepared.label_words == rule.describe()
+    assert (prepared.parts[0].positives is None) == (rule.predicts == "value")
+
+    space = SearchSpace.build(spec, n_features=3)
+    shape = min(space.shapes, key=lambda shape: shape.n_layers * shape.d_model)
+    config = space.trial_config(
+        spec, space.encode(shape) | {"optim.learning_rate": 3e-3, "model.dropout": 0.0}, shape, seed=0
+    )
+    assert json.loads(config.model_dump_json())["task"]["kind"] == spec.task.kind
+    assert type(config).model_validate_json(config.model_dump_json()) == config
+    fit = loop.fit(
+        config.model_copy(update={"train": config.train.model_copy(update={"max_epochs": 1})}), fold, metric=metric
+    )
+    assert fit.outcome == "completed" and fit.outputs.shape == fold.validation.labels.shape
+    assert fit.best[metric] > 0 and also in fit.best
+
+    beaten = trial.ensure_baselines(tmp_path, prepared.folds, spec, tmp_path, tell=lambda line: None)
+    assert {"prior"} < beaten.keys() <= baselines.BASELINES[rule.predicts].keys()
+    assert not {"volatility_touch", "garch_touch"} & beaten.keys()  # no level is touched
+    assert beaten["prior"]["metrics"]["skill"] == 0.0
+
+
+def test_reports_tell_of_a_task_from_outside(toy, tmp_path):
+    _, text, metric, loss, also = toy
+    spec, rng = spec_of(tmp_path, text, metric, loss), np.random.default_rng(0)
+    signal = rng.normal(size=500)
+    labels = (signal > 0).astype(float) if metric == "log_loss" else 0.02 + 0.01 * signal
+    prior = np.full(500, 0.0 if metric == "log_loss" else 0.02)
+    folder = planted.write_study(
+        tmp_path, spec, lambda i, k: prior + 0.005 * signal, labels=labels, baselines={"prior": prior}, n_trials=3
+    )
+    found = evidence.read(folder)
+    assert answer.of(found, None).sentence.startswith(("Ahead", "No"))
+    table = sections_evidence.beside_baselines(found).blocks[0]
+    assert also.replace("_", " ") in str(table.columns).lower()
+    shown = setting.read(found, data_root=tmp_path)
+    assert shown.label == spec.task.rule.describe() and shown.bars
+    assert setting.opposite(found, shown.bars) is None
+    assert sections_evidence.direction_section(found, shown.bars) is None
+    twin = planted.write_study(
+        tmp_path / "twin", spec, lambda i, k: prior, labels=labels, baselines={"prior": prior}, n_trials=3
+    )
+    assert compare.read([folder, twin]).rows[0].label == spec.task.rule.describe()
+
+
+def test_settings_losses_and_metrics_are_checked_against_the_task_from_outside(toy, tmp_path):
+    name, text, metric, loss, _ = toy
+    wrong = {"log_loss": ("mse", "mse"), "mse": ("log_loss", "bce")}[metric]
+    with pytest.raises(FintxError, match="metric.*does not fit task.kind"):
+        spec_of(tmp_path, text, wrong[0], loss)
+    with pytest.raises(FintxError, match="train.loss.*does not fit task.kind"):
+        spec_of(tmp_path, text, metric, wrong[1])
+    with pytest.raises(FintxError, match=f'kind = "{name}" takes no `price`'):
+        spec_of(tmp_path, text + '\nprice = "high"', metric, loss)
+
+
+def test_without_it_the_task_is_unknown(tmp_path):
+    with pytest.raises(FintxError, match='wanted "threshold", "direction" or "regression", got "big_move"'):
+        spec_of(tmp_path, TOYS["big_move"][1], "log_loss", "bce")
+
+
+# --- a baseline -------------------------------------------------------------------------------------------------------
+
+
+def _nearest(train: Floats, labels: Floats, validation: Floats) -> Floats:
+    """The label of the training row whose input is nearest."""
+    return labels[np.abs(validation - train.T).argmin(axis=1)].astype(float)
+
+
+def test_a_baseline_from_outside_is_fitted_and_kept_beside_the_others(tmp_path, monkeypatch):
+    weekday = Input("the day of the week", lambda known: known.inputs(("weekday_sin",)))
+    absent = Input("the price of tea", lambda known: None)
+    monkeypatch.setitem(
+        baselines.BASELINES["probability"], "nearest", Recipe("nearest by {}", (absent, weekday), lambda _: _nearest)
+    )
+    monkeypatch.setitem(
+        baselines.BASELINES["probability"], "idle", Recipe("", (absent,), applies=lambda known: known.vix is not None)
+    )
+    for slow in ("bar_mlp", "bar_boosting", "garch_touch"):
+        monkeypatch.delitem(baselines.BASELINES["probability"], slow)
+    spec = spec_of(tmp_path, planted.THRESHOLD, "log_loss", "bce")
+    prepared = windows.build(spec, tmp_path)
+    beaten = trial.ensure_baselines(tmp_path, prepared.folds, spec, tmp_path, tell=lambda line: None)
+    assert "nearest" in beaten and "idle" not in beaten
+    assert beaten["nearest"]["words"] == "nearest by the day of the week"
+    (fold,) = prepared.folds
+    days = {row: fold.dates[row].astype(datetime.date).weekday() for row in (*fold.train.rows, *fold.validation.rows)}
+    first = {days[row]: label for row, label in zip(fold.train.rows[::-1], fold.train.labels[::-1], strict=True)}
+    expected = [first[days[row]] for row in fold.validation.rows]
+    (kept,) = {name: column for name, column in _outputs(tmp_path).items() if name == "nearest"}.values()
+    np.testing.assert_array_equal(kept, expected)
+
+
+def _outputs(folder: Path) -> dict[str, np.ndarray]:
+    import pyarrow.parquet as pq
+
+    table = pq.read_table(folder / "baselines.parquet")
+    names = np.asarray(table["baseline"].to_pylist())
+    return {name: table["output"].to_numpy()[names == name] for name in dict.fromkeys(names)}
