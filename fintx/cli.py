@@ -170,7 +170,7 @@ def confirm(
     workers: Workers = None,
 ) -> None:
     """Train a study's best trials again with fresh seeds, and say what of the result holds; continues where it was."""
-    from fintx.config import ConfirmConfig
+    from fintx.config.schema import ConfirmConfig
     from fintx.study import records
     from fintx.study.opening import Order
 
@@ -317,15 +317,15 @@ def plan(
     ] = None,
 ) -> None:
     """Print what a sweep file would run; run and write nothing."""
-    from fintx import sweepfile
+    from fintx.config import load
     from fintx.study import plan as planning
     from fintx.terminal import tables
 
-    spec = sweepfile.load(file, overrides=overrides)
+    spec = load.study(file, overrides=overrides)
     machine = planning.machine(devices, device_memory)
     tables.print_plan(
         Console(),
-        planning.build(spec, data_root=data_dir, on=machine, where=sweepfile.where(file, overrides=overrides)),
+        planning.build(spec, data_root=data_dir, on=machine, where=load.where(file, overrides=overrides)),
     )
 
 

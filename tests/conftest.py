@@ -100,11 +100,11 @@ def tiny_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_study(tiny_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of that study, run to its end once for all tests that only read it."""
-    from fintx import sweepfile
+    from fintx.config import load
     from fintx.study import runner
     from fintx.study.context import RunContext
 
     root = tmp_path_factory.mktemp("tiny")
-    summary = runner.run(sweepfile.load(tiny_file), RunContext(root / "outputs", root / "data"))
+    summary = runner.run(load.study(tiny_file), RunContext(root / "outputs", root / "data"))
     assert not summary.interrupted
     return summary.folder

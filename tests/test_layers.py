@@ -20,18 +20,17 @@ FLOORS = [
     {"train"},
     {"evaluate"},
     {"model", "data"},
-    {"sweepfile", "sweepsource", "sweepchecks", "sweepwords", "toml_lines", "toml_writer"},
     {"config"},
     {"tasks"},
     {"types", "files"},
 ]
-"""Rooms from the roof down; two on one floor don't import each other, but sweepfile's own helpers."""
+"""Rooms from the roof down; two on one floor don't import each other."""
 
 DOORS = {
     "flax": ("fintx/model/transformer.py",),
     "orbax": ("fintx/train/checkpoint.py",),
     "optuna": ("fintx/study/",),
-    "tomllib": ("fintx/sweepsource.py",),
+    "tomllib": ("fintx/config/toml.py",),
     "optax": ("fintx/train/",),
     "matplotlib": ("fintx/report/figures",),
     "typer": ("fintx/cli.py",),
@@ -46,9 +45,7 @@ ENVIRONMENT = ("fintx/study/launcher.py", "fintx/study/runtime.py")
 NO_JAX = (
     "fintx/types.py",
     "fintx/tasks.py",
-    "fintx/config.py",
-    "fintx/sweep",
-    "fintx/toml_lines.py",
+    "fintx/config/",
     "fintx/data/",
     "fintx/evaluate/",
 )
@@ -85,9 +82,7 @@ def broken_rules(path: str, source: str) -> list[str]:
         if package == "fintx" and rest and room != "__init__":
             other = rest.partition(".")[0]
             if other in set().union(*FLOORS) and other != room:
-                helpers = FLOORS[floor("sweepfile")]
-                allowed = floor(other) > floor(room) or {room, other} <= helpers
-                if not allowed:
+                if floor(other) <= floor(room):
                     found.append(f"{path}: imports from {other}, a room that is not below its own")
         doors = DOORS.get(package)
         if doors and not path.startswith(doors):
@@ -112,7 +107,7 @@ def test_a_module_keeps_to_its_room(path):
         ("fintx/data/x.py", "from fintx.model import transformer"),
         ("fintx/data/x.py", "import jax.numpy as jnp"),
         ("fintx/model/x.py", "from fintx.study.runner import run"),
-        ("fintx/config.py", "from fintx import sweepfile"),
+        ("fintx/config/x.py", "from fintx.data import bars"),
         ("fintx/study/x.py", "def f():\n    import flax"),
         ("fintx/model/x.py", "import optuna"),
         ("fintx/train/x.py", "import os\nos.environ['A']"),
@@ -148,8 +143,8 @@ def test_sub_packages_export_nothing():
 
 def test_reading_a_sweep_file_loads_neither_jax_nor_optuna():
     code = (
-        "import sys; from pathlib import Path; from fintx import sweepfile; "
-        "sweepfile.load(Path('sweeps/demo.toml')); from fintx.data import windows; "
+        "import sys; from pathlib import Path; from fintx.config import load; "
+        "load.study(Path('sweeps/demo.toml')); from fintx.data import windows; "
         "print(*({'jax', 'optuna', 'flax'} & sys.modules.keys()))"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)

@@ -11,8 +11,9 @@ from typing import ClassVar
 import numpy as np
 import pytest
 
-from fintx import sweepfile, tasks
-from fintx.config import StudySpec
+from fintx import tasks
+from fintx.config import load
+from fintx.config.schema import StudySpec
 from fintx.data import sources, windows
 from fintx.evaluate import baselines
 from fintx.evaluate.baselines import Input, Recipe
@@ -78,7 +79,7 @@ def spec_of(folder: Path, task: str, metric: str, loss: str, edit: str = "") -> 
     text = text.replace("[train]", f'[train]\nloss = "{loss}"').replace("[data]", "[data]\nstart = 2008-01-01")
     path = folder / "toy.toml"
     path.write_text(text + edit)
-    return sweepfile.load(path)
+    return load.study(path)
 
 
 # --- a task -----------------------------------------------------------------------------------------------------------

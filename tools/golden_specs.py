@@ -11,7 +11,7 @@ from pathlib import Path
 import jax
 from jax.sharding import PartitionSpec
 
-from fintx.config import ModelConfig, Shape
+from fintx.config.schema import ModelConfig, Shape
 from fintx.model.family import FAMILIES
 from fintx.train import sharding
 from fintx.train.sharding import Layout

@@ -17,7 +17,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from fintx import config
+from fintx.config import schema
 from fintx.data.features import FEATURES, SETS
 from fintx.tasks import TASKS
 
@@ -63,19 +63,19 @@ note = "push depth beyond L=24"
 """
 
 _SECTIONS: dict[str, type[BaseModel]] = {
-    "[study]": config.StudyConfig,
-    "[data]": config.DataConfig,
-    "[task]": config.TaskConfig,
-    "[split]": config.SplitConfig,
-    "[budget]": config.BudgetConfig,
-    "[architecture]": config.ArchitectureConfig,
-    "[model]": config.ModelConfig,
-    "[optim]": config.OptimConfig,
-    "[train]": config.TrainConfig,
-    "[mesh]": config.MeshConfig,
-    "[execution]": config.ExecutionConfig,
-    "[confirm]": config.ConfirmConfig,
-    "[[queue]]": config.QueueEntry,
+    "[study]": schema.StudyConfig,
+    "[data]": schema.DataConfig,
+    "[task]": schema.TaskConfig,
+    "[split]": schema.SplitConfig,
+    "[budget]": schema.BudgetConfig,
+    "[architecture]": schema.ArchitectureConfig,
+    "[model]": schema.ModelConfig,
+    "[optim]": schema.OptimConfig,
+    "[train]": schema.TrainConfig,
+    "[mesh]": schema.MeshConfig,
+    "[execution]": schema.ExecutionConfig,
+    "[confirm]": schema.ConfirmConfig,
+    "[[queue]]": schema.QueueEntry,
 }
 
 
@@ -100,7 +100,7 @@ def _table(model: type[BaseModel]) -> str:
         default = "required" if field.default is PydanticUndefined else _toml(field.default)
         bounds = "".join(_bound(each) for each in field.metadata)
         meaning = words.get(name, "").replace("|", "\\|")
-        kind = Literal[tuple(TASKS)] if (model, name) == (config.TaskConfig, "kind") else field.annotation
+        kind = Literal[tuple(TASKS)] if (model, name) == (schema.TaskConfig, "kind") else field.annotation
         rows.append(f"| `{name}` | {_type(kind)}{bounds} | {default} | {meaning} |")
     return "\n".join(rows) + "\n"
 
@@ -161,7 +161,7 @@ def _plain(value: Any) -> str:
 def _space() -> str:
     paths = [
         f"`{name}.{key}`"
-        for name, model in (("model", config.ModelConfig), ("optim", config.OptimConfig), ("train", config.TrainConfig))
+        for name, model in (("model", schema.ModelConfig), ("optim", schema.OptimConfig), ("train", schema.TrainConfig))
         for key in model.model_fields
     ]
     return (

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fintx.config import SplitConfig, TaskConfig
+from fintx.config.schema import SplitConfig, TaskConfig
 from fintx.types import FintxError, Floats, Ints
 
 

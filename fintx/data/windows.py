@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from fintx.config import DataConfig, StudySpec, TaskConfig, TrialConfig
+from fintx.config.schema import DataConfig, StudySpec, TaskConfig, TrialConfig
 from fintx.data import features, manifest, sources, splits
 from fintx.data.bars import Bars
 from fintx.data.manifest import Entry

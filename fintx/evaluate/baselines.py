@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from fintx import tasks
-from fintx.config import TaskConfig
+from fintx.config.schema import TaskConfig
 from fintx.data import features
 from fintx.data.bars import Bars
 from fintx.data.windows import Dataset

@@ -1,7 +1,7 @@
 """Model families: what training, the budget solver and the search ask of a model, and the table of those there are.
 
 A family is a module of pure functions over a nested dict of arrays, an entry in `FAMILIES`, and its candidates' entry
-in `config.FAMILIES` (a sweep file is checked before JAX is loaded). No other module knows how its shapes are named.
+in `schema.FAMILIES` (a sweep file is checked before JAX is loaded). No other module knows how its shapes are named.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 from jax.sharding import PartitionSpec
 
-from fintx.config import ModelConfig, Shape
+from fintx.config.schema import ModelConfig, Shape
 from fintx.model import transformer
 from fintx.types import FintxError, Params
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fintx.config import BudgetConfig, ModelConfig, Shape
+from fintx.config.schema import BudgetConfig, ModelConfig, Shape
 from fintx.model import family
 from fintx.types import FintxError
 

@@ -24,7 +24,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, PRNGKeyArray, UInt32
 
-from fintx.config import ArchitectureConfig, BudgetConfig, ModelConfig, Shape
+from fintx.config.schema import ArchitectureConfig, BudgetConfig, ModelConfig, Shape
 from fintx.model import blocks
 from fintx.model.dropout import dropout as drop
 from fintx.types import Params

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fintx.config import Shape
+from fintx.config.schema import Shape
 from fintx.evaluate import significance
 from fintx.evaluate.significance import Estimate
 from fintx.model import sizes

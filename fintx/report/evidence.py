@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from fintx.config import StudySpec
+from fintx.config.schema import StudySpec
 from fintx.evaluate import metrics, significance
 from fintx.evaluate.significance import Resamples
 from fintx.study import predictions, records

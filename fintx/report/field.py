@@ -12,7 +12,7 @@ from typing import Literal
 
 import numpy as np
 
-from fintx.config import StudySpec
+from fintx.config.schema import StudySpec
 from fintx.evaluate import significance
 from fintx.evaluate.significance import Resamples
 from fintx.model import sizes

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.patches import FancyBboxPatch
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter, PercentFormatter
 
-from fintx.config import Shape
+from fintx.config.schema import Shape
 from fintx.report.figures import (
     BLUE,
     CYCLE,

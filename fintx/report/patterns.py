@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from fintx.config import Choices, Shape
+from fintx.config.schema import Choices, Shape
 from fintx.report import ranks
 from fintx.report.evidence import Evidence
 from fintx.report.ranks import Agreement

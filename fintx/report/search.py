@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fintx.config import Shape
+from fintx.config.schema import Shape
 from fintx.report.evidence import Evidence
 from fintx.report.patterns import DEPTHS, depth_bucket
 from fintx.study import records, sampler

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from fintx.config import FloatRange
+from fintx.config.schema import FloatRange
 from fintx.report import figures_search, patterns, sheet
 from fintx.report.answer import skill_words
 from fintx.report.evidence import Evidence

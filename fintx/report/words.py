@@ -6,7 +6,7 @@ import datetime
 import math
 from collections.abc import Sequence
 
-from fintx.config import Shape
+from fintx.config.schema import Shape
 
 
 def number(value: float | int | None, digits: int = 4) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fintx.config import StudySpec
+from fintx.config.schema import StudySpec
 from fintx.data import features, indicators, sources
 from fintx.evaluate import metrics, significance, verdict
 from fintx.evaluate.significance import LEVEL, REPS, Estimate, Resamples

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fintx.config import ConfirmConfig, StudySpec, TrialConfig
+from fintx.config.schema import ConfirmConfig, StudySpec, TrialConfig
 from fintx.data import windows
 from fintx.evaluate import metrics
 from fintx.study import comparison, confirmation, lock, opening, records, seeds, stopping, trial

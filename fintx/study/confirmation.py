@@ -12,7 +12,7 @@ from typing import Literal
 import numpy as np
 from pydantic import ValidationError
 
-from fintx.config import Shape
+from fintx.config.schema import Shape
 from fintx.evaluate.significance import Estimate
 from fintx.evaluate.verdict import Verdict
 from fintx.study import records

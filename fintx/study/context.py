@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from fintx.config import ExecutionConfig
+from fintx.config.schema import ExecutionConfig
 from fintx.study.events import Event, Notice
 
 

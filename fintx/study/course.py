@@ -11,8 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from fintx import sweepchecks
-from fintx.config import StudySpec, TrialConfig
+from fintx.config import validate
+from fintx.config.schema import StudySpec, TrialConfig
 from fintx.study import queue, records, sampler, seeds, tables, trial
 from fintx.study.context import RunContext
 from fintx.study.events import TrialFinished
@@ -370,7 +370,7 @@ class Course:
                 return
             self._edit = None
             spec, n_features = _edited(self.spec, fresh), len(self.spec.data.features)
-            if misfit := next(sweepchecks.cross_checks(spec, counted=False), None):
+            if misfit := next(validate.cross_checks(spec, counted=False), None):
                 raise FintxError(f"{self.order.where(misfit[0])}: {misfit[1]}")
             queue.validate(spec, n_features=n_features, where=self.order.where)
             queue.check_begun(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fintx.config import Shape, StudySpec
+from fintx.config.schema import Shape, StudySpec
 from fintx.data import windows
 from fintx.study.records import TrialRecord
 from fintx.train import loop

@@ -15,7 +15,7 @@ from typing import Any
 from optuna.distributions import BaseDistribution
 from pydantic import ValidationError
 
-from fintx.config import StudyConfig, StudySpec
+from fintx.config.schema import StudyConfig, StudySpec
 from fintx.study import records
 from fintx.study.records import TrialRecord
 from fintx.study.space import SearchSpace

@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 from collections.abc import Sequence
 
-from fintx.config import Choices, StudySpec
+from fintx.config.schema import Choices, StudySpec
 from fintx.data import features
 from fintx.model import sizes
 from fintx.study import runtime

@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter
 
-from fintx.config import StudySpec, TrialConfig
+from fintx.config.schema import StudySpec, TrialConfig
 from fintx.study import records, seeds
 
 

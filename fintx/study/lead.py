@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fintx.config import StudySpec
+from fintx.config.schema import StudySpec
 from fintx.evaluate import metrics, significance
 from fintx.evaluate.significance import Estimate
 from fintx.study import predictions, records

@@ -20,7 +20,7 @@ import optuna
 from optuna.distributions import BaseDistribution
 from optuna.trial import FrozenTrial, TrialState
 
-from fintx.config import Shape
+from fintx.config.schema import Shape
 from fintx.study import storage
 from fintx.study.records import TrialRecord
 from fintx.study.storage import Storage

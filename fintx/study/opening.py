@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import fintx
-from fintx import sweepfile
-from fintx.config import ConfirmConfig, StudySpec
+from fintx.config import load
+from fintx.config.schema import ConfirmConfig, StudySpec
+from fintx.config.validate import Where, spelled
 from fintx.data import windows
 from fintx.evaluate import metrics
 from fintx.study import environment, ledger, lock, queue, records, stopping, storage, trial
@@ -20,7 +21,6 @@ from fintx.study.fork import TakeOver
 from fintx.study.ledger import Ledger
 from fintx.study.records import StudyFile
 from fintx.study.space import SearchSpace
-from fintx.sweepsource import Where, spelled
 from fintx.types import FintxError
 
 RESOLVED = "resolved.toml"
@@ -215,7 +215,7 @@ def write(folder: Path, spec: StudySpec, defined: dict[str, Any], known: StudyFi
     )
     if fresh != known:
         records.write_study(folder, fresh)
-        records.write_atomically(folder / RESOLVED, sweepfile.dump(spec))
+        records.write_atomically(folder / RESOLVED, load.dump(spec))
 
 
 def _check_no_strangers(folder: Path) -> None:

@@ -6,8 +6,8 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from fintx import sweepfile
-from fintx.config import StudySpec
+from fintx.config import load
+from fintx.config.schema import StudySpec
 from fintx.study import fork, opening
 from fintx.study.opening import Order
 
@@ -20,10 +20,10 @@ def of_sweep(path: Path, overrides: Sequence[str]) -> Order:
     """
 
     def read() -> StudySpec:
-        return sweepfile.load(path, overrides=overrides, counted=False)  # what of the queue is done, the study knows
+        return load.study(path, overrides=overrides, counted=False)  # what of the queue is done, the study knows
 
     spec = read()
-    return Order(spec, sweepfile.watch(sweepfile.files(path), read), sweepfile.where(path, overrides=overrides))
+    return Order(spec, load.watch(load.files(path), read), load.where(path, overrides=overrides))
 
 
 def of_fork(order: Order, name: str, *, outputs: Path) -> Order:
@@ -55,7 +55,7 @@ def of_manual(path: Path, overrides: Sequence[str]) -> list[Order]:
 
 def added(path: Path, overrides: Sequence[str], made: Sequence[Order]) -> Callable[[], list[Order]]:
     """Gives the studies that a manual file has come to name since the last look, beside those that are ordered."""
-    again = sweepfile.watch((path,), lambda: of_manual(path, overrides))
+    again = load.watch((path,), lambda: of_manual(path, overrides))
     names = {order.spec.study.name for order in made}
 
     def look() -> list[Order]:
@@ -71,9 +71,9 @@ def _of_group(path: Path, sweep: Path, spec: StudySpec, overrides: Sequence[str]
         emptied = spec.model_copy(update={"queue": ()})
         return _groups(path, overrides).get(sweep, emptied)
 
-    again = sweepfile.watch((path, *sweepfile.files(sweep)), read)
-    return Order(spec, again, sweepfile.where(path, overrides=overrides, sweep=sweep), queue_only=True)
+    again = load.watch((path, *load.files(sweep)), read)
+    return Order(spec, again, load.where(path, overrides=overrides, sweep=sweep), queue_only=True)
 
 
 def _groups(path: Path, overrides: Sequence[str]) -> dict[Path, StudySpec]:
-    return sweepfile.by_sweep(path, overrides=overrides)
+    return load.by_sweep(path, overrides=overrides)

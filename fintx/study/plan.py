@@ -9,8 +9,8 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from fintx import sweepfile
-from fintx.config import (
+from fintx.config import load
+from fintx.config.schema import (
     ArchitectureConfig,
     BudgetConfig,
     ExecutionConfig,
@@ -20,13 +20,13 @@ from fintx.config import (
     check_shape,
     parse_parameters,
 )
+from fintx.config.validate import Where, spelled
 from fintx.data import windows
 from fintx.evaluate import power
 from fintx.evaluate.power import Power
 from fintx.model import family, sizes, transformer
 from fintx.study import queue
 from fintx.study.space import SearchSpace
-from fintx.sweepsource import Where, spelled
 from fintx.train import memory, placement
 from fintx.train.placement import Footprint
 from fintx.train.sharding import Layout
@@ -156,7 +156,7 @@ def build(spec: StudySpec, *, data_root: Path, on: Machine | None = None, where:
     counted = tuple((shape, sizes.count(spec.model, shape, n_features).total) for shape in space.shapes)
     return Plan(
         spec=spec,
-        resolved=sweepfile.dump(spec),
+        resolved=load.dump(spec),
         prepared=prepared,
         shapes=counted,
         queue=tuple(

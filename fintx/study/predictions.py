@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from fintx.config import StudySpec
+from fintx.config.schema import StudySpec
 from fintx.evaluate import significance
 from fintx.evaluate.significance import RowLoss
 from fintx.study import records

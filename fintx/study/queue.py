@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 from optuna.distributions import BaseDistribution, CategoricalDistribution
 
-from fintx.config import QueueEntry, Shape, StudySpec
+from fintx.config.schema import QueueEntry, Shape, StudySpec
+from fintx.config.validate import Where, spelled
 from fintx.model import family, sizes
 from fintx.study.ledger import Claim
 from fintx.study.records import TrialRecord
 from fintx.study.space import SearchSpace, clamped, model_variants
-from fintx.sweepsource import Where, spelled
 from fintx.types import FintxError
 
 

@@ -19,17 +19,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fintx import files, sweepfile, sweepsource, toml_writer
-from fintx.config import QueueEntry, StudySpec
+from fintx import files
+from fintx.config import load, toml
+from fintx.config.schema import QueueEntry, StudySpec
+from fintx.config.toml import SweepFileError, locate, one_line, shortened
 from fintx.data import windows
 from fintx.model import sizes
 from fintx.study import ledger, queue, records
 from fintx.study.queue import QueueState
 from fintx.study.records import TrialRecord
 from fintx.study.space import SearchSpace
-from fintx.sweepsource import SweepFileError
-from fintx.sweepwords import one_line, shortened
-from fintx.toml_lines import locate
 from fintx.types import FintxError
 
 _BLOCK = re.compile(r"""[ \t]*\[\[[ \t]*(queue|"queue"|'queue')[ \t]*\]\]""")
@@ -82,7 +81,7 @@ def listings(path: Path, *, outputs: Path, data_root: Path) -> tuple[Listing, ..
     Raises:
         FintxError: the file is wrong, or its data are missing.
     """
-    studies = _studies(path, sweepfile.is_manual(path))
+    studies = _studies(path, load.is_manual(path))
     return tuple(_listing(spec, outputs / spec.study.name, data_root) for spec in studies.values())
 
 
@@ -143,7 +142,7 @@ def add(path: Path, fields: Mapping[str, Any], *, data_root: Path) -> Edit:
         QueueFileError: the entry is there already, or the file's queue can't be added to.
     """
     with _held(path) as real:
-        text = sweepsource.read_text(path)
+        text = toml.read_text(path)
         _refuse_unlike_blocks(path, text)
         changed, edit = _with_entry(path, text, fields, data_root)
         _replace(real, changed)
@@ -158,7 +157,7 @@ def value_of(text: str) -> tuple[str, bool | int | float | str]:
     """
     shown = f"--value {one_line(shortened(text))}"
     example = "a path and a number, true, false or text, such as optim.learning_rate=3e-4"
-    path, tree = sweepsource.assignment(text, shown=shown, example=example)
+    path, tree = load.assignment(text, shown=shown, example=example)
     value: Any = tree
     for key in path:
         value = value[key]
@@ -170,22 +169,22 @@ def value_of(text: str) -> tuple[str, bool | int | float | str]:
 
 
 def _with_entry(path: Path, text: str, fields: Mapping[str, Any], data_root: Path) -> tuple[str, Edit]:
-    changed = appended(text, ["[[queue]]", *toml_writer.pairs(fields)])
+    changed = appended(text, ["[[queue]]", *toml.pairs(fields)])
     _refuse_surrogates(changed)
-    first_line = sweepsource.plain(changed).count("\n") - len(fields)
-    manual = not sweepfile.is_study(sweepsource.parse(path, text).tree)
+    first_line = toml.plain(changed).count("\n") - len(fields)
+    manual = not load.is_study(load.parse(path, text).tree)
     try:
         studies = _studies(path, manual, changed, counted=True)
     except SweepFileError as error:
         raise SweepFileError(_of_new_entry(str(error), path, first_line)) from None
-    spec = studies[sweepfile.sweep_path(path, str(fields["sweep"]))] if manual else studies[path]
+    spec = studies[load.sweep_path(path, str(fields["sweep"]))] if manual else studies[path]
     entry = spec.queue[-1]
     identity = queue.identity(entry)
     known = {queue.identity(each): each for each in spec.queue[:-1]}
     if identity in known:
         mend = "; it is cancelled: take that line out of the file" if known[identity].cancelled else ""
         raise QueueFileError(f"{path}: holds the entry {identity} of {spec.study.name} already{mend}")
-    there = sweepfile.where(path, sweep=sweepfile.sweep_path(path, str(fields["sweep"])) if manual else None)
+    there = load.where(path, sweep=load.sweep_path(path, str(fields["sweep"])) if manual else None)
     last = ("queue", len(spec.queue) - 1)
     queue.validate(
         spec,
@@ -198,7 +197,7 @@ def _with_entry(path: Path, text: str, fields: Mapping[str, Any], data_root: Pat
 def appended(text: str, lines: Sequence[str]) -> str:
     """The text with a block of lines after it, behind a blank line, in the text's own line ends."""
     end = "\r\n" if 2 * text.count("\r\n") > text.count("\n") else "\n"
-    content = sweepsource.plain(text)
+    content = toml.plain(text)
     gap = "" if not content or content.endswith("\n\n") else end if content.endswith("\n") else 2 * end
     return text + gap + "".join(line + end for line in lines)
 
@@ -214,13 +213,13 @@ def _of_new_entry(said: str, path: Path, first_line: int) -> str:
 
 def _refuse_unlike_blocks(path: Path, text: str) -> None:
     """A block can only be added to, or changed in, a queue that is written in blocks in this very file."""
-    source = sweepsource.parse(path, text)
+    source = load.parse(path, text)
     if "queue" in source.tree:
-        line = locate(sweepsource.plain(text))[("queue",)]
-        if not _BLOCK.match(sweepsource.plain(text).split("\n")[line - 1]):
+        line = locate(toml.plain(text))[("queue",)]
+        if not _BLOCK.match(toml.plain(text).split("\n")[line - 1]):
             raise QueueFileError(f"{path}:{line}: the queue is written inline; write each entry as a [[queue]] block")
     elif "extends" in source.tree:
-        resolved = sweepsource.resolved(path, text=text)
+        resolved = load.resolved(path, text=text)
         if resolved.tree.get("queue"):
             where = resolved.places["queue",].words
             raise QueueFileError(f"{path}: its queue is that of the base ({where}); edit it there")
@@ -256,13 +255,13 @@ def cancel(path: Path, identity: str, *, sweep: str | None = None, outputs: Path
         QueueFileError: no such entry, or it is cancelled, running or done already.
     """
     with _held(path) as real:
-        text = sweepsource.read_text(path)
+        text = toml.read_text(path)
         _refuse_unlike_blocks(path, text)
         found = _find(path, identity, sweep, data_root)
         _refuse_begun(path, found, outputs)
         if found.index is None:
             fields = {**found.entry.model_dump(exclude_defaults=True), "cancelled": True}
-            changed = appended(text, ["[[queue]]", *toml_writer.pairs(fields)])
+            changed = appended(text, ["[[queue]]", *toml.pairs(fields)])
         else:
             changed = with_cancelled(path, text, found.index)
         _replace(real, changed)
@@ -270,13 +269,13 @@ def cancel(path: Path, identity: str, *, sweep: str | None = None, outputs: Path
 
 
 def _find(path: Path, identity: str, sweep: str | None, data_root: Path) -> _Found:
-    manual = sweepfile.is_manual(path)
+    manual = load.is_manual(path)
     if sweep is not None and not manual:
         raise QueueFileError(f"{path}: is no manual file, so --sweep has no place here")
-    wanted = None if sweep is None else sweepfile.sweep_path(path, sweep)
+    wanted = None if sweep is None else load.sweep_path(path, sweep)
     known: list[tuple[Path, str, _Found]] = []
     for at, spec in _studies(path, manual).items():
-        blocks: Sequence[int] = sweepfile.blocks_of(path, at) if manual else range(len(spec.queue))
+        blocks: Sequence[int] = load.blocks_of(path, at) if manual else range(len(spec.queue))
         entries: list[tuple[QueueEntry, int | None]] = [*zip(spec.queue, blocks, strict=True)]
         if spec.study.queue_extremes:
             entries += [(entry, None) for entry in _extremes(spec, _n_features(spec, data_root))]
@@ -316,7 +315,7 @@ def with_cancelled(path: Path, text: str, index: int) -> str:
     Raises:
         QueueFileError: the block is written in a way that an edit of lines would not change rightly.
     """
-    places = locate(sweepsource.plain(text))
+    places = locate(toml.plain(text))
     lines = text.split("\n")
     at = places.get(("queue", index, "cancelled"))
     if at is not None:
@@ -327,10 +326,10 @@ def with_cancelled(path: Path, text: str, index: int) -> str:
         indent = head[: len(head) - len(head.lstrip(" \t"))]
         lines.insert(at, f"{indent}cancelled = true" + ("\r" if head.endswith("\r") else ""))
     changed = "\n".join(lines)
-    wanted = copy.deepcopy(sweepsource.parse(path, text).tree)
+    wanted = copy.deepcopy(load.parse(path, text).tree)
     wanted["queue"][index]["cancelled"] = True
     try:
-        edited_well = sweepsource.parse(path, changed).tree == wanted
+        edited_well = load.parse(path, changed).tree == wanted
     except SweepFileError:
         edited_well = False
     if not edited_well:
@@ -343,13 +342,13 @@ def with_cancelled(path: Path, text: str, index: int) -> str:
 
 def _studies(path: Path, manual: bool, text: str | None = None, *, counted: bool = False) -> dict[Path, StudySpec]:
     """Sweep file → study; a sweep file's own is its only one."""
-    return sweepfile.by_sweep(path, text=text) if manual else {path: sweepfile.load(path, text=text, counted=counted)}
+    return load.by_sweep(path, text=text) if manual else {path: load.study(path, text=text, counted=counted)}
 
 
 @contextlib.contextmanager
 def _held(path: Path) -> Iterator[Path]:
     """The file itself, links followed, while no other edit of a queue is at it."""
-    sweepsource.read_text(path)  # says in a line what is wrong with a file that can't be read
+    toml.read_text(path)  # says in a line what is wrong with a file that can't be read
     real = path.resolve()
     while True:
         with real.open("rb") as file:

@@ -33,7 +33,7 @@ import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from fintx import files
-from fintx.config import BudgetConfig, StudySpec, TrialConfig, config_hash
+from fintx.config.schema import BudgetConfig, StudySpec, TrialConfig, config_hash
 from fintx.study import environment
 from fintx.types import FintxError
 

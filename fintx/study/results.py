@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from fintx.config import StudySpec, config_hash
+from fintx.config.schema import StudySpec, config_hash
 from fintx.data.windows import Dataset
 from fintx.evaluate import metrics
 from fintx.study import environment, records, runtime

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from fintx.config import StudySpec, TrialConfig
+from fintx.config.schema import StudySpec, TrialConfig
 from fintx.study import confirm, records
 from fintx.study import gpus as machine
 from fintx.study.confirm import Confirmed

@@ -18,7 +18,7 @@ from optuna.distributions import CategoricalDistribution, IntDistribution
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
-from fintx.config import Shape, StudySpec, TrialConfig, config_hash
+from fintx.config.schema import Shape, StudySpec, TrialConfig, config_hash
 from fintx.evaluate import metrics
 from fintx.study.seeds import SAMPLER, derive_seed
 from fintx.study.space import SearchSpace

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from fintx.config import StudySpec, TrialConfig
+from fintx.config.schema import StudySpec, TrialConfig
 from fintx.data import sources, windows
 from fintx.data.windows import Dataset, Part, Scaling
 from fintx.evaluate import baselines, metrics, significance

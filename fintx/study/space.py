@@ -20,10 +20,19 @@ from typing import Any
 import numpy as np
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 
-from fintx.config import Choices, FloatRange, ModelConfig, OptimConfig, Shape, StudySpec, TrainConfig, TrialConfig
+from fintx.config.schema import (
+    Choices,
+    FloatRange,
+    ModelConfig,
+    OptimConfig,
+    Shape,
+    StudySpec,
+    TrainConfig,
+    TrialConfig,
+)
+from fintx.config.validate import SECTIONS, field_kind
 from fintx.model import family, sizes
 from fintx.model.family import Family
-from fintx.sweepchecks import SECTIONS, field_kind
 from fintx.types import Floats
 
 _NUDGE = 1e-6

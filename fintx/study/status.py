@@ -7,7 +7,7 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from fintx.config import StudySpec
+from fintx.config.schema import StudySpec
 from fintx.evaluate import metrics, significance
 from fintx.study import confirmation, lead, ledger, lock, predictions, records
 from fintx.study.lead import Lead

@@ -11,7 +11,7 @@ from collections.abc import Callable, Container
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from fintx.config import ExecutionConfig, StudySpec, TrialConfig
+from fintx.config.schema import ExecutionConfig, StudySpec, TrialConfig
 from fintx.study import records, stopping
 from fintx.study.context import RunContext
 from fintx.study.events import EpochDone, TrialEnded, TrialStarted

@@ -24,7 +24,7 @@ import jax
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from fintx.config import StudySpec
+from fintx.config.schema import StudySpec
 from fintx.data import sources
 from fintx.data.windows import Dataset
 from fintx.evaluate import baselines

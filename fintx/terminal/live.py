@@ -11,7 +11,7 @@ from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from fintx.config import StudySpec
+from fintx.config.schema import StudySpec
 from fintx.evaluate import metrics
 from fintx.report.words import count, duration, number, shape_words
 from fintx.study import records

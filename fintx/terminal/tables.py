@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
-from fintx.config import Shape
+from fintx.config.schema import Shape
 from fintx.evaluate import power, significance
 from fintx.report.sheet import Sheet
 from fintx.report.words import count, duration, number, percent, shape_words, size

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 
 import jax
 
-from fintx.config import TrialConfig
+from fintx.config.schema import TrialConfig
 from fintx.model import sizes
 from fintx.train.progress import End, Progress, Question
 from fintx.train.result import Epoch, FitResult

@@ -30,7 +30,7 @@ import numpy as np
 from pydantic import ValidationError
 
 from fintx import files
-from fintx.config import TrialConfig
+from fintx.config.schema import TrialConfig
 from fintx.model import family
 from fintx.types import FintxError, Params
 

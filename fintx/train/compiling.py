@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import jax
 
-from fintx.config import ModelConfig, Shape
+from fintx.config.schema import ModelConfig, Shape
 from fintx.model import family
 
 _COMPILED = "/jax/core/compile/backend_compile_duration"

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from fintx.config import MeshConfig, TrialConfig
+from fintx.config.schema import MeshConfig, TrialConfig
 from fintx.data.windows import Dataset
 from fintx.model import family
 from fintx.train import sharding, step

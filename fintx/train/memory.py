@@ -15,7 +15,7 @@ from pathlib import Path
 
 import jax
 
-from fintx.config import TrialConfig
+from fintx.config.schema import TrialConfig
 from fintx.model import family, sizes
 from fintx.train import hosts, placement, sharding, step
 from fintx.train.sharding import ONE, Layout

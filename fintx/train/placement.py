@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from fintx.config import MeshConfig, ModelConfig, Shape
+from fintx.config.schema import MeshConfig, ModelConfig, Shape
 from fintx.model import family
 from fintx.train import sharding
 from fintx.train.sharding import Layout

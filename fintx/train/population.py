@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from fintx.config import MeshConfig, ModelConfig, TrialConfig
+from fintx.config.schema import MeshConfig, ModelConfig, TrialConfig
 from fintx.data.windows import Dataset
 from fintx.evaluate import metrics
 from fintx.model import family

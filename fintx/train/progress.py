@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from fintx.config import TaskConfig, TrialConfig
+from fintx.config.schema import TaskConfig, TrialConfig
 from fintx.data.windows import Dataset
 from fintx.evaluate import metrics
 from fintx.train import hosts, sharding

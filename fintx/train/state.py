@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PRNGKeyArray
 
-from fintx.config import ModelConfig, Shape, TaskConfig, TrialConfig
+from fintx.config.schema import ModelConfig, Shape, TaskConfig, TrialConfig
 from fintx.model import family
 from fintx.model.family import Family
 from fintx.train import losses, optim

@@ -18,7 +18,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from fintx.config import ModelConfig, Shape
+from fintx.config.schema import ModelConfig, Shape
 from fintx.model import family
 from fintx.train import losses, optim, sharding
 from fintx.train.compiling import compiled

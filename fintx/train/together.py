@@ -24,7 +24,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from fintx.config import TrialConfig
+from fintx.config.schema import TrialConfig
 from fintx.model import family, sizes
 
 MOST = 16

@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fintx import tasks
-from fintx.config import DataConfig, SplitConfig, TaskConfig
+from fintx.config.schema import DataConfig, SplitConfig, TaskConfig
 from fintx.data import bars as bars_module
 from fintx.data import features, sources, splits, windows
 from fintx.data.bars import Bars

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fintx.config import SplitConfig, TaskConfig
+from fintx.config.schema import SplitConfig, TaskConfig
 from fintx.data import splits
 from fintx.data.splits import BadSplit, PartRow, TooFewSamples
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fintx import tasks
-from fintx.config import TaskConfig
+from fintx.config.schema import TaskConfig
 from fintx.data import bars as bars_module
 from fintx.data import sources
 

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fintx import tasks
-from fintx.config import DataConfig, SplitConfig, TaskConfig
+from fintx.config.schema import DataConfig, SplitConfig, TaskConfig
 from fintx.data import features, manifest, sources, windows
 from fintx.data.bars import Bars
 from fintx.data.splits import BadSplit, TooFewSamples

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from fintx import tasks
-from fintx.config import DataConfig, SplitConfig, TaskConfig
+from fintx.config.schema import DataConfig, SplitConfig, TaskConfig
 from fintx.data import bars as bars_module
 from fintx.data import scaling, sources, windows
 from fintx.data.bars import Bars

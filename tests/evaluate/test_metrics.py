@@ -11,7 +11,7 @@ import sklearn.metrics
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fintx.config import METRICS
+from fintx.config.schema import METRICS
 from fintx.evaluate import metrics
 
 CLASSIFICATION, REGRESSION = "probability", "value"

@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from fintx import sweepfile
-from fintx.config import StudySpec, TrialConfig, config_hash
+from fintx.config import load
+from fintx.config.schema import StudySpec, TrialConfig, config_hash
 from fintx.evaluate import metrics, significance
 from fintx.model import sizes
 from fintx.report.field import Field
@@ -79,7 +79,7 @@ def spec_of(folder: Path, name: str, *, budget: str = "10K", task: str = REGRESS
     path = folder / f"{name}.toml"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text.replace("METRIC", "mse" if regression else "log_loss") + edit)
-    return sweepfile.load(path)
+    return load.study(path)
 
 
 def days_of(n: int) -> np.ndarray:
@@ -123,7 +123,7 @@ def write_study(
         created="2026-01-01T00:00:00+00:00", fintx_version="0.1.0", git_commit=None,
     )  # fmt: skip
     records.write_study(folder, study)
-    records.write_atomically(folder / "resolved.toml", sweepfile.dump(spec))
+    records.write_atomically(folder / "resolved.toml", load.dump(spec))
 
     def table(outputs_: np.ndarray) -> pa.Table:
         columns = [np.zeros(len(labels), np.int32), dates, np.asarray(assets), labels.astype(np.float32),

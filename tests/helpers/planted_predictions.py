@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from fintx.config import config_hash
+from fintx.config.schema import config_hash
 from fintx.evaluate import metrics
 from fintx.study import records
 from fintx.study.records import TrialRecord

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fintx.config import BudgetConfig, DataConfig, ModelConfig, SplitConfig, StudyConfig, StudySpec, TaskConfig
+from fintx.config.schema import BudgetConfig, DataConfig, ModelConfig, SplitConfig, StudyConfig, StudySpec, TaskConfig
 
 
 def spec_of(data: DataConfig, task: TaskConfig, split: SplitConfig, context_length: int) -> StudySpec:

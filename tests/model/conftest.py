@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from fintx.config import ModelConfig, Shape
+from fintx.config.schema import ModelConfig, Shape
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fintx.config import ModelConfig, Shape
+from fintx.config.schema import ModelConfig, Shape
 from fintx.model import blocks, transformer
 
 B, N, RATE = 3, 4, 0.3

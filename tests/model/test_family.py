@@ -15,8 +15,18 @@ import pytest
 from jax.sharding import PartitionSpec
 from pydantic import BaseModel, ConfigDict
 
-from fintx import config, sweepfile
-from fintx.config import BudgetConfig, FamilyConfig, MeshConfig, ModelConfig, Shape, StudySpec, TrialConfig, config_hash
+from fintx.config import load, schema
+from fintx.config.schema import (
+    BudgetConfig,
+    FamilyConfig,
+    MeshConfig,
+    ModelConfig,
+    Shape,
+    StudySpec,
+    TrialConfig,
+    config_hash,
+)
+from fintx.config.toml import SweepFileError
 from fintx.data import windows
 from fintx.data.windows import Dataset
 from fintx.model import family, sizes
@@ -26,7 +36,6 @@ from fintx.study import trial as trials
 from fintx.study.job import Job
 from fintx.study.space import SearchSpace
 from fintx.study.trial import Hooks
-from fintx.sweepsource import SweepFileError
 from fintx.train import checkpoint, loop, memory, placement, sharding, step
 from fintx.train.resume import Saves
 from fintx.train.sharding import Layout
@@ -112,10 +121,10 @@ MLP = Family(
 @pytest.fixture(autouse=True)
 def mlp() -> Iterator[Family]:
     """The family, known for the length of a test."""
-    config.FAMILIES["mlp"] = FamilyConfig(Widths, ("width",))
+    schema.FAMILIES["mlp"] = FamilyConfig(Widths, ("width",))
     family.FAMILIES["mlp"] = MLP
     yield MLP
-    del config.FAMILIES["mlp"], family.FAMILIES["mlp"]
+    del schema.FAMILIES["mlp"], family.FAMILIES["mlp"]
 
 
 SWEEP = """
@@ -161,13 +170,13 @@ max_epochs = 2
 def loaded(folder: Path, text: str = SWEEP) -> StudySpec:
     path = folder / "mlp.toml"
     path.write_text(text)
-    return sweepfile.load(path)
+    return load.study(path)
 
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> windows.Prepared:
     """Real data, small: the embedded index."""
-    config.FAMILIES["mlp"] = FamilyConfig(Widths, ("width",))
+    schema.FAMILIES["mlp"] = FamilyConfig(Widths, ("width",))
     spec = loaded(tmp_path_factory.mktemp("sweeps"))
     return windows.build(spec, tmp_path_factory.mktemp("data"))
 
@@ -193,7 +202,7 @@ def dataset(prepared: windows.Prepared) -> Dataset:
 
 def test_a_sweep_file_names_the_family_and_its_candidates(spec: StudySpec, tmp_path: Path) -> None:
     assert spec.model.family == "mlp" and spec.architecture == Widths(width=(8, 16, 24, 256))
-    assert loaded(tmp_path, sweepfile.dump(spec)) == spec
+    assert loaded(tmp_path, load.dump(spec)) == spec
     assert StudySpec.model_validate_json(spec.model_dump_json()) == spec
 
 
@@ -238,7 +247,7 @@ def test_a_config_of_before_there_were_families_is_the_encoders() -> None:
 
 
 def test_both_tables_hold_the_same_families() -> None:
-    assert config.FAMILIES.keys() == family.FAMILIES.keys()
+    assert schema.FAMILIES.keys() == family.FAMILIES.keys()
 
 
 # --- counted and searched ---------------------------------------------------------------------------------------------
@@ -269,7 +278,7 @@ def test_it_trains_on_real_data_and_its_model_comes_back(
 ) -> None:
     metric = "log_loss"
     if kind == "regression":
-        task, train = config.TaskConfig(kind="regression", horizon=3), trial.train.model_copy(update={"loss": "mse"})
+        task, train = schema.TaskConfig(kind="regression", horizon=3), trial.train.model_copy(update={"loss": "mse"})
         trial, metric = trial.model_copy(update={"task": task, "train": train}), "mse"
     result = loop.fit(trial, dataset, metric=metric)
     assert result.outcome == "completed" and result.params is not None and result.outputs is not None

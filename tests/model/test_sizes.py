@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from fintx.config import ArchitectureConfig, BudgetConfig, LayerRange, ModelConfig, Shape, parse_parameters
+from fintx.config.schema import ArchitectureConfig, BudgetConfig, LayerRange, ModelConfig, Shape, parse_parameters
 from fintx.model import sizes, transformer
 from fintx.types import FintxError
 

@@ -8,8 +8,8 @@ import shutil
 import numpy as np
 import pytest
 
-from fintx import sweepfile
-from fintx.config import ConfirmConfig, config_hash
+from fintx.config import load
+from fintx.config.schema import ConfirmConfig, config_hash
 from fintx.data import sources
 from fintx.evaluate import metrics
 from fintx.report import confirmation as words
@@ -25,7 +25,7 @@ DAYS = 900
 
 @pytest.fixture
 def spec(tiny_file):
-    return sweepfile.load(tiny_file)
+    return load.study(tiny_file)
 
 
 @pytest.fixture
@@ -293,7 +293,7 @@ def test_failures_of_different_kinds_in_a_row_do_not_stop_it(course, tiny_study,
     if of_members:
         made, _ = course
     else:
-        order = opening.Order(sweepfile.load(tiny_file, overrides=["study.name='another'"]))
+        order = opening.Order(load.study(tiny_file, overrides=["study.name='another'"]))
         context = RunContext(tmp_path, tiny_study.parents[1] / "data")
         stack = contextlib.ExitStack()
         made = Course(stack.enter_context(opening.begin(order, context)), order, context)

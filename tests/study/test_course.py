@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from fintx import sweepfile
-from fintx.config import StudySpec
+from fintx.config import load
+from fintx.config.schema import StudySpec
 from fintx.study import opening, stopping
 from fintx.study.context import RunContext
 from fintx.study.course import Course
@@ -28,7 +28,7 @@ def course(tiny_file: Path, tmp_path: Path) -> Iterator[Courses]:
     with ExitStack() as stack:
 
         def make(*changes: str, queue: tuple[dict, ...] = (), **options: Any) -> Course:
-            spec = sweepfile.load(tiny_file, overrides=["study.n_trials=12", *ONE_SHAPE, *changes])
+            spec = load.study(tiny_file, overrides=["study.n_trials=12", *ONE_SHAPE, *changes])
             tree = {**spec.model_dump(mode="json", exclude_none=True), "queue": list(queue)}
             spec = StudySpec.model_validate_json(json.dumps(tree))
             root = tmp_path

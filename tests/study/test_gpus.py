@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from fintx import sweepfile
-from fintx.config import Shape, StudySpec
+from fintx.config import load
+from fintx.config.schema import Shape, StudySpec
 from fintx.data import features
 from fintx.model import sizes
 from fintx.study import gpus as machine
@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def spec(budget: str, *changes: str) -> StudySpec:
-    return sweepfile.load(ROOT / "sweeps" / f"{budget}_h3.toml", overrides=list(changes))
+    return load.study(ROOT / "sweeps" / f"{budget}_h3.toml", overrides=list(changes))
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from fintx import sweepfile
+from fintx.config import load
 from fintx.evaluate import metrics
 from fintx.study import records
 from fintx.study.lead import over_baselines
@@ -42,7 +42,7 @@ def plant(folder, best, logits: dict[str, np.ndarray], labels: np.ndarray) -> di
 @pytest.fixture
 def case(tiny_study, tiny_file, tmp_path):
     best = records.read_all(tiny_study)[0]
-    return tmp_path, sweepfile.load(tiny_file), best
+    return tmp_path, load.study(tiny_file), best
 
 
 def test_a_planted_lead_is_found_with_its_interval(case):
@@ -86,7 +86,7 @@ def test_equal_forecasters_have_no_lead(case):
 
 
 def test_a_study_has_the_files_the_comparison_needs(tiny_study, tiny_file):
-    spec = sweepfile.load(tiny_file)
+    spec = load.study(tiny_file)
     held = json.loads((tiny_study / "baselines.json").read_text())
     best = records.best_of(records.read_all(tiny_study), minimize=True)
     lead = over_baselines(tiny_study, spec, best, held)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from fintx import sweepfile
+from fintx.config import load
 from fintx.study import programs, records, runner
 from fintx.study.context import RunContext
 from fintx.study.records import TrialRecord
@@ -24,7 +24,7 @@ VALUES = (
 
 
 def run(file: Path, root: Path, *changes: str) -> list[TrialRecord]:
-    spec = sweepfile.load(file, overrides=[f'execution.program_cache="{root / "programs"}"', *ONE_SHAPE, *changes])
+    spec = load.study(file, overrides=[f'execution.program_cache="{root / "programs"}"', *ONE_SHAPE, *changes])
     return records.read_all(runner.run(spec, RunContext(root / "outputs", root / "data")).folder)
 
 

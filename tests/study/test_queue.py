@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fintx.config import (
+from fintx.config.schema import (
     ArchitectureConfig,
     BudgetConfig,
     Choices,

@@ -16,8 +16,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fintx import cli, sweepfile
-from fintx.config import TrialConfig
+from fintx import cli
+from fintx.config import load
+from fintx.config.schema import TrialConfig
 from fintx.study import ledger, queue, queuefile, records
 from fintx.study.ledger import Claim
 from fintx.study.records import TrialRecord
@@ -110,7 +111,7 @@ def test_an_entry_is_added_behind_all_there_is(text, end, tmp_path):
     after = path.read_bytes()
     assert after.startswith(before) and after.endswith(end.encode())
     assert (b"\n" in after.replace(b"\r\n", b"")) == (end == "\n")
-    spec = sweepfile.load(path)
+    spec = load.study(path)
     entry = spec.queue[-1]
     assert (entry.shape.model_dump(), entry.values) == (SHAPE, {"optim.learning_rate": 3e-4})
     assert entry.note == 'say "why"\n\x7f' and edit == queuefile.Edit("small", queue.identity(entry), entry)
@@ -180,10 +181,10 @@ def test_a_bases_queue_is_edited_in_the_base(tmp_path):
     """A block of the file's own would silently take the place of all of them."""
     base = write(tmp_path, HEAD + FIRST, "base.toml")
     path = write(tmp_path, 'extends = "base.toml"\n[study]\nname = "child"\n')
-    for act, arguments in ((add, ()), (cancel, (queue.identity(sweepfile.load(base).queue[0]),))):
+    for act, arguments in ((add, ()), (cancel, (queue.identity(load.study(base).queue[0]),))):
         assert refused(path, act, *arguments) == f"{path}: its queue is that of the base ({base}:25); edit it there"
     write(tmp_path, HEAD, "base.toml")
-    assert add(path).study == "child" and len(sweepfile.load(path).queue) == 1
+    assert add(path).study == "child" and len(load.study(path).queue) == 1
 
 
 def test_mode_and_link_are_kept_and_nothing_is_left_beside(tmp_path):
@@ -215,7 +216,7 @@ def test_entries_added_at_the_same_time_all_get_in(tmp_path):
     path = write(tmp_path, HEAD)
     with ThreadPoolExecutor(6) as pool:
         list(pool.map(lambda i: add(path, id=f"e{i}"), range(6)))
-    assert {entry.id for entry in sweepfile.load(path).queue} == {f"e{i}" for i in range(6)}
+    assert {entry.id for entry in load.study(path).queue} == {f"e{i}" for i in range(6)}
 
 
 def test_an_entry_of_a_manual_file_names_its_study(tmp_path):
@@ -240,33 +241,33 @@ def test_an_entry_of_a_manual_file_names_its_study(tmp_path):
 def test_cancelling_adds_one_line_below_the_blocks_head(end, tmp_path):
     text = HEAD + FIRST + "\n  [[ 'queue' ]]\n  d_model = 24\nn_layers=6\nn_heads=2\nd_ff=48 # end"
     path = write(tmp_path, text.replace("\n", end))
-    first, second = map(queue.identity, sweepfile.load(path).queue)
+    first, second = map(queue.identity, load.study(path).queue)
     cancel(path, first)
     cancel(path, second)
     wanted = text.replace("# the first\n", "# the first\ncancelled = true\n")
     wanted = wanted.replace("[[ 'queue' ]]\n", "[[ 'queue' ]]\n  cancelled = true\n")
     assert path.read_bytes() == wanted.replace("\n", end).encode()
-    assert [entry.cancelled for entry in sweepfile.load(path).queue] == [True, True]
+    assert [entry.cancelled for entry in load.study(path).queue] == [True, True]
     assert refused(path, cancel, first) == f"{path}: {first} is cancelled already"
 
 
 @pytest.mark.parametrize("key", ["cancelled", '"cancelled"', "'cancelled'"])
 def test_a_false_is_turned_into_true(key, tmp_path):
     path = write(tmp_path, HEAD + FIRST + f"  {key}  =  false  # false so far\n")
-    cancel(path, queue.identity(sweepfile.load(path).queue[0]))
+    cancel(path, queue.identity(load.study(path).queue[0]))
     assert path.read_text() == HEAD + FIRST + f"  {key}  =  true  # false so far\n"
 
 
 def test_what_an_edit_of_lines_would_spoil_is_left_to_the_user(tmp_path):
     path = write(tmp_path, HEAD + FIRST + '"can\\u0063elled" = false\n')
-    identity = queue.identity(sweepfile.load(path).queue[0])
+    identity = queue.identity(load.study(path).queue[0])
     said = refused(path, cancel, identity)
     assert re.fullmatch(rf"{path}:\d+: can't be edited safely; write cancelled = true into that entry yourself", said)
 
 
 def test_an_unknown_entry_is_told_with_the_nearest(tmp_path):
     path = write(tmp_path, HEAD + FIRST)
-    identity = queue.identity(sweepfile.load(path).queue[0])
+    identity = queue.identity(load.study(path).queue[0])
     assert refused(path, cancel, identity[:-1]).endswith(f"; did you mean {identity}?")
     assert refused(path, cancel, "qqq") == f"{path}: has no queue entry qqq; there are {identity}"
     assert "has no queue entry a\\nb\\x1b[31m;" in refused(path, cancel, "a\nb\x1b[31m")
@@ -278,11 +279,11 @@ def test_an_identity_of_two_studies_needs_the_sweep_file(tmp_path):
     write(tmp_path, HEAD)
     write(tmp_path, HEAD.replace('"small"', '"other"'), "other.toml")
     path = write(tmp_path, MANUAL + MANUAL.replace("small.toml", "other.toml"), "manual.toml")
-    identity = queue.identity(sweepfile.load_manual(path)[0].queue[0])
+    identity = queue.identity(load.manual(path)[0].queue[0])
     said = refused(path, cancel, identity)
     assert said.endswith(f"{identity} stands there for other.toml and small.toml; name one with --sweep")
     assert cancel(path, identity, sweep="./other.toml").study == "other"
-    small, other = sweepfile.load_manual(path)
+    small, other = load.manual(path)
     assert (small.queue[0].cancelled, other.queue[0].cancelled) == (False, True)
     assert "has no queue entry" in refused(path, cancel, identity, sweep="third.toml")
 
@@ -308,12 +309,12 @@ def claim(entry, **changes) -> Claim:
 )
 def test_what_runs_or_is_done_is_not_cancelled(changes, words, tmp_path, monkeypatch):
     path = write(tmp_path, HEAD + FIRST)
-    (entry,) = sweepfile.load(path).queue
+    (entry,) = load.study(path).queue
     held = {tmp_path / "outputs" / "small": (claim(entry, **changes),)}
     monkeypatch.setattr(ledger, "read", lambda folder, url: held[folder])
     if words is None:
         cancel(path, queue.identity(entry))
-        assert sweepfile.load(path).queue[0].cancelled
+        assert load.study(path).queue[0].cancelled
     else:
         assert refused(path, cancel, queue.identity(entry)) == f"{path}: {queue.identity(entry)} {words}"
 
@@ -409,7 +410,7 @@ def test_a_listing_shows_state_trial_outcome_and_training(tmp_path, monkeypatch)
     path = write(tmp_path, HEAD + FIRST)
     for name in ("second", "third"):
         add(path, id=name)
-    first, second, third = sweepfile.load(path).queue
+    first, second, third = load.study(path).queue
     claims = (
         claim(first, training="defaults", finished=True, number=0),
         claim(second, state="failed", failures=2, number=4),
@@ -443,7 +444,7 @@ def test_the_commands_add_show_and_cancel(tmp_path):
     values = ("--value", "optim.learning_rate=3e-4", "--value", "train.batch_size=64")
     shown = fintx("add", path, *shape, "--note", "why", "--id", "mine", "--training", "defaults", *values, *where)
     assert shown == "added mine of small: d_model 24 · 6 layers · 2 heads · d_ff 48\n"
-    (entry,) = sweepfile.load(path).queue
+    (entry,) = load.study(path).queue
     assert (entry.training, entry.note, entry.values) == (
         "defaults", "why", {"optim.learning_rate": 3e-4, "train.batch_size": 64}
     )  # fmt: skip

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pytest
 from pydantic import ValidationError
 
-from fintx.config import (
+from fintx.config.schema import (
     BudgetConfig,
     DataConfig,
     MeshConfig,

@@ -10,8 +10,8 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from fintx import sweepfile
-from fintx.config import StudySpec
+from fintx.config import load
+from fintx.config.schema import StudySpec
 from fintx.study import evaluation, fork, records, runner, seeds
 from fintx.study.context import RunContext
 from fintx.study.records import TrialRecord
@@ -25,18 +25,20 @@ def run(spec: StudySpec, root: Path) -> Path:
     return runner.run(spec, RunContext(root / "outputs", root / "data")).folder
 
 
-def load(file: Path, *changes: str) -> StudySpec:
-    return sweepfile.load(file, overrides=["study.n_trials=1", *changes])
+def spec_of(file: Path, *changes: str) -> StudySpec:
+    return load.study(file, overrides=["study.n_trials=1", *changes])
 
 
 @pytest.fixture(scope="module")
 def one_by_one(tiny_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return run(load(tiny_file, "study.replicates=3", "execution.population=false"), tmp_path_factory.mktemp("single"))
+    return run(
+        spec_of(tiny_file, "study.replicates=3", "execution.population=false"), tmp_path_factory.mktemp("single")
+    )
 
 
 @pytest.fixture(scope="module")
 def side_by_side(tiny_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return run(load(tiny_file, "study.replicates=3", "execution.population=3"), tmp_path_factory.mktemp("together"))
+    return run(spec_of(tiny_file, "study.replicates=3", "execution.population=3"), tmp_path_factory.mktemp("together"))
 
 
 def only(folder: Path) -> TrialRecord:
@@ -90,7 +92,7 @@ def test_side_by_side_they_come_to_the_same(side_by_side: Path, one_by_one: Path
 
 @pytest.mark.slow
 def test_more_seeds_than_train_at_once_keep_their_order(one_by_one: Path, tiny_file: Path, tmp_path: Path) -> None:
-    record = only(run(load(tiny_file, "study.replicates=3", "execution.population=2"), tmp_path))
+    record = only(run(spec_of(tiny_file, "study.replicates=3", "execution.population=2"), tmp_path))
     assert values(record) == pytest.approx(values(only(one_by_one)), rel=TOLERANCE)
 
 
@@ -103,7 +105,7 @@ def test_on_the_cores_of_a_worker_they_come_to_the_same_bit_for_bit(
         pytest.skip("this process may use a single core")
     monkeypatch.delenv("XLA_FLAGS")
     found = [
-        run(load(tiny_file, "study.replicates=4", "execution.checkpoint_s=0.01", setting), tmp_path / str(number))
+        run(spec_of(tiny_file, "study.replicates=4", "execution.checkpoint_s=0.01", setting), tmp_path / str(number))
         for number, setting in enumerate(("execution.population=false", "execution.population='auto'"))
     ]
     single, at_once = (only(folder) for folder in found)
@@ -127,7 +129,7 @@ def test_predictions_and_checkpoint_are_the_first_seeds(side_by_side: Path) -> N
 
 
 def test_replicates_are_what_a_study_is_and_one_says_nothing(tiny_file: Path) -> None:
-    three, one = load(tiny_file, "study.replicates=3"), load(tiny_file)
+    three, one = spec_of(tiny_file, "study.replicates=3"), spec_of(tiny_file)
     assert records.definition(three)["study.replicates"] == 3
     assert "study.replicates" not in records.definition(one)
 

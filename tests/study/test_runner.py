@@ -10,8 +10,9 @@ import jax
 import pyarrow.parquet as pq
 import pytest
 
-from fintx import cli, sweepfile
-from fintx.config import Shape
+from fintx import cli
+from fintx.config import load
+from fintx.config.schema import Shape
 from fintx.evaluate import metrics
 from fintx.model import transformer
 from fintx.study import opening, records, runner
@@ -22,7 +23,7 @@ from fintx.types import Bug, FintxError
 
 @pytest.fixture(scope="module")
 def spec(tiny_file):
-    return sweepfile.load(tiny_file)
+    return load.study(tiny_file)
 
 
 def run(spec, tmp_path, **arguments):
@@ -125,7 +126,7 @@ def test_a_killed_process_between_record_and_tell_is_told(spec, tmp_path):
 
 
 def test_another_definition_under_the_same_name_is_refused(tiny_study, tiny_file):
-    other = sweepfile.load(tiny_file, overrides=["train.batch_size=64", "task.horizon=2"])
+    other = load.study(tiny_file, overrides=["train.batch_size=64", "task.horizon=2"])
     before = sorted(path for path in tiny_study.rglob("*"))
     root = tiny_study.parents[1]
     with pytest.raises(opening.StudyConflict, match=r"(?s)task.horizon: 3 there, 2 here.*train.batch_size: 128 there"):
@@ -148,7 +149,7 @@ def test_the_queue_runs_first_in_order_and_counts(tiny_file, tmp_path):
         {"d_model": 8, "n_layers": 2, "n_heads": 2, "d_ff": 16, "note": "wide heads"},
         {"d_model": 8, "n_layers": 2, "n_heads": 1, "d_ff": 16, "values": {"optim.learning_rate": 0.005}},
     ]
-    spec = sweepfile.load(tiny_file)
+    spec = load.study(tiny_file)
     shapes = [Shape(**{key: entry[key] for key in ("d_model", "n_layers", "n_heads", "d_ff")}) for entry in entries]
     queued = type(spec).model_validate_json(
         json.dumps({**spec.model_dump(mode="json", exclude_none=True), "queue": entries})
@@ -164,7 +165,7 @@ def test_the_queue_runs_first_in_order_and_counts(tiny_file, tmp_path):
 
 def test_a_bug_ends_its_own_study_alone_and_its_traceback_is_named(tiny_file, tmp_path):
     short = ["study.n_trials=1", "train.max_epochs=1"]
-    broken, good = (sweepfile.load(tiny_file, overrides=[*short, f"study.name='{name}'"]) for name in ("b", "g"))
+    broken, good = (load.study(tiny_file, overrides=[*short, f"study.name='{name}'"]) for name in ("b", "g"))
     orders = [opening.Order(broken, reload=lambda: 1 // 0), opening.Order(good)]
     first, second = runner.run_all(orders, RunContext(tmp_path / "outputs", tmp_path / "data"))
     assert len(second.records) == 1 and second.problem is None
@@ -176,7 +177,7 @@ def test_a_bug_ends_its_own_study_alone_and_its_traceback_is_named(tiny_file, tm
 
 
 def test_a_stop_while_a_study_begins_begins_no_other(tiny_file, tmp_path):
-    orders = [opening.Order(sweepfile.load(tiny_file, overrides=[f"study.name='{name}'"])) for name in "ab"]
+    orders = [opening.Order(load.study(tiny_file, overrides=[f"study.name='{name}'"])) for name in "ab"]
     told = []
 
     def stop_once_it_fits():

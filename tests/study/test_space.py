@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fintx import sweepfile
-from fintx.config import (
+from fintx.config import load
+from fintx.config.schema import (
     ArchitectureConfig,
     BudgetConfig,
     Choices,
@@ -188,7 +188,7 @@ def test_a_whole_number_for_a_number_is_the_same_config():
     "file", [file for file in sorted(SWEEPS.glob("*.toml")) if file.name != "manual.toml"], ids=lambda path: path.name
 )  # fmt: skip
 def test_every_shipped_file_has_shapes_all_within_its_budget(file):
-    spec = sweepfile.load(file)
+    spec = load.study(file)
     space = SearchSpace.build(spec, n_features=33)
     assert len(space.shapes) >= 30
     totals = [sizes.count(spec.model, shape, 33).total for shape in space.shapes]

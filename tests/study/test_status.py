@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from fintx import sweepfile
+from fintx.config import load
 from fintx.study import opening, status
 from fintx.study.context import RunContext
 from fintx.study.course import Course
@@ -52,7 +52,7 @@ def test_a_storage_whose_password_was_not_kept_is_noted(folder):
 
 def test_time_to_go_is_shared_out_among_those_that_train(folder, tiny_file, tiny_study):
     data = tiny_study.parents[1] / "data"
-    spec = sweepfile.load(tiny_file, overrides=["study.n_trials=9"])
+    spec = load.study(tiny_file, overrides=["study.n_trials=9"])
     with opening.begin(order := opening.Order(spec), context := RunContext(folder.parent, data, n_workers=2)) as opened:
         course = Course(opened, order, context)
         alone = status.read(folder).eta

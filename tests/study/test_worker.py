@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from fintx.config import Shape
+from fintx.config.schema import Shape
 from fintx.study import records
 from fintx.study.job import Job, Jobs
 from fintx.study.worker import LEAVE, RECALL, STOP

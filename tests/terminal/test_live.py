@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from fintx import sweepfile
+from fintx.config import load
 from fintx.study import runner
 from fintx.study.context import RunContext
 from fintx.study.events import Event, StudyReady, TrialFinished
@@ -37,7 +37,7 @@ def events(tiny_file: Path, outputs: Path) -> list[Event]:
     file = outputs.parent / "tiny.toml"
     file.write_text(tiny_file.read_text() + ENTRY)
     found: list[Event] = []
-    order = Order(sweepfile.load(file), queue_only=True)
+    order = Order(load.study(file), queue_only=True)
     runner.run_all([order], RunContext(outputs, outputs.parent / "data", notify=found.append))
     return found
 

@@ -10,7 +10,16 @@ import jax
 import numpy as np
 import pytest
 
-from fintx.config import DataConfig, ModelConfig, OptimConfig, Shape, SplitConfig, TaskConfig, TrainConfig, TrialConfig
+from fintx.config.schema import (
+    DataConfig,
+    ModelConfig,
+    OptimConfig,
+    Shape,
+    SplitConfig,
+    TaskConfig,
+    TrainConfig,
+    TrialConfig,
+)
 from fintx.data.scaling import Scaling
 from fintx.data.windows import Dataset, Part
 

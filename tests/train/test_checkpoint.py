@@ -15,7 +15,7 @@ import jax
 import numpy as np
 import pytest
 
-from fintx.config import TrialConfig
+from fintx.config.schema import TrialConfig
 from fintx.model import transformer
 from fintx.train import checkpoint
 from fintx.train.checkpoint import CheckpointDamaged, NotACheckpoint

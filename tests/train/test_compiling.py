@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from fintx.config import ModelConfig, Shape
+from fintx.config.schema import ModelConfig, Shape
 from fintx.train import compiling
 
 NARROW = Shape(d_model=256, n_layers=2, n_heads=2, d_ff=512)

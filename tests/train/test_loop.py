@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 
-from fintx.config import TaskConfig, TrialConfig
+from fintx.config.schema import TaskConfig, TrialConfig
 from fintx.data.windows import Dataset
 from fintx.evaluate import metrics
 from fintx.train import loop, step

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 import pytest
 
-from fintx.config import TrialConfig
+from fintx.config.schema import TrialConfig
 from fintx.data.windows import Dataset
 from fintx.train import loop, memory, step
 from fintx.train.memory import is_out_of_memory
@@ -244,7 +244,7 @@ def test_a_lower_bound_starts_no_backend(make_trial: Trials) -> None:
     """So that a coordinator can turn trials away without taking a GPU."""
     script = """
 import json, sys
-from fintx.config import TrialConfig
+from fintx.config.schema import TrialConfig
 from fintx.train import memory
 from jax._src import xla_bridge
 config = TrialConfig.model_validate_json(sys.stdin.read())

@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 
-from fintx.config import TrialConfig
+from fintx.config.schema import TrialConfig
 from fintx.model import transformer
 from fintx.train import optim
 from fintx.train.optim import OptimValues

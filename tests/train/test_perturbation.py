@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from fintx.config import FAMILIES, ModelConfig, OptimConfig, TaskConfig, TrainConfig, TrialConfig
+from fintx.config.schema import FAMILIES, ModelConfig, OptimConfig, TaskConfig, TrainConfig, TrialConfig
 from fintx.data.windows import Dataset
 from fintx.train import loop
 

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import pytest
 
-from fintx.config import MeshConfig, ModelConfig, Shape
+from fintx.config.schema import MeshConfig, ModelConfig, Shape
 from fintx.model import sizes
 from fintx.train import step
 from fintx.train.placement import choose, footprint

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import pytest
 
-from fintx.config import MeshConfig, TrialConfig
+from fintx.config.schema import MeshConfig, TrialConfig
 from fintx.data.windows import Dataset
 from fintx.train import loop, memory, population, step
 from fintx.train.attempt import Member

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 import pytest
 
-from fintx.config import TaskConfig, TrialConfig
+from fintx.config.schema import TaskConfig, TrialConfig
 from fintx.data.windows import Dataset
 from fintx.train import checkpoint, loop, resume
 from fintx.train.pace import Pace

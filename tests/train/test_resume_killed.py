@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import pytest
 
-from fintx.config import TrialConfig
+from fintx.config.schema import TrialConfig
 from fintx.data.windows import Dataset
 from fintx.train.progress import Progress, Question
 from fintx.train.resume import Keeper, Saves, TrainingState

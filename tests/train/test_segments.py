@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fintx.config import TrialConfig
+from fintx.config.schema import TrialConfig
 from fintx.data.windows import Dataset
 from fintx.model import transformer
 from fintx.train import loop, losses, step

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from fintx.config import MeshConfig, ModelConfig, Shape, TaskConfig, TrialConfig
+from fintx.config.schema import MeshConfig, ModelConfig, Shape, TaskConfig, TrialConfig
 from fintx.data.windows import Dataset
 from fintx.model import transformer
 from fintx.model.family import FAMILIES

@@ -11,7 +11,7 @@ import numpy as np
 import optax
 import pytest
 
-from fintx.config import TrialConfig
+from fintx.config.schema import TrialConfig
 from fintx.data.windows import Dataset
 from fintx.model import transformer
 from fintx.train import losses, optim, step

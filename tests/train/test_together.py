@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from fintx.config import TrialConfig
+from fintx.config.schema import TrialConfig
 from fintx.train import together
 
 Trials = Callable[..., TrialConfig]

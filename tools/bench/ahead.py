@@ -99,7 +99,7 @@ def main() -> None:
 def _compiled(
     budget: str, shape: tuple[int, ...], batch_size: int, dtype: Any, layout: Any = None, n_members: int = 1
 ) -> dict[str, Any]:
-    from fintx.config import ModelConfig, Shape
+    from fintx.config.schema import ModelConfig, Shape
     from fintx.train import placement, step
     from fintx.train.sharding import ONE
     from fintx.train.state import Arrangement, Program, for_program

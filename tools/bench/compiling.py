@@ -53,10 +53,10 @@ def in_a_fresh_process(shape: tuple[int, ...]) -> dict[str, float]:
 
 
 def _extremes(budget: str) -> list[tuple[int, int, int, int]]:
-    from fintx import sweepfile
+    from fintx.config import load
     from fintx.model import sizes
 
-    spec = sweepfile.load(ROOT / "sweeps" / f"{budget}_h1.toml")
+    spec = load.study(ROOT / "sweeps" / f"{budget}_h1.toml")
     shapes = sizes.feasible(spec.architecture, spec.budget, [spec.model], 25)
     by_size = sorted(shapes, key=lambda shape: sizes.count(spec.model, shape, 25).total)
     deepest = max(shapes, key=lambda shape: (shape.n_layers, shape.n_heads))

@@ -22,7 +22,7 @@ import jax  # noqa: E402
 import numpy as np  # noqa: E402
 import profiling  # noqa: E402
 
-from fintx.config import (  # noqa: E402
+from fintx.config.schema import (  # noqa: E402
     DataConfig,
     ModelConfig,
     OptimConfig,

@@ -87,7 +87,7 @@ def _saving(tiny: bool) -> dict[str, Any]:
 
 def _counting() -> dict[str, Any]:
     """Enumerate shapes within budgets and count each exactly."""
-    from fintx.config import ArchitectureConfig, BudgetConfig, LayerRange, ModelConfig
+    from fintx.config.schema import ArchitectureConfig, BudgetConfig, LayerRange, ModelConfig
     from fintx.model import sizes
 
     model = ModelConfig()

@@ -22,8 +22,8 @@ from typing import Any
 
 os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # inherited by the workers
 
-from fintx import sweepfile  # noqa: E402
-from fintx.config import StudySpec  # noqa: E402
+from fintx.config import load  # noqa: E402
+from fintx.config.schema import StudySpec  # noqa: E402
 from fintx.study import pool, runner  # noqa: E402
 from fintx.study.context import RunContext
 from fintx.study.events import EpochDone, Event  # noqa: E402
@@ -47,7 +47,7 @@ def main() -> None:
     for number in range(given.rounds):
         for pipeline in (False, True) if number % 2 == 0 else (True, False):
             setting = f"execution.pipeline={str(pipeline).lower()}"
-            spec = sweepfile.load(given.file, overrides=[*changes, setting])
+            spec = load.study(given.file, overrides=[*changes, setting])
             runs.append({"pipeline": pipeline, "round": number, **measure(spec)})
             print(words(runs[-1]), flush=True)
     for pipeline in (False, True):

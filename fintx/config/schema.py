@@ -1,7 +1,7 @@
 """What is a trial, and what is a study? Frozen, typed, serialisable values; every default of fintx stands here.
 
 A `TrialConfig` holds everything a trial's result depends on. A `StudySpec` is a whole sweep file, resolved. Neither
-reads files, the environment or the clock: `sweepfile.load` makes a StudySpec, `study.space` makes TrialConfigs of it.
+reads files, the environment or the clock: `config.load` makes a StudySpec, `study.space` makes TrialConfigs of it.
 """
 
 from __future__ import annotations

@@ -9,11 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fintx import sweepfile, toml_writer
+from fintx.config import load, toml
+from fintx.config.toml import SweepFileError
 from fintx.study import queue
-from fintx.sweepfile import SweepFileError
 
-SWEEPS = Path(__file__).resolve().parents[1] / "sweeps"
+SWEEPS = Path(__file__).resolve().parents[2] / "sweeps"
 
 SWEEP = """
 [study]
@@ -74,13 +74,13 @@ def folder(tmp_path):
 
 def problems(path: Path, *overrides: str) -> list[str]:
     with pytest.raises(SweepFileError) as caught:
-        sweepfile.load_manual(path, overrides=overrides)
+        load.manual(path, overrides=overrides)
     return str(caught.value).splitlines()
 
 
 def test_the_nine_that_ship_are_those_that_were_asked_for():
     """d_model, n_layers, n_heads, d_ff, note, exact parameters with the 28 features of the embedded data."""
-    specs = {spec.study.name: spec for spec in sweepfile.load_manual(SWEEPS / "manual.toml")}
+    specs = {spec.study.name: spec for spec in load.manual(SWEEPS / "manual.toml")}
     found = {
         name: [(e.d_model, e.n_layers, e.n_heads, e.d_ff, e.note, e.training) for e in spec.queue]
         for name, spec in specs.items()
@@ -96,27 +96,27 @@ def test_the_nine_that_ship_are_those_that_were_asked_for():
     }
     for name, spec in specs.items():
         queue.validate(spec, n_features=28)
-        plain = sweepfile.load(SWEEPS / f"{name}.toml")
+        plain = load.study(SWEEPS / f"{name}.toml")
         assert spec.model_copy(update={"queue": plain.queue}) == plain
 
 
 def test_the_shape_that_leaves_the_budget_says_so_with_its_count():
-    spec = sweepfile.load_manual(SWEEPS / "manual.toml")[0]
+    spec = load.manual(SWEEPS / "manual.toml")[0]
     wide = spec.queue[-1].model_copy(update={"d_ff": 4096})
     with pytest.raises(queue.QueueError, match=r"holds 252,236,801 parameters, outside the budget 150,000,000 … 250"):
         queue.validate(spec.model_copy(update={"queue": (*spec.queue, wide)}), n_features=28)
 
 
 def test_one_study_per_sweep_file_in_order_of_first_mention_whatever_the_total(folder):
-    first, second = sweepfile.load_manual(folder / "manual.toml", overrides=["train.patience=9"])
+    first, second = load.manual(folder / "manual.toml", overrides=["train.patience=9"])
     assert (first.study.name, second.study.name) == ("b", "a")
     assert [entry.n_layers for entry in first.queue] == [40, 42]
     assert [entry.note for entry in first.queue] == ["", "last"]
     assert second.queue[0].values == {"optim.learning_rate": 3e-4}
     assert first.study.n_trials == 1 and first.train.patience == 9
-    asking = sweepfile.load_manual(folder / "manual.toml", overrides=["study.queue_extremes=true"])
+    asking = load.manual(folder / "manual.toml", overrides=["study.queue_extremes=true"])
     assert not any(spec.study.queue_extremes for spec in asking)
-    assert sweepfile.is_manual(folder / "manual.toml") and not sweepfile.is_manual(folder / "a.toml")
+    assert load.is_manual(folder / "manual.toml") and not load.is_manual(folder / "a.toml")
 
 
 def test_every_mistake_of_every_entry_is_said_at_once_at_its_line(folder):
@@ -173,7 +173,7 @@ def test_an_empty_manual_file_is_one_line(text, folder):
     path = folder / "manual.toml"
     path.write_text(text)
     (found,) = problems(path)
-    assert found.startswith(f"{path}: holds no [[queue]] entry") and sweepfile.is_manual(path)
+    assert found.startswith(f"{path}: holds no [[queue]] entry") and load.is_manual(path)
 
 
 @pytest.mark.parametrize("text", ["queue = 3\n", "[queue]\nsweep = 'a.toml'\n", "queue = [1, 'a']\n"])
@@ -204,14 +204,14 @@ def test_overrides_are_of_the_sweep_files_alone(folder):
 
 def test_a_manual_file_is_no_sweep_file(folder):
     with pytest.raises(SweepFileError) as caught:
-        sweepfile.load(folder / "manual.toml")
+        load.study(folder / "manual.toml")
     assert str(caught.value).startswith(f"{folder}/manual.toml: is a manual file") and "\n" not in str(caught.value)
 
 
 def test_two_names_of_one_file_are_one_study(folder):
     path = folder / "manual.toml"
     path.write_text(MANUAL.replace('sweep = "a.toml"', 'sweep = "./b.toml"'))
-    (spec,) = sweepfile.load_manual(path)
+    (spec,) = load.manual(path)
     assert [entry.n_layers for entry in spec.queue] == [40, 41, 42]
 
 
@@ -231,11 +231,11 @@ def test_wild_entries_give_studies_that_hold_them_or_lines_at_their_places(tmp_p
     for name in ("a", "b"):
         (folder / f"{name}.toml").write_text(SWEEP.replace("NAME", name))
     whole = {"sweep": "a.toml", "d_model": 64, "n_layers": 40, "n_heads": 2, "d_ff": 256}
-    blocks = ["\n".join(["[[queue]]", *toml_writer.pairs({**whole, **change})]) for change in changes]
+    blocks = ["\n".join(["[[queue]]", *toml.pairs({**whole, **change})]) for change in changes]
     path = folder / "manual.toml"
     path.write_text("\n".join(blocks) + "\n")
     try:
-        specs = sweepfile.load_manual(path)
+        specs = load.manual(path)
     except SweepFileError as error:
         last = path.read_text().count("\n")
         for line in str(error).splitlines():

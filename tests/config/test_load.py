@@ -14,13 +14,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fintx import sweepfile, toml_writer
-from fintx.config import Choices, FloatRange, MeshConfig, StudySpec
-from fintx.sweepfile import SweepFileError
-from fintx.toml_lines import locate
+from fintx.config import load, toml
+from fintx.config.schema import Choices, FloatRange, MeshConfig, StudySpec
+from fintx.config.toml import SweepFileError, locate
 from fintx.types import FintxError
 
-SWEEPS = Path(__file__).resolve().parents[1] / "sweeps"
+SWEEPS = Path(__file__).resolve().parents[2] / "sweeps"
 SHIPPED = sorted(path.name for path in SWEEPS.glob("*.toml") if path.name != "manual.toml")
 TWELVE = [f"{budget}_h{h}.toml" for budget in ("2M", "20M", "200M", "2B") for h in (1, 3, 5)]
 
@@ -59,7 +58,7 @@ def write(tmp_path: Path, text: str, name: str = "x.toml") -> Path:
 
 def problems(path: Path, *overrides: str) -> list[str]:
     with pytest.raises(SweepFileError) as caught:
-        sweepfile.load(path, overrides=overrides)
+        load.study(path, overrides=overrides)
     return str(caught.value).splitlines()
 
 
@@ -70,7 +69,7 @@ def test_twelve_files_differ_in_nothing_but_name_question_horizon_and_budget():
     assert set(TWELVE) <= set(SHIPPED)
     trees = []
     for name in TWELVE:
-        spec = sweepfile.load(SWEEPS / name)
+        spec = load.study(SWEEPS / name)
         assert spec.study.name == name.removesuffix(".toml")
         assert f"_h{spec.task.horizon}" in name
         assert spec.budget.parameters == int(name.split("_")[0].replace("M", "000000").replace("B", "000000000"))
@@ -82,8 +81,8 @@ def test_twelve_files_differ_in_nothing_but_name_question_horizon_and_budget():
 
 @pytest.mark.parametrize("name", SHIPPED)
 def test_every_shipped_file_loads_and_survives_a_round_trip(name, tmp_path):
-    spec = sweepfile.load(SWEEPS / name)
-    assert sweepfile.load(write(tmp_path, sweepfile.dump(spec))) == spec
+    spec = load.study(SWEEPS / name)
+    assert load.study(write(tmp_path, load.dump(spec))) == spec
 
 
 # --- every key of every shipped file, mutated -------------------------------------------------------------------------
@@ -125,10 +124,10 @@ def nan_for_number(table: dict, key: str) -> None:
 
 
 def as_toml(tree: dict) -> str:
-    lines = toml_writer.pairs({key: value for key, value in tree.items() if not isinstance(value, dict)})
+    lines = toml.pairs({key: value for key, value in tree.items() if not isinstance(value, dict)})
     for key, value in tree.items():
         if isinstance(value, dict):
-            lines += ["", f"[{toml_writer.key(key)}]", *toml_writer.pairs(value)]
+            lines += ["", f"[{toml.key(key)}]", *toml.pairs(value)]
     return "\n".join(lines).replace("NaN", "nan") + "\n"
 
 
@@ -243,7 +242,7 @@ def test_a_whole_number_is_asked_of_a_queued_whole_number(tmp_path):
     for value, words in (("4.5", "got 4.5"), ("nan", "got nan"), ('"4"', 'got "4"'), ("10", "got 10")):
         found = problems(write(tmp_path, text.replace('"optim.learning_rate" = 3e-4', f'"train.patience" = {value}')))
         assert found == [f"{tmp_path}/x.toml:24: queue[0].train.patience: wanted a whole number in 2 … 9, {words}"]
-    spec = sweepfile.load(write(tmp_path, text.replace('"optim.learning_rate" = 3e-4', '"train.patience" = 4.0')))
+    spec = load.study(write(tmp_path, text.replace('"optim.learning_rate" = 3e-4', '"train.patience" = 4.0')))
     assert spec.queue[0].values == {"train.patience": 4.0}
 
 
@@ -298,18 +297,18 @@ def test_a_mistake_in_the_mesh_is_named(key, wrong, words, tmp_path):
 
 
 def test_a_mesh_survives_a_round_trip(tmp_path):
-    assert sweepfile.load(write(tmp_path, GOOD)).mesh == MeshConfig(data=-1, model=1, fsdp="auto", hosts=True)
+    assert load.study(write(tmp_path, GOOD)).mesh == MeshConfig(data=-1, model=1, fsdp="auto", hosts=True)
     text = '[mesh]\ndata = "auto"\nmodel = 4\nfsdp = true\nhosts = false\n'
-    spec = sweepfile.load(write(tmp_path, text + GOOD))
+    spec = load.study(write(tmp_path, text + GOOD))
     assert spec.mesh == MeshConfig(data="auto", model=4, fsdp=True, hosts=False)
-    assert sweepfile.load(write(tmp_path, sweepfile.dump(spec))) == spec
+    assert load.study(write(tmp_path, load.dump(spec))) == spec
 
 
 def test_how_it_is_run_survives_a_round_trip_and_its_section_is_found_by_its_nearest_name(tmp_path):
     text = '[execution]\nstorage = "postgresql://u@h:5/d"\nmemory = "1.5GB"\nhang_s = 60\ncheckpoint_s = 2.5\n'
-    spec = sweepfile.load(write(tmp_path, text + GOOD))
+    spec = load.study(write(tmp_path, text + GOOD))
     assert (spec.execution.memory, spec.execution.hang_s) == (1_500_000_000, 60.0)
-    assert sweepfile.load(write(tmp_path, sweepfile.dump(spec))) == spec
+    assert load.study(write(tmp_path, load.dump(spec))) == spec
     (found,) = problems(write(tmp_path, text.replace("[execution]", "[executon]") + GOOD))
     assert 'unknown section; did you mean "execution"?' in found
     assert 'did you mean "execution.hang_s"?' in problems(write(tmp_path, GOOD), "hang_s=3")[0]
@@ -332,13 +331,13 @@ def test_a_mistake_in_how_it_is_confirmed_is_named(lines, words, tmp_path):
 def test_a_confirmation_is_asked_for_by_its_section_and_defines_no_study(tmp_path):
     from fintx.study import records
 
-    without = sweepfile.load(write(tmp_path, GOOD))
+    without = load.study(write(tmp_path, GOOD))
     assert without.confirm is None
-    asked = sweepfile.load(write(tmp_path, "[confirm]\n" + GOOD))
+    asked = load.study(write(tmp_path, "[confirm]\n" + GOOD))
     assert (asked.confirm.top_k, asked.confirm.n_seeds) == (5, 5)
-    more = sweepfile.load(write(tmp_path, GOOD), overrides=["confirm.n_seeds=8"])
+    more = load.study(write(tmp_path, GOOD), overrides=["confirm.n_seeds=8"])
     assert (more.confirm.top_k, more.confirm.n_seeds) == (5, 8)
-    assert sweepfile.load(write(tmp_path, sweepfile.dump(more))) == more
+    assert load.study(write(tmp_path, load.dump(more))) == more
     definitions = [records.definition(spec) for spec in (without, asked, more)]
     assert definitions[0] == definitions[1] == definitions[2]
 
@@ -367,19 +366,19 @@ def test_no_message_holds_a_databases_password(value, place, tmp_path):
     else:
         path, overrides = write(tmp_path, GOOD), [f"execution.storage={value}"]
     with pytest.raises(SweepFileError) as caught:
-        sweepfile.load(path, overrides=overrides)
+        load.study(path, overrides=overrides)
     assert "SECRET" not in str(caught.value), str(caught.value)
     assert len(str(caught.value)) < 400
 
 
 def test_no_dump_holds_a_databases_password(tmp_path):
-    spec = sweepfile.load(write(tmp_path, GOOD), overrides=["execution.storage=postgresql://me:SECRET@host/db"])
+    spec = load.study(write(tmp_path, GOOD), overrides=["execution.storage=postgresql://me:SECRET@host/db"])
     assert spec.execution.storage == "postgresql://me:SECRET@host/db"
-    assert "SECRET" not in sweepfile.dump(spec) and "postgresql://me:***@host/db" in sweepfile.dump(spec)
+    assert "SECRET" not in load.dump(spec) and "postgresql://me:***@host/db" in load.dump(spec)
 
 
 def test_whole_numbers_of_a_shape_may_be_written_with_a_point(tmp_path):
-    spec = sweepfile.load(write(tmp_path, GOOD.replace("d_model = 64", "d_model = 64.0")))
+    spec = load.study(write(tmp_path, GOOD.replace("d_model = 64", "d_model = 64.0")))
     assert spec.queue[0].d_model == 64 and type(spec.queue[0].d_model) is int
     for wrong in ("64.5", "true", "nan", "1e300"):
         (found,) = problems(write(tmp_path, GOOD.replace("d_model = 64", f"d_model = {wrong}")))
@@ -390,7 +389,7 @@ def test_more_queue_entries_than_trials_are_refused(tmp_path):
     found = problems(write(tmp_path, GOOD + GOOD[GOOD.index("[[queue]]") :].replace("48", "40")), "study.n_trials=1")
     assert len(found) == 1 and found[0].startswith("--set study.n_trials=1: study.n_trials: 1 is fewer than the 2")
     cancelled = GOOD[GOOD.index("[[queue]]") :].replace("48", "40") + "cancelled = true\n"
-    assert len(sweepfile.load(write(tmp_path, GOOD + cancelled), overrides=["study.n_trials=1"]).queue) == 2
+    assert len(load.study(write(tmp_path, GOOD + cancelled), overrides=["study.n_trials=1"]).queue) == 2
 
 
 def test_repeated_symbols_and_dates_in_reverse_are_refused(tmp_path):
@@ -404,9 +403,9 @@ def test_repeated_symbols_and_dates_in_reverse_are_refused(tmp_path):
     "dates", ["2008-01-31", '"2008-01-31"'], ids=["a TOML date", "a date in quotes"]
 )  # fmt: skip
 def test_dates_may_be_written_either_way(dates, tmp_path):
-    spec = sweepfile.load(write(tmp_path, f"[data]\nstart = {dates}\n{GOOD}"))
+    spec = load.study(write(tmp_path, f"[data]\nstart = {dates}\n{GOOD}"))
     assert spec.data.start.isoformat() == "2008-01-31"
-    assert sweepfile.load(write(tmp_path, sweepfile.dump(spec))) == spec
+    assert load.study(write(tmp_path, load.dump(spec))) == spec
 
 
 @pytest.mark.parametrize("wrong", ["07:30:00", "2008-01-31T07:30:00", "20080131", '"31.1.2008"', "true"])
@@ -492,7 +491,7 @@ def test_a_mistake_in_the_base_is_placed_in_the_base(tmp_path):
     child = write(tmp_path, 'extends = "base.toml"\n[study]\nname = "child"\n')
     assert any(each.startswith(f"{base}:9: task.horizon") for each in problems(child))
     mended = write(tmp_path, 'extends = "base.toml"\n[task]\nhorizon = 2\n')
-    spec = sweepfile.load(mended)
+    spec = load.study(mended)
     assert (spec.task.horizon, spec.task.threshold, spec.study.name) == (2, 0.01, "x")
 
 
@@ -516,9 +515,9 @@ def test_a_mistake_is_placed_in_the_file_that_makes_it(own, where, tmp_path):
 def test_dotted_paths_without_quotes_merge_like_quoted_ones(tmp_path):
     unquoted = GOOD.replace('"optim.learning_rate" =', "optim.learning_rate =").replace('"train.', "train.")
     base = write(tmp_path, unquoted.replace('batch_size"', "batch_size"), "base.toml")
-    assert sweepfile.load(base) == sweepfile.load(write(tmp_path, GOOD))
+    assert load.study(base) == load.study(write(tmp_path, GOOD))
     child = 'extends = "base.toml"\n[space]\noptim.weight_decay = { low = 0.0, high = 0.1 }\n'
-    assert set(sweepfile.load(write(tmp_path, child)).space) == {
+    assert set(load.study(write(tmp_path, child)).space) == {
         "optim.learning_rate", "optim.weight_decay", "train.batch_size"
     }  # fmt: skip
     found = problems(write(tmp_path, child.replace("optim", "optimm")))
@@ -536,17 +535,17 @@ def test_a_value_that_is_also_searched_is_never_silently_without_effect(tmp_path
     plain = write(tmp_path, GOOD)
     (found,) = problems(plain, "optim.learning_rate=2e-4")
     assert found.startswith("--set optim.learning_rate=2e-4: optim.learning_rate: is searched") and "choices" in found
-    fixed = sweepfile.load(plain, overrides=['space."optim.learning_rate"={choices=[3e-4]}', "queue=[]"])
+    fixed = load.study(plain, overrides=['space."optim.learning_rate"={choices=[3e-4]}', "queue=[]"])
     assert fixed.space["optim.learning_rate"] == Choices(choices=(3e-4,))
 
 
 def test_a_search_wins_over_the_bases_value(tmp_path):
     write(tmp_path, GOOD + "[model]\ndropout = 0.33\n", "base.toml")
     child = write(tmp_path, 'extends = "base.toml"\n[space]\n"model.dropout" = { low = 0.0, high = 0.5 }\n')
-    spec = sweepfile.load(child)
+    spec = load.study(child)
     assert "model.dropout" in spec.space and spec.model.dropout == 0.1
-    assert sweepfile.load(write(tmp_path, sweepfile.dump(spec), "dumped.toml")) == spec
-    assert "dropout = 0.33" not in sweepfile.dump(spec)
+    assert load.study(write(tmp_path, load.dump(spec), "dumped.toml")) == spec
+    assert "dropout = 0.33" not in load.dump(spec)
 
 
 def test_values_replace_and_another_kind_replaces_its_table(tmp_path):
@@ -558,7 +557,7 @@ def test_values_replace_and_another_kind_replaces_its_table(tmp_path):
 kind = "direction"
 horizon = 1
 """
-    spec = sweepfile.load(write(tmp_path, text), overrides=["queue=[]"])
+    spec = load.study(write(tmp_path, text), overrides=["queue=[]"])
     assert spec.space["optim.learning_rate"].choices == (1e-4, 2e-4)
     assert spec.task.threshold is None
 
@@ -580,24 +579,24 @@ def test_a_bad_base_is_one_line(text, words, tmp_path):
 def test_overrides_win_and_their_mistakes_are_theirs(tmp_path):
     path = write(tmp_path, GOOD)
     overrides = ["study.n_trials=7", 'data.assets=["SPY"]', "study.name=other", "architecture.n_layers.high=64"]
-    spec = sweepfile.load(path, overrides=overrides)
+    spec = load.study(path, overrides=overrides)
     assert (spec.study.n_trials, spec.data.assets, spec.study.name) == (7, ("SPY",), "other")
     assert spec.architecture.n_layers.high == 64 and spec.architecture.n_layers.low == 2
-    searched = sweepfile.load(path, overrides=['space."model.dropout"={low=0.0, high=0.3}']).space["model.dropout"]
+    searched = load.study(path, overrides=['space."model.dropout"={low=0.0, high=0.3}']).space["model.dropout"]
     assert searched == FloatRange(low=0.0, high=0.3)
     assert problems(path, "study.n_trials=many")[0].startswith("--set study.n_trials=many: study.n_trials: wanted")
 
 
 @pytest.mark.parametrize("spelled", ['space."optim.learning_rate".low=2e-4', "space.optim.learning_rate.low=2e-4"])
 def test_an_override_enters_tables_and_replaces_one_value(spelled, tmp_path):
-    spec = sweepfile.load(write(tmp_path, GOOD), overrides=[spelled])
+    spec = load.study(write(tmp_path, GOOD), overrides=[spelled])
     assert spec.space["optim.learning_rate"] == FloatRange(low=2e-4, high=1e-3, log=True)
     assert "train.batch_size" in spec.space
 
 
 def test_an_override_of_half_a_path_sets_the_paths_in_it(tmp_path):
     override = "space.optim={learning_rate={low=2e-4, high=1e-3}, weight_decay={low=0.0, high=0.1}}"
-    spec = sweepfile.load(write(tmp_path, GOOD), overrides=[override])
+    spec = load.study(write(tmp_path, GOOD), overrides=[override])
     assert set(spec.space) == {"optim.learning_rate", "optim.weight_decay", "train.batch_size"}
     assert spec.space["optim.learning_rate"].low == 2e-4
 
@@ -605,9 +604,9 @@ def test_an_override_of_half_a_path_sets_the_paths_in_it(tmp_path):
 def test_an_override_of_a_table_replaces_it(tmp_path):
     file = write(tmp_path, GOOD + '[split]\nkind = "fractions"\ntrain = 0.5\nvalidation = 0.2\n')
     dates = 'split={kind="dates", validation_start=2010-01-01, test_start=2015-01-01}'
-    assert sweepfile.load(file, overrides=[dates]).split.train is None
-    assert sweepfile.load(file, overrides=["space={}", "queue=[]"]).space == {}
-    again = sweepfile.load(file, overrides=["split.train=0.6", "split.train=0.7"])
+    assert load.study(file, overrides=[dates]).split.train is None
+    assert load.study(file, overrides=["space={}", "queue=[]"]).space == {}
+    again = load.study(file, overrides=["split.train=0.6", "split.train=0.7"])
     assert (again.split.train, again.split.validation) == (0.7, 0.2)
 
 
@@ -703,7 +702,7 @@ def test_large_binary_missing_and_folder_are_refused(tmp_path):
 def test_a_byte_order_mark_and_windows_line_ends_are_read(tmp_path):
     path = tmp_path / "windows.toml"
     path.write_bytes(b"\xef\xbb\xbf" + GOOD.replace("\n", "\r\n").encode())
-    assert sweepfile.load(path) == sweepfile.load(write(tmp_path, GOOD))
+    assert load.study(path) == load.study(write(tmp_path, GOOD))
 
 
 @settings(max_examples=150, deadline=None)
@@ -715,7 +714,7 @@ def test_any_text_gives_a_spec_or_a_plain_error(text):
         path = Path(folder) / "x.toml"
         path.write_bytes(text.encode("utf-8", "surrogatepass"))
         try:
-            assert isinstance(sweepfile.load(path), StudySpec)
+            assert isinstance(load.study(path), StudySpec)
         except FintxError as error:
             assert str(error)
 
@@ -749,21 +748,21 @@ def test_wild_values_give_a_spec_that_round_trips_or_placed_errors(tmp_path_fact
     for (section, key), value in changes:
         text = _toml(value)
         if by_override:
-            overrides.append(f"{section}.{toml_writer.key(key)}={text}")
+            overrides.append(f"{section}.{toml.key(key)}={text}")
         elif isinstance(tree.setdefault(section, {}), dict):
             tree[section][key] = tomllib.loads(f"x = {text}")["x"]
         else:
             tree[section] = [{**tree[section][0], key: tomllib.loads(f"x = {text}")["x"]}]
     lines = [*as_lines({k: v for k, v in tree.items() if k != "queue"})]
     for entry in tree["queue"]:
-        lines += ["[[queue]]", *map(_finite, toml_writer.pairs(entry))]
+        lines += ["[[queue]]", *map(_finite, toml.pairs(entry))]
     file = write(folder, "\n".join(lines) if not by_override else GOOD)
     try:
-        spec = sweepfile.load(file, overrides=overrides)
+        spec = load.study(file, overrides=overrides)
     except SweepFileError as error:
         assert all(re.match(rf"({re.escape(str(file))}(:\d+)?|--set .+): \S", line) for line in str(error).splitlines())
     else:
-        assert sweepfile.load(write(folder, sweepfile.dump(spec), "again.toml")) == spec
+        assert load.study(write(folder, load.dump(spec), "again.toml")) == spec
 
 
 def as_lines(tree: dict) -> list[str]:
@@ -775,7 +774,7 @@ def _finite(text: str) -> str:
 
 
 def _toml(value: Any) -> str:
-    return _finite(toml_writer.value(value))
+    return _finite(toml.value(value))
 
 
 @settings(max_examples=100, deadline=None)
@@ -789,11 +788,11 @@ def _toml(value: Any) -> str:
 )
 def test_a_dumped_spec_loads_back_equal(tmp_path_factory, question, note, rate, eps, seed, versions):
     folder = tmp_path_factory.mktemp("dumped")
-    tree = sweepfile.load(write(folder, GOOD)).model_dump(mode="json")
+    tree = load.study(write(folder, GOOD)).model_dump(mode="json")
     tree["study"] |= {"question": question, "seed": seed}
     tree["data"]["versions"] = versions
     tree["optim"]["eps"] = eps
     tree["queue"][0] |= {"note": note, "values": {"optim.learning_rate": rate}}
     tree["space"]["optim.learning_rate"] = {"low": 1e-300, "high": 1e300, "log": True}
     spec = StudySpec.model_validate_json(json.dumps(tree))
-    assert sweepfile.load(write(folder, sweepfile.dump(spec), "again.toml")) == spec
+    assert load.study(write(folder, load.dump(spec), "again.toml")) == spec

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from fintx import toml_writer
-from fintx.toml_lines import locate
+from fintx.config import toml
+from fintx.config.toml import locate
 
 # --- texts made line by line, so that every line is known -------------------------------------------------------------
 
@@ -111,10 +111,10 @@ _trees = st.recursive(
 def test_what_the_writer_writes_is_read_back_and_located(tree):
     lines, expected = [], {}
     for section, content in tree.items():
-        lines += ["", "# [comment]", f"[{toml_writer.key(section)}]"]
+        lines += ["", "# [comment]", f"[{toml.key(section)}]"]
         expected[(spelled(section),)] = len(lines)
         for key, value in content.items():
-            lines.append(f"{toml_writer.key(key)} = {toml_writer.value(value)}  # x = 1")
+            lines.append(f"{toml.key(key)} = {toml.value(value)}  # x = 1")
             expected[(spelled(section), spelled(key))] = len(lines)
     text = "\n".join(lines) + "\n"
     assert tomllib.loads(text) == tree
@@ -124,7 +124,7 @@ def test_what_the_writer_writes_is_read_back_and_located(tree):
 
 def spelled(key: str) -> str:
     """A key as it stands in the text, without quotes: the locator decodes no escapes."""
-    written = toml_writer.key(key)
+    written = toml.key(key)
     return written[1:-1] if written != key else key
 
 
