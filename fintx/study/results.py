@@ -19,7 +19,7 @@ from fintx.study import environment, records, runtime
 from fintx.study.job import Job
 from fintx.study.records import FoldRecord, Replicate, TrialRecord
 from fintx.train import checkpoint, compiling
-from fintx.train.result import FitResult
+from fintx.train.result import FitResult, Timing
 from fintx.types import Floats
 
 
@@ -110,11 +110,7 @@ def _record(training: Trained, folds: tuple[Dataset, ...]) -> TrialRecord:
         git_commit=environment.git_commit(),
         started=training.started,
         finished=environment.now(),
-        trace_s=sum(fit.trace_s for fit in fits),
-        compile_s=sum(fit.compile_s for fit in fits),
-        n_compiled=sum(fit.n_compiled for fit in fits),
-        run_s=sum(fit.run_s for fit in fits),
-        wall_s=sum(fit.wall_s for fit in fits),
+        **dataclasses.asdict(sum((fit.timing for fit in fits), Timing())),
         wait_s=training.wait_s,
     )
 
@@ -151,10 +147,10 @@ def _fold_record(spec: StudySpec, fit: FitResult, dataset: Dataset) -> FoldRecor
         split_hash=dataset.split_hash,
         n_train=len(dataset.train.rows),
         n_validation=len(part.rows),
-        trace_s=fit.trace_s,
-        compile_s=fit.compile_s,
-        run_s=fit.run_s,
-        wall_s=fit.wall_s,
+        trace_s=fit.timing.trace_s,
+        compile_s=fit.timing.compile_s,
+        run_s=fit.timing.run_s,
+        wall_s=fit.timing.wall_s,
     )
 
 

@@ -218,10 +218,8 @@ def _fit_fold(trials: list[_Trial], dataset: Dataset, fold: int, *, n_folds: int
             elif result.outcome == "interrupted":
                 trial.end(trial.ending)
             else:
-                fits[trial.job.key, replicate] = dataclasses.replace(
-                    result,
-                    **{name: getattr(result, name) / n_threads for name in ("trace_s", "compile_s", "run_s", "wall_s")},
-                )
+                shared = result.timing.share(n_threads)
+                fits[trial.job.key, replicate] = dataclasses.replace(result, timing=shared)
 
     if n_threads == 1:
         for part in range(n_parts):

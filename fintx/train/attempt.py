@@ -12,7 +12,7 @@ import jax
 from fintx.config.schema import TrialConfig
 from fintx.model import sizes
 from fintx.train.progress import End, Progress, Question
-from fintx.train.result import Epoch, FitResult
+from fintx.train.result import Epoch, FitResult, Timing
 from fintx.train.resume import Keeper, Saves, TrainingState
 from fintx.train.state import Arrangement, TrainState, steps_per_epoch
 from fintx.train.step import Tally, empty_tally
@@ -49,11 +49,7 @@ class Attempt:
     """Its place in the population."""
     resumed_step: int = 0
     memory_bytes: int | None = None
-    trace_s: float = 0.0
-    compile_s: float = 0.0
-    n_compiled: int = 0
-    run_s: float = 0.0
-    wall_s: float = 0.0
+    timing: Timing = Timing()
     """Of this attempt and those before it; where several train at once, its share."""
     warnings: list[str] = field(default_factory=list)
     keeper: Keeper | None = None
@@ -95,8 +91,7 @@ class Attempt:
         """Go on from what an earlier attempt saved, with the relief that it had, on the devices that there are now."""
         self.progress, self.step, self.resumed_step, self.tally = saved.progress, saved.step, saved.step, saved.tally
         self.arrangement = replace(saved.arrangement, layout=self.arrangement.layout)
-        self.trace_s, self.compile_s, self.n_compiled = saved.trace_s, saved.compile_s, saved.n_compiled
-        self.run_s, self.wall_s = saved.run_s, saved.wall_s
+        self.timing = saved.timing
 
     def save(self, state: TrainState) -> None:
         """Commit the member's state.
@@ -111,11 +106,7 @@ class Attempt:
                 tally=self.tally,
                 progress=self.progress,
                 arrangement=self.arrangement,
-                trace_s=self.trace_s,
-                compile_s=self.compile_s,
-                n_compiled=self.n_compiled,
-                run_s=self.run_s,
-                wall_s=self.wall_s,
+                timing=self.timing,
             )
         )
 
@@ -133,7 +124,7 @@ class Attempt:
             metrics=known.last,
             best=best,
             best_epoch=known.best_epoch,
-            seconds=self.wall_s,
+            seconds=self.timing.wall_s,
         )
 
     def result(self) -> FitResult | Exception:
@@ -155,11 +146,7 @@ class Attempt:
             outputs=known.outputs,
             params=known.params,
             param_count=sizes.count(config.model, config.shape, self.question.dataset.features.shape[1]).total,
-            trace_s=self.trace_s,
-            compile_s=self.compile_s,
-            n_compiled=self.n_compiled,
-            run_s=self.run_s,
-            wall_s=self.wall_s,
+            timing=self.timing,
             warnings=tuple(self.warnings),
             resumed_step=self.resumed_step,
             arrangement=self.arrangement,
@@ -179,4 +166,4 @@ class Watch:
         share = (now - self._since) / max(len(attempts), 1)
         self._since = now
         for attempt in attempts:
-            attempt.wall_s += share
+            attempt.timing += Timing(wall_s=share)

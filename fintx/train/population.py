@@ -25,7 +25,7 @@ from fintx.train import compiling, hosts, memory, placement, progress, sharding,
 from fintx.train.attempt import Attempt, Member, Watch
 from fintx.train.pace import Pace
 from fintx.train.progress import EXPLODED_LOSS, End, Question
-from fintx.train.result import FitResult
+from fintx.train.result import FitResult, Timing
 from fintx.train.resume import Keeper, TrainingState
 from fintx.train.sharding import ONE, Layout
 from fintx.train.state import (
@@ -234,9 +234,7 @@ def _load(begun: list[_Begun], watch: Watch, *, limit: int) -> _Loaded | memory.
         )
     watch.charge(attempts)
     for attempt in attempts:
-        attempt.trace_s += made.trace_s / len(begun)
-        attempt.compile_s += made.compile_s / len(begun)
-        attempt.n_compiled += made.n_compiled
+        attempt.timing += Timing(made.trace_s, made.compile_s, made.n_compiled).share(len(begun))
         attempt.memory_bytes = plan.n_bytes // len(begun)
     if isinstance(plan, memory.TooBig):
         return plan
@@ -311,7 +309,7 @@ def _segment(attempts: list[Attempt], running: list[Attempt], loaded: _Loaded, p
     pace.note(n_steps, took_s)
     tally = sharding.to_host(tally)
     for attempt in running:
-        attempt.run_s += took_s / len(running)
+        attempt.timing += Timing(run_s=took_s / len(running))
         attempt.step += n_steps
         attempt.tally = tally if alone else jax.tree.map(lambda leaf, slot=attempt.slot: leaf[slot], tally)
 
@@ -351,7 +349,7 @@ def _close_epoch(attempt: Attempt, loaded: _Loaded) -> End | None:
     n_validation = len(question.dataset.validation.rows)
     began = time.perf_counter()
     outputs = sharding.to_host(loaded.forward.run(params, loaded.validation))[:n_validation].copy()
-    attempt.run_s += time.perf_counter() - began
+    attempt.timing += Timing(run_s=time.perf_counter() - began)
     # Losses of a regression are in variances of the target; the record's are in squared log returns.
     train_loss = loss * loaded.scale.sd**2
     if not np.isfinite(outputs).all():

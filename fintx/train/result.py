@@ -1,4 +1,4 @@
-"""What does a trial tell while it runs, and what does it come to?"""
+"""A training's epochs, times and result, as they are told."""
 
 from __future__ import annotations
 
@@ -7,6 +7,36 @@ from dataclasses import dataclass
 from fintx.train.progress import Metrics, Outcome
 from fintx.train.state import Arrangement
 from fintx.types import Floats, Params
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Where a training's time went, in all attempts up to their last save; of a population, its share."""
+
+    trace_s: float = 0.0
+    """Python's part of making the programs, tracing and lowering; next to nothing where an earlier trial's programs
+    served. Waiting for a thread that makes them ahead counts here."""
+    compile_s: float = 0.0
+    """XLA's part, or reading from the program cache what it once made; 0 where an earlier trial's programs served."""
+    n_compiled: int = 0
+    """Programs that XLA compiled; those of the cache or of an earlier trial don't count."""
+    run_s: float = 0.0
+    """Training and evaluating on the devices."""
+    wall_s: float = 0.0
+    """All of it."""
+
+    def __add__(self, other: Timing) -> Timing:
+        return Timing(
+            self.trace_s + other.trace_s,
+            self.compile_s + other.compile_s,
+            self.n_compiled + other.n_compiled,
+            self.run_s + other.run_s,
+            self.wall_s + other.wall_s,
+        )
+
+    def share(self, n: int) -> Timing:
+        """Of one of n that trained side by side; the programs are everybody's."""
+        return Timing(self.trace_s / n, self.compile_s / n, self.n_compiled, self.run_s / n, self.wall_s / n)
 
 
 @dataclass(frozen=True)
@@ -53,17 +83,7 @@ class FitResult:
     params: Params | None
     """At the best step, on the host."""
     param_count: int
-    trace_s: float
-    """Python's part of making the programs, tracing and lowering, in all attempts; next to nothing where an earlier
-    trial's programs served. Waiting for a thread that makes them ahead counts here."""
-    compile_s: float
-    """XLA's part, or reading from the program cache what it once made; 0 where an earlier trial's programs served."""
-    n_compiled: int
-    """Programs that XLA compiled; those of the cache or of an earlier trial don't count."""
-    run_s: float
-    """Training and evaluating on the devices, in all attempts; of a population its share."""
-    wall_s: float
-    """All of `fit`, in all attempts up to their last save."""
+    timing: Timing
     warnings: tuple[str, ...]
     """One line each: what was wrong with saved states."""
     resumed_step: int

@@ -28,6 +28,7 @@ from fintx.model import family
 from fintx.train import checkpoint, hosts
 from fintx.train.checkpoint import CheckpointDamaged, Described, NotACheckpoint
 from fintx.train.progress import Progress, Question
+from fintx.train.result import Timing
 from fintx.train.sharding import Layout
 from fintx.train.state import Arrangement, TrainState, abstract_state, program
 from fintx.train.step import Tally, empty_tally
@@ -66,11 +67,7 @@ class TrainingState:
     tally: Tally
     progress: Progress
     arrangement: Arrangement
-    trace_s: float
-    compile_s: float
-    n_compiled: int
-    run_s: float
-    wall_s: float
+    timing: Timing
 
     @property
     def step(self) -> int:
@@ -142,11 +139,7 @@ class Keeper:
             "step": training.step,
             "progress": progress.to_json(),
             "arrangement": dataclasses.asdict(training.arrangement),
-            "trace_s": training.trace_s,
-            "compile_s": training.compile_s,
-            "n_compiled": training.n_compiled,
-            "run_s": training.run_s,
-            "wall_s": training.wall_s,
+            **dataclasses.asdict(training.timing),
         }
         folder = self._folder(training.step)
         try:
@@ -240,11 +233,7 @@ class Keeper:
             tally=tally,
             progress=Progress(**meta["progress"], **best),
             arrangement=_arrangement(**meta["arrangement"]),
-            trace_s=meta["trace_s"],
-            compile_s=meta["compile_s"],
-            n_compiled=meta["n_compiled"],
-            run_s=meta["run_s"],
-            wall_s=meta["wall_s"],
+            timing=Timing(**{of.name: meta[of.name] for of in dataclasses.fields(Timing)}),
         )
 
 

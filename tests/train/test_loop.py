@@ -39,7 +39,7 @@ def test_completed_trial_reports_itself(fitted: FitResult) -> None:
     assert [entry["epoch"] for entry in fitted.curve] == list(range(1, 9))
     assert fitted.curve[-1]["step"] == 40
     assert fitted.last == {k: v for k, v in fitted.curve[-1].items() if k not in ("epoch", "step", "train_loss")}
-    assert fitted.wall_s > fitted.compile_s >= 0
+    assert fitted.timing.wall_s > fitted.timing.compile_s >= 0
 
 
 def test_it_learns_what_can_be_learnt(fitted: FitResult) -> None:
@@ -117,7 +117,7 @@ def test_epochs_are_reported_as_they_come(make_trial: Trials, make_dataset: Data
     aucs = [entry["auc"] for entry in result.curve]
     assert [e.best for e in seen] == [max(aucs[: i + 1]) for i in range(3)]
     assert result.best["auc"] == max(aucs)
-    assert seen[0].seconds <= seen[-1].seconds <= result.wall_s
+    assert seen[0].seconds <= seen[-1].seconds <= result.timing.wall_s
 
 
 def test_early_stop_restores_the_best_step(make_trial: Trials, make_dataset: Datasets) -> None:
@@ -275,7 +275,7 @@ def test_trials_that_differ_in_values_compile_nothing(
         )  # fmt: skip
     assert result.outcome == "completed"
     assert seen == []
-    assert result.compile_s < 0.1
+    assert result.timing.compile_s < 0.1
 
 
 def test_compilations_are_counted(compilations: Compilations) -> None:

@@ -74,7 +74,7 @@ def test_a_limit_below_the_state_is_out_of_memory_without_compiling(
     with compilations() as compiled:
         result = loop.fit(config, make_dataset(), metric="log_loss", memory_limit=10 * 2**20)
     assert compiled == []
-    assert (result.outcome, result.epochs, result.params, result.compile_s) == ("out_of_memory", 0, None, 0.0)
+    assert (result.outcome, result.epochs, result.params, result.timing.compile_s) == ("out_of_memory", 0, None, 0.0)
     assert "\n" not in result.detail
     assert "121 MiB" in result.detail and "10 MiB are available" in result.detail
     assert result.memory_bytes == memory.lower_bound(config)

@@ -120,8 +120,8 @@ def test_a_members_record_is_repeated_exactly_by_the_evaluation_program(
 
 def test_time_is_shared_out(population_of_all: list[FitResult]) -> None:
     """Every member's share of compiling is the same; who trains longer has more of the rest."""
-    assert len({result.compile_s for result in population_of_all}) == 1
-    assert population_of_all[2].wall_s < population_of_all[0].wall_s < population_of_all[1].wall_s
+    assert len({result.timing.compile_s for result in population_of_all}) == 1
+    assert population_of_all[2].timing.wall_s < population_of_all[0].timing.wall_s < population_of_all[1].timing.wall_s
 
 
 def test_an_interrupted_population_goes_on_bit_for_bit(

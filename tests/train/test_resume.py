@@ -22,7 +22,7 @@ from fintx.data.windows import Dataset
 from fintx.train import checkpoint, loop, resume
 from fintx.train.pace import Pace
 from fintx.train.progress import Progress, Question
-from fintx.train.result import FitResult
+from fintx.train.result import FitResult, Timing
 from fintx.train.resume import Keeper, Saves, TrainingState
 from fintx.train.state import Arrangement, TrainState
 from fintx.train.step import empty_tally
@@ -213,7 +213,7 @@ def test_times_are_summed_over_attempts(
     saved = json.loads((tmp_path / "step_00000007" / "checkpoint.json").read_text())["meta"]
     result = loop.fit(config, data, metric="log_loss", saves=never(tmp_path))
     for name in ("trace_s", "run_s", "wall_s"):  # compile_s is 0 where an earlier trial's programs serve
-        assert getattr(result, name) > saved[name] > 0
+        assert getattr(result.timing, name) > saved[name] > 0
     assert saved["wall_s"] >= saved["trace_s"] + saved["compile_s"] + saved["run_s"]
 
 
@@ -423,11 +423,7 @@ def training_state(step: int) -> TrainingState:
         tally=empty_tally(),
         progress=Progress(),
         arrangement=Arrangement(16),
-        trace_s=0.0,
-        compile_s=0.0,
-        n_compiled=0,
-        run_s=0.0,
-        wall_s=0.0,
+        timing=Timing(),
     )
 
 

@@ -17,6 +17,7 @@ import pytest
 from fintx.config.schema import TrialConfig
 from fintx.data.windows import Dataset
 from fintx.train.progress import Progress, Question
+from fintx.train.result import Timing
 from fintx.train.resume import Keeper, Saves, TrainingState
 from fintx.train.state import Arrangement, abstract_state, program
 from fintx.train.step import empty_tally
@@ -36,11 +37,7 @@ def filled(config: TrialConfig, step: int) -> TrainingState:
         tally=empty_tally(),
         progress=Progress(),
         arrangement=Arrangement(16),
-        trace_s=0.0,
-        compile_s=0.0,
-        n_compiled=0,
-        run_s=0.0,
-        wall_s=0.0,
+        timing=Timing(),
     )
 
 

@@ -25,6 +25,7 @@ from fintx.model.family import FAMILIES
 from fintx.train import checkpoint, loop, sharding, step
 from fintx.train.pace import Pace
 from fintx.train.progress import Progress, Question
+from fintx.train.result import Timing
 from fintx.train.resume import Keeper, Saves, TrainingState
 from fintx.train.sharding import DATA, MODEL, ONE, Layout
 from fintx.train.state import (
@@ -329,11 +330,7 @@ def test_a_state_saved_on_eight_devices_restores_on_one_and_on_four_and_back(
                 step.empty_tally(),
                 Progress(),
                 arrangement,
-                trace_s=0.0,
-                compile_s=0.0,
-                n_compiled=0,
-                run_s=0.0,
-                wall_s=0.0,
+                timing=Timing(),
             )  # fmt: skip
         )
         found = Keeper(saves, question).newest(pytest.fail)
