@@ -1,4 +1,4 @@
-"""How do the processes that a launcher started train as one? The first serves the jobs, the others follow.
+"""The processes that a launcher started, which train as one: the first serves the jobs, the others follow.
 
     process 0    coordinator ── worker --hosts ─┐
     process 1    follow() ───── worker --follow ┼── one mesh; each job and each decision comes from process 0's worker
@@ -110,7 +110,8 @@ def follow(place: Place, *, should_stop: Callable[[], bool]) -> None:
         if joined:
             since = time.monotonic()
         elif time.monotonic() - since > _PATIENCE_S:
-            raise FintxError(f"{place}: nobody answers at {place.address}; does process 0 run, and can it be reached?")
+            where = f" at {place.address}" if place.address else ""
+            raise FintxError(f"{place}: nobody answers{where}; does process 0 run, and can it be reached?")
         time.sleep(0.2)
 
 

@@ -1,7 +1,8 @@
-"""Is this process one of several that a launcher started, and which of them? The one place that reads the environment.
+"""The launcher of this process: whether it is one of several, and which. The one place that reads its environment.
 
-A launcher starts the same command on every host: SLURM (`srun`), MPI (`mpirun`), an indexed job of Kubernetes, or
-anything that sets JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID. A single task is no group, and a batch
+SLURM (`srun`), MPI (`mpirun`), an indexed job of Kubernetes, or anything that sets JAX_COORDINATOR_ADDRESS,
+JAX_NUM_PROCESSES and JAX_PROCESS_ID, starts the same command on every host. What is needed before JAX is imported is
+read here; the first host's address JAX finds by itself where it knows how. A single task is no group, and a batch
 script's own shell is no task: nothing is opened to the network then.
 """
 
@@ -9,7 +10,6 @@ from __future__ import annotations
 
 import ipaddress
 import os
-import re
 import socket
 import zlib
 from collections.abc import Mapping
@@ -29,10 +29,10 @@ class Place:
     launcher: str
     index: int
     n_processes: int
-    address: str
-    """HOST:PORT where the first of them listens."""
-    bind: str
-    """HOST:PORT that it binds: that interface alone where that is known to be one, else all."""
+    address: str | None
+    """HOST:PORT where the first of them listens; none: JAX finds it."""
+    bind: str | None
+    """HOST:PORT that it binds: that interface alone where that is known to be one, else all; none: JAX's choice."""
     local_device: int | None
     """The one GPU of its own, where several processes share a host; none: all that it sees."""
 
@@ -52,6 +52,8 @@ class _Names:
     needs: tuple[str, ...] = ()
     job: tuple[str, ...] = ()
     """What tells one launch from another."""
+    found_by_jax: str = ""
+    """Where this is set, JAX finds the first process."""
 
 
 _LAUNCHERS = (
@@ -60,10 +62,12 @@ _LAUNCHERS = (
     _Names(
         "SLURM", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID",
         needs=("SLURM_JOB_ID", "SLURM_STEP_NODELIST"), job=("SLURM_JOB_ID", "SLURM_STEP_ID"),
+        found_by_jax="SLURM_NTASKS",
     ),
     _Names(
         "Open MPI", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK",
         "OMPI_COMM_WORLD_LOCAL_SIZE", job=("PMIX_NAMESPACE", "OMPI_MCA_orte_hnp_uri"),
+        found_by_jax="OMPI_MCA_orte_hnp_uri",
     ),
     _Names("MPI", "PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS", job=("PMI_PORT", "PMI_ID")),
 )  # fmt: skip
@@ -96,7 +100,7 @@ def _place(names: _Names, known: Mapping[str, str], index: int, count: int) -> P
         index=index,
         n_processes=count,
         address=address,
-        bind=known.get(_BIND) or _interface(address, one_host=one_host),
+        bind=known.get(_BIND) or (_interface(address, one_host=one_host) if address else None),
         local_device=_whole(known, names.local_index) if several_here else None,
     )
 
@@ -120,28 +124,17 @@ def _several_here(names: _Names, known: Mapping[str, str], count: int) -> bool:
     return int(known.get(names.local_count, 1)) > 1
 
 
-def _address(names: _Names, known: Mapping[str, str], *, one_host: bool) -> str:
-    """Where the first process is, as the launcher tells it."""
-    port = _FIRST_PORT + zlib.crc32(" ".join(known.get(name, "") for name in names.job).encode()) % _N_PORTS
+def _address(names: _Names, known: Mapping[str, str], *, one_host: bool) -> str | None:
+    """Where the first process is; none: JAX finds it."""
     if one_host:
+        port = _FIRST_PORT + zlib.crc32(" ".join(known.get(name, "") for name in names.job).encode()) % _N_PORTS
         return f"127.0.0.1:{port}"
-    if names.launcher == "SLURM":
-        return f"{_first_host(known['SLURM_STEP_NODELIST'])}:{port}"
-    found = re.search(r"tcp://([\d.]+)", known.get("OMPI_MCA_orte_hnp_uri", ""))
-    if found:
-        return f"{found[1]}:{port}"
+    if names.found_by_jax in known:
+        return None
     raise FintxError(
         f"{names.launcher} started {known[names.count]} processes and doesn't say where the first is; set {_ADDRESS}="
         "HOST:PORT, or [mesh] hosts = false to let each of them be a machine of its own"
     )
-
-
-def _first_host(nodes: str) -> str:
-    """Of SLURM's list: node7, node7,node9, node[07-12,15]."""
-    head, _, rest = nodes.partition("[")
-    if "," in head or not rest:
-        return head.partition(",")[0]
-    return head + re.split(r"[,\-\]]", rest)[0]
 
 
 def _interface(address: str, *, one_host: bool) -> str:

@@ -1,4 +1,4 @@
-"""How do the processes of several hosts go through a trial in step? The first decides, the others do as it does.
+"""The processes of several hosts in step through a trial: the first decides, the others do as it does.
 
 All of them run the same compiled programs, each on its own devices; whatever hangs on a clock, a disk or free memory is
 therefore asked of one and told to all. With a single process, as usual, every function is the identity.
@@ -59,20 +59,27 @@ def tell(text: str | None) -> str:
     return np.asarray(told, np.uint8).tobytes().decode()
 
 
-def join(*, address: str, bind: str, n_processes: int, index: int, local_device: int | None) -> None:
+def join(
+    *, address: str | None, bind: str | None, n_processes: int, index: int, local_device: int | None
+) -> None:  # fmt: skip
     """Become one of several processes; before anything else is asked of JAX, which waits here until all have come.
 
     Args:
-        address: HOST:PORT where the first listens; `bind`: what it binds there.
+        address: HOST:PORT where the first listens; none: JAX asks the launcher's environment.
+        bind: what it binds there; none: all interfaces.
         local_device: the one GPU to use, of those that this process sees; none: all.
     """
     # It would take SIGTERM over, which asks a worker to save.
     jax.config.update("jax_enable_preemption_service", False)
+    visible = {name: jax.config.read(name) for name in ("jax_cuda_visible_devices", "jax_rocm_visible_devices")}
     jax.distributed.initialize(
         coordinator_address=address,
         num_processes=n_processes,
         process_id=index,
         local_device_ids=None if local_device is None else [local_device],
-        cluster_detection_method="deactivate",
+        cluster_detection_method="deactivate" if address else None,
         coordinator_bind_address=bind,
     )
+    if local_device is None:  # JAX, where it asks the launcher, takes one GPU a process, though this one has them all
+        for name, value in visible.items():
+            jax.config.update(name, value)
