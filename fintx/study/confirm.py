@@ -75,11 +75,6 @@ class Retraining:
         """Nothing runs."""
         return not self.run.held
 
-    @property
-    def asks(self) -> bool:
-        """Whether another member may be started."""
-        return self.run.goes_on and not self.over
-
     # --- what next ---
 
     def next_job(self, fits: Callable[[TrialConfig], int | None]) -> Job | None:
@@ -90,7 +85,7 @@ class Retraining:
         """
         self.tick()
         open_ = self._open()
-        if not open_ or not self.asks:
+        if not open_ or not self.run.goes_on:
             return None
         config = self._config(open_[0])
         limit = fits(config)
@@ -100,7 +95,7 @@ class Retraining:
 
     def more_like(self, first: Job, *, beside: int) -> Job | None:
         """Another member that may train together with one just handed out; none: no more of them."""
-        if beside >= first.at_once or not self.asks:
+        if beside >= first.at_once or not self.run.goes_on:
             return None
         wanted = program(first.config)
         alike = [

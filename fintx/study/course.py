@@ -80,11 +80,6 @@ class Course:
         """Nothing runs here, and all that happened has been told."""
         return not self.run.held and not self._todo
 
-    @property
-    def asks(self) -> bool:
-        """Whether another trial may be started."""
-        return self.run.goes_on and not self.over
-
     # --- what next ---
 
     def next_job(self, fits: Callable[[TrialConfig], int | None]) -> Job | None:
@@ -94,35 +89,27 @@ class Course:
             fits: memory limit of a trial of that config if it were started now (0: the device's); none: no room yet.
         """
         self.run.hear_stop()
-        if not self.asks or self._todo or time.monotonic() < self._idle_until:
+        if self.over or not self.run.goes_on or self._todo or time.monotonic() < self._idle_until:
             return None
-        chosen: list[tuple[TrialConfig, int]] = []
+        limits: list[int] = []
 
-        def choose(claims: tuple[Claim, ...]) -> Choice:
-            chosen.clear()
-            choice = self._choose(claims)
-            if choice is None or isinstance(choice, Answer | Withdrawal):
-                return choice
-            config = self._config(choice, self._number(choice))
+        def suits(_: Claim | Proposal, config: TrialConfig) -> bool:
             limit = fits(config)
-            if limit is None:
-                return None
-            chosen.append((config, limit))
-            return choice
+            limits[:] = [] if limit is None else [limit]
+            return limit is not None
 
         try:
-            claim = self._reach(lambda: self.opened.ledger.claim(choose))
+            claimed = self._claim(suits)
         except sampler.SpaceExhausted as error:
-            if self.run.held:  # what runs comes to its end first
-                self._idle_until = time.monotonic() + _IDLE_S
-            else:
+            if not self.run.held:  # else what runs comes to its end first
                 self.run.fail(error)
-            return None
-        if claim is None:
+                return None
+            claimed = None
+        if claimed is None:
             self._idle_until = time.monotonic() + _IDLE_S
             return None
-        (config, limit), self.over = chosen[0], False
-        return self._job(claim, config, limit or None, self.run.at_once(claim.number, config))
+        (claim, config), self.over = claimed, False
+        return self._job(claim, config, limits[0] or None, self.run.at_once(claim.number, config))
 
     def more_like(self, first: Job, *, beside: int) -> Job | None:
         """Another trial that may train together with one just handed out, claimed; none: no more of them.
@@ -133,35 +120,54 @@ class Course:
         setting, k = self.spec.execution.population, self.spec.study.replicates
         remaining = self.spec.study.n_trials - len(self.finished)
         fair = -(-remaining // self.context.n_workers)  # the rest is for other workers
-        if (beside + 1) * k > first.at_once or beside >= fair or not self.asks or self._todo:
+        if (beside + 1) * k > first.at_once or beside >= fair or not self.run.goes_on or self._todo:
             return None
-        chosen: list[TrialConfig] = []
 
-        def choose(claims: tuple[Claim, ...]) -> Choice:
-            chosen.clear()
-            random = len(self._trials()) < self.spec.study.n_startup_trials
-            choice = self._choose(claims, propose=random or setting != "auto")
-            if choice is None or isinstance(choice, Answer | Withdrawal):
-                return choice
-            config = self._config(choice, self._number(choice))
-            alike = program(config) == program(first.config)
-            if not alike or (isinstance(choice, Claim) and self.run.at_once(choice.number, config) == 1):
-                return None
-            if setting == "auto" and isinstance(choice, Proposal) and choice.entry and not self._is_settled(choice):
-                return None
-            chosen.append(config)
-            return choice
+        def suits(choice: Claim | Proposal, config: TrialConfig) -> bool:
+            if program(config) != program(first.config):
+                return False
+            if isinstance(choice, Claim):
+                return self.run.at_once(choice.number, config) > 1
+            if setting != "auto" or not choice.entry or choice.training == "":
+                return True
+            # A queued trial's values are to depend on no result that may still come in.
+            entry = next(entry for entry in self._entries() if queue.identity(entry) == choice.entry)
+            return entry.training == "defaults"
 
         try:
-            claim = self._reach(lambda: self.opened.ledger.claim(choose))
+            claimed = self._claim(suits, ahead=setting != "auto")
         except sampler.SpaceExhausted:
             return None
-        return None if claim is None else self._job(claim, chosen[0], first.memory_limit, first.at_once)
+        return None if claimed is None else self._job(*claimed, first.memory_limit, first.at_once)
 
-    def _is_settled(self, proposal: Proposal) -> bool:
-        """Whether a queued trial's values depend on no result that may still come in."""
-        entry = next(entry for entry in self._entries() if queue.identity(entry) == proposal.entry)
-        return proposal.training == "" or entry.training == "defaults"
+    def _claim(
+        self, suits: Callable[[Claim | Proposal, TrialConfig], bool], *, ahead: bool = True
+    ) -> tuple[Claim, TrialConfig] | None:
+        """Claim the next trial, if it suits.
+
+        Args:
+            ahead: ask the sampler for more than its random start too.
+
+        Raises:
+            SpaceExhausted: the sampler knows no config that was not trained.
+        """
+        configs: list[TrialConfig] = []
+
+        def choose(claims: tuple[Claim, ...]) -> Choice:
+            configs.clear()
+            random = len(self._trials()) < self.spec.study.n_startup_trials
+            choice = self._choose(claims, propose=ahead or random)
+            if choice is None or isinstance(choice, Answer | Withdrawal):
+                return choice
+            number = choice.number if isinstance(choice, Claim) else len(self._trials())
+            config = self._config(choice, number)
+            if not suits(choice, config):
+                return None
+            configs.append(config)
+            return choice
+
+        claim = self._reach(lambda: self.opened.ledger.claim(choose))
+        return None if claim is None else (claim, configs[0])
 
     def _job(self, claim: Claim, config: TrialConfig, limit: int | None, at_once: int) -> Job:
         population, on_gpu = self.spec.execution.population, self.context.on_gpu
@@ -226,7 +232,7 @@ class Course:
         return now - since > self.spec.execution.hang_s + 2 * self._renew_s
 
     def _new(self, claims: tuple[Claim, ...], propose: bool) -> Proposal | Answer | None:
-        trained = {self._identity(claim): claim.number for claim in claims}
+        trained = {sampler.identity(self._config(claim, 0)): claim.number for claim in claims}
         taken = {claim.entry for claim in claims}
         for entry in self._entries():
             identity = queue.identity(entry)
@@ -265,15 +271,9 @@ class Course:
         known = {"entry": None, "note": "", "training": "", **entry}
         return Proposal(params, self.opened.space.distributions, shape, **known)  # type: ignore[arg-type]
 
-    def _number(self, choice: Claim | Proposal) -> int:
-        return choice.number if isinstance(choice, Claim) else len(self._trials())
-
     def _config(self, trial_: Claim | Proposal, number: int) -> TrialConfig:
         seed = seeds.derive_seed(self.spec.study.seed, seeds.TRIAL, number)
         return self.opened.space.trial_config(self.spec, trial_.params, trial_.shape, seed=seed)
-
-    def _identity(self, claim: Claim) -> str:
-        return sampler.identity(self._config(claim, 0))
 
     # --- what came of it ---
 

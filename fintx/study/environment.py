@@ -1,4 +1,4 @@
-"""On what did a trial run? Versions, device, commit and time: kept in the record, and never an input of a result."""
+"""What a trial ran on: versions, device, commit and time. Kept in the record, and never an input of a result."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is told of a running study? Plain values, for a live view, a log or a test."""
+"""Events of a running study: plain values, for a live view, a log or a test."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which GPUs does this machine have, and how many workers fill them? Asked of the driver; nothing is allocated."""
+"""The GPUs of this machine, and how many workers fill them. Asked of the driver; nothing is allocated."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is a worker told of a trial?"""
+"""Jobs: all that a worker is told of an attempt at a trial."""
 
 from __future__ import annotations
 

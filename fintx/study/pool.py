@@ -1,4 +1,4 @@
-"""How are worker processes kept? Started, given jobs, listened to, stopped; the dead and the hung are reported.
+"""Worker processes: started, given jobs, listened to, stopped; the dead and the hung are reported.
 
 A worker trains one assignment, the jobs of a line, and may have a second one that waits behind it. When it dies, those
 that trained are reported as such; those that waited are given back, for they had no part in it.

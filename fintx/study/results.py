@@ -1,4 +1,4 @@
-"""What is kept of a trial that came to its end? Predictions, checkpoints, and the record, which is written last."""
+"""What is kept of a trial that came to its end: predictions, checkpoints, and the record, which is written last."""
 
 from __future__ import annotations
 

@@ -87,10 +87,6 @@ class Course(Protocol):
     def settled(self) -> bool:
         """Nothing runs here, and all that happened has been told."""
 
-    @property
-    def asks(self) -> bool:
-        """Whether another job may be started."""
-
     def next_job(self, fits: Callable[[TrialConfig], int | None]) -> Job | None:
         """The next job to hand to a worker; none: nothing to do now."""
 
@@ -253,7 +249,7 @@ class _Run:
         return [handed for handed in self.handed.values() if handed.worker is worker]
 
     def _asking(self) -> list[Course]:
-        return [course for course in self.courses.values() if course.asks and not course.over]
+        return [course for course in self.courses.values() if course.run.goes_on and not course.over]
 
     def _begin_next(self) -> bool:
         """Begin the study whose turn it is; false: none is to be begun any more."""

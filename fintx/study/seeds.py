@@ -1,4 +1,4 @@
-"""Which seed does each thing of a study get? One of a stream of its own, by number, so that none is drawn twice."""
+"""Seeds of a study: each thing has a stream of its own, and a number in it, so that no seed is drawn twice."""
 
 from __future__ import annotations
 

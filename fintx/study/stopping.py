@@ -1,4 +1,4 @@
-"""How is a running study asked to stop from another terminal? By a file in its folder, which its coordinator sees."""
+"""Requests to stop a running study from another terminal: a file in its folder, which its coordinator sees."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How does a trial become a record? Every fold is fitted, and what comes of it is written.
+"""A trial in its worker: every fold is fitted, and what comes of it is written as its record.
 
 Several trials that share a program, and the seeds of one (`study.replicates`), may be trained side by side. Each trial
 holds its own run folder, writes its own record and has its own end.

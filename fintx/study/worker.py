@@ -1,4 +1,4 @@
-"""What does a worker process do? It trains the trials it is handed, and tells how far they are.
+"""A worker process: it trains the trials that it is handed, and tells how far they are.
 
 A process of its own, so that a crash, a kill or a hang ends the attempts that it trains and nothing else. Each line of
 JSON on stdin holds jobs that train together; a line that comes while others train waits for its turn, and is compiled
@@ -112,48 +112,39 @@ def main() -> None:
         import jax
 
         jax.config.update("jax_cuda_visible_devices", given.gpus)
-    if given.hosts:
+    if given.hosts:  # whoever is out of step with the others, or died, ends all workers
         group.join()
-        return _lead(channel)
+        try:
+            _serve_all(channel, together=True)
+            group.part(run_is_over=False)
+        except Exception:
+            traceback.print_exc()
+            group.leave()
+        return
+    _serve_all(channel)
+    if channel.preparing is not None and channel.preparing.is_alive():
+        os._exit(0)  # Python can't end while another thread compiles
+
+
+def _serve_all(channel: _Channel, *, together: bool = False) -> None:
+    """Serve jobs until there are no more, or this process is not to be trusted with others; the rest is given back."""
     channel.tell("ready")
     idle_since: float | None = None
     while (line := channel.next_jobs()) is not None:
         if channel.stopping.is_set():
             _give_back(channel, line)
             break
-        trusted = _serve(channel, line, idle_since)
-        idle_since = time.perf_counter()
+        if together:
+            group.lead(line)
+        trusted = _serve(channel, line, idle_since, together=together)
+        if together and not trusted:
+            group.leave()
         if not trusted or channel.stopping.is_set():
             break
+        idle_since = time.perf_counter()
         channel.tell("ready")
     for line in channel.rest():
         _give_back(channel, line)
-    if channel.preparing is not None and channel.preparing.is_alive():
-        os._exit(0)  # Python can't end while another thread compiles
-
-
-def _lead(channel: _Channel) -> None:
-    """Serve jobs together with the other hosts; whoever is out of step with them, or died, ends all workers."""
-    try:
-        channel.tell("ready")
-        idle_since: float | None = None
-        while (line := channel.next_jobs()) is not None:
-            if channel.stopping.is_set():
-                _give_back(channel, line)
-                break
-            group.lead(line)
-            if not _serve(channel, line, idle_since, together=True):
-                group.leave()
-            if channel.stopping.is_set():
-                break
-            idle_since = time.perf_counter()
-            channel.tell("ready")
-        for line in channel.rest():
-            _give_back(channel, line)
-        group.part(run_is_over=False)
-    except Exception:
-        traceback.print_exc()
-        group.leave()
 
 
 def _follow(line: str) -> None:
