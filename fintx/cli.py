@@ -7,6 +7,7 @@ Exit codes: 0 done; 1 a trial was left aside, `verify` found damage, or a bug of
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import datetime
 import functools
 import json
@@ -25,6 +26,7 @@ from fintx.types import Bug, FintxError, told, without_passwords
 
 if TYPE_CHECKING:
     from fintx.study.confirm import Confirmed
+    from fintx.study.context import RunContext
     from fintx.study.opening import Order
     from fintx.study.runner import Failure, Summary
 
@@ -128,6 +130,7 @@ def sweep(
     A study whose file has a section [confirm] is confirmed at its end.
     """
     from fintx.study import orders
+    from fintx.study.context import RunContext
 
     overrides = _with_storage(overrides, storage)
     made = [orders.of_sweep(file, overrides) for file in files]
@@ -135,7 +138,7 @@ def sweep(
         if len(files) > 1:
             raise FintxError("--fork: takes one sweep file; fork them one by one")
         made = [orders.of_fork(made[0], fork, outputs=outputs)]
-    _run(made, outputs=outputs, data_dir=data_dir, workers=workers, confirms=True)
+    _run(made, RunContext(outputs, data_dir), workers=workers, confirms=True)
 
 
 @app.command()
@@ -149,11 +152,12 @@ def manual(
 ) -> None:
     """Run what is not done yet of a file of hand-picked trials, each inside its study."""
     from fintx.study import orders
+    from fintx.study.context import RunContext
 
     overrides = _with_storage(overrides, storage)
     made = orders.of_manual(file, overrides)
     also = orders.added(file, overrides, made)
-    _run(made, outputs=outputs, data_dir=data_dir, workers=workers, also=also)
+    _run(made, RunContext(outputs, data_dir), workers=workers, also=also)
 
 
 def _with_storage(overrides: list[str], storage: str | None) -> list[str]:
@@ -172,6 +176,7 @@ def confirm(
     """Train a study's best trials again with fresh seeds, and say what of the result holds; continues where it was."""
     from fintx.config.schema import ConfirmConfig
     from fintx.study import records
+    from fintx.study.context import RunContext
     from fintx.study.opening import Order
 
     folder = records.find_study(study, outputs=outputs)
@@ -182,14 +187,13 @@ def confirm(
     # A folder that was renamed or copied is the study that lies in it.
     named = known.spec.study.model_copy(update={"name": folder.resolve().name})
     orders = [Order(known.spec.model_copy(update={"study": named}), confirm=wanted)]
-    _run(orders, outputs=folder.resolve().parent, data_dir=data_dir, workers=workers)
+    _run(orders, RunContext(folder.resolve().parent, data_dir), workers=workers)
 
 
 def _run(
     orders: list[Order],
+    context: RunContext,
     *,
-    outputs: Path,
-    data_dir: Path,
     workers: int | None,
     confirms: bool = False,
     also: Callable[[], Sequence[Order]] = tuple,
@@ -202,18 +206,17 @@ def _run(
     """
     from fintx.study import group, launcher
 
-    run_all = functools.partial(_run_all, outputs=outputs, data_dir=data_dir, also=also)
-
     place = launcher.find() if all(order.spec.mesh.hosts for order in orders) else None
     if place is None:
-        return _conduct(orders, functools.partial(run_all, workers=workers, hosts=False), confirms=confirms)
+        return _conduct(orders, functools.partial(_run_all, context, workers, also), confirms=confirms)
     if workers is not None and workers > 1:
         raise FintxError(f"--workers {workers}: {place} trains each trial with all others; leave it out")
     with _stop_on_signal() as should_stop:
         if place.index > 0:
             return group.follow(place, should_stop=should_stop)
     try:
-        _conduct(orders, functools.partial(run_all, workers=1, hosts=True), confirms=confirms)
+        together = dataclasses.replace(context, hosts=True)
+        _conduct(orders, functools.partial(_run_all, together, 1, also), confirms=confirms)
     finally:
         group.dismiss(place)
 
@@ -244,22 +247,18 @@ def _conduct(orders: list[Order], run_all: Callable[[Console, list[Order]], Resu
 
 
 def _run_all(
+    context: RunContext,
+    workers: int | None,
+    also: Callable[[], Sequence[Order]],
     console: Console,
     orders: list[Order],
-    *,
-    outputs: Path,
-    data_dir: Path,
-    workers: int | None,
-    hosts: bool,
-    also: Callable[[], Sequence[Order]],
 ) -> Results:
     from fintx.study import runner
-    from fintx.study.context import RunContext
     from fintx.terminal import confirmation, live, tables
 
     with _stop_on_signal() as should_stop, live.View(console) as view:
-        context = RunContext(outputs, data_dir, view.notify, should_stop, hosts)
-        results = runner.run_all(orders, context, workers=workers, also=also)
+        watched = dataclasses.replace(context, notify=view.notify, should_stop=should_stop)
+        results = runner.run_all(orders, watched, workers=workers, also=also)
     for result in results:
         if isinstance(result, runner.Summary):
             if result.records or result.problem is None:
