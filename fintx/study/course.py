@@ -194,7 +194,12 @@ class Course:
         at_work = [claim for claim in open_claims if claim.number in self.run.held or not self._is_loose(claim)]
         total, finished = len({claim.number for claim in claims}), len({c.number for c in claims if c.finished})
         if self.order.queue_only or finished + len(at_work) < self.spec.study.n_trials:
-            loose = [claim for claim in open_claims if claim not in at_work and self._may_try(claim)]
+            limits, failures = self.spec.execution, self.run.failures
+            loose = [
+                claim
+                for claim in open_claims
+                if claim not in at_work and self._is_ours(claim) and failures.attempts_left(claim.number, limits)
+            ]
             mine = [claim for claim in loose if claim.owner == self.opened.ledger.owner]
             if mine:
                 return mine[0]
@@ -214,9 +219,6 @@ class Course:
     def _is_ours(self, claim: Claim) -> bool:
         """Whether this run is about it: any trial of the study, or the queue's alone."""
         return not self.order.queue_only or claim.entry in {queue.identity(entry) for entry in self._entries()}
-
-    def _may_try(self, claim: Claim) -> bool:
-        return self._is_ours(claim) and self.run.failures.attempts_left(claim.number, self.spec.execution) > 0
 
     def _is_loose(self, claim: Claim) -> bool:
         """Nobody works on it: it was given back, its coordinator is gone, or its lease hasn't been renewed."""

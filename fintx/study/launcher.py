@@ -87,22 +87,19 @@ def find(environment: Mapping[str, str] | None = None) -> Place | None:
         if all(name in known for name in (names.index, names.count, *names.needs)):
             index, count = _whole(known, names.index), _whole(known, names.count)
             if count > 1:
-                return _place(names, known, index, count)
+                n_here = _n_here(names, known, count)
+                address = known.get(_ADDRESS) or _address(names, known, one_host=n_here == count)
+                return Place(
+                    launcher=names.launcher,
+                    index=index,
+                    n_processes=count,
+                    address=address,
+                    bind=known.get(_BIND) or (_interface(address, one_host=n_here == count) if address else None),
+                    local_device=_whole(known, names.local_index)
+                    if n_here > 1 and names.local_index in known
+                    else None,
+                )
     return None
-
-
-def _place(names: _Names, known: Mapping[str, str], index: int, count: int) -> Place:
-    one_host = _on_one_host(names, known, count)
-    address = known.get(_ADDRESS) or _address(names, known, one_host=one_host)
-    several_here = names.local_index in known and (one_host or _several_here(names, known, count))
-    return Place(
-        launcher=names.launcher,
-        index=index,
-        n_processes=count,
-        address=address,
-        bind=known.get(_BIND) or (_interface(address, one_host=one_host) if address else None),
-        local_device=_whole(known, names.local_index) if several_here else None,
-    )
 
 
 def _whole(known: Mapping[str, str], name: str) -> int:
@@ -111,17 +108,11 @@ def _whole(known: Mapping[str, str], name: str) -> int:
     return int(known[name])
 
 
-def _on_one_host(names: _Names, known: Mapping[str, str], count: int) -> bool:
+def _n_here(names: _Names, known: Mapping[str, str], count: int) -> int:
+    """How many processes of the launch share this host."""
     if names.launcher == "SLURM":
-        return known.get("SLURM_STEP_NUM_NODES") == "1"
-    return known.get(names.local_count) == str(count)
-
-
-def _several_here(names: _Names, known: Mapping[str, str], count: int) -> bool:
-    """Whether other processes of the launch share this host."""
-    if names.launcher == "SLURM":
-        return count > int(known.get("SLURM_STEP_NUM_NODES", count))
-    return int(known.get(names.local_count, 1)) > 1
+        return -(-count // int(known.get("SLURM_STEP_NUM_NODES", count)))
+    return int(known.get(names.local_count, 1))
 
 
 def _address(names: _Names, known: Mapping[str, str], *, one_host: bool) -> str | None:

@@ -187,7 +187,10 @@ class _Run:
             if self.context.should_stop() and not self.stopping:
                 self.stopping = True
                 self.pool.stop()
-            self._take_more()
+            with contextlib.suppress(FintxError):  # each study of the file tells what is wrong with it
+                more = self.also()
+                self.orders += more
+                self.waiting += more
             self._give_work()
             if not self.handed and not any(self._open(course) for course in self.courses.values()):
                 if self.stopping or not self.waiting:
@@ -198,12 +201,6 @@ class _Run:
                     course.tick()
             self._end_those_who_must()
         return [self._result(order) for order in self.orders]
-
-    def _take_more(self) -> None:
-        with contextlib.suppress(FintxError):  # each study of the file tells what is wrong with it
-            more = self.also()
-            self.orders += more
-            self.waiting += more
 
     def _open(self, course: Course) -> bool:
         if self.stopping or not course.run.goes_on:

@@ -157,7 +157,9 @@ class StudyRun:
                 self.context.notice(self.name, f"{self.label(key)}: {values['text']}")
                 return None
             case "done":
-                return self._finished(self.held.pop(key))
+                record = records.read(self.held.pop(key).folder / "record.json")
+                self._count("" if record.value is not None else record.outcome, record.detail)
+                return record
             case "interrupted":
                 return self._ended(key, "interrupted", "stopped on request")
             case "returned":  # it had no part in its worker's end
@@ -179,11 +181,6 @@ class StudyRun:
         if not self.stop_asked and self.requests.came():
             self.stop_asked = True
             self.context.notice(self.name, stopping.HEARD)
-
-    def _finished(self, job: Job) -> TrialRecord:
-        record = records.read(job.folder / "record.json")
-        self._count("" if record.value is not None else record.outcome, record.detail)
-        return record
 
     def _failed(self, key: int, kind: str, text: str, *, counts: bool) -> Unfinished:
         job = self.held[key]
