@@ -14,7 +14,10 @@ import pytest
 from fintx import tasks
 from fintx.config import load
 from fintx.config.schema import StudySpec
-from fintx.data import sources, windows
+from fintx.data import features, sources, windows
+from fintx.data import indicators as ind
+from fintx.data.bars import Bars
+from fintx.data.features import Feature
 from fintx.evaluate import baselines
 from fintx.evaluate.baselines import Input, Recipe
 from fintx.report import answer, compare, evidence, sections_evidence, setting
@@ -197,3 +200,36 @@ def _outputs(folder: Path) -> dict[str, np.ndarray]:
     table = pq.read_table(folder / "baselines.parquet")
     names = np.asarray(table["baseline"].to_pylist())
     return {name: table["output"].to_numpy()[names == name] for name in dict.fromkeys(names)}
+
+
+# --- a feature --------------------------------------------------------------------------------------------------------
+
+
+def _week_range(bars: Bars, _: Floats) -> Floats:
+    """ln(highest high / lowest low) of five days."""
+    return np.log(ind.rolling(bars.high, 5).max(axis=1) / ind.rolling(bars.low, 5).min(axis=1))
+
+
+def test_a_feature_from_outside_is_an_input_like_any_other_and_joins_no_set(tmp_path, monkeypatch):
+    published, names = dict(features.SETS), ("week_range", "log_return_1")
+    before = windows.build(spec_of(tmp_path, planted.THRESHOLD, "log_loss", "bce"), tmp_path).folds[0]
+    monkeypatch.setitem(features.FEATURES, "week_range", Feature("range of five days", _week_range, 4, ("gaps",)))
+    spec = spec_of(tmp_path, planted.THRESHOLD, "log_loss", "bce")
+    assert windows.build(spec, tmp_path).folds[0].data_hash == before.data_hash
+    assert features.resolve(("stationary",), context=(), gaps=True) == (*published["stationary"], "gap")
+
+    whole = features.compute(names, SPX, {})[:, 0]
+    assert np.isnan(whole).sum() == features.slowest(names)[1] == 4
+    for row in (3, 4, 700, len(SPX) - 2):  # no look-ahead: nothing moves when the future is cut off
+        np.testing.assert_array_equal(features.compute(names, SPX.take(np.arange(row + 1)), {})[:, 0], whole[: row + 1])
+    data = spec.data.model_copy(update={"features": names})
+    with pytest.raises(FintxError, match='"week_range" means nothing where the open equals the close before'):
+        windows.build(spec.model_copy(update={"data": data.model_copy(update={"start": None})}), tmp_path)
+    fold = windows.build(spec.model_copy(update={"data": data}), tmp_path).folds[0]
+    assert fold.feature_names == names and np.isfinite(fold.features).all()
+
+
+def test_a_misspelt_feature_from_outside_is_told_its_nearest(monkeypatch):
+    monkeypatch.setitem(features.FEATURES, "week_range", Feature("range of five days", _week_range, 4))
+    with pytest.raises(FintxError, match="did you mean week_range"):
+        features.resolve(("week_rang",), context=())

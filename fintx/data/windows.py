@@ -245,10 +245,11 @@ def _check_any(stack: Stack, usable: np.ndarray, task: TaskConfig, context_lengt
         )
     if not usable.any():
         warm = int((~np.isfinite(stack.features).all(axis=1)).sum())
+        slowest, rows = features.slowest(stack.names)
         raise NoWindows(
             f"no row has a window of {context_length} bars (model.context_length) with finite features "
             f"({len(usable)} rows, {warm} of them without every feature); use more data, a shorter window, or features "
-            f"that warm up sooner{stack.never_known()}"
+            f"that warm up sooner ({slowest} takes {rows} rows){stack.never_known()}"
         )
 
 

@@ -21,8 +21,6 @@ from fintx.train import checkpoint, loop
 from fintx.train.sharding import ONE, Layout
 from fintx.types import FintxError
 
-_OF_VOLUME = ("obv", "adosc_3_10", "vwap_20")
-
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -94,11 +92,14 @@ def on_file(path: Path, file: Path, *, symbol: str | None, data_root: Path) -> E
     config, meta = restored.config, restored.meta
     name = symbol or file.stem
     bars = sources.read_file(file, name, today=datetime.date.today())
-    without = [name for name in config.data.features if "volume" in name or name in _OF_VOLUME]
+    without = features.needing("volume", config.data.features)
     if without and not bars.volume.any():
         raise FintxError(f"{file}: has no column volume, which the model's inputs {', '.join(without)} need")
-    if "gap" in config.data.features and not features.has_gaps(bars):
-        raise FintxError(f"{file}: its opens are mostly the close before, and the model's input gap needs true opens")
+    gaps = features.needing("gaps", config.data.features)
+    if gaps and not features.has_gaps(bars):
+        raise FintxError(
+            f"{file}: its opens are mostly the close before, and the model's input {', '.join(gaps)} needs true opens"
+        )
     context = {
         context_symbol: sources.load(
             context_symbol, root=data_root, version=config.data.versions.get(context_symbol)
