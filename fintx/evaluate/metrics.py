@@ -27,6 +27,9 @@ MINIMIZE: dict[str, bool] = {
 }
 """What a study may decide by, and whether less is better."""
 
+RANKINGS = ("auc", "average_precision")
+"""Metrics of an order of rows: no mean over rows. As a loss each is 1 − its value."""
+
 SKILLS: dict[str, str] = {"log_loss": "skill", "brier": "brier_skill", "mse": "skill", "mae": "mae_skill"}
 """Loss → the key of its skill, 1 − loss / loss of the training prior."""
 
@@ -185,6 +188,36 @@ def average_precision(scores: Floats, targets: Floats) -> float | None:
         return None
     recall_steps = np.diff(ranked.hits, prepend=0) / ranked.positives
     return float(np.sum(recall_steps * ranked.hits / (ranked.hits + ranked.misses)))
+
+
+def row_shares(metric: str, scores: Floats, targets: Floats) -> Floats | None:
+    """(S,) whose mean is a ranking metric and whose resampled means have its error; none where it is undefined.
+
+    A row's share is the metric plus n times what the metric moves by as the row's weight grows (its influence
+    function): for the AUC the components of DeLong, DeLong & Clarke-Pearson 1988, for the average precision the
+    derivative of E[y · precision] / E[y], through the hits and through the counts at every lower score.
+    """
+    ranked, n = _Ranking.of(scores, targets), len(scores)
+    value = auc(scores, targets) if metric == "auc" else average_precision(scores, targets)
+    if value is None:
+        return None
+    is_hit, place = targets > 0.5, np.unique(-scores, return_inverse=True)[1]
+    own_hits = np.diff(ranked.hits, prepend=0)
+    if metric == "auc":
+        negatives = n - ranked.positives
+        beaten = (negatives - ranked.misses + np.diff(ranked.misses, prepend=0) / 2) / negatives
+        beaten_by = (ranked.hits - own_hits / 2) / ranked.positives
+        influence = np.where(
+            is_hit, (beaten[place] - value) * n / ranked.positives, (beaten_by[place] - value) * n / negatives
+        )
+    else:
+        counted = ranked.hits + ranked.misses
+        precision = ranked.hits / counted
+        by_hits = np.cumsum((own_hits / counted)[::-1])[::-1]
+        by_counts = np.cumsum((own_hits * precision / counted)[::-1])[::-1]
+        moved = is_hit * (precision - value + by_hits)[place] - by_counts[place]
+        influence = moved * n / ranked.positives
+    return value + influence
 
 
 @dataclass(frozen=True, eq=False)

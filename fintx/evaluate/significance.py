@@ -14,7 +14,6 @@ import itertools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 
@@ -33,32 +32,36 @@ _FEWEST_FOR_LENGTH = 20
 N_BLOCKS = 16
 """Of `overfitting`: 12,870 splits (the authors' choice)."""
 
-RowLoss = Literal["log_loss", "brier", "mse", "mae"]
-
-
 # --- losses -----------------------------------------------------------------------------------------------------------
 
 
-def loss_name(metric: str) -> RowLoss:
-    """What a study with that metric is compared by: the metric itself where it is a mean over rows, else log loss."""
-    return metric if metric in ("log_loss", "brier", "mse", "mae") else "log_loss"  # type: ignore[return-value]
+def skill_loss(metric: str) -> str:
+    """The loss that skill is a share of: the study's metric where that is a mean over rows, else log loss."""
+    return "log_loss" if metric in metrics.RANKINGS else metric
 
 
-def row_losses(predicts: Prediction, loss: RowLoss, outputs: Floats, targets: Floats) -> Floats:
-    """(S,) float64, whose mean is the metric called `loss`.
+def row_losses(predicts: Prediction, metric: str, outputs: Floats, targets: Floats) -> Floats:
+    """(S,) float64, whose mean is the metric; 1 − it for a ranking, whose rows are linearised as `by_day`'s means are.
 
     Args:
+        metric: one of `metrics.MINIMIZE`.
         outputs: (S,) logits, or predicted log returns.
         targets: (S,) 0 or 1, or log returns.
+
+    Returns:
+        NaN for all rows where a ranking is undefined: one class alone.
 
     Raises:
         ValueError: as `metrics.per_sample_loss`.
     """
     whole = metrics.per_sample_loss(predicts, outputs, targets)
-    if loss in ("log_loss", "mse"):
+    if metric in ("log_loss", "mse"):
         return whole
     outputs, targets = np.asarray(outputs, np.float64), np.asarray(targets, np.float64)
-    return np.square(metrics.sigmoid(outputs) - targets) if loss == "brier" else np.abs(outputs - targets)
+    if metric in metrics.RANKINGS:
+        shares = metrics.row_shares(metric, outputs, targets)
+        return np.full(len(targets), np.nan) if shares is None else 1 - shares
+    return np.square(metrics.sigmoid(outputs) - targets) if metric == "brier" else np.abs(outputs - targets)
 
 
 def by_day(losses: Floats, dates: np.ndarray, *, chosen: np.ndarray | None = None) -> Floats:

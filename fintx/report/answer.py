@@ -8,14 +8,14 @@ from typing import Literal
 
 import numpy as np
 
-from fintx.evaluate import significance
+from fintx.evaluate import metrics, significance
 from fintx.evaluate.significance import Estimate
 from fintx.report import confirmation as told
 from fintx.report.evidence import LOSS_WORDS, Evidence
-from fintx.report.words import listed, measured, number, percent, shape_words, span
+from fintx.report.words import UNITS, listed, measured, number, percent, shape_words, span
+from fintx.study import lead
 from fintx.study.confirmation import Confirmation
 
-UNITS = {"log_loss": "nats", "brier": "of Brier score", "mse": "of squared error", "mae": "of absolute error"}
 Tone = Literal["good", "bad", "open"]
 
 
@@ -35,13 +35,9 @@ def of(evidence: Evidence, confirmation: Confirmation | None) -> Answer:
     return Answer(sentence, tone, _warnings(evidence))
 
 
-def lead(evidence: Evidence) -> Estimate | None:
-    """Loss per row that the best trial saves against the best baseline; none without their predictions."""
-    return None if evidence.rival is None else gain(evidence, evidence.rival)
-
-
 def gain(evidence: Evidence, baseline: str, number_: int | None = None) -> Estimate | None:
-    """Loss per row that a trial (the best one) saves against a baseline; the search's own luck is not in it."""
+    """How much better a trial (the best one) is than a baseline, in the study's metric; the search's own luck is not
+    in it."""
     best, resamples = evidence.best, evidence.resamples
     which = best.trial_number if number_ is None and best is not None else number_
     if which not in evidence.series or resamples is None or baseline not in evidence.baseline_series:
@@ -63,33 +59,34 @@ def _sentence(evidence: Evidence, confirmation: Confirmation | None) -> tuple[st
         return f"No trial has succeeded yet: {listed([f'{k} {name}' for name, k in failed.items()])}.", "open"
     if confirmation is not None and confirmation.best is not None:
         return told.answer(confirmation), "good" if confirmation.confirmed else "bad"
-    found, rival = lead(evidence), evidence.rival
+    comparison = evidence.comparison
     who = f"trial {best.trial_number} ({shape_words(best.config.shape)})"
-    if found is None:
+    if comparison is None:
         value = f"{evidence.spec.study.metric} {number(best.value)}"
         return (
             f"Can't be said: the best of {n} trials, {who}, has {value}, but there is nothing to compare it with.",
             "open",
         )
-    rows = f"on {len(evidence.rows.labels):,} validation rows"  # type: ignore[union-attr]
-    saves = _saves(evidence, found)
+    rows = f"on {comparison.n_rows:,} validation rows"
+    rival, difference = comparison.baseline, comparison.difference
+    saves = _saves(evidence, difference)
     beside_prior = gain(evidence, "prior")
-    if beside_prior is not None and not beside_prior.positive:
+    if beside_prior is not None and lead.standing(beside_prior) != "ahead":
         return (
             f"No skill: the best of {n} trials, {who}, can't be told from the prior: it "
             f"{_saves(evidence, beside_prior)}, {rows}.",
             "bad",
         )
-    if found.negative:
+    if comparison.standing == "behind":
         return f"No: {rival} is better than the best of {n} trials, {who}, which {saves}, {rows}.", "bad"
-    if not found.positive:
+    if comparison.standing == "can't be told apart":
         return (
             f"No: the best of {n} trials, {who}, doesn't beat {rival} with confidence: it {saves}, {rows}.",
             "bad",
         )
     chance = luck(evidence)
     expected = (
-        f" (the best of {n} equal ones looks {measured(chance, found.low, found.high)} better by chance)"
+        f" (the best of {n} equal ones looks {measured(chance, difference.low, difference.high)} better by chance)"
         if chance is not None
         else ""
     )
@@ -101,9 +98,10 @@ def _sentence(evidence: Evidence, confirmation: Confirmation | None) -> tuple[st
 
 
 def _saves(evidence: Evidence, found: Estimate) -> str:
-    mean, unit = measured(abs(found.mean), found.low, found.high), UNITS[evidence.loss]
-    verb, of = ("saves", "") if found.mean >= 0 else ("loses", " of what it saves")
-    return f"{verb} {mean} {unit} per row (95 % interval{of} {span(found.low, found.high)})"
+    mean, unit = measured(abs(found.mean), found.low, found.high), UNITS[evidence.metric]
+    saves = "gains" if evidence.metric in metrics.RANKINGS else "saves"
+    verb, of = (saves, "") if found.mean >= 0 else ("loses", f" of what it {saves}")
+    return f"{verb} {mean} {unit} (95 % interval{of} {span(found.low, found.high)})"
 
 
 def _warnings(evidence: Evidence) -> tuple[str, ...]:
@@ -118,15 +116,15 @@ def _warnings(evidence: Evidence) -> tuple[str, ...]:
 
 def skill_words(evidence: Evidence) -> str:
     """What skill means in this study."""
-    return f"Skill is the share of the training prior's {LOSS_WORDS[evidence.loss]} that is saved"
+    return f"Skill is the share of the training prior's {LOSS_WORDS[evidence.skill_loss]} that is saved"
 
 
 def skill_interval(evidence: Evidence, number_: int) -> tuple[float, float, float] | None:
     """(skill, low, high) of a trial over other days, 95 %; none without predictions."""
-    prior, resamples = evidence.baseline_series.get("prior"), evidence.resamples
-    if prior is None or resamples is None or number_ not in evidence.series:
+    prior, resamples = evidence.prior_skill_series, evidence.resamples
+    if prior is None or resamples is None or number_ not in evidence.skill_series:
         return None
-    mine = evidence.series[number_]
+    mine = evidence.skill_series[number_]
     spread = 1 - (resamples.weights @ mine) / (resamples.weights @ prior)
     low, high = np.quantile(spread, [0.025, 0.975])
     return float(1 - mine.mean() / prior.mean()), float(low), float(high)

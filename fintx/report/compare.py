@@ -21,6 +21,7 @@ from fintx.report import answer, evidence, ranks
 from fintx.report.evidence import Evidence
 from fintx.report.patterns import depth_bucket
 from fintx.report.ranks import Agreement
+from fintx.study.lead import BaselineComparison
 from fintx.study.space import model_variants
 from fintx.types import FintxError, Floats
 
@@ -42,10 +43,10 @@ class StudyRow:
     best_skill: float | None
     rival: str | None
     rival_skill: float | None
-    lead: Estimate | None
-    """Loss per row that the best trial saves against its best baseline."""
+    comparison: BaselineComparison | None
+    """Its best trial against its best baseline; none without predictions."""
     lead_share: tuple[float, float, float] | None
-    """The same as a share of the prior's loss, so that studies of other labels compare: (mean, low, high)."""
+    """Their difference as a share of the prior's loss, so that studies of other labels compare: (mean, low, high)."""
     shape: Shape
     param_count: int
 
@@ -117,7 +118,7 @@ def read(folders: Sequence[Path]) -> Comparison:
             raise FintxError(f"{each.folder}: has no successful trial yet ({len(each.records)} finished)")
     kinds = {(each.skill_key, each.spec.task.predicts) for each in found}
     if len(kinds) > 1:
-        words = ", ".join(f"{each.name}: {each.loss} of a {each.spec.task.kind} task" for each in found)
+        words = ", ".join(f"{each.name}: {each.skill_loss} of a {each.spec.task.kind} task" for each in found)
         raise FintxError(f"compare: the studies' skills are of different losses ({words}); compare those of one kind")
     return Comparison(
         studies=found,
@@ -147,7 +148,7 @@ def _row(found: Evidence) -> StudyRow:
         best_skill=found.skill(best.best),
         rival=rival,
         rival_skill=None if rival is None else found.skill(found.baselines[rival]["metrics"]),
-        lead=answer.lead(found),
+        comparison=found.comparison,
         lead_share=_lead_share(found),
         shape=best.config.shape,
         param_count=best.param_count,
@@ -155,10 +156,10 @@ def _row(found: Evidence) -> StudyRow:
 
 
 def _lead_share(found: Evidence) -> tuple[float, float, float] | None:
-    lead, prior = answer.lead(found), found.baseline_series.get("prior")
-    if lead is None or prior is None:
+    comparison, prior = found.comparison, found.baseline_series.get("prior")
+    if comparison is None or prior is None:
         return None
-    scale = float(prior.mean())
+    scale, lead = float(prior.mean()), comparison.difference
     return lead.mean / scale, lead.low / scale, lead.high / scale
 
 
@@ -256,7 +257,7 @@ def _agreement(first: dict, second: dict) -> Agreement:
 def _difference(first: Evidence, second: Evidence) -> Estimate | None:
     """Of the two best trials, on the same days."""
     a, b = _best_series(first), _best_series(second)
-    if a is None or b is None or first.loss != second.loss or not _same_rows(first, second):
+    if a is None or b is None or first.metric != second.metric or not _same_rows(first, second):
         return None
     saved = a - b
     block = significance.block_length(saved, horizon=first.spec.task.horizon)

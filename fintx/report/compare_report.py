@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 from fintx.report import figures_evidence, page, sheet
-from fintx.report.answer import UNITS, percent_interval
+from fintx.report.answer import percent_interval
 from fintx.report.compare import Comparison, Pair
 from fintx.report.page import Block, Page, Prose, Section
 from fintx.report.ranks import LEAST, Agreement
 from fintx.report.sheet import Format, Sheet
-from fintx.report.words import count, listed, number, percent, shape_words, span
+from fintx.report.words import count, listed, metric_words, number, percent, shape_words, span
 
 FOLDER = "_compare"
 
@@ -24,7 +24,7 @@ def write(found: Comparison, *, outputs: Path) -> Path:
 def build(found: Comparison) -> Page:
     """The page as a value."""
     told = sentence(found)
-    ahead = [row for row in found.rows if row.lead is not None and row.lead.positive]
+    ahead = [row for row in found.rows if row.comparison is not None and row.comparison.standing == "ahead"]
     return Page(
         title=" · ".join(row.name for row in found.rows),
         kicker="fintx comparison",
@@ -48,8 +48,8 @@ def sentence(found: Comparison) -> str:
     known = [row for row in found.rows if row.best_skill is not None]
     order = sorted(known, key=lambda row: -(row.best_skill or 0.0))
     said = listed([f"{row.name} {percent(row.best_skill)}" for row in order])
-    ahead = [row.name for row in found.rows if row.lead is not None and row.lead.positive]
-    behind = [row.name for row in found.rows if row.lead is not None and not row.lead.positive]
+    ahead = [row.name for row in found.rows if row.comparison is not None and row.comparison.standing == "ahead"]
+    behind = [row.name for row in found.rows if row.comparison is not None and row.comparison.standing != "ahead"]
     words = f"Skill of the best trials: {said}."
     if ahead:
         words += f" Ahead of the best baseline with confidence, the search's luck not counted: {listed(ahead)}."
@@ -158,10 +158,10 @@ def pairs_sheet(found: Comparison) -> Sheet:
         ("studies", "text"), ("rank correlation of shapes", "text"), ("shapes", "whole"),
         ("of cells (width × depth bucket)", "text"), ("cells", "whole"), ("the second's best saves", "text"),
     ]  # fmt: skip
-    unit = UNITS[found.studies[0].loss]
+    units = ", ".join(dict.fromkeys(metric_words(each.metric) for each in found.studies))
     note = (
         f"Spearman's ρ of mean skill with its 95 % interval, over what both studies trained; fewer than {LEAST} say "
-        f"nothing. Losses ({unit} per row) are compared only where labels and rows are equal."
+        f"nothing. Losses ({units}) are compared only where labels, rows and metrics are equal."
     )
     return sheet.of("rank_correlation", "Rank correlation", columns, rows, note=note)
 

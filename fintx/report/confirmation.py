@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from fintx.evaluate.significance import Estimate
-from fintx.report.words import number, percent
+from fintx.report.words import UNITS, number, percent
+from fintx.study import lead
 from fintx.study.confirmation import Confirmation
-
-_UNITS = {"log_loss": " nats", "brier": "", "mse": "", "mae": ""}
 
 
 def answer(found: Confirmation) -> str:
@@ -19,13 +18,13 @@ def answer(found: Confirmation) -> str:
     interval = f"{level(found)}: {span(gain)}"
     if best.verdict.confirmed:
         return (
-            f"CONFIRMED: trial {best.trial} beats {found.baseline} by {_per_row(gain.mean, found)} with {seeds} "
+            f"CONFIRMED: trial {best.trial} beats {found.baseline} by {_amount(gain.mean, found)} with {seeds} "
             f"({interval}; with all {found.n_compared} trials counted p = {number(found.superior_p_value)})."
         )
-    if gain.negative:
+    if lead.standing(gain) == "behind":
         return (
             f"NOT CONFIRMED: {found.baseline} is better than every trial trained again; trial {best.trial}, the best "
-            f"with {seeds}, loses {_per_row(-gain.mean, found)} to it ({level(found)}: {span(_turned(gain))})."
+            f"with {seeds}, loses {_amount(-gain.mean, found)} to it ({level(found)}: {span(_turned(gain))})."
         )
     return (
         f"NOT CONFIRMED: no trial beats {found.baseline} with confidence; trial {best.trial}, the best with {seeds}, "
@@ -57,7 +56,7 @@ def luck(found: Confirmation) -> str:
     )
     if found.luck is not None:
         words += (
-            f". The best of {found.n_compared} equal trials looks {_per_row(found.luck, found)} better than their "
+            f". The best of {found.n_compared} equal trials looks {_amount(found.luck, found)} better than their "
             "average on these rows by chance alone, whatever its seed"
         )
     if found.overfitting is not None:
@@ -83,14 +82,14 @@ def _turned(gain: Estimate) -> Estimate:
 
 
 def _moved(gain: float, found: Confirmation) -> str:
-    return f"gains {_per_row(gain, found)}" if gain >= 0 else f"loses {_per_row(-gain, found)}"
+    return f"gains {_amount(gain, found)}" if gain >= 0 else f"loses {_amount(-gain, found)}"
 
 
 def _too_good(luck: Estimate, found: Confirmation) -> str:
     if luck.mean < 0:
-        return f"not too good but {_per_row(-luck.mean, found)} too bad; how much too good"
-    return f"{_per_row(luck.mean, found)} too good"
+        return f"not too good but {_amount(-luck.mean, found)} too bad; how much too good"
+    return f"{_amount(luck.mean, found)} too good"
 
 
-def _per_row(value: float, found: Confirmation) -> str:
-    return f"{number(value)}{_UNITS[found.loss]} per row"
+def _amount(value: float, found: Confirmation) -> str:
+    return f"{number(value)} {UNITS[found.loss]}"

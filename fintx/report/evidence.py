@@ -17,12 +17,14 @@ import numpy as np
 from fintx.config.schema import StudySpec
 from fintx.evaluate import metrics, significance
 from fintx.evaluate.significance import Resamples
-from fintx.study import predictions, records
+from fintx.study import lead, predictions, records
+from fintx.study.lead import BaselineComparison
 from fintx.study.predictions import Rows
 from fintx.study.records import StudyFile, TrialRecord
 from fintx.types import FintxError, Floats
 
-LOSS_WORDS = {"log_loss": "log loss", "brier": "Brier score", "mse": "squared error", "mae": "absolute error"}
+LOSS_WORDS = {"log_loss": "log loss", "brier": "Brier score", "mse": "squared error", "mae": "absolute error",
+              "auc": "1 − AUC", "average_precision": "1 − average precision"}  # fmt: skip
 
 
 class NoEvidence(FintxError):
@@ -31,7 +33,7 @@ class NoEvidence(FintxError):
 
 @dataclass(frozen=True, eq=False)
 class Evidence:
-    """A study as far as it is. Losses are means over rows, of the study's metric where it is one, else log loss."""
+    """A study as far as it is. Losses are those of the study's metric: 1 − it for a ranking."""
 
     folder: Path
     study: StudyFile
@@ -41,8 +43,8 @@ class Evidence:
     """name → words and metrics, as `study.trial` keeps them."""
     rows: Rows | None
     """None where the baselines' predictions are missing: then nothing is compared row by row."""
-    outputs: dict[int, Floats]
-    """Trial number → (S,) logits or log returns, of the successful trials whose predictions are here."""
+    seeds: dict[int, Floats]
+    """Trial number → (N, S) logits or log returns of its seeds, of the successful trials whose predictions are here."""
     notes: tuple[str, ...]
 
     @property
@@ -54,6 +56,16 @@ class Evidence:
     def spec(self) -> StudySpec:
         """What the study asks."""
         return self.study.spec
+
+    @property
+    def metric(self) -> str:
+        """The study's."""
+        return self.spec.study.metric
+
+    @functools.cached_property
+    def outputs(self) -> dict[int, Floats]:
+        """Trial number → (S,) outputs of its first seed: what one model says, for all that isn't a loss."""
+        return {number: of_seeds[0] for number, of_seeds in self.seeds.items()}
 
     @property
     def minimize(self) -> bool:
@@ -71,14 +83,14 @@ class Evidence:
         return next(iter(self.ranked), None)
 
     @property
-    def loss(self) -> str:
-        """What of each row is compared."""
-        return significance.loss_name(self.spec.study.metric)
+    def skill_loss(self) -> str:
+        """The loss that skill is a share of: the study's metric, or log loss where that is a ranking."""
+        return significance.skill_loss(self.metric)
 
     @property
     def skill_key(self) -> str:
         """The metric that says how much of the prior's loss is saved."""
-        return metrics.SKILLS[self.loss]
+        return metrics.SKILLS[self.skill_loss]
 
     def skill(self, scored: dict[str, Any]) -> float | None:
         """1 − loss / loss of the training prior, of metrics as records and baselines hold them."""
@@ -86,17 +98,21 @@ class Evidence:
 
     @functools.cached_property
     def rival(self) -> str | None:
-        """The best baseline by mean loss over all rows; without their predictions by its recorded metric."""
-        if self.rows is not None:
-            return self.rows.best_baseline
-        found = {name: held["metrics"].get(self.loss) for name, held in self.baselines.items()}
-        known = {name: value for name, value in found.items() if value is not None}
-        return min(known, key=lambda name: known[name]) if known else None
+        """The best baseline; none without the baselines' predictions."""
+        best = None if self.rows is None else lead.best_baseline(self.rows)
+        return None if best is None else best[0]
+
+    @functools.cached_property
+    def comparison(self) -> BaselineComparison | None:
+        """The best trial against the best baseline; none without their predictions."""
+        if self.rows is None or self.best is None or self.best.trial_number not in self.seeds:
+            return None
+        return lead.compare(self.rows, self.rows.losses(self.seeds[self.best.trial_number]))
 
     @functools.cached_property
     def series(self) -> dict[int, Floats]:
-        """Trial number → (D,) losses by day."""
-        return {number: self.by_day(outputs) for number, outputs in self.outputs.items()}
+        """Trial number → (D,) losses by day, mean over its seeds."""
+        return {number: self.by_day(of_seeds) for number, of_seeds in self.seeds.items()}
 
     @functools.cached_property
     def baseline_series(self) -> dict[str, Floats]:
@@ -104,18 +120,34 @@ class Evidence:
         held = {} if self.rows is None else self.rows.baselines
         return {name: self.by_day(outputs) for name, outputs in held.items()}
 
-    def by_day(self, outputs: Floats) -> Floats:
-        """(S,) outputs → (D,) losses by day."""
+    @functools.cached_property
+    def skill_series(self) -> dict[int, Floats]:
+        """Trial number → (D,) losses by day that skill is a share of."""
+        if self.skill_loss == self.metric:
+            return self.series
+        return {number: self.by_day(of_seeds, metric=self.skill_loss) for number, of_seeds in self.seeds.items()}
+
+    @functools.cached_property
+    def prior_skill_series(self) -> Floats | None:
+        """(D,) the same of the prior; none without its predictions."""
+        prior = None if self.rows is None else self.rows.baselines.get("prior")
+        return None if prior is None else self.by_day(prior, metric=self.skill_loss)
+
+    def by_day(self, outputs: Floats, *, metric: str | None = None) -> Floats:
+        """(S,) outputs, or (N, S) of several seeds → (D,) losses by day."""
         assert self.rows is not None
-        return self.rows.series(self.rows.losses(outputs))
+        return self.rows.series(self.rows.losses(outputs, metric=metric))
 
     @functools.cached_property
     def resamples(self) -> Resamples | None:
-        """Draws of the validation days, in blocks as long as the trials' differences to the best baseline ask for."""
+        """Draws of the validation days, in blocks as long as the best trial's difference to the best baseline asks
+        for: those of `comparison`. Where its predictions aren't here, the middle length of all trials' differences."""
         if not self.series or self.rival is None:
             return None
         against = self.baseline_series[self.rival]
-        gains = np.stack([against - each for each in self.series.values()], axis=1)
+        best = None if self.best is None else self.series.get(self.best.trial_number)
+        compared = [best] if best is not None else list(self.series.values())
+        gains = np.stack([against - each for each in compared], axis=1)
         block = significance.block_length(gains, horizon=self.spec.task.horizon)
         return significance.resample(len(gains), block)
 
@@ -138,8 +170,8 @@ def read(folder: Path) -> Evidence:
     _check_labels(folder, finished)
     notes: list[str] = []
     rows = _rows(folder, study.spec, notes)
-    outputs = {} if rows is None else _outputs(folder, finished, rows, notes)
-    return Evidence(folder, study, tuple(finished), predictions.read_baselines(folder), rows, outputs, tuple(notes))
+    seeds = {} if rows is None else _seeds(folder, finished, rows, notes)
+    return Evidence(folder, study, tuple(finished), predictions.read_baselines(folder), rows, seeds, tuple(notes))
 
 
 def _check_labels(folder: Path, finished: Sequence[TrialRecord]) -> None:
@@ -173,7 +205,7 @@ def _rows(folder: Path, spec: StudySpec, notes: list[str]) -> Rows | None:
     return None
 
 
-def _outputs(folder: Path, finished: Sequence[TrialRecord], rows: Rows, notes: list[str]) -> dict[int, Floats]:
+def _seeds(folder: Path, finished: Sequence[TrialRecord], rows: Rows, notes: list[str]) -> dict[int, Floats]:
     """Of the successful trials whose predictions are here; the others are named."""
     found, missing = {}, []
     for record in finished:
@@ -181,7 +213,7 @@ def _outputs(folder: Path, finished: Sequence[TrialRecord], rows: Rows, notes: l
         if record.value is None:
             continue
         if (where / "predictions.parquet").is_file():
-            found[record.trial_number] = predictions.read_outputs(where, rows)
+            found[record.trial_number] = predictions.read_seeds(folder, record.trial_number, rows)
         else:
             missing.append(f"trial {record.trial_number}" + (f" (ran on {record.host})" if record.host else ""))
     if missing:

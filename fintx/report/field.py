@@ -18,6 +18,8 @@ from fintx.evaluate.significance import Resamples
 from fintx.model import sizes
 from fintx.report.evidence import LOSS_WORDS, Evidence
 from fintx.report.words import count, listed
+from fintx.study import lead
+from fintx.study.predictions import Rows
 from fintx.study.records import TrialRecord
 from fintx.types import FintxError, Floats, Ints
 
@@ -67,7 +69,7 @@ class Field:
     @property
     def loss_words(self) -> str:
         """What the loss is called."""
-        return LOSS_WORDS[self.studies[0].loss]
+        return LOSS_WORDS[self.studies[0].metric]
 
     @property
     def size_words(self) -> str:
@@ -90,15 +92,18 @@ def gather(found: Sequence[Evidence], *, over: Over = "parameters") -> Field:
     if problems := [*_differences(ordered, over), *_missing(ordered)]:
         raise NotComparable("\n".join(problems))
     chosen = _shared_rows(ordered, over)
-    rows = ordered[-1].rows
-    assert rows is not None
-    baselines = {name: _on(chosen[-1], ordered[-1], outputs) for name, outputs in rows.baselines.items()}
-    baseline = min(baselines, key=lambda name: baselines[name].mean())
+    shared = [evidence.rows.take(places) for evidence, places in zip(ordered, chosen, strict=True) if evidence.rows]
+    rows = shared[-1]
+    best = lead.best_baseline(rows)
+    if best is None:
+        raise NotComparable(f"no fit: no baseline has a {rows.metric} on the {len(rows.labels):,} shared rows")
+    baseline = best[0]
+    baseline_days, prior_days = (_days(rows, rows.baselines[n]) for n in (baseline, "prior"))
     members = [
-        (index, record, _on(chosen[index], evidence, evidence.outputs[record.trial_number]))
+        (index, record, _days(shared[index], evidence.seeds[record.trial_number][:, chosen[index]]))
         for index, evidence in enumerate(ordered)
         for record in sorted(evidence.ranked, key=lambda r: r.trial_number)
-        if record.trial_number in evidence.outputs
+        if record.trial_number in evidence.seeds
     ]
     study = np.array([index for index, _, _ in members], int)
     named = [count(e.spec.budget.parameters) if over == "parameters" else e.name for e in ordered]
@@ -108,9 +113,8 @@ def gather(found: Sequence[Evidence], *, over: Over = "parameters") -> Field:
     if problems := _too_few(cells, cell, axis, over):
         raise NotComparable("\n".join(problems))
     days = np.stack([series for _, _, series in members])
-    gains = (baselines[baseline] - days).T
+    gains = (baseline_days - days).T
     block = significance.block_length(gains, horizon=ordered[0].spec.task.horizon)
-    prior = baselines.get("prior")
     return Field(
         over=over,
         studies=tuple(ordered),
@@ -121,12 +125,12 @@ def gather(found: Sequence[Evidence], *, over: Over = "parameters") -> Field:
         number=np.array([record.trial_number for _, record, _ in members], int),
         size=axis,
         flops=np.array([training_flops(record) for _, record, _ in members]),
-        loss=days.mean(axis=1) / baselines[baseline].mean(),
+        loss=days.mean(axis=1) / baseline_days.mean(),
         days=days,
         baseline=baseline,
-        baseline_days=baselines[baseline],
-        prior_loss=float((baselines[baseline] if prior is None else prior).mean()),
-        baseline_loss=float(baselines[baseline].mean()),
+        baseline_days=baseline_days,
+        prior_loss=float(prior_days.mean()),
+        baseline_loss=float(baseline_days.mean()),
         n_rows=len(chosen[-1]),
         resamples=significance.resample(days.shape[1], block),
         notes=(*_notes(ordered), *(f"{each.name}: {note}" for each in ordered for note in each.notes)),
@@ -148,11 +152,9 @@ def _typical_size(over: Over) -> Callable[[Evidence], float]:
     return lambda evidence: float(np.median([_size(record, over) for record in evidence.records]))
 
 
-def _on(chosen: Ints, evidence: Evidence, outputs: Floats) -> Floats:
-    """(D,) losses by day of the shared rows."""
-    rows = evidence.rows
-    assert rows is not None
-    return significance.by_day(rows.losses(outputs)[chosen], rows.dates[chosen])
+def _days(rows: Rows, outputs: Floats) -> Floats:
+    """(D,) losses by day on the shared rows, of a model's outputs or those of a trial's seeds."""
+    return rows.series(rows.losses(outputs))
 
 
 # --- what must be equal -----------------------------------------------------------------------------------------------
@@ -205,7 +207,7 @@ def _hash(evidence: Evidence, name: str) -> str:
 def _missing(found: Sequence[Evidence]) -> list[str]:
     lines = []
     for evidence in found:
-        if not evidence.outputs:
+        if not evidence.seeds:
             why = "; ".join(evidence.notes) or "it has no successful trial"
             lines.append(f"no fit: {evidence.name}: {why}")
     return lines

@@ -57,7 +57,7 @@ def forest(rows: Sequence[Row], *, baseline: str, unit: str, name: str, title: s
         axes.set_yticks(range(len(rows)), [row.words for row in reversed(rows)])
         axes.set_ylim(-0.6, len(rows) + 0.25)
         axes.grid(axis="y", visible=False)
-        axes.set_xlabel(f"{unit} saved per row against {baseline} (right is better)")
+        axes.set_xlabel(f"gain over {baseline} in {unit} (right is better)")
         return keep(figure, name, title, caption)
 
 

@@ -210,9 +210,9 @@ def _over_days(evidence: Evidence, found: Sequence[TrialRecord], index: np.ndarr
     Zero where no predictions are here: then the trials alone speak.
     """
     k = int(index.max()) + 1
-    resamples, prior = evidence.resamples, evidence.baseline_series.get("prior")
+    resamples, prior = evidence.resamples, evidence.prior_skill_series
     members = [[r.trial_number for r, i in zip(found, index, strict=True) if i == g] for g in range(k)]
-    known = [[evidence.series[n] for n in numbers if n in evidence.series] for numbers in members]
+    known = [[evidence.skill_series[n] for n in numbers if n in evidence.skill_series] for numbers in members]
     if resamples is None or prior is None or not all(known):
         return np.zeros(k), np.zeros((k, k))
     losses = np.stack([np.mean(each, axis=0) for each in known])

@@ -5,16 +5,17 @@ from __future__ import annotations
 import numpy as np
 
 from fintx.data.bars import Bars
-from fintx.evaluate import direction
+from fintx.evaluate import direction, metrics
 from fintx.evaluate.direction import Mirror
 from fintx.report import answer, figures_evidence, setting, sheet
 from fintx.report import confirmation as told
-from fintx.report.answer import UNITS, percent_interval, skill_interval
+from fintx.report.answer import percent_interval, skill_interval
 from fintx.report.evidence import Evidence
 from fintx.report.figures_evidence import Row
 from fintx.report.page import Block, Prose, Section
 from fintx.report.sheet import Format, Sheet
-from fintx.report.words import number, percent, shape_words, span
+from fintx.report.words import metric_words, number, percent, shape_words, span
+from fintx.study import lead
 from fintx.study.confirmation import Candidate, Confirmation
 from fintx.study.records import TrialRecord
 from fintx.tasks import Prediction
@@ -33,7 +34,7 @@ def beside_baselines(evidence: Evidence) -> Section:
     best = evidence.best
     first, *others = _SHOWN[evidence.spec.task.predicts]
     columns: list[tuple[str, Format]] = [
-        ("", "text"), (_head(first), "number"), ("skill", "percent"), ("the trial saves", "number"),
+        ("", "text"), (_head(first), "number"), ("skill", "percent"), ("the trial gains", "number"),
         ("95 % interval", "text"), *((_head(key), "number") for key in others), ("what it is", "text"),
     ]  # fmt: skip
     rows: list[tuple[object, ...]] = []
@@ -41,8 +42,9 @@ def beside_baselines(evidence: Evidence) -> Section:
         held = best.best
         rows.append((f"best trial ({best.trial_number})", held.get(first), evidence.skill(held), None, None,
                      *(held.get(key) for key in others), shape_words(best.config.shape)))  # fmt: skip
+    sign = 1 if evidence.minimize else -1
     for name, baseline in sorted(
-        evidence.baselines.items(), key=lambda pair: pair[1]["metrics"].get(evidence.loss) or 0.0
+        evidence.baselines.items(), key=lambda pair: sign * (pair[1]["metrics"].get(evidence.metric) or 0.0)
     ):
         held, gain = baseline["metrics"], answer.gain(evidence, name)
         rows.append((name, held.get(first), evidence.skill(held), gain.mean if gain else None,
@@ -51,8 +53,8 @@ def beside_baselines(evidence: Evidence) -> Section:
     n = best.best.get("n") if best is not None else None
     made = sheet.of(
         "baselines", f"On the same {number(n)} validation rows", columns, rows, marked=(0,) if best is not None else (),
-        note=f"What the trial saves: {UNITS[evidence.loss]} per row, with days resampled in blocks. The best trial was "
-        "chosen on these rows; the baselines were not.",
+        note=f"What the trial gains is in {metric_words(evidence.metric)}; days are resampled in blocks. The best "
+        "trial was chosen on these rows; the baselines were not.",
     )  # fmt: skip
     return Section("baselines", "The best trial and what it must beat", (made,))
 
@@ -93,9 +95,9 @@ def confirmation_section(evidence: Evidence, found: Confirmation | None) -> Sect
     if rows and evidence.rival is not None:
         blocks.append(
             figures_evidence.forest(
-                rows, baseline=evidence.rival, unit=UNITS[evidence.loss], name="forest",
+                rows, baseline=evidence.rival, unit=metric_words(evidence.metric), name="forest",
                 title="The best trials against the best baseline, unconfirmed",
-                caption="Mean gain per row with its 95 % interval over other days; green where it lies above zero.",
+                caption="Mean gain with its 95 % interval over other days; green where it lies above zero.",
             )
         )  # fmt: skip
     return Section("confirmation", "Confirmation", tuple(blocks))
@@ -116,8 +118,8 @@ def _confirmed_forest(found: Confirmation) -> Block:
                 gain = each.ensemble.gain
                 rows.append(Row("its ensemble", gain.mean, gain.low, gain.high, gain.positive))
     return figures_evidence.forest(
-        rows, baseline=found.baseline, unit=UNITS[found.loss], name="forest", title="Confirmation",
-        caption=f"Mean gain per row of each candidate, trained again with {len(found.seeds)} fresh seeds, with its "
+        rows, baseline=found.baseline, unit=metric_words(found.loss), name="forest", title="Confirmation",
+        caption=f"Mean gain of each candidate, trained again with {len(found.seeds)} fresh seeds, with its "
         f"{told.level(found)} interval over other days and seeds; green: confirmed.",
     )  # fmt: skip
 
@@ -130,7 +132,7 @@ def _candidates(found: Confirmation) -> Sheet:
     ]  # fmt: skip
     rows = [_candidate(each) for each in found.candidates]
     p = f" SPA p = {number(found.superior_p_value)} with {found.n_compared} trials." if found.superior_p_value else ""
-    note = f"Gains in {UNITS[found.loss]} per row over {found.baseline}.{p}"
+    note = f"Gains in {metric_words(found.loss)} over {found.baseline}.{p}"
     return sheet.of("confirmation", "Candidates", columns, rows, note=note)
 
 
@@ -194,7 +196,9 @@ def direction_section(evidence: Evidence, bars: dict[str, Bars]) -> Section | No
         blocks += [Prose(_mirror_words(next(iter(found.values())))), _mirror_sheet(found, within)]
     blocks.append(_years(evidence, outputs, rival))
     if rival is not None:
-        mine, theirs = rows.losses(outputs), rows.losses(rows.baselines[rival])
+        mine, theirs = (
+            metrics.per_sample_loss(rows.predicts, each, rows.labels) for each in (outputs, rows.baselines[rival])
+        )
         sums = direction.cumulative_gain(mine, theirs, rows.dates)
         share = sums.best_year_share
         if share is not None:
@@ -214,13 +218,10 @@ def direction_section(evidence: Evidence, bars: dict[str, Bars]) -> Section | No
 
 def volatility_rival(evidence: Evidence) -> str | None:
     """The best baseline that knows volatility alone; none without one."""
-    known = {
-        name: evidence.baselines[name]["metrics"].get("log_loss")
-        for name in (evidence.rows.baselines if evidence.rows else ())
-        if name.startswith(_VOLATILITY)
-    }
-    scored = {name: value for name, value in known.items() if value is not None}
-    return min(scored, key=lambda name: scored[name]) if scored else None
+    if evidence.rows is None:
+        return None
+    best = lead.best_baseline(evidence.rows, among=[n for n in evidence.rows.baselines if n.startswith(_VOLATILITY)])
+    return None if best is None else best[0]
 
 
 def _mirror_words(found: Mirror) -> str:
@@ -280,7 +281,10 @@ def facts(evidence: Evidence) -> tuple[tuple[str, str], ...]:
     if evidence.rival is not None:
         held = evidence.baselines[evidence.rival]["metrics"]
         found.append(
-            (f"best baseline, {evidence.rival}", f"{number(held.get(evidence.loss))} ({percent(evidence.skill(held))})")
+            (
+                f"best baseline, {evidence.rival}",
+                f"{number(held.get(evidence.metric))} ({percent(evidence.skill(held))})",
+            )
         )
     found += [
         ("best shape", f"{best.d_model} × {best.n_layers}, {best.n_heads} heads"),

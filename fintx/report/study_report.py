@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from fintx.evaluate import metrics
+from fintx.evaluate import metrics, significance
 from fintx.evaluate.backtest import Rules
 from fintx.report import (
     answer,
@@ -109,13 +109,14 @@ def _yes(value: object) -> str | None:
 
 def _opened(opening: Opening) -> Sheet:
     """One opening's figures."""
+    loss = significance.skill_loss(opening.loss)
     columns: list[tuple[str, Format]] = [
-        ("", "text"), (opening.loss.replace("_", " "), "number"), ("skill", "percent"), ("AUC", "number"),
-        (f"saves against {opening.baseline}", "number"), ("95 % interval", "text"),
+        ("", "text"), (loss.replace("_", " "), "number"), ("skill", "percent"), ("AUC", "number"),
+        (f"gains over {opening.baseline}", "number"), ("95 % interval", "text"),
     ]  # fmt: skip
     rows = [
         (
-            each.name, each.metrics.get(opening.loss), each.metrics.get(metrics.SKILLS[opening.loss]),
+            each.name, each.metrics.get(loss), each.metrics.get(metrics.SKILLS[loss]),
             each.metrics.get("auc"), each.gain.mean if each.gain else None,
             span(each.gain.low, each.gain.high) if each.gain else None,
         )

@@ -28,6 +28,10 @@ def metric_words(name: str) -> str:
 _METRICS = {"log_loss": "log loss, nats per row", "brier": "Brier score", "auc": "AUC", "mse": "squared error",
             "mae": "absolute error"}  # fmt: skip
 
+UNITS = {"log_loss": "nats per row", "brier": "of Brier score per row", "mse": "of squared error per row",
+         "mae": "of absolute error per row", "auc": "of AUC", "average_precision": "of average precision"}  # fmt: skip
+"""Of a difference in a metric: .012 of AUC."""
+
 
 def percent(value: float | None) -> str:
     """12.3 %, or "–"."""

@@ -16,7 +16,7 @@ from fintx.data import features, indicators, sources
 from fintx.evaluate import metrics, significance, verdict
 from fintx.evaluate.significance import LEVEL, REPS, Estimate, Resamples
 from fintx.evaluate.verdict import Judgement, Verdict
-from fintx.study import predictions, records
+from fintx.study import lead, predictions, records
 from fintx.study.confirmation import Candidate, Confirmation, Ensemble, Group, GroupKind
 from fintx.study.predictions import Rows
 from fintx.study.records import TrialRecord
@@ -51,7 +51,10 @@ def build(
     }
     finished = records.read_all(study_folder)
     searched, missing = _searched(study_folder, finished, rows)
-    name = rows.best_baseline
+    best = lead.best_baseline(rows)
+    if best is None:
+        raise FintxError(f"{study_folder}: no baseline has a {rows.metric} on its validation rows to compare with")
+    name = best[0]
     baseline = rows.losses(rows.baselines[name])
     found = _judge(outputs, rows, rows.series(baseline), searched)
     whole = predictions.series_of(searched, rows)
@@ -69,7 +72,7 @@ def build(
         n_finished=len(finished),
         n_compared=len(searched),
         metric=spec.study.metric,
-        loss=rows.loss,
+        loss=rows.metric,
         level=LEVEL,
         reps=REPS,
         block=found.resamples.block if found else None,
@@ -83,7 +86,7 @@ def build(
         candidates=tuple(
             _candidate(
                 record, again[record.trial_number], judged.get(record.trial_number),
-                _Compared(rows, baseline, found, outputs.get(record.trial_number), searched.get(record.trial_number)),
+                _Compared(rows, name, found, outputs.get(record.trial_number), searched.get(record.trial_number)),
                 groups,
             )
             for record in trials
@@ -101,15 +104,13 @@ def _member_outputs(study_folder: Path, number: int, seeds: Sequence[int], rows:
 def _searched(
     study_folder: Path, finished: Sequence[TrialRecord], rows: Rows
 ) -> tuple[dict[int, Floats], list[str]]:  # fmt: skip
-    """The search's successful trials: number → outputs; and why the rest can't be compared."""
+    """The search's successful trials: number → losses; and why the rest can't be compared."""
     found, missing = {}, []
     for record in finished:
         if record.value is None:
             continue
         try:
-            found[record.trial_number] = predictions.read_outputs(
-                records.trial_folder(study_folder, record.trial_number), rows
-            )
+            found[record.trial_number] = predictions.trial_losses(study_folder, record.trial_number, rows)
         except FintxError as error:  # told in the notes
             missing.append(str(error))
     return found, missing
@@ -132,21 +133,30 @@ def _can_split(whole: Floats) -> bool:
 class _Compared:
     """What a candidate is compared with."""
 
-    def __init__(
-        self, rows: Rows, baseline: Floats, found: Judgement | None, fresh: Floats | None, search: Floats | None
-    ):
-        self.rows, self.baseline, self.fresh = rows, baseline, fresh
+    def __init__(self, rows: Rows, baseline: str, found: Judgement | None, fresh: Floats | None, search: Floats | None):
+        self.rows, self.baseline, self.fresh = rows, rows.baselines[baseline], fresh
         self.resamples: Resamples | None = found.resamples if found else None
         self.losses = None if fresh is None else np.array([rows.losses(each) for each in fresh])  # (N, S)
-        self.search = None if search is None else rows.losses(search)
+        self.search = search
 
-    def gain(self, over: Floats, *, chosen: np.ndarray | None = None) -> Estimate:
-        """Loss per row that the members save over another's, with the error of their seeds."""
+    def too_good(self) -> Estimate | None:
+        """By how much the search's losses lie below the members', with the error of their seeds."""
+        if self.search is None:
+            return None
         assert self.losses is not None and self.resamples is not None
-        saved = over - self.losses
-        inside = saved if chosen is None else saved[:, chosen]
-        series = self.rows.series(saved.mean(axis=0), chosen=chosen)
-        return significance.estimate(series, self.resamples, seeds=inside.mean(axis=1))
+        above = self.losses - self.search
+        return significance.estimate(self.rows.series(above.mean(axis=0)), self.resamples, seeds=above.mean(axis=1))
+
+    def gain_among(self, chosen: np.ndarray) -> Estimate | None:
+        """The members' gain over the baseline on some rows; none where a ranking of them is undefined."""
+        assert self.fresh is not None and self.resamples is not None
+        over = self.rows.losses_among(chosen, self.baseline)
+        saved = np.array([over - self.rows.losses_among(chosen, outputs) for outputs in self.fresh])
+        defined = np.isfinite(saved[0])
+        if not defined.any():
+            return None
+        series = self.rows.series(np.nan_to_num(saved.mean(axis=0)), chosen=defined)
+        return significance.estimate(series, self.resamples, seeds=saved[:, defined].mean(axis=1))
 
 
 def _candidate(
@@ -157,13 +167,12 @@ def _candidate(
     too_good, ensemble = None, None
     parts: tuple[Group, ...] = ()
     if judged is not None and compared.fresh is not None:
-        if compared.search is not None:
-            lost = compared.gain(compared.search)
-            too_good = Estimate(-lost.mean, -lost.high, -lost.low, lost.se)
+        too_good = compared.too_good()
         ensemble = _ensemble(record, compared)
         parts = tuple(
-            Group(kind=kind, name=name, n=int(chosen.sum()), gain=compared.gain(compared.baseline, chosen=chosen))
+            Group(kind=kind, name=name, n=int(chosen.sum()), gain=gain)
             for kind, name, chosen in groups
+            if (gain := compared.gain_among(chosen)) is not None
         )
     return Candidate(
         trial=record.trial_number,
@@ -184,7 +193,7 @@ def _ensemble(record: TrialRecord, compared: _Compared) -> Ensemble:
     rows = compared.rows
     assert compared.fresh is not None and compared.resamples is not None
     outputs = metrics.ensemble(rows.predicts, compared.fresh)
-    saved = rows.series(compared.baseline - rows.losses(outputs))
+    saved = rows.series(rows.losses(compared.baseline) - rows.losses(outputs))
     scored = [
         metrics.evaluate(rows.predicts, outputs[rows.fold == fold], rows.labels[rows.fold == fold], prior=prior)
         for fold, prior in enumerate(_priors(record))

@@ -98,7 +98,7 @@ class Confirmation(Kept):
     """Trials in the tests over the whole search: the successful ones whose predictions lie here."""
     metric: str
     loss: str
-    """What of each row is compared."""
+    """The metric that gains are in: the study's; log_loss in older ones of a ranking."""
     level: float
     reps: int
     block: int | None
@@ -106,8 +106,9 @@ class Confirmation(Kept):
     n_rows: int
     n_days: int
     baseline: str
-    """The best one, by mean loss."""
+    """The best one in the study's metric."""
     baseline_loss: float
+    """1 − the metric for a ranking, as every loss here."""
     superior_p_value: float | None
     """Hansen's SPA: of "no trial of the search beats the best baseline"."""
     overfitting: float | None

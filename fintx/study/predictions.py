@@ -1,7 +1,8 @@
-"""What did every model say on the validation rows? Read from the kept predictions, on identical rows, as losses."""
+"""Kept predictions: what every model said on the same validation rows, and its loss on each of them."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,7 +16,6 @@ import pyarrow.parquet as pq
 
 from fintx.config.schema import StudySpec
 from fintx.evaluate import significance
-from fintx.evaluate.significance import RowLoss
 from fintx.study import records
 from fintx.tasks import Prediction
 from fintx.types import FintxError, Floats, Ints
@@ -28,7 +28,10 @@ class Rows:
     """The validation rows of a study, and what its baselines said of them."""
 
     predicts: Prediction
-    loss: RowLoss
+    metric: str
+    """The study's."""
+    n_seeds: int
+    """Of each trial of the search (`study.replicates`)."""
     horizon: int
     fold: Ints
     """(S,)"""
@@ -41,18 +44,56 @@ class Rows:
     key: pa.Table
     """What identifies a row; other predictions must have the same."""
 
-    def losses(self, outputs: Floats) -> Floats:
-        """(S,) of a model's outputs."""
-        return significance.row_losses(self.predicts, self.loss, outputs, self.labels)
+    def losses(self, outputs: Floats, *, metric: str | None = None) -> Floats:
+        """(S,) whose mean is the metric as records hold it (1 − it for a ranking): mean over folds, and over seeds.
+
+        A ranking orders the rows of a fold alone: each fold has a model of its own.
+
+        Args:
+            outputs: (S,) of one model, or (N, S) of a trial's seeds.
+            metric: another one than the study's.
+
+        Returns:
+            NaN for all rows where a ranking is undefined in a fold.
+        """
+        if outputs.ndim == 2:
+            return np.mean([self.losses(of_seed, metric=metric) for of_seed in outputs], axis=0)
+        name, folds = metric or self.metric, np.unique(self.fold)
+        found = np.empty(len(self.labels))
+        means = []
+        for fold in folds:
+            inside = self.fold == fold
+            losses = significance.row_losses(self.predicts, name, outputs[inside], self.labels[inside])
+            means.append(losses.mean())
+            # A fold counts as one, however many rows it has: its deviations are weighted; the mean is moved below.
+            found[inside] = means[-1] + (losses - means[-1]) * len(found) / (len(folds) * len(losses))
+        return found + (np.mean(means) - found.mean())
+
+    def losses_among(self, chosen: np.ndarray, outputs: Floats) -> Floats:
+        """(S,) losses of one model scored on some rows alone, a plain mean over them; NaN on the others.
+
+        NaN too in a fold in which those rows are of one class, where a ranking is undefined.
+        """
+        found = np.full(len(self.labels), np.nan)
+        for fold in np.unique(self.fold[chosen]):
+            inside = chosen & (self.fold == fold)
+            found[inside] = significance.row_losses(self.predicts, self.metric, outputs[inside], self.labels[inside])
+        return found
+
+    def take(self, places: Ints) -> Rows:
+        """Some of the rows, in that order."""
+        return dataclasses.replace(
+            self,
+            fold=self.fold[places],
+            dates=self.dates[places],
+            labels=self.labels[places],
+            baselines={name: outputs[places] for name, outputs in self.baselines.items()},
+            key=self.key.take(places),
+        )
 
     def series(self, losses: Floats, *, chosen: np.ndarray | None = None) -> Floats:
         """(S, …) losses as a series of days."""
         return significance.by_day(losses, self.dates, chosen=chosen)
-
-    @property
-    def best_baseline(self) -> str:
-        """That with the least mean loss over all rows."""
-        return min(self.baselines, key=lambda name: self.losses(self.baselines[name]).mean())
 
 
 def read_baselines(study_folder: Path) -> dict[str, Any]:
@@ -87,7 +128,8 @@ def read_rows(study_folder: Path, spec: StudySpec) -> Rows:
         _check_same(path, part, key, name)
     return Rows(
         predicts=spec.task.predicts,
-        loss=significance.loss_name(spec.study.metric),
+        metric=spec.study.metric,
+        n_seeds=spec.study.replicates,
         horizon=spec.task.horizon,
         fold=key["fold"].to_numpy(),
         dates=key["date"].to_numpy().astype("datetime64[D]"),
@@ -97,8 +139,35 @@ def read_rows(study_folder: Path, spec: StudySpec) -> Rows:
     )
 
 
+def trial_losses(study_folder: Path, number: int, rows: Rows) -> Floats:
+    """(S,) losses of a trial of the search, mean over its seeds: what every comparison of trials is made of.
+
+    Raises:
+        FintxError: as `read_seeds`.
+    """
+    return rows.losses(read_seeds(study_folder, number, rows))
+
+
+def read_seeds(study_folder: Path, number: int, rows: Rows) -> Floats:
+    """(N, S) outputs of each seed of a trial of the search, the first seed's first.
+
+    Raises:
+        FintxError: they are missing, damaged, too few, or of other rows than the baselines'.
+    """
+    folder = records.trial_folder(study_folder, number)
+    outputs = [read_outputs(folder, rows)]
+    if rows.n_seeds > 1:
+        path = folder / "replicates.parquet"
+        table = _read(path, (*_KEY, "output", "replicate"))
+        for replicate in range(1, rows.n_seeds):
+            part = table.filter(pc.equal(table["replicate"], replicate))
+            _check_same(path, part, rows.key, f"its model of seed {replicate + 1}")
+            outputs.append(part["output"].to_numpy())
+    return np.array(outputs)
+
+
 def read_outputs(folder: Path, rows: Rows) -> Floats:
-    """(S,) outputs of the model whose predictions lie in a trial's or a member's folder.
+    """(S,) outputs of the model whose predictions lie in a trial's or a member's folder: of a trial, its first seed's.
 
     Raises:
         FintxError: they are missing, damaged, or of other rows than the baselines'.
@@ -127,7 +196,7 @@ def _check_same(path: Path, table: pa.Table, key: pa.Table, who: str) -> None:
         )
 
 
-def series_of(outputs: Mapping[Any, Floats], rows: Rows) -> Floats:
+def series_of(losses: Mapping[Any, Floats], rows: Rows) -> Floats:
     """(D, M) losses by day, a column per model; (D, 0) of none."""
-    columns = [rows.series(rows.losses(each)) for each in outputs.values()]
+    columns = [rows.series(of_model) for of_model in losses.values()]
     return np.column_stack(columns) if columns else np.zeros((len(np.unique(rows.dates)), 0))

@@ -16,14 +16,14 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from fintx.config.schema import StudySpec, TrialConfig
-from fintx.study import confirm, records
+from fintx.study import confirm, lead, predictions, records
 from fintx.study import gpus as machine
 from fintx.study.confirm import Confirmed
 from fintx.study.context import RunContext
 from fintx.study.course import Course as Search
 from fintx.study.events import StudyReady
 from fintx.study.job import Job, Jobs
-from fintx.study.lead import Lead, best_baseline, over_baselines
+from fintx.study.lead import BaselineComparison
 from fintx.study.opening import Order, begin, check_queue
 from fintx.study.pool import ENDS, Pool, Worker
 from fintx.study.records import TrialRecord
@@ -44,8 +44,8 @@ class Summary:
     records: tuple[TrialRecord, ...]
     best: TrialRecord | None
     baselines: dict[str, Any]
-    lead: Lead | None
-    """Of the best trial over the best baseline; none where its predictions lie on another machine."""
+    comparison: BaselineComparison | None
+    """The best trial against the best baseline; none where its predictions lie on another machine."""
     interrupted: bool
     left_aside: tuple[str, ...]
     """Trials whose attempts all crashed or hung, a line each: the next run tries them again."""
@@ -273,7 +273,7 @@ class _Run:
         opened = self.stack.enter_context(begin(order, self.context))
         course = Search(opened, order, self.context)
         n_shapes, finished = len(opened.space.shapes), len(course.finished)
-        rival = best_baseline(opened.baselines, opened.spec.study.metric)
+        rival = lead.best_baseline(predictions.read_rows(opened.folder, opened.spec))
         self.context.notify(
             StudyReady(course.run.name, opened.spec, opened.prepared, n_shapes, finished, course.total, rival)
         )  # fmt: skip
@@ -384,17 +384,17 @@ def _summary(course: Search, *, interrupted: bool) -> Summary:
         course.learn()  # what other machines finished since the last look
         course.write_tables()
     opened, best = course.opened, course.best
-    lead = None
+    comparison = None
     if best is not None and _predictions(opened.folder, best).is_file():
         with _blamed_on(course):
-            lead = over_baselines(opened.folder, course.spec, best, opened.baselines)
+            comparison = lead.of_trial(opened.folder, course.spec, best)
     return Summary(
         folder=opened.folder,
         spec=course.spec,
         records=tuple(course.finished[number] for number in sorted(course.finished)),
         best=best,
         baselines=opened.baselines,
-        lead=lead,
+        comparison=comparison,
         interrupted=(interrupted or course.run.stop_asked) and not course.over,
         left_aside=course.run.left_aside(course.finished),
         waiting=course.waiting,

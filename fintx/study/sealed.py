@@ -20,7 +20,7 @@ from fintx.data import sources, windows
 from fintx.data.windows import Dataset, Part, Scaling
 from fintx.evaluate import baselines, metrics, significance
 from fintx.evaluate.significance import Estimate
-from fintx.study import confirmation, evaluation, predictions, records
+from fintx.study import confirmation, evaluation, lead, predictions, records
 from fintx.study.confirmation import Candidate, Confirmation
 from fintx.study.records import Kept, Metrics
 from fintx.train import checkpoint, loop
@@ -35,7 +35,8 @@ class Scored(Kept):
     name: str
     metrics: Metrics
     gain: Estimate | None
-    """Over the baseline that was best on validation; none for that one itself."""
+    """Over the baseline that was best on validation, in the study's metric; none for that one itself, and where a
+    ranking is undefined: all test labels are the same."""
     per_asset: dict[str, Metrics]
 
 
@@ -52,6 +53,7 @@ class Opening(Kept):
     n_rows: int
     block: int
     loss: str
+    """The metric that gains are in."""
     baseline: str
     """The one that was best on validation: the rival."""
     models: tuple[Scored, ...]
@@ -84,7 +86,10 @@ def open_test(path: Path, *, data_root: Path, unconfirmed: bool = False) -> Open
     config = [checkpoint.describe(each).config for model in models for each in model.checkpoints][0]
     if config.split.kind == "walk_forward" and config.split.test_start is None:
         raise FintxError(f"{path}: its walk-forward split has no test part (no split.test_start): nothing is sealed")
-    rival = predictions.read_rows(study, known.spec).best_baseline
+    best = lead.best_baseline(predictions.read_rows(study, known.spec))
+    if best is None:
+        raise FintxError(f"{path}: no baseline has a {known.spec.study.metric} on its validation rows to compare with")
+    rival = best[0]
     number = records.log_opening(
         study,
         {
@@ -234,7 +239,7 @@ class _Scorer:
         self, spec: StudySpec, dataset: Dataset, part: Part, prior: float, rival: Floats, rival_name: str,
         members: Mapping[str, Floats],
     ):  # fmt: skip
-        self.predicts, self.loss = spec.task.predicts, significance.loss_name(spec.study.metric)
+        self.predicts, self.loss = spec.task.predicts, spec.study.metric
         self.dataset, self.part, self.prior, self.members = dataset, part, prior, members
         self.dates, self.rival_name = dataset.dates[part.rows], rival_name
         self.rival = self._losses(rival)
@@ -250,9 +255,7 @@ class _Scorer:
             return (self.score(name, members[0]),)
         each = [self.score(name, member) for member in members]
         saved = np.array([self.rival - self._losses(member) for member in members])
-        gain = significance.estimate(
-            significance.by_day(saved.mean(axis=0), self.dates), self.resamples, seeds=saved.mean(axis=1)
-        )
+        gain = self._gain(saved.mean(axis=0), seeds=saved.mean(axis=1))
         mean = Scored(
             name=f"{name}, mean of {len(members)} seeds",
             metrics=records.mean_over_seeds([member.metrics for member in each]),
@@ -267,13 +270,17 @@ class _Scorer:
     def score(self, name: str, outputs: Floats) -> Scored:
         """By all metrics, and its gain over the rival."""
         labels, ids = self.part.labels, self.dataset.asset_ids[self.part.rows]
-        saved = significance.by_day(self.rival - self._losses(outputs), self.dates)
         return Scored(
             name=name,
             metrics=metrics.evaluate(self.predicts, outputs, labels, prior=self.prior),
-            gain=None if name == self.rival_name else significance.estimate(saved, self.resamples),
+            gain=None if name == self.rival_name else self._gain(self.rival - self._losses(outputs)),
             per_asset=metrics.per_asset(self.predicts, outputs, labels, ids, self.dataset.assets, prior=self.prior),
         )
+
+    def _gain(self, saved: Floats, *, seeds: Floats | None = None) -> Estimate | None:
+        if np.isnan(saved).any():  # a ranking of one class
+            return None
+        return significance.estimate(significance.by_day(saved, self.dates), self.resamples, seeds=seeds)
 
     def _losses(self, outputs: Floats) -> Floats:
         return significance.row_losses(self.predicts, self.loss, outputs, self.part.labels)

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from fintx.config.schema import StudySpec
 from fintx.evaluate import metrics, significance
-from fintx.study import confirmation, lead, ledger, lock, predictions, records
-from fintx.study.lead import Lead
+from fintx.study import confirmation, lead, ledger, lock, records
+from fintx.study.lead import BaselineComparison
 from fintx.study.ledger import Claim
 from fintx.study.records import TrialRecord
 from fintx.types import FintxError
@@ -31,8 +31,8 @@ class StudyStatus:
     """Trials without a record: running, interrupted, or failed (their attempts crashed or hung); by number."""
     metric: str
     best: TrialRecord | None
-    lead: Lead | None
-    """Of the best trial over the best baseline; none where their predictions are not here."""
+    comparison: BaselineComparison | None
+    """The best trial against the best baseline; none where their predictions are not here."""
     eta: datetime.timedelta | None
     """Mean wall time of the finished trials × trials to go, shared out among those that train now; none before the
     first."""
@@ -67,7 +67,7 @@ def read(study_folder: Path) -> StudyStatus:
     at_work = sum(claim.state == "running" and claim.step > 0 for claim in claims.values())
     to_go = max(spec.study.n_trials - len(finished), 0)
     best = records.best_of(finished, minimize=metrics.MINIMIZE[spec.study.metric])
-    ahead, uncompared = (None, "") if best is None else _lead(study_folder, spec, best)
+    comparison, uncompared = (None, "") if best is None else _comparison(study_folder, spec, best)
     mean_s = sum(record.wall_s for record in finished) / len(finished) if finished else None
     return StudyStatus(
         name=spec.study.name,
@@ -78,7 +78,7 @@ def read(study_folder: Path) -> StudyStatus:
         unfinished=tuple(claims[number] for number in sorted(claims)),
         metric=spec.study.metric,
         best=best,
-        lead=ahead,
+        comparison=comparison,
         eta=None if mean_s is None else datetime.timedelta(seconds=round(mean_s * to_go / max(at_work, 1))),
         confirmation=_confirmation(study_folder, len(finished)),
         doubt=significance.too_good(best.best) if best else None,
@@ -87,13 +87,13 @@ def read(study_folder: Path) -> StudyStatus:
     )
 
 
-def _lead(study_folder: Path, spec: StudySpec, best: TrialRecord) -> tuple[Lead | None, str]:
-    """The lead, or why it can't be said: what the records say is there all the same."""
+def _comparison(study_folder: Path, spec: StudySpec, best: TrialRecord) -> tuple[BaselineComparison | None, str]:
+    """The best trial against the best baseline, or why it can't be said: what the records say is there all the same."""
     here = records.trial_folder(study_folder, best.trial_number) / "predictions.parquet"
     if not here.is_file() or not (study_folder / "baselines.parquet").is_file():
         return None, ""
     try:
-        return lead.over_baselines(study_folder, spec, best, predictions.read_baselines(study_folder)), ""
+        return lead.of_trial(study_folder, spec, best), ""
     except FintxError as error:
         return None, str(error)
 

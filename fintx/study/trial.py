@@ -325,7 +325,7 @@ def ensure_baselines(
         name → {"words", "metrics" (mean over folds), "folds" (metrics of each)}.
     """
     path = folder / "baselines.json"
-    if path.is_file():
+    if path.is_file() and (folder / "baselines.parquet").is_file():
         with contextlib.suppress(ValueError):  # damaged: made again
             return json.loads(path.read_text())
     kept = data_root / "baselines" / _baselines_key(folds, spec)

@@ -9,7 +9,7 @@ from rich.console import Console
 from fintx.evaluate import significance
 from fintx.evaluate.significance import Estimate
 from fintx.report.confirmation import alike, answer, luck, span
-from fintx.report.words import count, number, shape_words
+from fintx.report.words import count, metric_words, number, shape_words
 from fintx.study.confirm import Confirmed
 from fintx.study.confirmation import Candidate, Confirmation
 from fintx.study.sealed import Opening
@@ -67,7 +67,7 @@ def _print_candidates(console: Console, found: Confirmation) -> None:
     _line(
         console,
         f"\nOn {found.n_rows:,} validation rows of {found.n_days:,} days (blocks of {found.block} days); "
-        f"gains in {found.loss} per row",
+        f"gains in {metric_words(found.loss)}",
     )
     show(console, table("", heads, rows, left=("shape", "result")))
 
@@ -130,7 +130,9 @@ def print_opening(console: Console, opening: Opening) -> None:
     if len(last.per_asset) > 1:
         rows = [[asset, *(number(held.get(key)) for key in keys)] for asset, held in last.per_asset.items()]
         show(console, table(f"{last.name}, per asset", ["asset", *keys], rows))
-    _line(console, f"{opening.baseline} was the best baseline on validation; gains are in {opening.loss} per row.")
+    _line(
+        console, f"{opening.baseline} was the best baseline on validation; gains are in {metric_words(opening.loss)}."
+    )
 
 
 def _estimate(each: Estimate | None) -> str:

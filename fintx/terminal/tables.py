@@ -114,13 +114,13 @@ def _beside_baselines(
 
 def _verdict(summary: Summary) -> str:
     """Whether the winner beats the best baseline by more than noise, or why that can't be said here."""
-    lead, best = summary.lead, summary.best
-    if best is not None and lead is None and not summary.predictions_here:
+    comparison, best = summary.comparison, summary.best
+    if best is not None and comparison is None and not summary.predictions_here:
         return f"The best trial's predictions lie on {best.host}: compare it with the baselines there."
     return (
         f"No baseline has a {summary.spec.study.metric}."
-        if lead is None
-        else verdict.sentence(lead, len(summary.records))
+        if comparison is None
+        else verdict.sentence(comparison, len(summary.records))
     )
 
 
@@ -173,17 +173,17 @@ def print_status(console: Console, statuses: Sequence[StudyStatus]) -> None:
                 ", ".join(f"{n} {outcome}" for outcome, n in _failures(status).items()) or "0",
                 f"{status.metric} {number(best.value)}" if best else "–",
                 percent(best.best.get("skill")) if best else "–",  # type: ignore[arg-type]
-                verdict.to_beat(status.lead),
-                verdict.brief(status.lead),
+                verdict.to_beat(status.comparison),
+                verdict.standing(status.comparison),
                 f"{shape_words(best.config.shape)} ({count(best.param_count)})" if best else "–",
                 duration(status.eta) if status.finished < status.n_trials else "–",
                 status.confirmation,
                 str(status.test_openings),
             ]
         )
-    heads = ["study", "finished", "state", "failed", "best", "skill", "to beat", "the best is", "best shape", "to go",
+    heads = ["study", "finished", "state", "failed", "best", "skill", "to beat", "best trial", "best shape", "to go",
              "confirmed", "test opened"]  # fmt: skip
-    show(console, table("", heads, rows, left=("state", "failed", "best", "to beat", "the best is", "best shape")))
+    show(console, table("", heads, rows, left=("state", "failed", "best", "to beat", "best trial", "best shape")))
     for status in statuses:
         if status.doubt:
             _line(console, f"WARNING: {status.name}: {status.doubt}")

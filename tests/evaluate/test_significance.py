@@ -37,9 +37,51 @@ def test_row_losses_average_to_the_metric_of_their_name(predicts, loss):
     assert significance.row_losses(predicts, loss, outputs, targets).mean() == pytest.approx(scored[loss], rel=1e-12)
 
 
-@pytest.mark.parametrize(("metric", "loss"), [("auc", "log_loss"), ("brier", "brier"), ("mae", "mae")])
-def test_a_study_is_compared_by_its_metric_where_rows_have_a_share_in_it(metric, loss):
-    assert significance.loss_name(metric) == loss
+@pytest.mark.parametrize("metric", ["auc", "average_precision"])
+def test_row_losses_of_a_ranking_average_to_one_less_the_metric_and_move_as_it_moves(metric):
+    """Each row's share is n times the slope of the metric in the row's weight: seen by weighing a row ε more."""
+    rng = np.random.default_rng(0)
+    targets = (rng.random(150) < 0.4).astype(float)
+    outputs = np.round(rng.standard_normal(150) + targets, 1)  # with ties
+    losses = significance.row_losses("probability", metric, outputs, targets)
+    assert len(np.unique(outputs)) < 60
+    assert losses.mean() == pytest.approx(1 - getattr(metrics, metric)(outputs, targets), rel=1e-12)
+    times = 4000  # whole copies of every row, and one row once more
+    for row in rng.choice(150, 12, replace=False):
+        more = weighted(metric, outputs, targets, np.where(np.arange(150) == row, times + 1, times))
+        assert 1 - losses[row] - (1 - losses.mean()) == pytest.approx(
+            150 * times * (more - (1 - losses.mean())), abs=1e-2
+        )
+
+
+def weighted(metric, outputs, targets, copies):
+    """The metric of rows that stand there several times each, from its definition."""
+    hit, miss = copies * targets, copies * (1 - targets)
+    if metric == "auc":
+        wins = (outputs[:, None] > outputs) + 0.5 * (outputs[:, None] == outputs)
+        return hit @ wins @ miss / (hit.sum() * miss.sum())
+    at_least = outputs >= outputs[:, None]
+    return hit @ ((at_least @ hit) / np.maximum(at_least @ copies, 1)) / hit.sum()
+
+
+@pytest.mark.parametrize("metric", ["auc", "average_precision"])
+def test_a_difference_in_a_ranking_has_the_error_of_the_metric_on_resampled_days(metric):
+    rng = np.random.default_rng(1)
+    targets = (rng.random(600) < 0.4).astype(float)
+    shared = rng.standard_normal(600) + targets
+    models = [shared + sd * rng.standard_normal(600) for sd in (0.5, 1.5)]
+    days = np.datetime64("2020-01-01") + np.arange(600)
+    saved = significance.by_day(
+        np.subtract(*(significance.row_losses("probability", metric, each, targets) for each in reversed(models))), days
+    )
+    resamples = significance.resample(600, 10, reps=400)
+    counts = np.round(resamples.weights * 600).astype(int)
+    again = [np.subtract(*(weighted(metric, each, targets, n) for each in models)) for n in counts]
+    assert significance.estimate(saved, resamples).se == pytest.approx(np.std(again), rel=0.1)
+
+
+def test_a_ranking_of_one_class_is_undefined():
+    assert np.isnan(significance.row_losses("probability", "auc", np.arange(5.0), np.ones(5))).all()
 
 
 def test_one_asset_is_its_own_series_and_the_order_of_rows_does_not_matter():

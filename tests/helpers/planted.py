@@ -70,7 +70,9 @@ REGRESSION = 'kind = "regression"\nhorizon = 1'
 THRESHOLD = 'kind = "threshold"\nprice = "high"\nthreshold = 0.01\nhorizon = 3'
 
 
-def spec_of(folder: Path, name: str, *, budget: str = "10K", task: str = REGRESSION, edit: str = "") -> StudySpec:
+def spec_of(
+    folder: Path, name: str, *, budget: str = "10K", task: str = REGRESSION, metric: str = "", edit: str = ""
+) -> StudySpec:
     """A resolved sweep file."""
     regression = "regression" in task
     text = SWEEP.replace("NAME", name).replace("TASK", task).replace("BUDGET", budget)
@@ -78,7 +80,7 @@ def spec_of(folder: Path, name: str, *, budget: str = "10K", task: str = REGRESS
         text = text.replace("[train]", '[train]\nloss = "mse"')
     path = folder / f"{name}.toml"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text.replace("METRIC", "mse" if regression else "log_loss") + edit)
+    path.write_text(text.replace("METRIC", metric or ("mse" if regression else "log_loss")) + edit)
     return load.study(path)
 
 

@@ -35,7 +35,9 @@ def test_skills_stand_beside_baselines_with_intervals(found):
         mean, low, high = row.best
         assert low < mean < high and mean == pytest.approx(row.best_skill, abs=1e-6)
         assert row.rival == "volatility_linear"
-    assert found.rows[0].lead.positive and found.rows[3].lead.positive  # by .19 and .23 σ² per row
+    assert (
+        found.rows[0].comparison.standing == found.rows[3].comparison.standing == "ahead"
+    )  # by .19 and .23 σ² per row
     # Skill: 1 − (1 + excess) / 1.3 for the truth.
     assert found.rows[0].best[1] < 1 - 1.05 / 1.3 < found.rows[0].best[2]
 

@@ -10,11 +10,10 @@ import pytest
 
 from fintx.config import load
 from fintx.evaluate import metrics
-from fintx.study import records
-from fintx.study.lead import over_baselines
+from fintx.study import lead, records
 
 
-def plant(folder, best, logits: dict[str, np.ndarray], labels: np.ndarray) -> dict:
+def plant(folder, best, logits: dict[str, np.ndarray], labels: np.ndarray) -> None:
     """Predictions of a model and of baselines on the same rows, as a study keeps them."""
 
     def table(outputs):
@@ -33,10 +32,6 @@ def plant(folder, best, logits: dict[str, np.ndarray], labels: np.ndarray) -> di
     records.write_predictions(records.trial_folder(folder, best.trial_number), table(logits["model"]))
     tables = [table(v).append_column("baseline", pa.array([k] * len(labels))) for k, v in rivals.items()]
     records.write_predictions(folder, pa.concat_tables(tables), name="baselines.parquet")
-    return {
-        name: {"metrics": metrics.evaluate("probability", values.astype(np.float32), labels, prior=0.5)}
-        for name, values in rivals.items()
-    }
 
 
 @pytest.fixture
@@ -50,15 +45,15 @@ def test_a_planted_lead_is_found_with_its_interval(case):
     rng = np.random.default_rng(0)
     signal = rng.standard_normal(4000)
     labels = (rng.random(4000) < 1 / (1 + np.exp(-signal))).astype(np.float32)
-    held = plant(folder, best, {"model": signal, "weak": 0.2 * signal, "none": np.zeros(4000)}, labels)
-    lead = over_baselines(folder, spec, best, held)
+    plant(folder, best, {"model": signal, "weak": 0.2 * signal, "none": np.zeros(4000)}, labels)
+    found = lead.of_trial(folder, spec, best)
     losses = {k: metrics.per_sample_loss("probability", v, labels) for k, v in (("m", signal), ("w", 0.2 * signal))}
     difference = losses["w"] - losses["m"]
-    assert lead.baseline == "weak" and lead.n == 4000 and lead.loss == "log_loss"
-    assert lead.gain.mean == pytest.approx(difference.mean(), abs=1e-6)
+    assert found.baseline == "weak" and found.n_rows == 4000 and found.metric == "log_loss"
+    assert found.difference.mean == pytest.approx(difference.mean(), abs=1e-6)
     # These rows are independent: blocks change nothing, but for what 2,000 draws and chance correlation add.
-    assert lead.gain.se == pytest.approx(difference.std() / np.sqrt(4000), rel=0.15)
-    assert lead.gain.positive and lead.gain.mean > 4 * lead.gain.se
+    assert found.difference.se == pytest.approx(difference.std() / np.sqrt(4000), rel=0.15)
+    assert found.difference.positive and found.difference.mean > 4 * found.difference.se
 
 
 def test_a_lead_that_lasts_for_weeks_has_a_wider_interval(case):
@@ -67,12 +62,14 @@ def test_a_lead_that_lasts_for_weeks_has_a_wider_interval(case):
     rng = np.random.default_rng(2)
     labels = (rng.random(2000) < 0.5).astype(np.float32)
     gap = (2 * labels - 1) * np.repeat(rng.standard_normal(100), 20)
-    alone = over_baselines(folder, spec, best, plant(folder, best, {"model": gap, "prior": np.zeros(2000)}, labels))
+    plant(folder, best, {"model": gap, "prior": np.zeros(2000)}, labels)
+    alone = lead.of_trial(folder, spec, best)
     order = rng.permutation(2000)
     mixed_up = {"model": gap[order], "prior": np.zeros(2000)}
-    mixed = over_baselines(folder, spec, best, plant(folder, best, mixed_up, labels[order]))
-    assert alone.gain.mean == pytest.approx(mixed.gain.mean)
-    assert alone.gain.se > 2.5 * mixed.gain.se  # √20 = 4.5, were the blocks endless
+    plant(folder, best, mixed_up, labels[order])
+    mixed = lead.of_trial(folder, spec, best)
+    assert alone.difference.mean == pytest.approx(mixed.difference.mean)
+    assert alone.difference.se > 2.5 * mixed.difference.se  # √20 = 4.5, were the blocks endless
 
 
 def test_equal_forecasters_have_no_lead(case):
@@ -80,19 +77,19 @@ def test_equal_forecasters_have_no_lead(case):
     rng = np.random.default_rng(1)
     labels = (rng.random(2000) < 0.4).astype(np.float32)
     noise = [0.3 * rng.standard_normal(2000) for _ in range(2)]
-    held = plant(folder, best, {"model": noise[0], "rival": noise[1]}, labels)
-    lead = over_baselines(folder, spec, best, held)
-    assert abs(lead.gain.mean) < 3 * lead.gain.se
+    plant(folder, best, {"model": noise[0], "rival": noise[1]}, labels)
+    found = lead.of_trial(folder, spec, best)
+    assert abs(found.difference.mean) < 3 * found.difference.se
 
 
 def test_a_study_has_the_files_the_comparison_needs(tiny_study, tiny_file):
     spec = load.study(tiny_file)
     held = json.loads((tiny_study / "baselines.json").read_text())
     best = records.best_of(records.read_all(tiny_study), minimize=True)
-    lead = over_baselines(tiny_study, spec, best, held)
+    found = lead.of_trial(tiny_study, spec, best)
     scored = {name: rival["metrics"]["log_loss"] for name, rival in held.items()}
-    assert lead.baseline == min(scored, key=scored.get)
-    assert lead.gain.mean == pytest.approx(scored[lead.baseline] - best.value, abs=1e-6)
+    assert found.baseline == min(scored, key=scored.get)
+    assert found.difference.mean == pytest.approx(scored[found.baseline] - best.value, abs=1e-6)
 
 
 def test_a_baseline_that_is_truly_best_is_reported_so(case):
@@ -101,5 +98,6 @@ def test_a_baseline_that_is_truly_best_is_reported_so(case):
     signal = rng.standard_normal(2000)
     labels = (rng.random(2000) < 1 / (1 + np.exp(-signal))).astype(np.float32)
     noisy = signal + rng.standard_normal(2000)
-    lead = over_baselines(folder, spec, best, plant(folder, best, {"model": noisy, "truth": signal}, labels))
-    assert lead.baseline == "truth" and lead.gain.negative
+    plant(folder, best, {"model": noisy, "truth": signal}, labels)
+    found = lead.of_trial(folder, spec, best)
+    assert found.baseline == "truth" and found.difference.negative

@@ -33,13 +33,13 @@ def test_a_damaged_journal_is_noted_and_the_records_are_shown(folder):
     assert str(journal) in found.note and "is damaged" in found.note and "under way are not shown" in found.note
 
 
-@pytest.mark.parametrize("name", ["baselines.json", "predictions.parquet"])
+@pytest.mark.parametrize("name", ["baselines.parquet", "predictions.parquet"])
 def test_damage_to_what_the_best_is_compared_with_is_noted_and_the_records_are_shown(folder, name):
     best = status.read(folder).best
-    path = folder / name if name.endswith("json") else folder / "trials" / f"{best.trial_number:04d}" / name
+    path = folder / name if name.startswith("baselines") else folder / "trials" / f"{best.trial_number:04d}" / name
     path.write_bytes(path.read_bytes()[:50])
     found = status.read(folder)
-    assert (found.finished, found.best, found.lead) == (3, best, None)
+    assert (found.finished, found.best, found.comparison) == (3, best, None)
     assert str(path) in found.note and "\n" not in found.note
 
 

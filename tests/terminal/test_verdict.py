@@ -5,38 +5,30 @@ from __future__ import annotations
 import pytest
 
 from fintx.evaluate.significance import Estimate
-from fintx.study import lead
-from fintx.study.lead import Lead
+from fintx.study.lead import BaselineComparison
 from fintx.terminal import verdict
 
 
-def a_lead(mean: float, half: float) -> Lead:
-    gain = Estimate(mean, mean - half, mean + half, half / 2)
-    return Lead("garch_touch", 0.6123, "log_loss", gain, 1000)
+def comparison_of(mean: float, half: float) -> BaselineComparison:
+    difference = Estimate(mean, mean - half, mean + half, half / 2)
+    return BaselineComparison("log_loss", "garch_touch", 0.6123, 0.6123 - mean, difference, 1000)
 
 
 @pytest.mark.parametrize(
     "mean, half, begins, short",
     [
-        (-0.01, 0.002, "NO SKILL beyond garch_touch: it is better than the best of 50", "behind it"),
-        (0.01, 0.02, "NO SKILL beyond garch_touch: the best of 50 trials can't be told", "no better than it"),
-        (0.01, 0.002, "The best trial is ahead of garch_touch", "ahead of it"),
+        (-0.01, 0.002, "NO SKILL beyond garch_touch: it is better than the best of 50", "behind"),
+        (0.01, 0.02, "NO SKILL beyond garch_touch: the best of 50 trials can't be told apart", "can't be told apart"),
+        (0.01, 0.002, "The best trial is ahead of garch_touch", "ahead"),
     ],
     ids=["worse", "equal", "better"],
 )
 def test_the_verdict_is_that_of_the_interval(mean, half, begins, short):
-    found = a_lead(mean, half)
+    found = comparison_of(mean, half)
     assert verdict.sentence(found, 50).startswith(begins)
-    assert verdict.brief(found) == short
+    assert verdict.standing(found) == short
     assert verdict.to_beat(found) == "garch_touch 0.6123"
 
 
 def test_nothing_to_compare_with_is_a_dash():
-    assert verdict.brief(None) == verdict.to_beat(None) == "–"
-
-
-def test_the_best_baseline_is_the_lowest_loss_or_the_highest_auc():
-    held = {name: {"metrics": {"log_loss": loss, "auc": auc}} for name, loss, auc in (("a", 0.5, 0.6), ("b", 0.6, 0.7))}
-    assert lead.best_baseline(held, "log_loss") == ("a", 0.5)
-    assert lead.best_baseline(held, "auc") == ("b", 0.7)
-    assert lead.best_baseline(held, "mse") is None
+    assert verdict.standing(None) == verdict.to_beat(None) == "–"
