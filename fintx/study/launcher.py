@@ -2,8 +2,9 @@
 
 SLURM (`srun`), MPI (`mpirun`), an indexed job of Kubernetes, or anything that sets JAX_COORDINATOR_ADDRESS,
 JAX_NUM_PROCESSES and JAX_PROCESS_ID, starts the same command on every host. What is needed before JAX is imported is
-read here; the first host's address JAX finds by itself where it knows how. A single task is no group, and a batch
-script's own shell is no task: nothing is opened to the network then.
+read here; the first host's address JAX finds by itself where it knows how, and then listens on all of its interfaces
+unless JAX_COORDINATOR_BIND_ADDRESS names one. A single task is no group, and a batch script's own shell is no task:
+nothing is opened to the network then.
 """
 
 from __future__ import annotations
