@@ -51,7 +51,7 @@ def test_params_lists_depths_for_a_budget():
     assert "12 … 19" in shown and "18 … 29" in shown
     assert "no depth of d_model 9999" in mistake("params", "--budget", "2M", "--d-model", 9999)
     assert "give a whole shape" in mistake("params", "--d-model", 9)
-    assert "n_heads = 5 does not divide" in mistake(
+    assert "n_heads: 5 heads don't divide" in mistake(
         "params", "--d-model", 64, "--n-layers", 2, "--n-heads", 5, "--d-ff", 64
     )
     assert "write a count like" in mistake("params", "--budget", "lots")

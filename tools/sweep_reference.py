@@ -75,7 +75,7 @@ _SECTIONS: dict[str, type[BaseModel]] = {
     "[mesh]": schema.MeshConfig,
     "[execution]": schema.ExecutionConfig,
     "[confirm]": schema.ConfirmConfig,
-    "[[queue]]": schema.QueueEntry,
+    "[[queue]]": schema.EncoderEntry,
 }
 
 
@@ -94,9 +94,10 @@ def _first_line(model: type[BaseModel]) -> str:
 
 
 def _table(model: type[BaseModel]) -> str:
-    words = _field_docs(model)
+    words = _field_docs(model) | (_field_docs(schema.QueueEntry) if issubclass(model, schema.QueueEntry) else {})
     rows = ["| key | type | default | meaning |", "|---|---|---|---|"]
-    for name, field in model.model_fields.items():
+    own_first = sorted(model.model_fields.items(), key=lambda item: item[0] not in model.__annotations__)
+    for name, field in own_first:
         default = "required" if field.default is PydanticUndefined else _toml(field.default)
         bounds = "".join(_bound(each) for each in field.metadata)
         meaning = words.get(name, "").replace("|", "\\|")

@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 from pydantic import ValidationError
 
 from fintx.config import toml
-from fintx.config.schema import QueueEntry, StudySpec
+from fintx.config.schema import FAMILIES, EncoderEntry, StudySpec, shape_names
 from fintx.config.toml import KeyPath, SweepFileError, one_line, shortened
 from fintx.config.validate import (
     BASE,
@@ -30,6 +30,7 @@ from fintx.config.validate import (
     Problems,
     Where,
     cross_checks,
+    family_in,
     got,
     nearest,
     say,
@@ -116,7 +117,7 @@ def dump(spec: StudySpec) -> str:
     for section, content in tree.items():
         lines += ["", f"[{section}]", *toml.pairs(content)]
     for entry in spec.queue:
-        fields = entry.model_dump(exclude_defaults=True, exclude={"values"})
+        fields = {**entry.shape.model_dump(), **entry.model_dump(exclude_defaults=True, exclude={"values"})}
         lines += ["", "[[queue]]", *toml.pairs({**fields, **entry.values})]
     return "\n".join(lines).strip() + "\n"
 
@@ -230,7 +231,7 @@ def _check_alone(tree: dict[str, Any], index: int, problems: Problems) -> None:
     """What can be said of an entry whose study isn't known."""
     entry = tree["queue"][index]
     try:
-        QueueEntry.model_validate_json(_json(_without_sweep(entry) if isinstance(entry, dict) else entry))
+        EncoderEntry.model_validate_json(_json(_without_sweep(entry) if isinstance(entry, dict) else entry))
     except ValidationError as error:
         for each in error.errors():
             if said := say({**each, "loc": ("queue", index, *each["loc"])}, tree):
@@ -325,7 +326,8 @@ def _validate(tree: dict[str, Any], problems: Problems) -> tuple[StudySpec, Cont
         mended["space"] = kept
     if "queue" in mended:
         queue = enumerate(mended["queue"])
-        mended["queue"] = [_ENTRY if ("queue", index) in entries else entry for index, entry in queue]
+        one = dict.fromkeys(shape_names(FAMILIES[family_in(mended)].queue_entry), 1)
+        mended["queue"] = [one if ("queue", index) in entries else entry for index, entry in queue]
     return _spec(mended), sections | {f"space.{path}" for section, path in entries if section == "space"}
 
 
@@ -335,7 +337,6 @@ _STAND_INS: dict[str, Any] = {
     "budget": {"parameters": 1},
 }
 """For broken sections that have no default."""
-_ENTRY = {"d_model": 1, "n_layers": 1, "n_heads": 1, "d_ff": 1}
 
 
 def _spec(tree: dict[str, Any]) -> StudySpec:

@@ -13,7 +13,7 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 from pydantic import (
     AfterValidator,
@@ -37,6 +37,8 @@ from pydantic_core import PydanticKnownError
 
 from fintx.tasks import TASKS, Prediction, Task, settings
 from fintx.types import without_passwords
+
+_Model = TypeVar("_Model", bound=BaseModel)
 
 PositiveInt = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)]
@@ -497,45 +499,6 @@ class ArchitectureConfig(_Config):
     """d_ff / d_model; the product is rounded to a whole number."""
 
 
-def _encoder_misfit(shape: Shape) -> str:
-    if shape.d_model % shape.n_heads:
-        return f"n_heads = {shape.n_heads} does not divide d_model = {shape.d_model}"
-    return ""
-
-
-@dataclass(frozen=True)
-class FamilyConfig:
-    """What a sweep file and a record may say of a model family."""
-
-    architecture: type[BaseModel]
-    """Of the section [architecture]: candidates with defaults."""
-    shape: tuple[str, ...]
-    """Names of a shape's numbers."""
-    misfit: Callable[[Shape], str] = lambda shape: ""
-    """Why a shape's numbers make no model; empty: they do."""
-
-
-FAMILIES: dict[str, FamilyConfig] = {
-    ENCODER: FamilyConfig(ArchitectureConfig, ("d_model", "n_layers", "n_heads", "d_ff"), _encoder_misfit),
-}
-"""By `model.family`. What a family computes stands in `fintx.model.family`, under the same name."""
-
-
-def check_shape(model: ModelConfig, shape: Shape) -> None:
-    """A shape has the numbers of its family, and they make a model.
-
-    Raises:
-        ValueError: they don't.
-    """
-    known, given = FAMILIES[model.family], tuple(shape.model_dump())
-    if sorted(given) != sorted(known.shape):
-        raise ValueError(
-            f"a shape of model.family = {model.family} has {', '.join(known.shape)}, got {', '.join(given)}"
-        )
-    if misfit := known.misfit(shape):
-        raise ValueError(misfit)
-
-
 class FloatRange(_Config):
     """A searched number: low ≤ x ≤ high, on a log scale if asked."""
 
@@ -572,16 +535,11 @@ Whole = Annotated[PositiveInt, BeforeValidator(_whole)]
 
 
 class QueueEntry(_Config):
-    """A hand-picked shape to run before the search, with any training values it fixes by dotted path."""
+    """A hand-picked shape to run before the search, with any training values it fixes by dotted path.
 
-    d_model: Whole
-    """Width of the residual stream."""
-    n_layers: Whole
-    """Depth."""
-    n_heads: Whole
-    """Attention heads; must divide d_model."""
-    d_ff: Whole
-    """Width of the feed-forward layers."""
+    The shape's numbers are fields of each family's own class.
+    """
+
     note: str = ""
     """Why it is tried; kept in the record."""
     id: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")] | None = None
@@ -596,20 +554,83 @@ class QueueEntry(_Config):
     @property
     def shape(self) -> Shape:
         """The entry's shape."""
-        return Shape(d_model=self.d_model, n_layers=self.n_layers, n_heads=self.n_heads, d_ff=self.d_ff)
+        return Shape(**{name: getattr(self, name) for name in shape_names(type(self))})
 
 
-def _of_family(value: Any, _: ValidatorFunctionWrapHandler, info: ValidationInfo) -> BaseModel:
-    """[architecture] as its family has it; the default of another family's is its own."""
+def shape_names(entry: type[QueueEntry]) -> tuple[str, ...]:
+    """What a family's queue entries hold beside what all of them do."""
+    return tuple(name for name in entry.model_fields if name not in QueueEntry.model_fields)
+
+
+class EncoderEntry(QueueEntry):
+    """A hand-picked shape to run before the search, with any training values it fixes by dotted path."""
+
+    d_model: Whole
+    """Width of the residual stream."""
+    n_layers: Whole
+    """Depth."""
+    n_heads: Whole
+    """Attention heads; must divide d_model."""
+    d_ff: Whole
+    """Width of the feed-forward layers."""
+
+
+def _encoder_misfit(shape: Shape) -> tuple[str, str] | None:
+    if shape.d_model % shape.n_heads:
+        return "n_heads", f"{shape.n_heads} heads don't divide d_model = {shape.d_model}"
+    return None
+
+
+@dataclass(frozen=True)
+class FamilyConfig:
+    """What a sweep file and a record may say of a model family."""
+
+    architecture: type[BaseModel]
+    """Of the section [architecture]: candidates with defaults."""
+    queue_entry: type[QueueEntry]
+    """Of a [[queue]] entry: a field for each of a shape's numbers."""
+    misfit: Callable[[Shape], tuple[str, str] | None] = lambda shape: None
+    """Which of a shape's numbers doesn't fit the others, and why; none: they make a model."""
+
+
+FAMILIES: dict[str, FamilyConfig] = {
+    ENCODER: FamilyConfig(ArchitectureConfig, EncoderEntry, _encoder_misfit),
+}
+"""By `model.family`. What a family computes stands in `fintx.model.family`, under the same name."""
+
+
+def check_shape(model: ModelConfig, shape: Shape) -> None:
+    """A shape has the numbers of its family, and they make a model.
+
+    Raises:
+        ValueError: they don't.
+    """
+    wanted, given = shape_names(FAMILIES[model.family].queue_entry), tuple(shape.model_dump())
+    if sorted(given) != sorted(wanted):
+        raise ValueError(f"a shape of model.family = {model.family} has {', '.join(wanted)}, got {', '.join(given)}")
+    if misfit := FAMILIES[model.family].misfit(shape):
+        raise ValueError(": ".join(misfit))
+
+
+def _family_of(info: ValidationInfo) -> FamilyConfig:
     model = info.data.get("model")
-    candidates = FAMILIES[ENCODER if model is None else model.family].architecture
-    if isinstance(value, candidates):
+    return FAMILIES[ENCODER if model is None else model.family]
+
+
+def _validated(model: type[_Model], value: Any, info: ValidationInfo) -> _Model:
+    if isinstance(value, model):
         return value
-    if value == ArchitectureConfig():
-        return candidates()
-    return (
-        candidates.model_validate_json(json.dumps(value)) if info.mode == "json" else candidates.model_validate(value)
-    )
+    return model.model_validate_json(json.dumps(value)) if info.mode == "json" else model.model_validate(value)
+
+
+def _architecture_of_family(value: Any, _: ValidatorFunctionWrapHandler, info: ValidationInfo) -> BaseModel:
+    """The default of another family's is its own."""
+    candidates = _family_of(info).architecture
+    return candidates() if value == ArchitectureConfig() else _validated(candidates, value, info)
+
+
+def _entry_of_family(value: Any, _: ValidatorFunctionWrapHandler, info: ValidationInfo) -> QueueEntry:
+    return _validated(_family_of(info).queue_entry, value, info)
 
 
 class StudySpec(_Config):
@@ -621,12 +642,12 @@ class StudySpec(_Config):
     split: SplitConfig = SplitConfig(kind="fractions", train=0.7, validation=0.15)
     budget: BudgetConfig
     model: ModelConfig = ModelConfig()
-    architecture: Annotated[SerializeAsAny[BaseModel], WrapValidator(_of_family)] = ArchitectureConfig()
+    architecture: Annotated[SerializeAsAny[BaseModel], WrapValidator(_architecture_of_family)] = ArchitectureConfig()
     optim: OptimConfig = OptimConfig()
     train: TrainConfig = TrainConfig()
     space: dict[str, Searched] = {}
     """Dotted path into TrialConfig (model, optim, train) → what to search."""
-    queue: tuple[QueueEntry, ...] = ()
+    queue: tuple[Annotated[SerializeAsAny[QueueEntry], WrapValidator(_entry_of_family)], ...] = ()
     mesh: MeshConfig = MeshConfig()
     execution: ExecutionConfig = ExecutionConfig()
     confirm: ConfirmConfig | None = None

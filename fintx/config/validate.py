@@ -21,7 +21,6 @@ from fintx.config.schema import (
     Choices,
     FloatRange,
     LayerRange,
-    QueueEntry,
     StudySpec,
     check_loss,
 )
@@ -176,8 +175,8 @@ def _total(spec: StudySpec) -> Iterator[tuple[KeyPath, str]]:
 
 def _queue(spec: StudySpec, broken: Container[str]) -> Iterator[tuple[KeyPath, str]]:
     for index, entry in enumerate(spec.queue):
-        if entry.d_model % entry.n_heads:
-            yield ("queue", index, "n_heads"), f"{entry.n_heads} heads don't divide d_model = {entry.d_model}"
+        if misfit := FAMILIES[spec.model.family].misfit(entry.shape):
+            yield ("queue", index, misfit[0]), misfit[1]
         for path, value in entry.values.items():
             if "space" not in broken and f"space.{path}" not in broken:
                 yield from _queued_value(spec, ("queue", index, "values", path), path, value)
@@ -332,20 +331,25 @@ def _real_path(location: Sequence[int | str], tree: Any, *, keep_last: bool) -> 
     return (*path, last) if last is not None else tuple(path)
 
 
+def family_in(tree: Mapping[str, Any]) -> str:
+    """The model family that a file's tree names, if there is one of that name."""
+    model = tree.get("model")
+    named = model.get("family") if isinstance(model, dict) else None
+    return named if isinstance(named, str) and named in FAMILIES else ENCODER
+
+
 def _valid_keys(parent: KeyPath, tree: Mapping[str, Any]) -> list[str]:
     if not parent:
         return [*StudySpec.model_fields, "extends"]
     if parent[0] == "queue":
-        return list(QueueEntry.model_fields)
+        return list(FAMILIES[family_in(tree)].queue_entry.model_fields)
     if parent[0] == "space":
         held = tree["space"].get(parent[1], {}) if len(parent) > 1 else {}
         return list((Choices if "choices" in held else FloatRange).model_fields)
     if parent == ("architecture", "n_layers"):
         return list(LayerRange.model_fields)
     if parent == ("architecture",):
-        model = tree.get("model")
-        named = model.get("family", ENCODER) if isinstance(model, dict) else ENCODER
-        return list(FAMILIES[named if named in FAMILIES else ENCODER].architecture.model_fields)
+        return list(FAMILIES[family_in(tree)].architecture.model_fields)
     annotation = StudySpec.model_fields[str(parent[0])].annotation
     for section in typing.get_args(annotation) or (annotation,):  # a section that may be left out is one or None
         if isinstance(section, type) and issubclass(section, BaseModel):

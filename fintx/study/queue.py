@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from optuna.distributions import BaseDistribution, CategoricalDistribution
 
-from fintx.config.schema import QueueEntry, Shape, StudySpec
+from fintx.config.schema import FAMILIES, QueueEntry, Shape, StudySpec
 from fintx.config.validate import Where, spelled
 from fintx.model import family, sizes
 from fintx.study.ledger import Claim
@@ -84,7 +84,7 @@ def extremes(space: SearchSpace) -> tuple[QueueEntry, ...]:
     Of the shapes that have the value it is the one nearest to the median of the other axes, on a log scale, each
     measured by its range.
     """
-    extents = family.of(space.spec.model).extents
+    extents, entry = family.of(space.spec.model).extents, FAMILIES[space.spec.model.family].queue_entry
     values = np.array([[extent(shape) for extent in extents.values()] for shape in space.shapes], dtype=float)
     logs = np.log2(values)
     spans = np.ptp(logs, axis=0)
@@ -98,7 +98,7 @@ def extremes(space: SearchSpace) -> tuple[QueueEntry, ...]:
             members = np.flatnonzero(values[:, axis] == end)
             nearest = space.shapes[members[np.argmin(distances[members])]]
             notes.setdefault(nearest, []).append(f"{word} {name}")
-    return tuple(QueueEntry(**shape.model_dump(), note=", ".join(words)) for shape, words in notes.items())
+    return tuple(entry(**shape.model_dump(), note=", ".join(words)) for shape, words in notes.items())
 
 
 def validate(spec: StudySpec, *, n_features: int, where: Where = spelled) -> None:

@@ -21,6 +21,8 @@ from fintx.config.schema import (
     FamilyConfig,
     MeshConfig,
     ModelConfig,
+    PositiveInt,
+    QueueEntry,
     Shape,
     StudySpec,
     TrialConfig,
@@ -31,7 +33,7 @@ from fintx.data import windows
 from fintx.data.windows import Dataset
 from fintx.model import family, sizes
 from fintx.model.family import Family
-from fintx.study import records, tables
+from fintx.study import queue, records, tables
 from fintx.study import trial as trials
 from fintx.study.job import Job
 from fintx.study.space import SearchSpace
@@ -51,6 +53,12 @@ class Widths(BaseModel):
     model_config = ConfigDict(strict=True, frozen=True, extra="forbid")
 
     width: tuple[int, ...] = (8, 16, 24, 32)
+
+
+class WidthEntry(QueueEntry):
+    """What a [[queue]] entry holds."""
+
+    width: PositiveInt
 
 
 def abstract_params(model: ModelConfig, shape: Shape, n_features: int) -> dict[str, Any]:
@@ -121,7 +129,7 @@ MLP = Family(
 @pytest.fixture(autouse=True)
 def mlp() -> Iterator[Family]:
     """The family, known for the length of a test."""
-    schema.FAMILIES["mlp"] = FamilyConfig(Widths, ("width",))
+    schema.FAMILIES["mlp"] = FamilyConfig(Widths, WidthEntry)
     family.FAMILIES["mlp"] = MLP
     yield MLP
     del schema.FAMILIES["mlp"], family.FAMILIES["mlp"]
@@ -176,7 +184,7 @@ def loaded(folder: Path, text: str = SWEEP) -> StudySpec:
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> windows.Prepared:
     """Real data, small: the embedded index."""
-    schema.FAMILIES["mlp"] = FamilyConfig(Widths, ("width",))
+    schema.FAMILIES["mlp"] = FamilyConfig(Widths, WidthEntry)
     spec = loaded(tmp_path_factory.mktemp("sweeps"))
     return windows.build(spec, tmp_path_factory.mktemp("data"))
 
@@ -302,6 +310,21 @@ def test_an_interrupted_trial_goes_on_to_the_same_numbers(
     assert stopped.outcome == "interrupted"
     result = loop.fit(trial, dataset, metric="log_loss", saves=saves)
     assert result.resumed_step > 0 and result.curve == loop.fit(trial, dataset, metric="log_loss").curve
+
+
+def test_shapes_are_queued_by_its_names(tmp_path: Path, prepared: windows.Prepared) -> None:
+    spec = loaded(tmp_path, SWEEP + '[[queue]]\nwidth = 20\nnote = "between"\n"optim.learning_rate" = 5e-3\n')
+    assert [entry.shape for entry in spec.queue] == [Shape(width=20)]
+    assert loaded(tmp_path, load.dump(spec)) == spec
+    space = SearchSpace.build(spec, n_features=3)
+    assert queue.settle(spec.queue[0], spec, space, best=None).shape == Shape(width=20)
+    extremes = [(entry.note, entry.shape.width) for entry in queue.unlisted_extremes(spec, space)]
+    assert extremes == [("smallest width", 16), ("largest width", 24)]
+    queue.validate(spec, n_features=3)
+    with pytest.raises(queue.QueueError, match="width 900 holds 55,801 parameters, outside the budget"):
+        queue.validate(loaded(tmp_path, SWEEP + "[[queue]]\nwidth = 900\n"), n_features=3)
+    with pytest.raises(SweepFileError, match=r"queue\[0\].d_model: unknown key"):
+        loaded(tmp_path, SWEEP + "[[queue]]\nd_model = 8\n")
 
 
 def test_a_trial_becomes_a_record(

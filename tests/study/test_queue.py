@@ -15,6 +15,7 @@ from fintx.config.schema import (
     ArchitectureConfig,
     BudgetConfig,
     Choices,
+    EncoderEntry,
     FloatRange,
     LayerRange,
     QueueEntry,
@@ -28,7 +29,7 @@ from fintx.study.records import TrialRecord
 from fintx.study.space import SearchSpace
 
 N_FEATURES = 25
-ENTRY = QueueEntry(
+ENTRY = EncoderEntry(
     d_model=80,
     n_layers=30,
     n_heads=5,
@@ -136,7 +137,7 @@ values = st.fixed_dictionaries(
     },
 )
 queued = st.builds(
-    lambda heads, width, depth, d_ff, held, training: QueueEntry(
+    lambda heads, width, depth, d_ff, held, training: EncoderEntry(
         d_model=heads * width, n_layers=depth, n_heads=heads, d_ff=d_ff, values=held, training=training
     ),
     st.integers(1, 64), st.integers(1, 64), st.integers(1, 4096), st.integers(1, 10_000), values,
@@ -309,7 +310,7 @@ def test_true_is_not_one():
 
 def test_an_identity_is_the_same_in_another_process():
     """It is stored in the journal: a change would run every queued entry again."""
-    assert queue.identity(QueueEntry(d_model=64, n_layers=2, n_heads=4, d_ff=256)) == "d0c061c0a9bf"
+    assert queue.identity(EncoderEntry(d_model=64, n_layers=2, n_heads=4, d_ff=256)) == "d0c061c0a9bf"
 
 
 # --- validation -------------------------------------------------------------------------------------------------------

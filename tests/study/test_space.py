@@ -16,9 +16,9 @@ from fintx.config.schema import (
     ArchitectureConfig,
     BudgetConfig,
     Choices,
+    EncoderEntry,
     FloatRange,
     LayerRange,
-    QueueEntry,
     StudySpec,
     TaskConfig,
     config_hash,
@@ -132,7 +132,7 @@ def test_the_sampler_can_drive_it(space):
 
 
 sides = st.builds(
-    lambda heads, width, depth, d_ff: QueueEntry(d_model=heads * width, n_layers=depth, n_heads=heads, d_ff=d_ff),
+    lambda heads, width, depth, d_ff: EncoderEntry(d_model=heads * width, n_layers=depth, n_heads=heads, d_ff=d_ff),
     st.integers(1, 64), st.integers(1, 64), st.integers(1, 4096), st.integers(1, 100_000),
 )  # fmt: skip
 
@@ -160,7 +160,7 @@ def test_a_shape_off_the_grid_lies_where_it_is_or_at_the_nearest_bound(space, en
 
 def test_a_queue_alone_makes_no_space():
     grid = ArchitectureConfig(d_model=(64,), n_layers=LayerRange(low=2, high=3), n_heads=(4,), d_ff_ratio=(4.0,))
-    fitting = QueueEntry(d_model=80, n_layers=30, n_heads=5, d_ff=240)
+    fitting = EncoderEntry(d_model=80, n_layers=30, n_heads=5, d_ff=240)
     with pytest.raises(sizes.InfeasibleBudget, match="the largest candidate holds"):
         SearchSpace.build(make_spec(architecture=grid, queue=(fitting,)), n_features=N_FEATURES)
 

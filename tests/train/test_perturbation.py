@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 
-from fintx.config.schema import FAMILIES, ModelConfig, OptimConfig, TaskConfig, TrainConfig, TrialConfig
+from fintx.config.schema import FAMILIES, ModelConfig, OptimConfig, TaskConfig, TrainConfig, TrialConfig, shape_names
 from fintx.data.windows import Dataset
 from fintx.train import loop
 
 SECTIONS = {
-    "shape": FAMILIES["encoder"].shape,
+    "shape": shape_names(FAMILIES["encoder"].queue_entry),
     "model": [key for key in ModelConfig.model_fields if key != "family"],
     "optim": OptimConfig.model_fields,
     "train": TrainConfig.model_fields,
