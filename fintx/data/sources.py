@@ -10,7 +10,7 @@ import importlib.util
 import logging
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from fintx.config.schema import DataConfig
 from fintx.data import manifest, tabular
 from fintx.data.bars import PRICES, Bars, make, problems, refuse
 from fintx.data.manifest import Entry
@@ -44,6 +45,11 @@ class Imported:
     is_new: bool
     notes: tuple[str, ...]
     """Dropped and repaired rows, in words."""
+
+
+def load_pinned(data: DataConfig, symbols: Iterable[str], root: Path) -> dict[str, Bars]:
+    """Symbol → its bars, in the version that a config names, else the newest; raises as `load`."""
+    return {symbol: load(symbol, root=root, version=data.versions.get(symbol)) for symbol in symbols}
 
 
 def load(symbol: str, *, root: Path, version: str | None = None) -> Bars:

@@ -204,7 +204,7 @@ def _load(spec: StudySpec | TrialConfig, root: Path) -> tuple[DataConfig, list[B
     if twice:
         raise FintxError(f"data.assets: {', '.join(sorted(twice))} named twice; take one out")
     features.resolve(data.features, context=data.context)  # a misspelt name is told before missing data are
-    loaded = {s: sources.load(s, root=root, version=data.versions.get(s)) for s in (*data.assets, *data.context)}
+    loaded = sources.load_pinned(data, (*data.assets, *data.context), root)
     bars = [loaded[symbol].between(data.start, data.end) for symbol in data.assets]
     # Context keeps its bars from before start: an indicator's warm-up costs the asset no day.
     context = {symbol: loaded[symbol].between(None, data.end) for symbol in data.context}
@@ -215,7 +215,9 @@ def _load(spec: StudySpec | TrialConfig, root: Path) -> tuple[DataConfig, list[B
                 f"data.start/end: no bar of {b.symbol} lies in {data.start or '…'} … {data.end or '…'} "
                 f"(it has {whole.dates[0]} … {whole.dates[-1]})"
             )
-    bounds = splits.build(spec.split, horizon=spec.task.horizon, dates=_calendar(bars))
+    bounds = splits.build(
+        spec.split, horizon=spec.task.horizon, dates=np.unique(np.concatenate([b.dates for b in bars]))
+    )
     # Which features `stationary` holds is decided before the test part too: its prices choose nothing.
     gaps = all(features.has_gaps(_before(b, bounds.test_first)) for b in bars)
     joined = {symbol: b.between(data.start, None) for symbol, b in context.items()}
@@ -223,10 +225,6 @@ def _load(spec: StudySpec | TrialConfig, root: Path) -> tuple[DataConfig, list[B
     names = features.resolve(data.features, context=data.context, gaps=gaps, gapless_context=gapless)
     versions = {symbol: b.version for symbol, b in loaded.items()}
     return data.model_copy(update={"features": names, "versions": versions}), bars, context, bounds
-
-
-def _calendar(bars: list[Bars]) -> np.ndarray:
-    return np.unique(np.concatenate([b.dates for b in bars]))
 
 
 def _before(bars: Bars, day: np.datetime64 | None) -> Bars:

@@ -34,10 +34,7 @@ def read(evidence: Evidence, *, data_root: Path) -> Setting:
     label = spec.task.rule.describe()
     try:
         prepared = windows.build(spec, data_root)
-        bars = {
-            symbol: sources.load(symbol, root=data_root, version=spec.data.versions.get(symbol))
-            for symbol in spec.data.assets
-        }
+        bars = sources.load_pinned(spec.data, spec.data.assets, data_root)
     except FintxError as error:
         first = str(error).splitlines()[0]
         note = f"The study's data are not here ({first}): tables from the records alone; give --data-dir."

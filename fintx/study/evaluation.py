@@ -100,12 +100,7 @@ def on_file(path: Path, file: Path, *, symbol: str | None, data_root: Path) -> E
         raise FintxError(
             f"{file}: its opens are mostly the close before, and the model's input {', '.join(gaps)} needs true opens"
         )
-    context = {
-        context_symbol: sources.load(
-            context_symbol, root=data_root, version=config.data.versions.get(context_symbol)
-        )
-        for context_symbol in config.data.context
-    }  # fmt: skip
+    context = sources.load_pinned(config.data, config.data.context, data_root)
     scaling = Scaling.from_json(meta["scaling"])
     dataset, part = windows.build_foreign(bars, context, config, scaling=scaling)
     notes = []
@@ -136,8 +131,8 @@ def _baselines_on(
     _check_hashes(folder, meta, fold)
     last = fold.dates.max().astype(datetime.date)  # of its own assets, nothing of the test part
     own = {
-        symbol: sources.load(symbol, root=data_root, version=config.data.versions.get(symbol)).between(None, last)
-        for symbol in fold.assets
+        symbol: held.between(None, last)
+        for symbol, held in sources.load_pinned(config.data, fold.assets, data_root).items()
     }
     new = f"{bars.symbol}, the file's"
     together = replace(

@@ -210,13 +210,11 @@ def _baselines(
     """Fitted on the last fold's training rows, as they were for validation; name → outputs on the test rows."""
     last = windows.build(config, root).folds[-1]
     train = Part(_place(last, last.train.rows, dataset), last.train.labels)
-    symbols = (*config.data.assets, *config.data.context)
-    bars = {each: sources.load(each, root=root, version=config.data.versions.get(each)) for each in symbols}
     found = baselines.for_dataset(
         dataclasses.replace(dataset, train=train, validation=part),
         spec.task,
-        {each: bars[each] for each in config.data.assets},
-        {each: bars[each] for each in config.data.context},
+        sources.load_pinned(config.data, config.data.assets, root),
+        sources.load_pinned(config.data, config.data.context, root),
     )
     return {each.name: each.outputs for each in found}
 

@@ -366,12 +366,8 @@ def _fit_baselines(
     tell: Callable[[str], None],
     pause: Callable[[], None],
 ) -> None:
-    loaded = {
-        symbol: sources.load(symbol, root=data_root, version=spec.data.versions.get(symbol))
-        for symbol in (*spec.data.assets, *spec.data.context)
-    }
-    context = {symbol: loaded[symbol] for symbol in spec.data.context}
-    bars = {symbol: loaded[symbol] for symbol in spec.data.assets}
+    bars = sources.load_pinned(spec.data, spec.data.assets, data_root)
+    context = sources.load_pinned(spec.data, spec.data.context, data_root)
     per_fold = []
     for index, fold in enumerate(folds):
         tell("fitting what must be beaten" + (f", fold {index + 1} of {len(folds)}" if len(folds) > 1 else ""))
