@@ -15,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
+import numpy as np
 from pydantic import (
     AfterValidator,
     BaseModel,
@@ -40,10 +41,40 @@ from fintx.types import without_passwords
 
 _Model = TypeVar("_Model", bound=BaseModel)
 
+
+def _in_float32(value: float) -> float:
+    """Training computes in float32, whose smallest numbers XLA takes for 0: a rate of 1e-46 would be no rate at all."""
+    smallest, largest = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
+    if value and not smallest <= abs(value) <= largest:
+        raise ValueError(f"wanted a number that float32 can hold ({smallest:.2g} … {largest:.2g})")
+    return value
+
+
+def _below_one_in_float32(value: float) -> float:
+    """1 − b2 divides: were b2 1 in float32, every parameter would become NaN; so would a dropout's."""
+    if np.float32(value) >= 1:
+        raise ValueError("wanted a number that float32 can tell from 1 (at most 0.9999999)")
+    return value
+
+
+# Bounds keep what a typo can cost small: what becomes memory, a loop or a time is as large as anybody could use, and
+# a floating-point number of training stays what it is in float32.
+Float32 = AfterValidator(_in_float32)
 PositiveInt = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=1, le=1_000_000)]
+"""Trials, epochs, samples: more would outlast any study."""
+Days = Annotated[int, Field(ge=1, le=10_000)]
+"""Trading days or bars: 10,000 are 40 years."""
+Width = Annotated[int, Field(ge=1, le=2**16)]
+"""Of a layer or a batch: the widest models have some 20,000."""
+Depth = Annotated[int, Field(ge=1, le=1024)]
+"""Layers: every depth in a range is a candidate shape."""
+Seconds = Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False)]
+"""Up to 11 days: an operating system's timers end at 24."""
 Fraction = Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)]
-PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False), Float32]
+NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False), Float32]
+Share = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False), Float32, AfterValidator(_below_one_in_float32)]
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
 Symbol = Annotated[str, Field(pattern=r"^[A-Za-z0-9^][A-Za-z0-9^._=-]{0,31}$")]
 
@@ -85,8 +116,8 @@ def _as_tuple(value: Any) -> Any:
 
 def _population(value: Any) -> Any:
     """One complaint, where a union's parts would make three."""
-    if value != "auto" and (not isinstance(value, int) or (value < 1 and not isinstance(value, bool))):
-        raise ValueError('wanted "auto", true, false or a number ≥ 1')
+    if value != "auto" and (not isinstance(value, int) or not (isinstance(value, bool) or 1 <= value <= 4096)):
+        raise ValueError('wanted "auto", true, false or a number from 1 to 4096')
     return value
 
 
@@ -136,7 +167,7 @@ class TaskConfig(_Config):
 
     kind: Annotated[str, AfterValidator(_known_task)]
     """threshold: is (1 + threshold) × close reached? direction: is the close higher? regression: the log return."""
-    horizon: PositiveInt
+    horizon: Days
     """Trading days ahead, h."""
     price: Literal["high", "close"] | None = None
     """For threshold. high: the highest high of the next h bars; close: the close of the h-th bar."""
@@ -175,15 +206,15 @@ class SplitConfig(_Config):
     """dates, walk_forward: first date of (the first) validation part."""
     test_start: datetime.date | None = None
     """dates, walk_forward: first date of the sealed test part; walk_forward may leave it out to have none."""
-    n_folds: Annotated[int, Field(ge=2)] | None = None
+    n_folds: Annotated[int, Field(ge=2, le=100)] | None = None
     """walk_forward: validation folds of equal calendar length between validation_start and the test part."""
     window: Literal["expanding", "rolling"] | None = None
     """walk_forward. expanding: train on all days before the fold; rolling: on as many as the first fold has."""
-    embargo: Annotated[int, Field(ge=0)] = 0
+    embargo: Annotated[int, Field(ge=0, le=10_000)] = 0
     """Trading days left out between parts, beyond the purge (which is always the horizon)."""
-    min_positives: PositiveInt = 30
+    min_positives: Count = 30
     """Fewest samples of either class that the train and validation parts may hold (classification)."""
-    min_effective: PositiveInt = 50
+    min_effective: Count = 50
     """Smallest effective sample size (average uniqueness × n) of the validation part."""
 
     @model_validator(mode="after")
@@ -231,13 +262,13 @@ class ModelConfig(_Config):
 
     family: Annotated[str, AfterValidator(_known_family)] = ENCODER
     """Kind of model: encoder is a PatchTST-like transformer. It says what [architecture] and a queue entry hold."""
-    context_length: PositiveInt = 60
+    context_length: Days = 60
     """Bars that a window holds, T."""
-    patch_length: PositiveInt = 10
+    patch_length: Days = 10
     """Bars in a patch, P."""
-    stride: PositiveInt = 5
+    stride: Days = 5
     """Bars between the starts of neighbouring patches."""
-    dropout: Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)] = 0.1
+    dropout: Share = 0.1
     """Rate on attention weights, residual branches and feed-forward activations."""
     revin: bool = False
     """Normalise every feature within its window, with a learned scale and shift (RevIN, Kim et al. 2022)."""
@@ -269,28 +300,28 @@ class OptimConfig(_Config):
     """Decoupled, on matrices only (no biases, norms or positions)."""
     schedule: Literal["cosine", "constant", "linear", "inverse_sqrt"] = "cosine"
     """How the rate falls after the warm-up."""
-    warmup_fraction: Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)] = 0.1
+    warmup_fraction: Share = 0.1
     """Share of all steps over which the rate climbs linearly from 0."""
-    final_fraction: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] = 0.0
+    final_fraction: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False), Float32] = 0.0
     """cosine, linear: the last step's rate as a share of the peak."""
     clip_norm: PositiveFloat = 1.0
     """Gradients are scaled down to this global norm."""
-    b1: Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)] = 0.9
+    b1: Share = 0.9
     """Decay per step of the gradient's running mean."""
-    b2: Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)] = 0.999
+    b2: Share = 0.999
     """Decay per step of the squared gradient's running mean."""
-    eps: PositiveFloat = 1e-8
-    """Added to the root of that mean."""
+    eps: Annotated[float, Field(ge=1e-16, le=1, allow_inf_nan=False)] = 1e-8
+    """Added to the root of that mean; below 1e-16 a gradient whose square is 0 in float32 would explode."""
 
 
 class TrainConfig(_Config):
     """How long, on what loss, and when to stop."""
 
-    batch_size: PositiveInt = 64
+    batch_size: Width = 64
     """Windows per step."""
-    max_epochs: PositiveInt = 30
+    max_epochs: Count = 30
     """Passes over the training windows at most; the schedule is laid out for them."""
-    patience: PositiveInt = 5
+    patience: Count = 5
     """Epochs without a better validation metric before training stops; the best step is restored."""
     loss: Literal["bce", "focal", "mse", "huber"] = "bce"
     """bce, focal (Lin et al. 2017) for threshold and direction; mse, huber for regression."""
@@ -298,13 +329,13 @@ class TrainConfig(_Config):
     """focal only."""
     huber_delta: PositiveFloat = 0.01
     """huber only: the log return at which quadratic turns into linear."""
-    label_smoothing: Annotated[float, Field(ge=0, lt=0.5, allow_inf_nan=False)] = 0.0
+    label_smoothing: Annotated[float, Field(ge=0, le=0.49, allow_inf_nan=False), Float32] = 0.0
     """Classification: targets become smoothing/2 and 1 − smoothing/2 (training only)."""
     class_weight: Literal["none", "balanced"] = "none"
     """balanced: each class weighs n / (2 n_class), counted in train (training only)."""
     collapse_spread: NonNegativeFloat = 1e-4
     """A validation prediction SD (probability; regression: share of the target's SD) below this is a collapse …"""
-    collapse_patience: PositiveInt = 3
+    collapse_patience: Count = 3
     """… and so many such epochs in a row stop the trial."""
 
 
@@ -351,24 +382,36 @@ def check_loss(task: TaskConfig, train: TrainConfig) -> None:
             raise ValueError("train.class_weight is for classification; leave it out for a regression task")
 
 
+_TAKEN = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?|experiment_results\.csv|.*\.", re.IGNORECASE)
+
+
+def _free_name(name: str) -> str:
+    """A study's folder lies beside the table of all studies, and may be copied to Windows."""
+    if _TAKEN.fullmatch(name):
+        raise ValueError(
+            "wanted another name: a file of fintx or a device of Windows is called so, or it ends in a dot"
+        )
+    return name
+
+
 class StudyConfig(_Config):
     """The search itself."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"), AfterValidator(_free_name)]
     """Folder under outputs/ and study name in the storage: letters, digits, '.', '_', '-'; at most 64."""
     question: str = ""
     """What the study asks, in a sentence; reports print it."""
-    n_trials: PositiveInt = 50
+    n_trials: Count = 50
     """The total, queue included; running the file again never adds to it."""
     seed: Seed = 0
     """Of the sampler and of every trial, each by its number."""
     metric: Literal["log_loss", "brier", "auc", "average_precision", "mse", "mae"] = "log_loss"
     """The validation metric that decides, at the restored best step. mse, mae for regression only."""
-    n_startup_trials: PositiveInt = 10
+    n_startup_trials: Count = 10
     """Random trials before TPE begins to model."""
-    keep_checkpoints: PositiveInt = 3
+    keep_checkpoints: Count = 3
     """How many of the best trials keep their checkpoint."""
-    replicates: PositiveInt = 1
+    replicates: Annotated[int, Field(ge=1, le=1000)] = 1
     """Seeds that every trial is trained with; its value is their mean, and the record holds the standard error."""
     queue_extremes: bool = False
     """Queue the smallest and largest feasible value of each shape axis, so that a search has seen the edges first."""
@@ -383,15 +426,15 @@ class ExecutionConfig(_Config):
 
     storage: Annotated[str, Field(pattern=STORAGE)] = "journal"
     """journal: a file in the study's folder. postgresql://USER@HOST/DATABASE: machines with that URL share a study."""
-    checkpoint_s: PositiveFloat | None = None
+    checkpoint_s: Seconds | None = None
     """Seconds between saves of a running trial; none: 60, or 50 × what a save takes if longer (2 % at most)."""
-    hang_s: PositiveFloat = 900.0
+    hang_s: Seconds = 900.0
     """Seconds without a step after which a worker counts as hung: it is stopped and its trial taken up again."""
-    max_attempts: PositiveInt = 3
+    max_attempts: Count = 3
     """Times that a run of the study tries a trial whose worker crashes or hangs, before it leaves the trial aside."""
-    max_failures: PositiveInt = 10
+    max_failures: Count = 10
     """Failures of the same kind in a row that stop the study: something is wrong that more trials won't mend."""
-    memory: Annotated[PositiveInt, BeforeValidator(_parse_bytes)] | None = None
+    memory: Annotated[int, Field(ge=1, le=2**50), BeforeValidator(_parse_bytes)] | None = None
     """Memory that all running trials may take together, such as "12GB"; none: what the machine or its GPU has free."""
     program_cache: str | None = None
     """Folder where compiled programs are kept, so that a shape seen before isn't compiled again; none: that of
@@ -411,14 +454,14 @@ class ExecutionConfig(_Config):
 
 def _devices(value: Any) -> Any:
     whole = isinstance(value, int) and not isinstance(value, bool)
-    if value == "auto" or (whole and (value == -1 or value >= 1)):
+    if value == "auto" or (whole and (value == -1 or 1 <= value <= 2**16)):
         return value
     raise ValueError('wanted a number of devices, -1 for all that are left, or "auto"')
 
 
 def _divisor(value: Any) -> Any:
     whole = isinstance(value, int) and not isinstance(value, bool)
-    if value == "auto" or (whole and value >= 1):
+    if value == "auto" or (whole and 1 <= value <= 2**16):
         return value
     raise ValueError('wanted a number of devices, or "auto"')
 
@@ -445,16 +488,16 @@ class MeshConfig(_Config):
 class ConfirmConfig(_Config):
     """The best trials, trained again with fresh seeds. Where this section stands, a sweep ends with it."""
 
-    top_k: PositiveInt = 5
+    top_k: Annotated[int, Field(ge=1, le=1000)] = 5
     """How many of the best trials are trained again."""
-    n_seeds: Annotated[int, Field(ge=2)] = 5
+    n_seeds: Annotated[int, Field(ge=2, le=1000)] = 5
     """Fresh seeds, the same for each of them; fewer than 2 show no spread."""
 
 
 class BudgetConfig(_Config):
     """How many parameters a model may hold; solved, not searched."""
 
-    parameters: Annotated[PositiveInt, BeforeValidator(parse_parameters)]
+    parameters: Annotated[int, Field(ge=1, le=10**13), BeforeValidator(parse_parameters)]
     """A count, or text like "200M"."""
     tolerance: Fraction = 0.25
     """Two-sided, on counted parameters."""
@@ -473,8 +516,8 @@ class BudgetConfig(_Config):
 class LayerRange(_Config):
     """Every whole number from low to high."""
 
-    low: PositiveInt = 2
-    high: PositiveInt = 256
+    low: Depth = 2
+    high: Depth = 256
 
     @model_validator(mode="after")
     def _ordered(self) -> LayerRange:
@@ -483,7 +526,7 @@ class LayerRange(_Config):
         return self
 
 
-Candidates = Annotated[tuple[PositiveInt, ...], Field(min_length=1)]
+Candidates = Annotated[tuple[Width, ...], Field(min_length=1, max_length=64)]
 
 
 class ArchitectureConfig(_Config):
@@ -495,8 +538,18 @@ class ArchitectureConfig(_Config):
     """Depths: every whole number from low to high."""
     n_heads: Candidates = (2, 4, 8, 12, 16, 24, 32)
     """Attention heads; those that divide d_model are paired with it."""
-    d_ff_ratio: Annotated[tuple[PositiveFloat, ...], Field(min_length=1)] = (2.0, 4.0)
+    d_ff_ratio: Annotated[
+        tuple[Annotated[float, Field(gt=0, le=64, allow_inf_nan=False)], ...], Field(min_length=1, max_length=64)
+    ] = (2.0, 4.0)
     """d_ff / d_model; the product is rounded to a whole number."""
+
+    @model_validator(mode="after")
+    def _few_enough(self) -> ArchitectureConfig:
+        depths = self.n_layers.high - self.n_layers.low + 1
+        n_shapes = len(self.d_model) * depths * len(self.n_heads) * len(self.d_ff_ratio)
+        if n_shapes > 500_000:
+            raise ValueError(f"holds {n_shapes:,} candidate shapes; wanted 500,000 at most: shorten a list or n_layers")
+        return self
 
 
 class FloatRange(_Config):
@@ -518,7 +571,7 @@ class FloatRange(_Config):
 class Choices(_Config):
     """A searched value out of a list."""
 
-    choices: Annotated[tuple[bool | int | float | str, ...], Field(min_length=1)]
+    choices: Annotated[tuple[bool | int | float | str, ...], Field(min_length=1, max_length=1000)]
 
 
 def _range_or_choices(value: Any) -> str:
@@ -531,7 +584,7 @@ Searched = Annotated[
 ]
 
 
-Whole = Annotated[PositiveInt, BeforeValidator(_whole)]
+Whole = Annotated[int, Field(ge=1, le=2**22), BeforeValidator(_whole)]
 
 
 class QueueEntry(_Config):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import itertools
 import json
 import re
 import typing
@@ -46,7 +45,7 @@ def cross_checks(
         yield from _task(spec)
     for path, searched in spec.space.items():
         yield from _searched(spec, path, searched)
-    if not any(part in broken for part in ("model", "space.model.context_length", "space.model.patch_length")):
+    if not any(part in broken for part in ("model", *(f"space.model.{key}" for key in _LENGTHS))):
         yield from _geometry(spec)
     if counted and "study" not in broken:
         yield from _total(spec)
@@ -57,6 +56,10 @@ def _data(spec: StudySpec) -> Iterator[tuple[KeyPath, str]]:
     for key in ("assets", "context"):
         for symbol in _repeated(getattr(spec.data, key)):
             yield ("data", key), f"{symbol} stands twice; take one out"
+    symbols = (*spec.data.assets, *spec.data.context)
+    for symbol in spec.data.versions:
+        if symbol not in symbols:
+            yield ("data", "versions", symbol), f"is a version of a symbol that isn't used{nearest(symbol, symbols)}"
     start, end = spec.data.start, spec.data.end
     if start and end and start > end:
         yield ("data", "start"), f"wanted a date up to data.end = {end}, got {start}"
@@ -68,6 +71,7 @@ def _repeated(values: Sequence[Any]) -> list[Any]:
     return [value for (_, value), count in counts.items() if count > 1]
 
 
+_LENGTHS = ("context_length", "patch_length", "stride")
 _LOSS_KEYS = ("loss", "label_smoothing", "class_weight")
 _LOSS_SPACE = tuple(f"space.train.{key}" for key in _LOSS_KEYS)
 
@@ -144,26 +148,29 @@ def _value(section: BaseModel, key: str, value: Any, where: KeyPath) -> Iterator
 
 
 def _geometry(spec: StudySpec) -> Iterator[tuple[KeyPath, str]]:
-    """What shapes a window or the model is a list of choices, and every searched window holds a patch."""
+    """What shapes a window or the model is a list of choices; a patch fits its window, and patches leave no bar out."""
     reasons = dict.fromkeys(("context_length", "patch_length"), "each length is a dataset or a program of its own")
     reasons |= dict.fromkeys(("stride", "revin"), "each value changes the model's parameters")
     ranges = [key for key in reasons if isinstance(spec.space.get(f"model.{key}"), FloatRange)]
     for key in ranges:
         if key != "revin":  # no number: said already
             yield ("space", f"model.{key}"), f"wanted choices: {reasons[key]}"
-    keys = ("context_length", "patch_length")
-    if set(keys) & set(ranges):
-        return
-    choices = [
-        searched.choices if isinstance(searched := spec.space.get(f"model.{key}"), Choices) else (fixed,)
-        for key, fixed in ((key, getattr(spec.model, key)) for key in keys)
-    ]
-    for context_length, patch_length in itertools.product(*choices):
-        if isinstance(context_length, int) and isinstance(patch_length, int) and patch_length > context_length:
-            where = next(key for key in keys if f"model.{key}" in spec.space)
-            words = f"patch_length = {patch_length} is longer than context_length = {context_length}"
-            yield ("space", f"model.{where}"), f"{words}; every pair must fit"
-            return
+    for longer, shorter, reason in (
+        ("patch_length", "context_length", "every pair must fit"),
+        ("stride", "patch_length", "bars between patches would never be seen"),
+    ):
+        if {longer, shorter} & set(ranges):
+            continue
+        values = {}
+        for key in (longer, shorter):
+            searched = spec.space.get(f"model.{key}")
+            choices = searched.choices if isinstance(searched, Choices) else (getattr(spec.model, key),)
+            values[key] = [value for value in choices if isinstance(value, int)]
+        if not all(values.values()) or (most := max(values[longer])) <= (least := min(values[shorter])):
+            continue
+        place = next((key for key in (shorter, longer) if f"model.{key}" in spec.space), None)
+        where = ("model", longer) if place is None else ("space", f"model.{place}")
+        yield where, f"{longer} = {most} is longer than {shorter} = {least}; {reason}"
 
 
 def _total(spec: StudySpec) -> Iterator[tuple[KeyPath, str]]:
@@ -261,6 +268,10 @@ def expectation(kind: str, context: Mapping[str, Any], path: KeyPath) -> str:
     """What a pydantic error type wanted, such as "a value ≥ 1"."""
     if kind in _PLAIN:
         return _PLAIN[kind]
+    if kind == "value_error":
+        return str(context["error"]).removeprefix("wanted ")
+    if kind == "too_long":
+        return f"a list with {context['max_length']:,} entries at most"
     if kind in _BOUNDS:
         limit = next(iter(context.values()))
         return f"a value {_BOUNDS[kind]} {limit:g}" if isinstance(limit, float) else f"a value {_BOUNDS[kind]} {limit}"

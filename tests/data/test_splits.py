@@ -133,7 +133,7 @@ def test_no_label_reaches_out_of_its_part(kind, horizon, embargo, n_folds, seale
             "no trading day lies in",
         ),
         (walk_forward(validation_start=day("2014-05-01")), 1, None, "split.validation_start = 2014-05-01 lies outside"),
-        (walk_forward(n_folds=900), 1, None, "split.n_folds = 900: a fold has no trading day; lower it"),
+        (walk_forward(validation_start=day("2013-10-01"), n_folds=100), 1, None, "split.n_folds = 100: a fold has no"),
         (by_dates(embargo=5000), 1, None, "split.embargo = 5000 leaves no day before 2013-01-01; lower it"),
     ],
     ids=["horizon", "fractions", "before", "after", "weekend", "wf weekend", "wf after", "n_folds", "embargo"],
