@@ -80,12 +80,12 @@ params *args:
 # run the quick tests (those marked slow: just test -m slow)
 [no-exit-message]
 test *args:
-    @pytest -n auto --dist loadfile -m "not slow" "$@"
+    @pytest -n auto --dist worksteal -m "not slow" "$@"
 
 # format, lint, types, then the quick tests
 [no-exit-message]
 check:
-    @ruff format --check . && ruff check . && mypy && pytest -n auto --dist loadfile -m "not slow"
+    @ruff format --check . && ruff check . && mypy && pytest -n auto --dist worksteal -m "not slow"
 
 # measure speed, beside rivals if given: bench [PART …] [--rivals PYTHON] [--write] (tools/bench/README.md)
 bench *args:

@@ -72,7 +72,7 @@ def main() -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _stop_early)
     try:
-        sys.exit(app(standalone_mode=False))
+        sys.exit(app(prog_name="fintx", standalone_mode=False))
     except _StopAtOnce:
         _complain("stopped at once; nothing finished is lost, the same command continues")
         sys.exit(STOPPED)

@@ -10,21 +10,32 @@ from pathlib import Path
 
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # the studies' workers compile far more than they train
-if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # one for all of a run's processes, who compile the same programs
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="fintx-programs-")
-    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-    os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
-    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # nor should each of a hundred processes compile what it imports
+if "FINTX_TEST_RUN" not in os.environ:  # what all of a run's processes share; xdist's workers inherit it
+    os.environ["FINTX_TEST_RUN"] = tempfile.mkdtemp(prefix="fintx-tests-")
+    atexit.register(shutil.rmtree, os.environ["FINTX_TEST_RUN"], ignore_errors=True)
+# They compile the same programs, most of them small.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.join(os.environ["FINTX_TEST_RUN"], "programs"))
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 import jax
 import pytest
+from hypothesis import settings
 from jaxtyping import install_import_hook
+
+from tests.helpers import shared
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_disable_most_optimizations", True)  # tests compile far more than they run
 
 install_import_hook(["fintx.model", "fintx.train"], "beartype.beartype")
+
+# A few examples of each property with the quick tests; CI draws many more (--hypothesis-profile=thorough).
+settings.register_profile("quick", max_examples=20, deadline=None)
+settings.register_profile("thorough", max_examples=300, deadline=None)
+settings.load_profile("quick")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -99,12 +110,22 @@ def tiny_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_study(tiny_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of that study, run to its end once for all tests that only read it."""
+    """The folder of that study, run to its end once for all processes, and copied for each; its data lie beside it."""
     from fintx.config import load
     from fintx.study import runner
     from fintx.study.context import RunContext
 
+    def finish(root: Path) -> None:
+        context = RunContext(root / "outputs", shared.data_root(root / "data"))
+        summary = runner.run(load.study(tiny_file), context)
+        assert not summary.interrupted
+
     root = tmp_path_factory.mktemp("tiny")
-    summary = runner.run(load.study(tiny_file), RunContext(root / "outputs", root / "data"))
-    assert not summary.interrupted
-    return summary.folder
+    shutil.copytree(shared.once("tiny", finish), root, symlinks=True, dirs_exist_ok=True)
+    return root / "outputs" / "tiny"
+
+
+@pytest.fixture
+def data_root(tmp_path: Path) -> Path:
+    """A data folder of the test's own, but for baselines: those that any test fitted are there."""
+    return shared.data_root(tmp_path / "data")

@@ -238,9 +238,9 @@ def test_a_second_run_learns_that_the_first_is_running(tiny_study):
 
 
 @pytest.mark.slow
-def test_sigint_stops_cleanly_and_the_same_command_continues(tiny_file, tmp_path):
-    outputs, data = tmp_path / "outputs", tmp_path / "data"
-    arguments = ["sweep", tiny_file, "--outputs", outputs, "--data-dir", data, "--set", "study.n_trials=1"]
+def test_sigint_stops_cleanly_and_the_same_command_continues(tiny_file, tmp_path, data_root):
+    outputs = tmp_path / "outputs"
+    arguments = ["sweep", tiny_file, "--outputs", outputs, "--data-dir", data_root, "--set", "study.n_trials=1"]
     endless = ["--set", "train.max_epochs=1000000", "--set", "train.patience=1000000"]
     running = subprocess.Popen(
         [FINTX, *map(str, [*arguments, *endless])], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
@@ -265,10 +265,10 @@ def test_sigint_stops_cleanly_and_the_same_command_continues(tiny_file, tmp_path
 
 
 @pytest.mark.slow
-def test_a_full_disk_is_said_and_the_same_command_continues(tiny_file, tmp_path):
+def test_a_full_disk_is_said_and_the_same_command_continues(tiny_file, tmp_path, data_root):
     """A file-size limit stands for a full disk: the kernel refuses every write beyond it."""
-    outputs, data = tmp_path / "outputs", tmp_path / "data"
-    arguments = ["sweep", tiny_file, "--outputs", outputs, "--data-dir", data, "--set", "study.n_trials=1"]
+    outputs = tmp_path / "outputs"
+    arguments = ["sweep", tiny_file, "--outputs", outputs, "--data-dir", data_root, "--set", "study.n_trials=1"]
     limited = (
         "import resource, runpy, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
         "resource.setrlimit(resource.RLIMIT_FSIZE, (1024, resource.getrlimit(resource.RLIMIT_FSIZE)[1])); "
@@ -281,7 +281,7 @@ def test_a_full_disk_is_said_and_the_same_command_continues(tiny_file, tmp_path)
     assert "File too large" in done.stderr.replace("\n", " "), done.stderr
     assert not list(outputs.rglob("record.json"))
     assert "1 of 1 trials finished" in fintx(*arguments).stdout
-    assert fintx("verify", "--data-dir", data)
+    assert fintx("verify", "--data-dir", data_root)
 
 
 def test_import_verify_and_list(tmp_path):

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from fintx.config import load, toml
@@ -705,7 +705,6 @@ def test_a_byte_order_mark_and_windows_line_ends_are_read(tmp_path):
     assert load.study(path) == load.study(write(tmp_path, GOOD))
 
 
-@settings(max_examples=150, deadline=None)
 @given(st.text(max_size=60).flatmap(lambda text: st.sampled_from([text, GOOD[:200] + text + GOOD[200:], GOOD + text])))
 def test_any_text_gives_a_spec_or_a_plain_error(text):
     import tempfile
@@ -739,7 +738,6 @@ _spots = st.sampled_from(
 )  # fmt: skip
 
 
-@settings(max_examples=200, deadline=None)
 @given(st.lists(st.tuples(_spots, _wild), max_size=4), st.booleans())
 def test_wild_values_give_a_spec_that_round_trips_or_placed_errors(tmp_path_factory, changes, by_override):
     folder = tmp_path_factory.mktemp("wild")
@@ -777,7 +775,6 @@ def _toml(value: Any) -> str:
     return _finite(toml.value(value))
 
 
-@settings(max_examples=100, deadline=None)
 @given(
     question=st.text(max_size=40),
     note=st.text(max_size=40),

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from fintx.config import load, toml
@@ -224,7 +224,6 @@ _keys = st.sampled_from(["sweep", "d_model", "n_heads", "d_ff", "n_layers", "not
                          "optim.learning_rate", "optim", "values", "nope"])  # fmt: skip
 
 
-@settings(max_examples=150, deadline=None)
 @given(st.lists(st.dictionaries(_keys, _wild, max_size=4), min_size=1, max_size=3))
 def test_wild_entries_give_studies_that_hold_them_or_lines_at_their_places(tmp_path_factory, changes):
     folder = tmp_path_factory.mktemp("wild")

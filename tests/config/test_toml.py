@@ -47,7 +47,6 @@ def paths(tree: Any, path: tuple = ()) -> set[tuple]:
     return {path} - {()} | {found for key, value in children for found in paths(value, (*path, key))}
 
 
-@settings(max_examples=200, deadline=None)
 @given(_tables)
 def test_every_key_and_element_is_found_on_its_line(tables):
     lines, expected, counts = ["# [not] a = table"], {}, {}
@@ -83,7 +82,7 @@ _tokens = st.lists(
 ).map("".join)  # fmt: skip
 
 
-@settings(max_examples=1000, deadline=None)
+@settings(max_examples=1000)  # most texts are no TOML
 @given(_tokens)
 def test_whatever_tomllib_reads_is_located(text):
     try:
@@ -106,7 +105,6 @@ _trees = st.recursive(
 )
 
 
-@settings(max_examples=150, deadline=None)
 @given(st.dictionaries(st.text(max_size=6), st.dictionaries(st.text(max_size=6), _trees, max_size=4), max_size=4))
 def test_what_the_writer_writes_is_read_back_and_located(tree):
     lines, expected = [], {}

@@ -140,7 +140,7 @@ def test_parts_hold_exactly_the_rows_of_an_independent_count(split, horizon):
     embargo=st.integers(0, 12),
     context_length=st.integers(1, 20),
 )
-@settings(max_examples=25, deadline=None, derandomize=True)
+@settings(derandomize=True)
 def test_any_panel_is_split_without_overlap_in_time(seed, missing, horizon, embargo, context_length):
     bars = {
         name: make_bars(name, 300, seed=seed + i, missing=share)

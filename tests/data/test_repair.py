@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from fintx.data import bars as bars_module
@@ -136,7 +136,6 @@ def test_a_row_without_a_date_is_refused_and_not_dropped(bars, with_calendar):
         mend(replace(bars, dates=dates), bars.dates if with_calendar else None)
 
 
-@settings(max_examples=60, deadline=None)
 @given(data=st.data())
 def test_what_is_mended_keeps_every_rule_and_a_second_repair_changes_nothing(data, help):
     bars = help.walk(n=30)

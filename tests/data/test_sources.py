@@ -228,7 +228,7 @@ WRONG = {
 }
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     cell=st.sampled_from([(column, wrong) for column in COLUMNS for wrong in WRONG[column]]), row=st.integers(1, 38)
 )  # fmt: skip

@@ -6,7 +6,7 @@ import datetime
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from fintx.config.schema import SplitConfig, TaskConfig
@@ -82,7 +82,6 @@ def test_expanding_trains_on_all_days_before_and_rolling_on_as_many_as_the_first
     assert len(set(spans)) == 1
 
 
-@settings(max_examples=150, deadline=None)
 @given(
     kind=st.sampled_from(["fractions", "dates", "expanding", "rolling"]),
     horizon=st.integers(1, 25),
@@ -151,7 +150,6 @@ def slow_effective_n(rows: list[int], horizon: int) -> float:
     return sum(np.mean([1 / sum(bar in other for other in spans) for bar in span]) for span in spans)
 
 
-@settings(max_examples=100, deadline=None)
 @given(rows=st.sets(st.integers(0, 80), min_size=1), horizon=st.integers(1, 12))
 def test_effective_n_is_the_sum_of_average_uniqueness(rows, horizon):
     found = splits.effective_n(np.array(sorted(rows)), horizon=horizon)

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from fintx import tasks
@@ -47,7 +47,6 @@ def test_labels_equal_their_definition(kind, horizon, help):
 
 
 @pytest.mark.parametrize("kind", TASKS)
-@settings(max_examples=40, deadline=None)
 @given(n=st.integers(1, 30), horizon=st.integers(1, 40), seed=st.integers(0, 99))
 def test_labels_equal_their_definition_on_any_history_however_short(kind, n, horizon, seed, help):
     task, bars = TaskConfig(**TASKS[kind], horizon=horizon), help.walk(n=n, seed=seed)

@@ -182,7 +182,7 @@ def test_a_walk_forward_without_a_test_part_has_none_to_open(root):
 # --- parts ------------------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     kind=st.sampled_from([*SPLITS]), horizon=st.integers(1, 12), embargo=st.integers(0, 10), panel=st.booleans()
 )  # fmt: skip

@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 import sklearn.metrics
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from fintx.config.schema import METRICS
@@ -219,7 +219,6 @@ def test_the_mean_return_itself_has_exactly_no_skill(returns, prior):
 
 
 @given(classified(), st.integers(1, 4))
-@settings(max_examples=50)
 def test_assets_make_up_the_pool(drawn, n_assets):
     logits, labels = drawn
     ids = np.arange(len(labels)) % n_assets
@@ -325,7 +324,6 @@ def test_an_ensemble_speaks_by_its_mean_probability_however_sure_its_members_are
     np.testing.assert_array_equal(metrics.ensemble("value", logits), logits.mean(axis=0))
 
 
-@settings(max_examples=50, deadline=None)
 @given(st.integers(0, 2**31 - 1), st.integers(2, 5))
 def test_an_ensembles_loss_is_never_above_its_members_mean(seed, n):
     """Jensen's inequality: the logarithm is concave."""

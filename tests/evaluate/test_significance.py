@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from scipy.signal import lfilter
 
@@ -91,7 +91,6 @@ def test_one_asset_is_its_own_series_and_the_order_of_rows_does_not_matter():
     np.testing.assert_allclose(significance.by_day(losses[order], dates[order]), losses, rtol=1e-12)
 
 
-@settings(max_examples=50, deadline=None)
 @given(st.integers(0, 2**31 - 1), st.booleans())
 def test_the_mean_over_days_is_the_mean_over_rows(seed, some):
     rng = np.random.default_rng(seed)
@@ -169,7 +168,6 @@ def test_lengths_are_those_of_arch(n, kind):
 
 
 @given(st.lists(st.integers(-2, 2), min_size=20, max_size=60).filter(lambda column: len(set(column)) > 1))
-@settings(deadline=None)
 def test_lengths_are_those_of_arch_where_sums_can_vanish(column):
     from arch.bootstrap import optimal_block_length
 

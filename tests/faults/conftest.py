@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers import postgres
+from tests.helpers import postgres, shared
 from tests.helpers.machine import MEDIUM, SHORT, Machine, machines
 
 
@@ -29,19 +29,17 @@ def machine(tmp_path: Path, fault_file: Path) -> Iterator[Callable[..., Machine]
 
 
 @pytest.fixture(scope="session")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory, fault_file: Path) -> list[tuple]:
+def undisturbed(fault_file: Path) -> list[tuple]:
     """The numbers of the first trials of a study where nothing happened."""
-    machine = Machine(tmp_path_factory.mktemp("undisturbed"), fault_file)
-    machine.run(*MEDIUM, "study.n_trials=2")
-    return machine.numbers()
+    root = shared.once("undisturbed", lambda root: Machine(root, fault_file).run(*MEDIUM, "study.n_trials=2"))
+    return Machine(root, fault_file).numbers()
 
 
 @pytest.fixture(scope="session")
-def finished(tmp_path_factory: pytest.TempPathFactory, fault_file: Path) -> Machine:
+def finished(fault_file: Path) -> Machine:
     """A study of three short trials; tests don't change it."""
-    machine = Machine(tmp_path_factory.mktemp("finished"), fault_file)
-    machine.run(*SHORT, "study.n_trials=3")
-    return machine
+    root = shared.once("finished", lambda root: Machine(root, fault_file).run(*SHORT, "study.n_trials=3"))
+    return Machine(root, fault_file)
 
 
 @pytest.fixture(scope="session")

@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 
 import pytest
 
 from fintx.study import confirmation, records
+from tests.helpers import shared
 from tests.helpers.machine import Machine, wait_for
 
 SAVES = "execution.checkpoint_s=0.3"
@@ -51,21 +53,30 @@ def starts(machine: Machine) -> dict[str, list[int]]:
     }
 
 
+@pytest.fixture(scope="module")
+def searched(fault_file):
+    """The folder of a machine whose study is searched; tests work on copies."""
+    return shared.once("searched", lambda root: Machine(root, fault_file).run(*MEDIUM, timeout_s=PATIENCE_S))
+
+
 @pytest.fixture
-def confirming(machine):
-    """A machine whose study is searched, and what confirms it there."""
+def confirming(machine, searched):
+    """A machine with that study, and what confirms it there."""
     here = machine()
-    here.run(*MEDIUM, timeout_s=PATIENCE_S)
+    shutil.copytree(searched, here.root)
     return dataclasses.replace(here, file=Path("tiny"))
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory, fault_file):
+def undisturbed(searched):
     """The same where nothing happened: members, and confirmation.json."""
-    here = Machine(tmp_path_factory.mktemp("confirmed"), fault_file)
-    here.run(*MEDIUM, timeout_s=PATIENCE_S)
-    there = dataclasses.replace(here, file=Path("tiny"))
-    there.start(command="confirm", options=WANTED).end(code=0, timeout_s=PATIENCE_S)
+
+    def confirm(root: Path) -> None:
+        shutil.copytree(searched, root)
+        there = Machine(root, Path("tiny"))
+        there.start(command="confirm", options=WANTED).end(code=0, timeout_s=PATIENCE_S)
+
+    there = Machine(shared.once("confirmed", confirm), Path("tiny"))
     return members(there), verdict(there)
 
 

@@ -7,6 +7,7 @@ import resource
 import shutil
 import signal
 import subprocess
+from pathlib import Path
 
 import jax
 import pytest
@@ -14,23 +15,25 @@ import pytest
 from fintx.model import transformer
 from fintx.study import records
 from fintx.train import checkpoint
-from tests.helpers.machine import ENVIRONMENT, FINTX, MEDIUM, SHORT, wait_for
+from tests.helpers import shared
+from tests.helpers.machine import ENVIRONMENT, FINTX, MEDIUM, SHORT, Machine, wait_for
 
 ONE, TWO = "study.n_trials=1", "study.n_trials=2"
 TORN = b'{"op_code": 4, "trial'
 
 
 @pytest.fixture(scope="module")
-def torn_off(tmp_path_factory, fault_file):
+def torn_off(fault_file):
     """An unfinished study with two training states, whose machine lost its power; tests work on copies."""
-    from tests.helpers.machine import Machine
 
-    here = Machine(tmp_path_factory.mktemp("torn_off"), fault_file)
-    running = here.start(*MEDIUM, ONE)
-    wait_for(lambda: len(here.steps()) == 2, running=running)
-    running.everyone(signal.SIGKILL)
-    running.process.wait()
-    return here
+    def lose_power(root: Path) -> None:
+        here = Machine(root, fault_file)
+        running = here.start(*MEDIUM, ONE)
+        wait_for(lambda: len(here.steps()) == 2, running=running)
+        running.everyone(signal.SIGKILL)
+        running.process.wait()
+
+    return Machine(shared.once("torn_off", lose_power), fault_file)
 
 
 @pytest.mark.parametrize("damage", ["flipped bit", "truncated file", "empty step folder"])

@@ -7,6 +7,7 @@ import signal
 
 import pytest
 
+from tests.helpers import shared
 from tests.helpers.machine import LONG, MEDIUM, SHORT, Machine, Running, wait_for
 
 THREE = ("study.n_trials=3", "execution.population=3")
@@ -14,11 +15,10 @@ BEHIND = ("study.n_trials=3", "execution.pipeline=true")
 
 
 @pytest.fixture(scope="module")
-def undisturbed_three(tmp_path_factory, fault_file) -> list[tuple]:
+def undisturbed_three(fault_file) -> list[tuple]:
     """The numbers of three trials that trained together where nothing happened."""
-    machine = Machine(tmp_path_factory.mktemp("undisturbed"), fault_file)
-    machine.run(*MEDIUM, *THREE)
-    return machine.numbers()
+    root = shared.once("undisturbed_three", lambda root: Machine(root, fault_file).run(*MEDIUM, *THREE))
+    return Machine(root, fault_file).numbers()
 
 
 def all_saved(machine: Machine) -> bool:

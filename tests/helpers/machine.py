@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import atexit
 import contextlib
-import functools
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -21,11 +17,12 @@ from typing import Any, TypeVar
 from fintx.study import ledger, records
 from fintx.study.ledger import Claim
 from fintx.study.records import TrialRecord
+from tests.helpers import shared
 
 FINTX = Path(sys.executable).with_name("fintx")
 # Not simulated devices, nor compiling as quickly as possible: every process here loads the same few programs from a
-# cache, which one of them fills. Bytecode is wanted: processes start by the dozen.
-_LEFT_OUT = ("XLA_FLAGS", "JAX_DISABLE_MOST_OPTIMIZATIONS", "PYTHONDONTWRITEBYTECODE")
+# cache, which one of them fills.
+_LEFT_OUT = ("XLA_FLAGS", "JAX_DISABLE_MOST_OPTIMIZATIONS")
 ENVIRONMENT = {key: value for key, value in os.environ.items() if key not in _LEFT_OUT}
 T = TypeVar("T")
 SHORT = ("train.max_epochs=2",)
@@ -34,14 +31,6 @@ MEDIUM = ("train.max_epochs=120", "train.patience=120", "execution.checkpoint_s=
 """Of trials that train for a second or more, and save on the way."""
 LONG = ("train.max_epochs=100000", "train.patience=100000", "execution.checkpoint_s=0.2")
 """Of trials that are still training when something happens to them."""
-
-
-@functools.cache
-def _fitted() -> Path:
-    """Where all machines keep their fitted baselines: a third of a short study's time, and always the same."""
-    folder = Path(tempfile.mkdtemp(prefix="fintx-baselines-"))
-    atexit.register(shutil.rmtree, folder)
-    return folder
 
 
 @dataclass
@@ -105,10 +94,7 @@ class Machine:
             before: a command that runs it, such as `unshare …`.
             environment: variables beside the usual ones.
         """
-        data = self.root / "data"
-        data.mkdir(parents=True, exist_ok=True)
-        if not (data / "baselines").exists():
-            (data / "baselines").symlink_to(_fitted())
+        data = shared.data_root(self.root / "data")
         places = ["--outputs", self.root / "outputs", "--data-dir", data]
         settings = [part for change in changes for part in ("--set", change)]
         log = self.root / f"log-{len(self.started)}"

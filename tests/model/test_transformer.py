@@ -173,6 +173,7 @@ def test_program_does_not_grow_with_depth() -> None:
     assert size(192) == size(3)
 
 
+@pytest.mark.slow
 def test_gradients_are_finite_at_depth_192() -> None:
     shape = SHAPE.model_copy(update={"n_layers": 192})
     params = jax.jit(lambda key: transformer.init(MODEL, shape, N_FEATURES, key))(jax.random.key(0))
@@ -240,7 +241,7 @@ def test_init_depends_on_nothing_but_the_key() -> None:
 # --- bfloat16 ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("n_layers", [2, 192])
+@pytest.mark.parametrize("n_layers", [2, pytest.param(192, marks=pytest.mark.slow)])
 def test_bfloat16_stays_close_to_float32_at_any_depth(n_layers: int) -> None:
     """Operands are rounded by 2⁻⁹ at most, .1 % rms; some such errors add up in the residual stream's float32 sum.
 

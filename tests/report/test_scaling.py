@@ -92,6 +92,7 @@ def test_intervals_cover_the_truth_as_often_as_they_say():
     assert covered["exponent"] >= 19 and covered["floor"] >= 19 and covered["gain"] >= 18, covered  # 95, 95 and 90 %
 
 
+@pytest.mark.slow
 def test_flat_fields_seldom_look_like_scaling(monkeypatch):
     monkeypatch.setattr(scaling, "LEAST_TRIALS", 10**9)  # no fits: the gain alone is asked
     words = []

@@ -23,7 +23,7 @@ ONE_SHAPE = ("architecture.n_layers={low=2, high=2}", "architecture.n_heads=[1]"
 
 
 @pytest.fixture
-def course(tiny_file: Path, tmp_path: Path) -> Iterator[Courses]:
+def course(tiny_file: Path, tmp_path: Path, data_root: Path) -> Iterator[Courses]:
     """Opens the tiny study, of one shape, on a machine with GPUs, where so small a model pays."""
     with ExitStack() as stack:
 
@@ -31,9 +31,8 @@ def course(tiny_file: Path, tmp_path: Path) -> Iterator[Courses]:
             spec = load.study(tiny_file, overrides=["study.n_trials=12", *ONE_SHAPE, *changes])
             tree = {**spec.model_dump(mode="json", exclude_none=True), "queue": list(queue)}
             spec = StudySpec.model_validate_json(json.dumps(tree))
-            root = tmp_path
             given: dict[str, Any] = {"on_gpu": True} | options
-            order, context = opening.Order(spec), RunContext(root / "outputs", root / "data", **given)
+            order, context = opening.Order(spec), RunContext(tmp_path / "outputs", data_root, **given)
             return Course(stack.enter_context(opening.begin(order, context)), order, context)
 
         yield make

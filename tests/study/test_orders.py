@@ -35,7 +35,7 @@ def told() -> list[str]:
 
 
 @pytest.fixture
-def begun(tmp_path: Path, told: list[str]) -> Iterator[Courses]:
+def begun(tmp_path: Path, data_root: Path, told: list[str]) -> Iterator[Courses]:
     """Opens an order's study; nothing is trained. The one opened before is closed."""
     stack = ExitStack()
 
@@ -45,7 +45,7 @@ def begun(tmp_path: Path, told: list[str]) -> Iterator[Courses]:
 
     def begin(order: Order) -> Course:
         stack.close()
-        context = RunContext(tmp_path / "outputs", tmp_path / "data", hear)
+        context = RunContext(tmp_path / "outputs", data_root, hear)
         opened = stack.enter_context(opening.begin(order, context))
         told.clear()
         return Course(opened, order, context)
@@ -181,7 +181,7 @@ def test_a_fork_keeps_the_bars_of_the_old_study(file, begun):
     assert fresh is not None and fresh.data.versions == versions and fresh.queue[0].id == "later"
 
 
-def test_a_study_that_a_manual_file_comes_to_name_is_run_too(file, tmp_path):
+def test_a_study_that_a_manual_file_comes_to_name_is_run_too(file, tmp_path, data_root):
     """Stopped once it begins: what then happens to it is as for any other."""
     manual, other = tmp_path / "manual.toml", tmp_path / "other.toml"
     other.write_text(file.read_text().replace('"tiny"', '"other"'))
@@ -195,7 +195,7 @@ def test_a_study_that_a_manual_file_comes_to_name_is_run_too(file, tmp_path):
                 add(manual, MANUAL.format(3, "b").replace("tiny", "other"))
 
     results = runner.run_all(
-        made, RunContext(tmp_path / "outputs", tmp_path / "data", notify, lambda: "other" in ready), workers=2,
+        made, RunContext(tmp_path / "outputs", data_root, notify, lambda: "other" in ready), workers=2,
         also=orders.added(manual, (), made),
     )  # fmt: skip
     assert ready == ["tiny", "other"] and [result.spec.study.name for result in results] == ready

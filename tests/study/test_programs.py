@@ -14,6 +14,7 @@ from fintx.study import programs, records, runner
 from fintx.study.context import RunContext
 from fintx.study.records import TrialRecord
 from fintx.types import FintxError
+from tests.helpers import shared
 
 ONE_SHAPE = ("architecture.n_heads=[1]", "architecture.n_layers={low=2, high=2}", "budget.tolerance=0.5")
 VALUES = (
@@ -25,7 +26,7 @@ VALUES = (
 
 def run(file: Path, root: Path, *changes: str) -> list[TrialRecord]:
     spec = load.study(file, overrides=[f'execution.program_cache="{root / "programs"}"', *ONE_SHAPE, *changes])
-    return records.read_all(runner.run(spec, RunContext(root / "outputs", root / "data")).folder)
+    return records.read_all(runner.run(spec, RunContext(root / "outputs", shared.data_root(root / "data"))).folder)
 
 
 @pytest.mark.slow

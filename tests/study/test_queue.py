@@ -8,7 +8,7 @@ import json
 
 import optuna
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from fintx.config.schema import (
@@ -145,7 +145,6 @@ queued = st.builds(
 )  # fmt: skip
 
 
-@settings(max_examples=100, deadline=None)
 @given(queued, st.none() | values)
 def test_what_is_settled_trains_the_entrys_very_shape_and_values(space, entry, known):
     settled = queue.settle(entry, space.spec, space, best=None if known is None else record(known))

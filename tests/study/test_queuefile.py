@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from fintx import cli
@@ -364,7 +364,6 @@ def tree(text: str) -> dict:
     return tomllib.loads(text.removeprefix("\ufeff").replace("\r\n", "\n"))
 
 
-@settings(max_examples=200, deadline=None)
 @given(_texts)
 def test_appending_keeps_every_byte_and_adds_one_entry(text):
     changed = queuefile.appended(text, ["[[queue]]", "d_model = 8"])
@@ -374,7 +373,6 @@ def test_appending_keeps_every_byte_and_adds_one_entry(text):
     assert "\r" not in changed or "\n" not in changed.replace("\r\n", "")
 
 
-@settings(max_examples=200, deadline=None)
 @given(_texts.filter(lambda text: "queue" in tree(text)), st.data())
 def test_cancelling_changes_one_entry_by_one_line(text, data):
     wanted = tree(text)

@@ -16,29 +16,33 @@ from fintx.study import evaluation, fork, records, runner, seeds
 from fintx.study.context import RunContext
 from fintx.study.records import TrialRecord
 from fintx.study.space import SearchSpace
+from tests.helpers import shared
 
 TOLERANCE = 2e-4
 """Of metrics, between side by side and one by one: some 20 steps multiply float32's rounding."""
 
 
 def run(spec: StudySpec, root: Path) -> Path:
-    return runner.run(spec, RunContext(root / "outputs", root / "data")).folder
+    return runner.run(spec, RunContext(root / "outputs", shared.data_root(root / "data"))).folder
 
 
 def spec_of(file: Path, *changes: str) -> StudySpec:
     return load.study(file, overrides=["study.n_trials=1", *changes])
 
 
-@pytest.fixture(scope="module")
-def one_by_one(tiny_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return run(
-        spec_of(tiny_file, "study.replicates=3", "execution.population=false"), tmp_path_factory.mktemp("single")
-    )
+def run_once(name: str, spec: StudySpec) -> Path:
+    """The same, once for all processes; tests don't change it."""
+    return shared.once(name, lambda root: run(spec, root)) / "outputs" / "tiny"
 
 
 @pytest.fixture(scope="module")
-def side_by_side(tiny_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return run(spec_of(tiny_file, "study.replicates=3", "execution.population=3"), tmp_path_factory.mktemp("together"))
+def one_by_one(tiny_file: Path) -> Path:
+    return run_once("one_by_one", spec_of(tiny_file, "study.replicates=3", "execution.population=false"))
+
+
+@pytest.fixture(scope="module")
+def side_by_side(tiny_file: Path) -> Path:
+    return run_once("side_by_side", spec_of(tiny_file, "study.replicates=3", "execution.population=3"))
 
 
 def only(folder: Path) -> TrialRecord:
@@ -114,8 +118,10 @@ def test_on_the_cores_of_a_worker_they_come_to_the_same_bit_for_bit(
     assert curves[0] == curves[1]
 
 
-def test_predictions_and_checkpoint_are_the_first_seeds(side_by_side: Path) -> None:
-    record, folder = only(side_by_side), side_by_side / "trials" / "0000"
+@pytest.mark.parametrize("how", ["one_by_one", pytest.param("side_by_side", marks=pytest.mark.slow)])
+def test_predictions_and_checkpoint_are_the_first_seeds(how: str, request: pytest.FixtureRequest) -> None:
+    study: Path = request.getfixturevalue(how)
+    record, folder = only(study), study / "trials" / "0000"
     table, others = pq.read_table(folder / "predictions.parquet"), pq.read_table(folder / "replicates.parquet")
     assert table.column_names == list(records.PREDICTION_COLUMNS)
     assert others.column_names == [*records.PREDICTION_COLUMNS, "replicate"]
@@ -124,7 +130,7 @@ def test_predictions_and_checkpoint_are_the_first_seeds(side_by_side: Path) -> N
         assert others[column].to_pylist() == table[column].to_pylist() * 2
     outputs = others["output"].to_numpy().reshape(2, -1)
     assert not np.array_equal(outputs[0], outputs[1]) and not np.array_equal(outputs[0], table["output"].to_numpy())
-    found = evaluation.on_validation(side_by_side, data_root=side_by_side.parents[1] / "data")
+    found = evaluation.on_validation(study, data_root=study.parents[1] / "data")
     assert found.metrics == found.recorded == record.folds[0].best
 
 

@@ -19,6 +19,7 @@ from fintx.study import opening, records, runner
 from fintx.study.context import RunContext
 from fintx.study.events import EpochDone, StudyReady, TrialFinished, TrialStarted
 from fintx.types import Bug, FintxError
+from tests.helpers import shared
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +28,7 @@ def spec(tiny_file):
 
 
 def run(spec, tmp_path, **arguments):
-    return runner.run(spec, RunContext(tmp_path / "outputs", tmp_path / "data", **arguments))
+    return runner.run(spec, RunContext(tmp_path / "outputs", shared.data_root(tmp_path / "data"), **arguments))
 
 
 def essence(folder):
@@ -163,11 +164,11 @@ def test_the_queue_runs_first_in_order_and_counts(tiny_file, tmp_path):
     assert len([event for event in events if isinstance(event, TrialFinished)]) == 3
 
 
-def test_a_bug_ends_its_own_study_alone_and_its_traceback_is_named(tiny_file, tmp_path):
+def test_a_bug_ends_its_own_study_alone_and_its_traceback_is_named(tiny_file, tmp_path, data_root):
     short = ["study.n_trials=1", "train.max_epochs=1"]
     broken, good = (load.study(tiny_file, overrides=[*short, f"study.name='{name}'"]) for name in ("b", "g"))
     orders = [opening.Order(broken, reload=lambda: 1 // 0), opening.Order(good)]
-    first, second = runner.run_all(orders, RunContext(tmp_path / "outputs", tmp_path / "data"))
+    first, second = runner.run_all(orders, RunContext(tmp_path / "outputs", data_root))
     assert len(second.records) == 1 and second.problem is None
     assert isinstance(first.problem, Bug) and str(first.problem).startswith("b: ZeroDivisionError: ")
     (named,) = re.findall(r"/\S+traceback\.txt", str(first.problem))

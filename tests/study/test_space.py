@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import optuna
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from fintx.config import load
@@ -63,7 +63,6 @@ def test_coordinates_lie_inside_their_distributions(space):
             assert space.distributions[name].low <= value <= space.distributions[name].high
 
 
-@settings(max_examples=200, deadline=None)
 @given(st.tuples(*[st.floats(0, 1)] * 3))
 def test_any_proposal_has_a_size_inside_the_budget(position):
     spec = make_spec()
@@ -137,7 +136,6 @@ sides = st.builds(
 )  # fmt: skip
 
 
-@settings(max_examples=100, deadline=None)
 @given(st.lists(sides, max_size=4))
 def test_the_queue_changes_nothing_of_the_space(space, entries):
     """Else an entry added to a running study would give its older trials' coordinates another meaning."""
@@ -146,7 +144,6 @@ def test_the_queue_changes_nothing_of_the_space(space, entries):
     assert (queued.coordinates == space.coordinates).all()
 
 
-@settings(max_examples=200, deadline=None)
 @given(sides)
 def test_a_shape_off_the_grid_lies_where_it_is_or_at_the_nearest_bound(space, entry):
     true = np.log2([entry.d_model / entry.n_layers, entry.d_ff / entry.d_model, entry.n_heads])

@@ -97,9 +97,12 @@ def test_the_same_config_gives_the_same_trajectory(run: Callable[..., tuple]) ->
     assert run({}) == run({"seed": 0})
 
 
+OTHER_PROGRAMS = ("shape.", "model.", "optim.schedule", "train.batch_size", "train.loss", "train.huber", "train.focal")
+
+
 def _quick_or_slow(key: str) -> Any:
-    """A key that makes another model compiles for seconds, and has quick tests in tests/model besides."""
-    makes_another = key.startswith(("shape.", "model.")) and key != "model.dropout"
+    """A key that makes another program compiles for seconds; quick tests beside these hold what each of them does."""
+    makes_another = key.startswith(OTHER_PROGRAMS) and key != "model.dropout"
     return pytest.param(key, marks=pytest.mark.slow) if makes_another else key
 
 

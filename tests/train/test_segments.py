@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from fintx.config.schema import TrialConfig
@@ -58,7 +58,6 @@ def lengths(cuts: set[int]) -> list[int]:
     return [end - begin for begin, end in zip([0, *ends], ends, strict=False)]
 
 
-@settings(deadline=None)
 @given(cuts=st.sets(st.integers(1, 2 * N_STEPS)))
 def test_no_cut_shows(run: Segments, cuts: set[int]) -> None:
     whole, whole_tallies = run([N_STEPS, N_STEPS])
@@ -123,7 +122,14 @@ def test_asked_and_told_between_segments(
 # --- micro-batches ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("micro_batch", [8, 5, 1], ids=["halves", "the last is padded", "one by one"])
+@pytest.mark.parametrize(
+    "micro_batch",
+    [
+        pytest.param(8, id="halves", marks=pytest.mark.slow),
+        pytest.param(5, id="the last is padded"),
+        pytest.param(1, id="one by one", marks=pytest.mark.slow),
+    ],
+)
 def test_micro_batches_make_the_same_update(make_trial: Trials, make_dataset: Datasets, micro_batch: int) -> None:
     """An epoch of 5 steps, the last on 11 samples of 16: losses to 1e-6, parameters to 2e-6 (sums in another order)."""
     config, data = make_trial(LARGE_EPS | NEXT_TO_NONE), make_dataset()
