@@ -129,10 +129,15 @@ def sweep(
 
     A study whose file has a section [confirm] is confirmed at its end.
     """
+    from fintx.config import load
+
+    overrides = _with_storage(overrides, storage)
+    for file in files:  # a mistake is told before JAX is loaded
+        load.study(file, overrides=overrides, counted=False)
+
     from fintx.study import orders
     from fintx.study.context import RunContext
 
-    overrides = _with_storage(overrides, storage)
     made = [orders.of_sweep(file, overrides) for file in files]
     if fork is not None:
         if len(files) > 1:
@@ -151,10 +156,14 @@ def manual(
     storage: Storage = None,
 ) -> None:
     """Run what is not done yet of a file of hand-picked trials, each inside its study."""
+    from fintx.config import load
+
+    overrides = _with_storage(overrides, storage)
+    load.manual(file, overrides=overrides)  # a mistake is told before JAX is loaded
+
     from fintx.study import orders
     from fintx.study.context import RunContext
 
-    overrides = _with_storage(overrides, storage)
     made = orders.of_manual(file, overrides)
     also = orders.added(file, overrides, made)
     _run(made, RunContext(outputs, data_dir), workers=workers, also=also)
@@ -317,10 +326,12 @@ def plan(
 ) -> None:
     """Print what a sweep file would run; run and write nothing."""
     from fintx.config import load
+
+    spec = load.study(file, overrides=overrides)  # a mistake is told before JAX is loaded
+
     from fintx.study import plan as planning
     from fintx.terminal import tables
 
-    spec = load.study(file, overrides=overrides)
     machine = planning.machine(devices, device_memory)
     tables.print_plan(
         Console(),

@@ -149,3 +149,19 @@ def test_reading_a_sweep_file_loads_neither_jax_nor_optuna():
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout.strip() == "" and done.returncode == 0, (done.stdout, done.stderr)
+
+
+@pytest.mark.parametrize("command", ["plan", "sweep", "manual"])
+def test_a_typo_is_told_before_jax_is_loaded(tmp_path, command):
+    file = tmp_path / "typo.toml"
+    file.write_text('[study]\nnme = "x"\n' if command != "manual" else "[[queue]]\nd_modl = 8\n")
+    code = (
+        "import atexit, sys; from fintx import cli; sys.argv[0] = 'fintx'; "
+        "atexit.register(lambda: print(*({'jax', 'optuna', 'flax', 'pyarrow', 'sklearn'} & {*sys.modules}))); "
+        "cli.main()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, command, str(file)], cwd=tmp_path, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 2 and f"{file}:2: " in done.stderr, (done.stdout, done.stderr)
+    assert done.stdout.strip() == ""
