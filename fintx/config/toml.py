@@ -1,4 +1,8 @@
-"""TOML text: read, the line of every key, and values written. The only door to `tomllib`, which tells no lines."""
+"""TOML text: a file over its base and `--set` as one tree, the place of every key, and values written.
+
+The only door to `tomllib`, which tells no lines. A file may extend one base: its tables merge over the base's key by
+key, values are replaced whole, and a table that names another `kind` than the base's replaces it.
+"""
 
 from __future__ import annotations
 
@@ -7,17 +11,16 @@ import difflib
 import json
 import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fintx.types import FintxError, without_passwords
-
-KeyPath = tuple[str | int, ...]
-"""Where a value stands in a tree: ("queue", 1, "d_model")."""
+from fintx.config.validate import BASE, OWN, SECTIONS, KeyPath, Place, Problems, got, one_line, shortened
+from fintx.types import FintxError
 
 _LARGEST = 2**20
-_LONGEST = 60
+_DEEPEST = 16
 _LONG_KEY = re.compile(r"""(?<![\w-])(?:(?:[\w-]++|"(?:[^"\\\n]|\\.){0,200}+"|'[^'\n]{0,200}+')[ \t]*+\.[ \t]*+){32}""")
 
 
@@ -26,17 +29,6 @@ class SweepFileError(FintxError):
 
     def __init__(self, text: str):
         super().__init__("\n".join(one_line(line) for line in text.split("\n")))
-
-
-def shortened(text: str) -> str:
-    """The text, or its beginning and an ellipsis; a password is hidden first, since a cut URL is no URL any more."""
-    text = without_passwords(text)
-    return text if len(text) <= _LONGEST else text[: _LONGEST - 1] + "…"
-
-
-def one_line(text: str) -> str:
-    """The text with every character that is no plain one escaped, so that a file can't write to the terminal."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------
@@ -71,7 +63,7 @@ def plain(text: str) -> str:
     return text.removeprefix("\ufeff").replace("\r\n", "\n")
 
 
-def parse(name: str, text: str) -> tuple[dict[str, Any], dict[KeyPath, int]]:
+def _parse_text(name: str, text: str) -> tuple[dict[str, Any], dict[KeyPath, int]]:
     """The tree and the line of every key."""
     if match := _LONG_KEY.search(text):
         line = text.count("\n", 0, match.start()) + 1
@@ -89,6 +81,235 @@ def parse(name: str, text: str) -> tuple[dict[str, Any], dict[KeyPath, int]]:
         number = re.search(r"\d[\d_]{4000,}", text)
         where = f"{name}:{text.count(chr(10), 0, number.start()) + 1}" if number else name
         raise SweepFileError(f"{where}: is not valid TOML: {shortened(str(error))}") from None
+
+
+@dataclass(frozen=True)
+class Source:
+    """A parsed text: its tree, with the dotted paths of [space] and [[queue]] joined, and where each key stands."""
+
+    tree: dict[str, Any]
+    places: dict[KeyPath, Place]
+
+
+# --- a file over its base ---------------------------------------------------------------------------------------------
+
+
+def resolved(path: Path, *, overrides: Sequence[str] = (), text: str | None = None) -> Source:
+    """A file over its base, and the command line's `--set key=value` over both.
+
+    Args:
+        text: what to read in place of the file's own content.
+
+    Raises:
+        SweepFileError: a file that can't be read or is no TOML, a mistaken base or override.
+    """
+    source = parse(path, read_text(path) if text is None else text)
+    if "extends" in source.tree:
+        base = _base(path, source)
+        del source.tree["extends"]
+        source = _merge(base, source)
+    for rank, each in enumerate(overrides, start=OWN + 1):
+        source = _override(source, each, rank=rank)
+    return source
+
+
+def parse(path: Path, text: str, *, rank: int = OWN) -> Source:
+    """A text of a file, alone: its base is not looked at.
+
+    Raises:
+        SweepFileError: it is no TOML, or none that a sweep file can hold.
+    """
+    tree, lines = _parse_text(str(path), plain(text))
+    places = {_joined_path(key_path, tree): Place(rank, f"{path}:{line}") for key_path, line in lines.items()}
+    _refuse_monsters(tree, places, default=str(path))
+    return Source(_joined(tree), places)
+
+
+def _refuse_monsters(tree: dict[str, Any], places: dict[KeyPath, Place], *, default: str) -> None:
+    """No sweep file is nested deeply or holds an integer of more than TOML's 64 bits; later steps may rely on it."""
+    pending: list[tuple[KeyPath, Any]] = [((), tree)]
+    problems = Problems(places, default=default)
+    while pending:
+        path, value = pending.pop()
+        if len(path) > _DEEPEST:
+            problems.add(_joined_path(path, tree)[:4], "is nested too deeply; a sweep file has sections of keys")
+        elif isinstance(value, dict | list):
+            children = value.items() if isinstance(value, dict) else enumerate(value)
+            pending += [((*path, key), child) for key, child in children]
+        elif isinstance(value, int) and not -(2**63) <= value < 2**63:
+            problems.add(_joined_path(path, tree), "wanted a whole number of 64 bits, got a larger one")
+    if problems.found:
+        raise SweepFileError(problems.text())
+
+
+def _base(path: Path, own: Source) -> Source:
+    where, given = own.places[("extends",)].words, own.tree["extends"]
+    if not isinstance(given, str) or not given:
+        raise SweepFileError(f"{where}: extends: wanted the name of a file beside this one, got {got(given)}")
+    base_path = path.parent / given
+    try:
+        found = base_path.is_file()
+    except (OSError, ValueError):  # a name that no file can have
+        found = False
+    if not found:
+        raise SweepFileError(f"{where}: extends: {path.parent / shortened(given)} is not there")
+    base = parse(base_path, read_text(base_path), rank=BASE)
+    if "extends" in base.tree:
+        raise SweepFileError(
+            f"{base.places[('extends',)].words}: extends: a base can't extend another; one level is all"
+        )
+    return base
+
+
+def _joined(tree: dict[str, Any]) -> dict[str, Any]:
+    """In [space] and [[queue]] a dotted path may be written with or without quotes: both mean the path."""
+    joined = dict(tree)
+    if isinstance(space := tree.get("space"), dict):
+        joined["space"] = _join_table(space)
+    if isinstance(queue := tree.get("queue"), list):
+        joined["queue"] = [_queue_entry(entry) if isinstance(entry, dict) else entry for entry in queue]
+    return joined
+
+
+def _join_table(table: dict[str, Any]) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in table.items():
+        flat |= {f"{key}.{k}": v for k, v in value.items()} if _is_group(key, value) else {key: value}
+    return flat
+
+
+def _queue_entry(entry: dict[str, Any]) -> dict[str, Any]:
+    explicit = entry.get("values")
+    flat = _join_table({key: value for key, value in entry.items() if key != "values"})
+    own = {key: value for key, value in flat.items() if "." not in key}
+    values = {key: value for key, value in flat.items() if "." in key}
+    if isinstance(explicit, dict):
+        values = {**_join_table(explicit), **values}
+    elif explicit is not None:
+        values = explicit
+    return {**own, "values": values} if values or explicit is not None else own
+
+
+def _is_group(key: str | int, value: Any) -> bool:
+    """Is it half of a dotted path, such as optim of optim.learning_rate?"""
+    return isinstance(value, dict) and (
+        key in SECTIONS or bool(value) and all(isinstance(v, dict) for v in value.values())
+    )
+
+
+def _joined_path(path: KeyPath, tree: dict[str, Any]) -> KeyPath:
+    """A path as it stands in the text → as it stands in the joined tree."""
+    head = {"space": 1, "queue": 2}.get(str(path[0]), 0) if path else 0
+    if path[:1] == ("queue",) and path[2:3] == ("values",):
+        head = 3
+    start, rest = path[:head], path[head:]
+    if not head or not rest:
+        return path
+    if len(rest) > 1 and _is_group(rest[0], _held(tree, (*start, rest[0]))):
+        rest = (f"{rest[0]}.{rest[1]}", *rest[2:])
+    if head == 2 and "." in str(rest[0]):
+        start = (*start, "values")
+    return (*start, *rest)
+
+
+def _held(tree: Any, path: KeyPath) -> Any:
+    """What stands at a path; None where the text spells a key in another way than the tree."""
+    for part in path:
+        inside = part in tree if isinstance(tree, dict) else isinstance(tree, list) and isinstance(part, int)
+        tree = tree[part] if inside else None
+    return tree
+
+
+# --- merging ----------------------------------------------------------------------------------------------------------
+
+
+def _merge(base: Source, own: Source) -> Source:
+    """The file over its base; a replaced value takes its places along."""
+    tree = dict(base.tree)
+    replaced: set[KeyPath] = set()
+    for section, content in own.tree.items():
+        below = base.tree.get(section)
+        both = isinstance(content, dict) and isinstance(below, dict)
+        if both and ("kind" not in content or content["kind"] == below.get("kind")):  # type: ignore[union-attr]
+            tree[section] = {**below, **content}  # type: ignore[dict-item]
+            replaced |= {(section, key) for key in content}
+        else:
+            tree[section] = content
+            replaced.add((section,))
+    kept = {path: at for path, at in base.places.items() if path[:1] not in replaced and path[:2] not in replaced}
+    return Source(tree, {**kept, **own.places})
+
+
+def _override(source: Source, text: str, *, rank: int) -> Source:
+    """One --set key=value over all before it: tables are entered along the key's dots, the value replaces the old one.
+
+    Raises:
+        SweepFileError: no key, no value, or more than one.
+    """
+    shown = f"--set {one_line(shortened(_without_secret(text)))}"
+    path, parsed = assignment(text, shown=shown, example="section.key=value, such as study.n_trials=3")
+    if path == ("extends",):
+        raise SweepFileError(f"{shown}: extends: a base is named in the file alone")
+    place = Place(rank, shown)
+    _refuse_monsters(parsed, {path[:1]: place}, default=shown)
+    path, parsed = _joined_path(path, parsed), _joined(parsed)
+    values = {path: _held(parsed, path)}
+    if values[path] is None:  # half a dotted path, space.optim={…}: each whole path in it is set
+        values = {("space", key): searched for key, searched in parsed["space"].items()}
+    for each, content in values.items():
+        source = _set(source, each, content, place)
+    return source
+
+
+def assignment(text: str, *, shown: str, example: str) -> tuple[KeyPath, dict[str, Any]]:
+    """The one key path of a text like key=value, and its tree; the value is TOML, a bare word is text.
+
+    Raises:
+        SweepFileError: no key, no value, or more than one.
+    """
+    key, equals, value = text.partition("=")
+    for attempt in (value, json.dumps(value.strip())) if equals else ():
+        try:
+            parsed, _ = _parse_text(shown, f"{key.strip()} = {attempt}")
+            return _only_path(_parse_text(shown, f"{key.strip()} = 0")[0], parsed), parsed
+        except SweepFileError:
+            continue
+    raise SweepFileError(f"{shown}: wanted {example}")
+
+
+def _without_secret(text: str) -> str:
+    """A database's URL may hold a password in any spelling; no more of it is shown than its kind."""
+    key, equals, value = text.partition("=")
+    kind, url, _ = value.partition("://")
+    if url:
+        return f"{key}={kind}://…"
+    return f"{key}=…" if "storage" in key and ":" in value else text
+
+
+def _set(source: Source, path: KeyPath, content: Any, place: Place) -> Source:
+    tree = dict(source.tree)
+    inside, changed = tree, path
+    for depth, part in enumerate(map(str, path[:-1]), start=1):
+        below = inside.get(part)
+        if not isinstance(below, dict):  # the table is the command line's too
+            changed = min(changed, path[:depth], key=len)
+        inside[part] = dict(below) if isinstance(below, dict) else {}
+        inside = inside[part]
+    inside[str(path[-1])] = content
+    kept = {at: where for at, where in source.places.items() if at[: len(changed)] != changed}
+    return Source(tree, {**kept, changed: place, path: place})
+
+
+def _only_path(keys: dict[str, Any], parsed: dict[str, Any]) -> KeyPath:
+    """The one key path of an override."""
+    path: KeyPath = ()
+    inside: Any = keys
+    while isinstance(inside, dict):
+        if len(inside) != 1 or not isinstance(parsed, dict) or parsed.keys() != inside.keys():
+            raise SweepFileError("more than one key")
+        key = next(iter(inside))
+        path, inside, parsed = (*path, key), inside[key], parsed[key]
+    return path
 
 
 # --- lines ------------------------------------------------------------------------------------------------------------

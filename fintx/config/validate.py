@@ -23,7 +23,11 @@ from fintx.config.schema import (
     StudySpec,
     check_loss,
 )
-from fintx.config.toml import KeyPath, one_line, shortened
+from fintx.types import without_passwords
+
+KeyPath = tuple[str | int, ...]
+"""Where a value stands in a tree: ("queue", 1, "d_model")."""
+_LONGEST = 60
 
 SECTIONS = ("model", "optim", "train")
 """Sections of TrialConfig whose values a search may vary."""
@@ -283,6 +287,17 @@ def expectation(kind: str, context: Mapping[str, Any], path: KeyPath) -> str:
             f"text like {context['pattern']}",
         )
     return kind.replace("_", " ")
+
+
+def shortened(text: str) -> str:
+    """The text, or its beginning and an ellipsis; a password is hidden first, since a cut URL is no URL any more."""
+    text = without_passwords(text)
+    return text if len(text) <= _LONGEST else text[: _LONGEST - 1] + "…"
+
+
+def one_line(text: str) -> str:
+    """The text with every character that is no plain one escaped, so that a file can't write to the terminal."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
 def nearest(given: str, valid: Sequence[str]) -> str:

@@ -22,7 +22,8 @@ from typing import Any
 from fintx import files
 from fintx.config import load, toml
 from fintx.config.schema import QueueEntry, StudySpec
-from fintx.config.toml import SweepFileError, locate, one_line, shortened
+from fintx.config.toml import SweepFileError, locate
+from fintx.config.validate import one_line, shortened
 from fintx.data import windows
 from fintx.model import sizes
 from fintx.study import ledger, queue, records
@@ -157,7 +158,7 @@ def value_of(text: str) -> tuple[str, bool | int | float | str]:
     """
     shown = f"--value {one_line(shortened(text))}"
     example = "a path and a number, true, false or text, such as optim.learning_rate=3e-4"
-    path, tree = load.assignment(text, shown=shown, example=example)
+    path, tree = toml.assignment(text, shown=shown, example=example)
     value: Any = tree
     for key in path:
         value = value[key]
@@ -172,7 +173,7 @@ def _with_entry(path: Path, text: str, fields: Mapping[str, Any], data_root: Pat
     changed = appended(text, ["[[queue]]", *toml.pairs(fields)])
     _refuse_surrogates(changed)
     first_line = toml.plain(changed).count("\n") - len(fields)
-    manual = not load.is_study(load.parse(path, text).tree)
+    manual = not load.is_study(toml.parse(path, text).tree)
     try:
         studies = _studies(path, manual, changed, counted=True)
     except SweepFileError as error:
@@ -213,13 +214,13 @@ def _of_new_entry(said: str, path: Path, first_line: int) -> str:
 
 def _refuse_unlike_blocks(path: Path, text: str) -> None:
     """A block can only be added to, or changed in, a queue that is written in blocks in this very file."""
-    source = load.parse(path, text)
+    source = toml.parse(path, text)
     if "queue" in source.tree:
         line = locate(toml.plain(text))[("queue",)]
         if not _BLOCK.match(toml.plain(text).split("\n")[line - 1]):
             raise QueueFileError(f"{path}:{line}: the queue is written inline; write each entry as a [[queue]] block")
     elif "extends" in source.tree:
-        resolved = load.resolved(path, text=text)
+        resolved = toml.resolved(path, text=text)
         if resolved.tree.get("queue"):
             where = resolved.places["queue",].words
             raise QueueFileError(f"{path}: its queue is that of the base ({where}); edit it there")
@@ -326,10 +327,10 @@ def with_cancelled(path: Path, text: str, index: int) -> str:
         indent = head[: len(head) - len(head.lstrip(" \t"))]
         lines.insert(at, f"{indent}cancelled = true" + ("\r" if head.endswith("\r") else ""))
     changed = "\n".join(lines)
-    wanted = copy.deepcopy(load.parse(path, text).tree)
+    wanted = copy.deepcopy(toml.parse(path, text).tree)
     wanted["queue"][index]["cancelled"] = True
     try:
-        edited_well = load.parse(path, changed).tree == wanted
+        edited_well = toml.parse(path, changed).tree == wanted
     except SweepFileError:
         edited_well = False
     if not edited_well:
