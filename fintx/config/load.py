@@ -52,7 +52,7 @@ def study(path: Path, *, overrides: Sequence[str] = (), text: str | None = None,
         )
     problems = Problems(source.places, default=str(path))
     spec = _checked(source, problems, counted=counted)
-    if problems.found:
+    if problems.lines:
         raise SweepFileError(problems.text())
     return spec
 
@@ -96,10 +96,10 @@ def files(path: Path) -> tuple[Path, ...]:
 
 def _stamp(path: Path) -> tuple[int, int]:
     try:
-        found = path.stat()
+        stat = path.stat()
     except OSError:  # an editor may be replacing it
         return (0, 0)
-    return (found.st_mtime_ns, found.st_size)
+    return (stat.st_mtime_ns, stat.st_size)
 
 
 def dump(spec: StudySpec) -> str:
@@ -186,7 +186,7 @@ def by_sweep(path: Path, *, overrides: Sequence[str] = (), text: str | None = No
         else:
             _check_alone(source.tree, index, problems)
     specs = {sweep: _group(source, sweep, indices, overrides, problems) for sweep, indices in groups.items()}
-    if problems.found:
+    if problems.lines:
         raise SweepFileError(problems.text())
     return {sweep: spec for sweep, spec in specs.items() if spec is not None}
 
@@ -210,16 +210,16 @@ def _sweep_of(path: Path, entry: Any, index: int, problems: Problems) -> Path | 
     if not isinstance(given, str) or not given:
         problems.add(where, f"wanted the name of a sweep file beside this one, got {got(given)}")
         return None
-    found = sweep_path(path, given)
+    sweep = sweep_path(path, given)
     try:
-        there = found.is_file()
+        there = sweep.is_file()
     except (OSError, ValueError):  # a name that no file can have
         there = False
     if not there:
         beside = sorted(each.name for each in path.parent.glob("*.toml") if each.name != path.name)
         problems.add(where, f"{got(given)} is not there{nearest(given, beside)}")
         return None
-    return found
+    return sweep
 
 
 def _check_alone(tree: dict[str, Any], index: int, problems: Problems) -> None:
@@ -247,7 +247,7 @@ def _group(
         return None
     set_here = Problems(below.places, default=str(sweep))
     for place in (below.places[at] for at in below.places if at[0] == "queue" and below.places[at].rank > OWN):
-        set_here.found[f"{place.words}: a manual file's queue is its own entries; edit them there"] = None
+        set_here.lines[f"{place.words}: a manual file's queue is its own entries; edit them there"] = None
     source = _with_queue(below, manual, indices)
     own = Problems(source.places, default=str(sweep), entries=indices)
     spec = _checked(source, own, counted=False)
@@ -274,7 +274,7 @@ def _without_sweep(entry: dict[str, Any]) -> dict[str, Any]:
 
 
 def _checked(source: toml.Source, problems: Problems, *, counted: bool = True) -> StudySpec:
-    """The spec of a tree, with every problem of it noted; mended by stand-ins where there is one.
+    """The spec of a tree, with every problem of it noted; stand-ins take the place of what is wrong.
 
     Args:
         counted: whether the queue counts toward n_trials; a manual file's entries run whatever the total.
@@ -296,8 +296,8 @@ def _searched_and_fixed(source: toml.Source, problems: Problems) -> None:
             continue
         searched = source.places.get(("space", path), source.places[("space",)])
         if fixed.rank >= searched.rank:
-            mend = f'set space."{path}"={{choices=[…]}}' if fixed.rank > OWN else "take one of the two out"
-            problems.add((section, key), f"is searched ({searched.words}), so a value here has no effect; {mend}")
+            fix = f'set space."{path}"={{choices=[…]}}' if fixed.rank > OWN else "take one of the two out"
+            problems.add((section, key), f"is searched ({searched.words}), so a value here has no effect; {fix}")
         source.tree[section] = {name: value for name, value in source.tree[section].items() if name != key}
 
 
@@ -311,19 +311,19 @@ def _validate(tree: dict[str, Any], problems: Problems) -> tuple[StudySpec, Cont
     for each in errors[:MOST_PROBLEMS]:
         if said := say(each, tree):
             problems.add(*said)
-    assert problems.found
+    assert problems.lines
     entries = {each["loc"][:2] for each in errors if each["loc"][0] in ("space", "queue") and len(each["loc"]) > 1}
     sections = {str(each["loc"][0]) for each in errors if each["loc"][:2] not in entries}
-    mended = {section: content for section, content in tree.items() if section not in sections}
-    mended |= {section: content for section, content in _STAND_INS.items() if section in sections}
-    if "space" in mended:
-        kept = {path: searched for path, searched in mended["space"].items() if ("space", path) not in entries}
-        mended["space"] = kept
-    if "queue" in mended:
-        queue = enumerate(mended["queue"])
-        one = dict.fromkeys(shape_names(FAMILIES[family_in(mended)].queue_entry), 1)
-        mended["queue"] = [one if ("queue", index) in entries else entry for index, entry in queue]
-    return _spec(mended), sections | {f"space.{path}" for section, path in entries if section == "space"}
+    repaired = {section: content for section, content in tree.items() if section not in sections}
+    repaired |= {section: content for section, content in _STAND_INS.items() if section in sections}
+    if "space" in repaired:
+        kept = {path: searched for path, searched in repaired["space"].items() if ("space", path) not in entries}
+        repaired["space"] = kept
+    if "queue" in repaired:
+        queue = enumerate(repaired["queue"])
+        one = dict.fromkeys(shape_names(FAMILIES[family_in(repaired)].queue_entry), 1)
+        repaired["queue"] = [one if ("queue", index) in entries else entry for index, entry in queue]
+    return _spec(repaired), sections | {f"space.{path}" for section, path in entries if section == "space"}
 
 
 _STAND_INS: dict[str, Any] = {

@@ -433,7 +433,7 @@ class ExecutionConfig(_Config):
     max_attempts: Count = 3
     """Times that a run of the study tries a trial whose worker crashes or hangs, before it leaves the trial aside."""
     max_failures: Count = 10
-    """Failures of the same kind in a row that stop the study: something is wrong that more trials won't mend."""
+    """Failures of the same kind in a row that stop the study: something is wrong that more trials won't fix."""
     memory: Annotated[int, Field(ge=1, le=2**50), BeforeValidator(_parse_bytes)] | None = None
     """Memory that all running trials may take together, such as "12GB"; none: what the machine or its GPU has free."""
     program_cache: str | None = None

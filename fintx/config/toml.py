@@ -138,7 +138,7 @@ def _refuse_monsters(tree: dict[str, Any], places: dict[KeyPath, Place], *, defa
             pending += [((*path, key), child) for key, child in children]
         elif isinstance(value, int) and not -(2**63) <= value < 2**63:
             problems.add(_joined_path(path, tree), "wanted a whole number of 64 bits, got a larger one")
-    if problems.found:
+    if problems.lines:
         raise SweepFileError(problems.text())
 
 
@@ -148,10 +148,10 @@ def _base(path: Path, own: Source) -> Source:
         raise SweepFileError(f"{where}: extends: wanted the name of a file beside this one, got {got(given)}")
     base_path = path.parent / given
     try:
-        found = base_path.is_file()
+        exists = base_path.is_file()
     except (OSError, ValueError):  # a name that no file can have
-        found = False
-    if not found:
+        exists = False
+    if not exists:
         raise SweepFileError(f"{where}: extends: {path.parent / shortened(given)} is not there")
     base = parse(base_path, read_text(base_path), rank=BASE)
     if "extends" in base.tree:
@@ -333,7 +333,7 @@ class _Locator:
         self._text = text
         self._at = 0
         self._newlines = [match.start() for match in re.finditer("\n", text)]
-        self._found: dict[KeyPath, int] = {}
+        self._lines: dict[KeyPath, int] = {}
         self._elements: dict[KeyPath, int] = {}
 
     def run(self) -> dict[KeyPath, int]:
@@ -345,7 +345,7 @@ class _Locator:
             else:
                 self._pair(table)
             self._skip(_BLANK)
-        return self._found
+        return self._lines
 
     def _skip(self, pattern: re.Pattern[str]) -> str:
         match = pattern.match(self._text, self._at)
@@ -356,7 +356,7 @@ class _Locator:
     def _note(self, path: KeyPath, parts: int) -> None:
         line = bisect.bisect_left(self._newlines, self._at) + 1
         for length in range(len(path) - parts + 1, len(path) + 1):
-            self._found.setdefault(path[:length], line)
+            self._lines.setdefault(path[:length], line)
 
     def _header(self) -> KeyPath:
         double = self._text.startswith("[[", self._at)
@@ -372,7 +372,7 @@ class _Locator:
             if table in self._elements:
                 table = (*table, self._elements[table])
         end, self._at = self._at, start
-        self._found.pop(table, None)  # its own header tells more than that of a table inside it
+        self._lines.pop(table, None)  # its own header tells more than that of a table inside it
         self._note(table, len(table))
         self._at = end
         self._skip(_SPACE)

@@ -36,7 +36,7 @@ SECTIONS = ("model", "optim", "train")
 def cross_checks(
     spec: StudySpec, *, broken: Container[str] = (), counted: bool = True
 ) -> Iterator[tuple[KeyPath, str]]:
-    """Every misfit between parts, as (key path, what is wrong and how to mend it).
+    """Every misfit between parts, as (key path, what is wrong and how to fix it).
 
     Args:
         broken: sections, and "space.PATH" entries, that are known to be wrong and were filled in: nothing is said of
@@ -419,12 +419,12 @@ class Problems:
         self._places = places
         self._default = default
         self._entries = entries
-        self.found: dict[str, None] = {}
+        self.lines: dict[str, None] = {}
         self.uncounted = 0
 
     def add(self, path: KeyPath, words: str) -> None:
         """A line on a key."""
-        self.found[one_line(f"{self.at(path)}: {words}")] = None
+        self.lines[one_line(f"{self.at(path)}: {words}")] = None
 
     def at(self, path: KeyPath) -> str:
         """Where a key stands and what it is called there: FILE:LINE: key."""
@@ -436,16 +436,16 @@ class Problems:
 
     def take(self, other: Problems) -> None:
         """Add the lines of another part of the file."""
-        self.found |= other.found
+        self.lines |= other.lines
         self.uncounted += other.uncounted
 
     def take_text(self, text: str) -> None:
         """Add lines that were said elsewhere."""
-        self.found |= dict.fromkeys(text.split("\n"))
+        self.lines |= dict.fromkeys(text.split("\n"))
 
     def text(self) -> str:
         """All lines, or the first hundred and how many there are beside them."""
-        lines = list(self.found)
+        lines = list(self.lines)
         more = max(0, len(lines) - MOST_PROBLEMS) + self.uncounted
         return "\n".join([*lines[:MOST_PROBLEMS], *([f"… and {more} problems more"] if more else [])])
 

@@ -50,7 +50,7 @@ def of_manual(path: Path, overrides: Sequence[str]) -> list[Order]:
     Raises:
         SweepFileError: all that is wrong with it, or with the sweep files that it names.
     """
-    return [_of_group(path, sweep, spec, overrides) for sweep, spec in _groups(path, overrides).items()]
+    return [_of_group(path, sweep, spec, overrides) for sweep, spec in load.by_sweep(path, overrides=overrides).items()]
 
 
 def added(path: Path, overrides: Sequence[str], made: Sequence[Order]) -> Callable[[], list[Order]]:
@@ -69,11 +69,7 @@ def added(path: Path, overrides: Sequence[str], made: Sequence[Order]) -> Callab
 def _of_group(path: Path, sweep: Path, spec: StudySpec, overrides: Sequence[str]) -> Order:
     def read() -> StudySpec:
         emptied = spec.model_copy(update={"queue": ()})
-        return _groups(path, overrides).get(sweep, emptied)
+        return load.by_sweep(path, overrides=overrides).get(sweep, emptied)
 
     again = load.watch((path, *load.files(sweep)), read)
     return Order(spec, again, load.where(path, overrides=overrides, sweep=sweep), queue_only=True)
-
-
-def _groups(path: Path, overrides: Sequence[str]) -> dict[Path, StudySpec]:
-    return load.by_sweep(path, overrides=overrides)

@@ -183,8 +183,8 @@ def _with_entry(path: Path, text: str, fields: Mapping[str, Any], data_root: Pat
     identity = queue.identity(entry)
     known = {queue.identity(each): each for each in spec.queue[:-1]}
     if identity in known:
-        mend = "; it is cancelled: take that line out of the file" if known[identity].cancelled else ""
-        raise QueueFileError(f"{path}: holds the entry {identity} of {spec.study.name} already{mend}")
+        fix = "; it is cancelled: take that line out of the file" if known[identity].cancelled else ""
+        raise QueueFileError(f"{path}: holds the entry {identity} of {spec.study.name} already{fix}")
     there = load.where(path, sweep=load.sweep_path(path, str(fields["sweep"])) if manual else None)
     last = ("queue", len(spec.queue) - 1)
     queue.validate(
@@ -303,9 +303,9 @@ def _refuse_begun(path: Path, found: _Found, outputs: Path) -> None:
     folder = outputs / name
     url = found.spec.execution.storage
     (state,) = _states([found.entry], folder, records.read_all(folder), url=url)
-    mend = {"running": "stop the study first", "done": "there is nothing left to cancel"}.get(state.state)
-    if mend is not None:
-        raise QueueFileError(f"{path}: {state.identity} is {state.state} (trial {state.number} of {name}); {mend}")
+    fix = {"running": "stop the study first", "done": "there is nothing left to cancel"}.get(state.state)
+    if fix is not None:
+        raise QueueFileError(f"{path}: {state.identity} is {state.state} (trial {state.number} of {name}); {fix}")
     if found.entry.cancelled:
         raise QueueFileError(f"{path}: {state.identity} is cancelled already")
 
