@@ -82,11 +82,10 @@ def test_two_equal_seeds_of_two_equal_configs_are_equal():
 @pytest.mark.parametrize(
     "truth",
     [
-        {"strength": 0.5, "noise": (0.05, 0.05)},
-        {"strength": 0.5, "noise": (1.0, 1.0)},
-        {"strength": 0.0, "noise": (0.3, 0.3, 0.3, 0.3)},
+        pytest.param({"strength": 0.5, "noise": (0.05, 0.05)}, id="much alike", marks=pytest.mark.long),
+        pytest.param({"strength": 0.5, "noise": (1.0, 1.0)}, id="seeds differ much", marks=pytest.mark.long),
+        pytest.param({"strength": 0.0, "noise": (0.3, 0.3, 0.3, 0.3)}, id="four without skill"),
     ],
-    ids=["much alike", "seeds differ much", "four without skill"],
 )
 def test_equal_models_are_indistinguishable_in_nine_of_ten_studies(truth):
     assert counted(200, **truth)["all alike"] >= 180

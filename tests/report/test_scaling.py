@@ -43,7 +43,7 @@ def read(folders, **options):
 
 @pytest.mark.slow
 def test_a_planted_power_law_is_recovered_within_its_interval(tmp_path):
-    found = read(write(tmp_path, lambda n: 12 * n**-0.5), refits=100)
+    found = read(write(tmp_path, lambda n: 12 * n**-0.5), refits=40)
     assert found.word == "scales"
     assert found.sentence.startswith("Scales. From 2.0K to 250.0K parameters the squared error of tuned models falls")
     law = next(each for each in found.every.laws if each.fit.form == "power law")
