@@ -165,3 +165,10 @@ def test_a_typo_is_told_before_jax_is_loaded(tmp_path, command):
     )
     assert done.returncode == 2 and f"{file}:2: " in done.stderr, (done.stdout, done.stderr)
     assert done.stdout.strip() == ""
+
+
+def test_what_tests_share_lies_in_helpers() -> None:
+    """A test module that others import runs its own fixtures and marks in their place, and can't be moved alone."""
+    for path in sorted((ROOT / "tests").rglob("*.py")):
+        names = {name for name in imports(path.read_text()) if name.startswith("tests.")}
+        assert all(name.startswith("tests.helpers") for name in names), (path, names)
