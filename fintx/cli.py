@@ -233,13 +233,13 @@ def _run(
 def _conduct(orders: list[Order], run_all: Callable[[Console, list[Order]], Results], *, confirms: bool) -> None:
     from fintx.study import pool, runner
     from fintx.study.opening import Order
-    from fintx.terminal import tables
+    from fintx.terminal import display
 
     pool.keep_off_the_gpus()
     console = Console()
     results = run_all(console, orders)
     if len(results) > 1:
-        tables.print_results(console, [each for each in results if not isinstance(each, runner.Confirmed)])
+        display.print_results(console, [each for each in results if not isinstance(each, runner.Confirmed)])
     if confirms:
         finished = [each for each in results if isinstance(each, runner.Summary) and each.to_be_confirmed]
         after = [Order(each.spec, confirm=each.spec.confirm) for each in finished]
@@ -263,7 +263,7 @@ def _run_all(
     orders: list[Order],
 ) -> Results:
     from fintx.study import runner
-    from fintx.terminal import confirmation, live, tables
+    from fintx.terminal import display, live
 
     with _stop_on_signal() as should_stop, live.View(console) as view:
         watched = dataclasses.replace(context, notify=view.notify, should_stop=should_stop)
@@ -271,10 +271,10 @@ def _run_all(
     for result in results:
         if isinstance(result, runner.Summary):
             if result.records or result.problem is None:
-                tables.print_summary(console, result)
-            tables.print_unfinished(console, result)
+                display.print_summary(console, result)
+            display.print_unfinished(console, result)
         elif isinstance(result, runner.Confirmed):
-            confirmation.print_confirmed(console, result)
+            display.print_confirmed(console, result)
     return results
 
 
@@ -330,10 +330,10 @@ def plan(
     spec = load.study(file, overrides=overrides)  # a mistake is told before JAX is loaded
 
     from fintx.study import plan as planning
-    from fintx.terminal import tables
+    from fintx.terminal import display
 
     machine = planning.machine(devices, device_memory)
-    tables.print_plan(
+    display.print_plan(
         Console(),
         planning.build(spec, data_root=data_dir, on=machine, where=load.where(file, overrides=overrides)),
     )
@@ -344,7 +344,7 @@ def status(outputs: Outputs = OUTPUTS) -> None:
     """Say how far every study is, and its best trial."""
     from fintx.study import records
     from fintx.study import status as statuses
-    from fintx.terminal import tables
+    from fintx.terminal import display
 
     folders = records.study_folders(outputs)
     if not folders:
@@ -355,7 +355,7 @@ def status(outputs: Outputs = OUTPUTS) -> None:
             found.append(statuses.read(folder))
         except FintxError as error:  # one study's damage hides no other study
             damage.append(str(error))
-    tables.print_status(Console(), found)
+    display.print_status(Console(), found)
     if damage:
         raise FintxError("\n".join(damage))
 
@@ -375,7 +375,7 @@ def evaluate(
 ) -> None:
     """Restore a checkpoint and report all its metrics; with --test, those of a study's confirmed models."""
     from fintx.study import evaluation, sealed
-    from fintx.terminal import confirmation, tables
+    from fintx.terminal import display
 
     if test and data is not None:
         raise FintxError("--test and --data exclude each other: the test part belongs to the study's own data")
@@ -383,13 +383,13 @@ def evaluate(
         raise FintxError("--unconfirmed goes with --test: nothing else asks for a confirmation")
     if test:
         opening = sealed.open_test(path, data_root=data_dir, unconfirmed=unconfirmed)
-        confirmation.print_opening(Console(), opening)
+        display.print_opening(Console(), opening)
         return
     if data is not None:
         result = evaluation.on_file(path, data, symbol=symbol, data_root=data_dir)
     else:
         result = evaluation.on_validation(path, data_root=data_dir)
-    tables.print_evaluation(Console(), result)
+    display.print_evaluation(Console(), result)
 
 
 Studies = Annotated[list[str], typer.Argument(help="Names or folders of studies, or patterns in quotes.")]
@@ -407,27 +407,26 @@ def report(
     data_dir: DataDir = DATA,
 ) -> None:
     """Write a study's report, as far as the study is: one HTML page, its figures and tables beside it."""
+    from fintx.analysis import predictions, study_analysis
     from fintx.evaluate.backtest import Rules
-    from fintx.report import scaling_report, study_report
+    from fintx.report import study_page
 
     rules = Rules(cost_bp=cost_bp) if backtest else None
-    for folder in scaling_report.find(studies, outputs=outputs):
-        print(study_report.write(folder, data_root=data_dir, rules=rules))
+    for folder in predictions.find(studies, outputs=outputs):
+        print(study_page.write(study_analysis.read(folder, data_root=data_dir, rules=rules)))
 
 
 @app.command()
 def compare(studies: Studies, outputs: Outputs = OUTPUTS) -> None:
     """Set studies side by side: skill, the same shapes, winners trained elsewhere, rank correlation."""
-    from fintx.report import compare as comparing
-    from fintx.report import compare_report, scaling_report
-    from fintx.terminal import tables
+    from fintx.analysis import comparison, predictions
+    from fintx.report import comparison_page as page
+    from fintx.terminal import display
 
-    found = comparing.read(scaling_report.find(studies, outputs=outputs))
-    words = [compare_report.sentence(found), *found.notes]
-    after = [f"To fill an empty cell: {command}" for command in compare_report.fills(found)]
-    console = Console()
-    tables.print_sheets(console, words, compare_report.sheets(found), after)
-    print(compare_report.write(found, outputs=outputs))
+    compared = comparison.read(predictions.find(studies, outputs=outputs))
+    after = [f"To fill an empty cell: {command}" for command in page.missing(compared)]
+    display.print_tables(Console(), [page.sentence(compared), *compared.notes], page.tables(compared), after)
+    print(page.write(compared, outputs=outputs))
 
 
 @app.command()
@@ -440,14 +439,13 @@ def scaling(
     outputs: Outputs = OUTPUTS,
 ) -> None:
     """Does loss fall with size? Fits over studies that differ in nothing else, and a plain sentence."""
-    from fintx.report import scaling_report
-    from fintx.terminal import tables
+    from fintx.analysis import predictions, scaling_laws
+    from fintx.report import scaling_page as page
+    from fintx.terminal import display
 
-    folders = scaling_report.find(studies, outputs=outputs)
-    found = scaling_report.read(folders, over=over, difference=difference)
-    console = Console()
-    tables.print_sheets(console, [found.sentence, *found.field.notes], scaling_report.sheets(found))
-    print(scaling_report.write(found, outputs=outputs))
+    laws = scaling_laws.read(predictions.find(studies, outputs=outputs), over=over, difference=difference)
+    display.print_tables(Console(), [page.sentence(laws), *laws.trials.notes], page.tables(laws))
+    print(page.write(laws, outputs=outputs))
 
 
 @app.command()
@@ -478,13 +476,13 @@ def params(
 ) -> None:
     """Count the parameters of a shape, or list the shapes that fit a budget."""
     from fintx.study import plan as planning
-    from fintx.terminal import tables
+    from fintx.terminal import display
 
     question = planning.params_question(
         d_model=d_model, n_layers=n_layers, n_heads=n_heads, d_ff=d_ff, budget=budget, tolerance=tolerance,
         n_features=n_features, context_length=context_length, patch_length=patch_length, stride=stride,
     )  # fmt: skip
-    tables.print_params(Console(), question)
+    display.print_params(Console(), question)
 
 
 QueueFile = Annotated[Path, typer.Argument(help="A sweep file, or a manual file.")]
@@ -494,9 +492,9 @@ QueueFile = Annotated[Path, typer.Argument(help="A sweep file, or a manual file.
 def list_queue(file: QueueFile, outputs: Outputs = OUTPUTS, data_dir: DataDir = DATA) -> None:
     """List every entry with its state, trial, exact size, training values and note."""
     from fintx.study import queuefile
-    from fintx.terminal import tables
+    from fintx.terminal import display
 
-    tables.print_queue(Console(), queuefile.listings(file, outputs=outputs, data_root=data_dir))
+    display.print_queue(Console(), queuefile.listings(file, outputs=outputs, data_root=data_dir))
 
 
 @queue_app.command(name="add")
@@ -515,13 +513,13 @@ def add_to_queue(
 ) -> None:
     """Add an entry at the file's end, if the file is right with it; a study that runs takes it up."""
     from fintx.study import queuefile
-    from fintx.terminal import tables
+    from fintx.terminal import display
 
     shape = {"d_model": d_model, "n_layers": n_layers, "n_heads": n_heads, "d_ff": d_ff}
     words = {"sweep": sweep, "id": name, "training": training, "note": note}
     given = {key: text for key, text in words.items() if text is not None}
     edit = queuefile.add(file, {**shape, **given, **dict(map(queuefile.value_of, values))}, data_root=data_dir)
-    tables.print_edit(Console(), edit, "added")
+    display.print_edit(Console(), edit, "added")
 
 
 @queue_app.command(name="cancel")
@@ -534,10 +532,10 @@ def cancel_in_queue(
 ) -> None:
     """Mark an entry as never to be run; one that runs or is done can't be cancelled."""
     from fintx.study import queuefile
-    from fintx.terminal import tables
+    from fintx.terminal import display
 
     edit = queuefile.cancel(file, identity, sweep=sweep, outputs=outputs, data_root=data_dir)
-    tables.print_edit(Console(), edit, "cancelled")
+    display.print_edit(Console(), edit, "cancelled")
 
 
 @data_app.command(name="import")
@@ -552,11 +550,11 @@ def import_file(
 ) -> None:
     """Check a file of daily bars and keep an immutable snapshot of it."""
     from fintx.data import sources
-    from fintx.terminal import tables
+    from fintx.terminal import display
 
     today = datetime.date.today()
     days = None if calendar is None else sources.load(calendar, root=data_dir).dates
-    tables.print_ingest(
+    display.print_ingest(
         Console(), sources.import_file(file, symbol, root=data_dir, repair=repair, calendar=days, today=today)
     )
 
@@ -569,23 +567,23 @@ def yahoo(
 ) -> None:
     """Download daily bars from Yahoo and keep immutable snapshots of them."""
     from fintx.data import sources
-    from fintx.terminal import tables
+    from fintx.terminal import display
 
     console = Console()
     for symbol in symbols:
         entry = sources.import_yahoo(
             symbol, root=data_dir, start=start, today=datetime.date.today(), progress=console.print
         )
-        tables.print_ingest(console, entry)
+        display.print_ingest(console, entry)
 
 
 @data_app.command(name="list")
 def list_data(data_dir: DataDir = DATA) -> None:
     """List what is ingested."""
     from fintx.data import manifest
-    from fintx.terminal import tables
+    from fintx.terminal import display
 
-    tables.print_data(Console(), manifest.entries(data_dir, "raw"), manifest.entries(data_dir, "processed"))
+    display.print_data(Console(), manifest.entries(data_dir, "raw"), manifest.entries(data_dir, "processed"))
 
 
 if __name__ == "__main__":

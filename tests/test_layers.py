@@ -16,6 +16,8 @@ FLOORS = [
     {"cli"},
     {"terminal"},
     {"report"},
+    {"run"},
+    {"analysis"},
     {"study"},
     {"train"},
     {"evaluate"},
@@ -29,7 +31,7 @@ FLOORS = [
 DOORS = {
     "flax": ("fintx/model/transformer.py",),
     "orbax": ("fintx/train/checkpoint.py",),
-    "optuna": ("fintx/study/",),
+    "optuna": ("fintx/study/", "fintx/analysis/patterns.py"),
     "tomllib": ("fintx/config/toml.py",),
     "optax": ("fintx/train/",),
     "matplotlib": ("fintx/report/figures",),

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from fintx import tasks
+from fintx.analysis import comparison, study_analysis
 from fintx.config import load
 from fintx.config.schema import StudySpec
 from fintx.data import features, sources, windows
@@ -20,7 +21,7 @@ from fintx.data.bars import Bars
 from fintx.data.features import Feature
 from fintx.evaluate import baselines
 from fintx.evaluate.baselines import Input, Recipe
-from fintx.report import answer, compare, evidence, sections_evidence, setting
+from fintx.report import format, study_page
 from fintx.study import trial
 from fintx.types import FintxError, Floats
 from tests.helpers import planted
@@ -132,18 +133,16 @@ def test_reports_tell_of_a_task_from_outside(toy, tmp_path):
     folder = planted.write_study(
         tmp_path, spec, lambda i, k: prior + 0.005 * signal, labels=labels, baselines={"prior": prior}, n_trials=3
     )
-    found = evidence.read(folder)
-    assert answer.of(found, None).sentence.startswith(("Ahead", "No"))
-    table = sections_evidence.beside_baselines(found).blocks[0]
+    shown = study_analysis.read(folder, data_root=tmp_path)
+    assert format.study_verdict(shown.results, None)[0].startswith(("Ahead", "No"))
+    table = next(table for table in study_page.build(shown).tables if table.name == "baselines")
     assert also.replace("_", " ") in str(table.columns).lower()
-    shown = setting.read(found, data_root=tmp_path)
-    assert shown.label == spec.task.rule.describe() and shown.bars
-    assert setting.opposite(found, shown.bars) is None
-    assert sections_evidence.direction_section(found, shown.bars) is None
+    assert shown.label == spec.task.rule.describe() and shown.prepared is not None
+    assert shown.direction is None
     twin = planted.write_study(
         tmp_path / "twin", spec, lambda i, k: prior, labels=labels, baselines={"prior": prior}, n_trials=3
     )
-    assert compare.read([folder, twin]).rows[0].label == spec.task.rule.describe()
+    assert comparison.read([folder, twin]).rows[0].label == spec.task.rule.describe()
 
 
 def test_settings_losses_and_metrics_are_checked_against_the_task_from_outside(toy, tmp_path):

@@ -1,4 +1,4 @@
-"""What does a search look like? History, slices through its space, the map of shapes, learning curves, importance."""
+"""Figures of a search: history, slices through its space, the map of shapes, learning curves, importance."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from fintx.report.figures import (
     label_lines,
     robust_limits,
 )
-from fintx.report.words import metric_words
+from fintx.report.format import metric_words
 from fintx.types import Floats
 
 
@@ -39,7 +39,7 @@ def history(
     metric: str,
     minimize: bool,
     baselines: Mapping[str, float],
-    rival: str | None,
+    best_baseline: str | None,
     queued: Sequence[bool],
 ) -> Picture:
     """Every trial's metric in the order of the search, the best so far, and what must be beaten.
@@ -47,13 +47,13 @@ def history(
     Args:
         values: by trial; none where it failed.
         baselines: name → metric.
-        rival: the baseline that must be seen; another one far off is named at the edge.
+        best_baseline: must be seen; another one far off is named at the edge.
     """
     known = [(n, v, q) for n, v, q in zip(numbers, values, queued, strict=True) if v is not None]
     failed = [n for n, v in zip(numbers, values, strict=True) if v is None]
     with canvas(height=3.3) as figure:
         axes = figure.subplots()
-        low, high = _history_limits([v for _, v, _ in known], baselines, rival)
+        low, high = _history_limits([v for _, v, _ in known], baselines, best_baseline)
         for wanted, marker, words in ((False, "o", "sampler"), (True, "D", "queue")):
             chosen = [(n, v) for n, v, q in known if q == wanted]
             if chosen:
@@ -82,7 +82,7 @@ def history(
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         label_lines(axes, labels)
         axes.set_xlabel("trial number")
-        axes.set_ylabel(f"validation {metric_words(metric)}")
+        axes.set_ylabel(_axis_words(metric))
         if any(queued):
             axes.legend(loc="upper right", fontsize=8.5)
         words = "lower" if minimize else "higher"
@@ -92,11 +92,19 @@ def history(
         return keep(figure, "history", "Course of the search", caption)
 
 
-def _history_limits(values: Sequence[float], baselines: Mapping[str, float], rival: str | None) -> tuple[float, float]:
+def _history_limits(
+    values: Sequence[float], baselines: Mapping[str, float], best_baseline: str | None
+) -> tuple[float, float]:
     """The trials and the best baseline; the others only where they don't flatten the picture."""
-    low, high = robust_limits(values, [baselines[rival]] if rival is not None and rival in baselines else [])
+    low, high = robust_limits(
+        values, [baselines[best_baseline]] if best_baseline is not None and best_baseline in baselines else []
+    )
     near = [value for value in baselines.values() if low - (high - low) <= value <= high + (high - low)]
     return robust_limits(values, near) if near else (low, high)
+
+
+def _axis_words(metric: str) -> str:
+    return f"validation {metric_words(metric)}{', nats per row' if metric == 'log_loss' else ''}"
 
 
 @dataclass(frozen=True)
@@ -236,7 +244,7 @@ def learning_curves(found: Sequence[Curve], *, metric: str, baseline: tuple[str,
         right.set_ylim(*robust_limits(held, [baseline[1]] if baseline else []))
         label_lines(right, [each for each in labels if np.isfinite(each[0])])
         left.set_ylabel("training loss, mean per row")
-        right.set_ylabel(f"validation {metric_words(metric)}")
+        right.set_ylabel(_axis_words(metric))
         for axes in (left, right):
             axes.set_xlabel("epoch")
             axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))

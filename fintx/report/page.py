@@ -1,4 +1,4 @@
-"""How does a report reach the disk? One HTML file that needs nothing else, and its figures and tables as files beside.
+"""Pages: one HTML file that needs nothing else, with its figures and tables as files beside it.
 
 <folder>/index.html       everything: styles, figures as SVG; no script, no network
 <folder>/figures/*.svg, *.png
@@ -10,6 +10,7 @@ from __future__ import annotations
 import datetime
 import functools
 import shutil
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -19,7 +20,8 @@ import jinja2
 import fintx
 from fintx.files import replacing
 from fintx.report.figures import Picture
-from fintx.report.sheet import Sheet
+from fintx.report.format import Tone
+from fintx.report.table import Table
 from fintx.types import FintxError
 
 PAGE = "index.html"
@@ -46,7 +48,7 @@ class Text:
     body: str
 
 
-Block = Prose | Sheet | Picture | Text
+Block = Prose | Table | Picture | Text
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,7 @@ class Page:
     question: str
     answer: str
     """One sentence, or a few."""
-    tone: Literal["good", "bad", "open"]
+    tone: Tone
     warnings: tuple[str, ...]
     facts: tuple[tuple[str, str], ...]
     """(what, value) in a row below the answer."""
@@ -77,9 +79,9 @@ class Page:
     footer: str
 
     @property
-    def sheets(self) -> tuple[Sheet, ...]:
+    def tables(self) -> tuple[Table, ...]:
         """Every table."""
-        return tuple(block for section in self.sections for block in section.blocks if isinstance(block, Sheet))
+        return tuple(block for section in self.sections for block in section.blocks if isinstance(block, Table))
 
     @property
     def pictures(self) -> tuple[Picture, ...]:
@@ -91,6 +93,12 @@ def footer() -> str:
     """Who made it, when."""
     today = datetime.datetime.now(datetime.UTC).isoformat(sep=" ", timespec="minutes")
     return f"Made by fintx {fintx.__version__} on {today} from records and predictions alone."
+
+
+def folder_name(studies: Iterable[str]) -> str:
+    """Of a page on several studies: their names, cut where they are too many for a file system."""
+    name = "+".join(studies)
+    return name if len(name) <= 120 else f"{name[:110]}+more"
 
 
 def render(page: Page) -> str:
@@ -124,7 +132,7 @@ def write(page: Page, folder: Path) -> Path:
         for name, files in (
             ("figures", {f"{p.name}.svg": p.svg.encode() for p in page.pictures}
              | {f"{p.name}.png": p.png for p in page.pictures}),
-            ("tables", {f"{sheet.name}.csv": sheet.csv.encode() for sheet in page.sheets}),
+            ("tables", {f"{table.name}.csv": table.csv.encode() for table in page.tables}),
         ):  # fmt: skip
             shutil.rmtree(folder / name, ignore_errors=True)
             (folder / name).mkdir(parents=True, exist_ok=True)
@@ -133,7 +141,5 @@ def write(page: Page, folder: Path) -> Path:
         with replacing(target) as temporary:
             temporary.write_text(render(page), encoding="utf-8")
     except OSError as error:
-        raise FintxError(
-            f"{target}: can't be written: {error.strerror}; mend that and run the command again"
-        ) from error
+        raise FintxError(f"{target}: can't be written: {error.strerror}; fix that and run the command again") from error
     return target

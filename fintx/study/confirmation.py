@@ -6,6 +6,7 @@ outputs/<study>/confirmation.json holds it: written at the end of every run of a
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -71,6 +72,19 @@ class Candidate(Kept):
         return f"not confirmed: {len(failed)} of {len(self.outcomes)} seeds {failed[0]}" if failed else "not judged yet"
 
     @property
+    def spread(self) -> float | None:
+        """Standard deviation of the study's metric between the fresh seeds; none for fewer than two that succeeded."""
+        return _spread([value for value in self.values if value is not None])
+
+    def of_kind(self, kind: str) -> tuple[Group, ...]:
+        """Its folds, its years, or its thirds of VIX."""
+        return tuple(group for group in self.groups if group.kind == kind)
+
+    def spread_of_gains(self, kind: str) -> float | None:
+        """Standard deviation of its gain between those groups."""
+        return _spread([group.gain.mean for group in self.of_kind(kind)])
+
+    @property
     def mean_value(self) -> float | None:
         """The study's metric, mean over the fresh seeds that succeeded."""
         known = [value for value in self.values if value is not None]
@@ -134,6 +148,10 @@ class Confirmation(Kept):
         """Those that can't be told from the best, itself left out."""
         judged = [each for each in self.candidates if each.verdict is not None and not each.verdict.best]
         return tuple(each for each in judged if each.verdict is not None and each.verdict.indistinguishable)
+
+
+def _spread(values: Sequence[float]) -> float | None:
+    return float(np.std(values, ddof=1)) if len(values) > 1 else None
 
 
 def write(study_folder: Path, found: Confirmation) -> None:

@@ -44,6 +44,11 @@ class Rows:
     key: pa.Table
     """What identifies a row; other predictions must have the same."""
 
+    @property
+    def assets(self) -> np.ndarray:
+        """(S,) names."""
+        return np.asarray(self.key["asset"].to_pylist())
+
     def losses(self, outputs: Floats, *, metric: str | None = None) -> Floats:
         """(S,) whose mean is the metric as records hold it (1 − it for a ranking): mean over folds, and over seeds.
 

@@ -1,4 +1,4 @@
-"""What do running studies look like? A live table on a terminal, plain lines everywhere else."""
+"""Live view of running studies: a table on a terminal, plain lines everywhere else."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from dataclasses import dataclass, field
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
 from fintx.config.schema import StudySpec
 from fintx.evaluate import metrics
-from fintx.report.words import count, duration, number, shape_words
+from fintx.report.format import count, duration, number, shape_words
+from fintx.report.table import Column, Table, make
 from fintx.study import records
 from fintx.study.events import (
     ConfirmReady,
@@ -27,7 +27,7 @@ from fintx.study.events import (
     TrialStarted,
 )
 from fintx.study.records import TrialRecord
-from fintx.terminal.tables import show_data
+from fintx.terminal.display import grid, lines, show_data
 
 _SAY_EVERY_S = 30
 """Without a terminal: how long a trial may run without a line."""
@@ -102,7 +102,7 @@ class View:
         """A line where there is no live table; what must not scroll away in one is printed above it too."""
         if always or not self._console.is_terminal:
             prefix = f"{study}: " if len(self._studies) > 1 else ""
-            self._console.print(f"{prefix}{line}", highlight=False, soft_wrap=True, markup=False)
+            lines(self._console, f"{prefix}{line}")
 
     def _open(self, event: StudyReady) -> None:
         bar = self._progress.add_task(event.study, total=event.total, completed=event.finished, words="")
@@ -186,28 +186,26 @@ class View:
         )
 
     def _render(self) -> RenderableType:
-        tables = [_newest(shown) for shown in self._studies.values() if shown.records]
+        tables = [grid(_newest(shown)) for shown in self._studies.values() if shown.records]
         failed = Counter(r.outcome for shown in self._studies.values() for r in shown.records if r.value is None)
         words = ", ".join(f"{n} {outcome}" for outcome, n in failed.items())
         return Group(*tables, self._progress, *([f"failed: {words}"] if words else []))
 
 
 def _newest(shown: _Study) -> Table:
-    table = Table(title=f"{shown.spec.study.name}: newest trials", title_justify="left", box=None, pad_edge=False)
-    for head in ("trial", shown.spec.study.metric, "skill", "shape", "parameters", "outcome", "time"):
-        table.add_column(head, justify="left" if head in ("shape", "outcome") else "right")
     best = shown.best
+    rows: list[tuple[object, ...]] = []
     if shown.to_beat is not None:
         name, value = shown.to_beat
-        table.add_row("to beat", number(value), "", name, "", "", "", style="dim")
+        rows.append(("to beat", value, None, name, None, "", None))
     for record in shown.records[-_SHOWN:]:
-        table.add_row(
-            f"{'★ ' if best is record else ''}{record.trial_number}",
-            number(record.value),
-            number(record.best.get("skill")),
-            shape_words(record.config.shape),
-            count(record.param_count),
-            record.outcome,
-            duration(record.wall_s),
-        )
-    return table
+        star = "★ " if best is record else ""
+        rows.append(
+            (f"{star}{record.trial_number}", record.value, record.best.get("skill"), shape_words(record.config.shape),
+             record.param_count, record.outcome, record.wall_s)
+        )  # fmt: skip
+    columns: list[Column] = [
+        "trial", (shown.spec.study.metric, "number"), ("skill", "percent"), "shape", ("parameters", "size"), "outcome",
+        ("time", "seconds"),
+    ]  # fmt: skip
+    return make("newest", f"{shown.spec.study.name}: newest trials", columns, rows)

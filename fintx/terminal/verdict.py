@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fintx.report.words import number
+from fintx.report.format import number
 from fintx.study.lead import BaselineComparison
 
 

@@ -13,11 +13,11 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
+from fintx.analysis.sized_trials import SizedTrials
 from fintx.config import load
 from fintx.config.schema import StudySpec, TrialConfig, config_hash
 from fintx.evaluate import metrics, significance
 from fintx.model import sizes
-from fintx.report.field import Field
 from fintx.study import records
 from fintx.study.records import FoldRecord, StudyFile, TrialRecord
 from fintx.study.space import SearchSpace
@@ -230,7 +230,7 @@ def noise_study(outputs, name, *, budget="10K", edit="", task=REGRESSION, n_rows
 def field_of(
     law: Callable[[float], float], *, sizes_: Sequence[float], n: int = 12, n_days: int = 1500, spread: float = 0.1,
     baseline: float = 0.05, seed: int = 0,
-) -> Field:  # fmt: skip
+) -> SizedTrials:  # fmt: skip
     """Trials of several sizes without folders: squared errors of a noise of 1 plus an excess that the law gives.
 
     Args:
@@ -245,8 +245,8 @@ def field_of(
     days = np.square(noise - np.array(errors))
     beaten = np.square(noise - np.sqrt(baseline) * rng.normal(size=n_days))
     block = significance.block_length((beaten - days).T, horizon=1)
-    return Field(
-        over="parameters", studies=(), names=(), cells=tuple(f"{s:g}" for s in sizes_), cell=cell, study=cell,
+    return SizedTrials(
+        over="parameters", studies=(), names=(), cells=tuple(map(int, sizes_)), cell=cell, study=cell,
         number=np.tile(np.arange(n), len(sizes_)), size=size, flops=size, loss=days.mean(axis=1) / beaten.mean(),
         days=days, baseline="volatility_linear", baseline_days=beaten, prior_loss=1.2, baseline_loss=1.05,
         n_rows=n_days, resamples=significance.resample(n_days, block, reps=400, seed=seed), notes=(),

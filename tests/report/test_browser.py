@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from fintx.report import compare, compare_report, page, study_report
+from fintx.analysis import comparison, study_analysis
+from fintx.report import comparison_page, page, study_page
 from tests.helpers import chromium
 from tests.helpers.planted import return_study
 
@@ -23,7 +24,7 @@ def browser(request, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def report(tiny_study):
-    return study_report.write(tiny_study, data_root=tiny_study.parents[1] / "data")
+    return study_page.write(study_analysis.read(tiny_study, data_root=tiny_study.parents[1] / "data"))
 
 
 @pytest.mark.parametrize(("width", "dark"), WINDOWS)
@@ -104,7 +105,7 @@ def test_a_comparison_loads_as_quietly(browser, tmp_path):
         return_study(tmp_path, "h1", label_hash="a" * 64),
         return_study(tmp_path, "h3", horizon=3, label_hash="b" * 64),
     ]
-    target = compare_report.write(compare.read(folders), outputs=tmp_path)
+    target = comparison_page.write(comparison.read(folders), outputs=tmp_path)
     assert target.name == page.PAGE
     browser.open(target, width=390)
     assert browser.complaints() == [] and browser.requests() == []

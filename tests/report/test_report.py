@@ -12,9 +12,10 @@ import xml.etree.ElementTree as ET
 import numpy as np
 import pytest
 
+from fintx.analysis import predictions, study_analysis
 from fintx.evaluate import direction
 from fintx.evaluate.backtest import Rules
-from fintx.report import answer, evidence, figures, page, sections_evidence, sheet, study_report
+from fintx.report import figures, format, page, study_page, table
 from fintx.report.page import Page, Prose, Section, Text
 from fintx.study import records
 from fintx.types import FintxError
@@ -25,32 +26,36 @@ SECTIONS = ("asked", "baselines", "confirmation", "direction", "calibration", "c
             "origin")  # fmt: skip
 
 
+def report(folder, **options):
+    """The page of a study, from its folder."""
+    return study_page.write(study_analysis.read(folder, **options))
+
+
 def told(folder):
-    return answer.of(evidence.read(folder), None)
+    """The page's first sentence, and whether it is good news."""
+    return format.study_verdict(predictions.read(folder), None)
 
 
 # --- the answer -------------------------------------------------------------------------------------------------------
 
 
 def test_a_baseline_that_is_truly_best_is_said_to_be(tmp_path):
-    found = told(event_study(tmp_path, skill=0.3, rival=1.0, n_trials=12))
-    assert found.tone == "bad"
-    assert found.sentence.startswith("No: volatility_logistic is better than the best of 12 trials, trial ")
-    assert re.search(
-        r"which loses 0\.\d+ nats per row \(95 % interval of what it saves -0\.\d+ … -0\.\d+\)", found.sentence
-    )
+    sentence, tone = told(event_study(tmp_path, skill=0.3, rival=1.0, n_trials=12))
+    assert tone == "bad"
+    assert sentence.startswith("No: volatility_logistic is better than the best of 12 trials, trial ")
+    assert re.search(r"which loses 0\.\d+ nats per row \(95 % interval of what it saves -0\.\d+ … -0\.\d+\)", sentence)
 
 
 def test_a_trial_that_is_truly_better_is_ahead_but_not_confirmed(tmp_path):
-    found = told(event_study(tmp_path, skill=1.0, rival=0.2, n_trials=12))
-    assert found.tone == "open"
-    assert found.sentence.startswith("Ahead, not confirmed: the best of 12 trials")
-    assert "run `just confirm events` before you believe it" in found.sentence and "better by chance" in found.sentence
+    sentence, tone = told(event_study(tmp_path, skill=1.0, rival=0.2, n_trials=12))
+    assert tone == "open"
+    assert sentence.startswith("Ahead, not confirmed: the best of 12 trials")
+    assert "run `just confirm events` before you believe it" in sentence and "better by chance" in sentence
 
 
 def test_a_trial_as_good_as_the_baseline_does_not_beat_it(tmp_path):
-    found = told(event_study(tmp_path, skill=0.8, rival=0.8, n_trials=1))
-    assert found.sentence.startswith("No: ") and found.tone == "bad"
+    sentence, tone = told(event_study(tmp_path, skill=0.8, rival=0.8, n_trials=1))
+    assert sentence.startswith("No: ") and tone == "bad"
 
 
 def test_shuffled_labels_are_no_skill(tmp_path):
@@ -62,7 +67,7 @@ def test_shuffled_labels_are_no_skill(tmp_path):
     folder = planted.write_study(
         tmp_path, spec, lambda i, k: -0.2 + 0.2 * rng.normal(size=n), labels=labels, baselines=beaten, n_trials=12
     )
-    assert told(folder).sentence.startswith("No skill: the best of 12 trials")
+    assert told(folder)[0].startswith("No skill: the best of 12 trials")
 
 
 def test_a_planted_leak_is_too_good_to_be_true(tmp_path):
@@ -79,9 +84,9 @@ def test_a_planted_leak_is_too_good_to_be_true(tmp_path):
         baselines=beaten,
         n_trials=3,
     )
-    found = told(folder)
-    assert any("too good to be true" in words for words in found.warnings)
-    assert "too good to be true" in study_report.write(folder, data_root=tmp_path).read_text()
+    built = study_page.build(study_analysis.read(folder, data_root=tmp_path))
+    assert any("too good to be true" in words for words in built.warnings)
+    assert "too good to be true" in report(folder, data_root=tmp_path).read_text()
 
 
 # --- half-finished and damaged studies --------------------------------------------------------------------------------
@@ -89,7 +94,7 @@ def test_a_planted_leak_is_too_good_to_be_true(tmp_path):
 
 def test_an_unfinished_study_is_reported_as_far_as_it_goes(tmp_path):
     folder = event_study(tmp_path, n_trials=2, asset="NONE")
-    text = study_report.write(folder, data_root=tmp_path / "nowhere").read_text()
+    text = report(folder, data_root=tmp_path / "nowhere").read_text()
     assert "The study is unfinished: 2 of 12 trials." in text
     assert all(f'id="{name}"' in text for name in SECTIONS)
     assert "The study&#39;s data are not here" in text and "The mirror test needs the study" in text
@@ -97,17 +102,17 @@ def test_an_unfinished_study_is_reported_as_far_as_it_goes(tmp_path):
 
 def test_a_study_of_failures_alone_is_reported(tmp_path):
     folder = event_study(tmp_path, n_trials=2, failed=[0, 1])
-    text = study_report.write(folder, data_root=tmp_path).read_text()
+    text = report(folder, data_root=tmp_path).read_text()
     assert "No trial has succeeded yet: 2 diverged." in text and "the loss became NaN" in text
 
 
 def test_a_study_without_finished_trials_says_so_in_a_line(tmp_path):
     folder = event_study(tmp_path, n_trials=0)
     with pytest.raises(FintxError, match=r"events: has no finished trial yet; run it") as caught:
-        study_report.write(folder, data_root=tmp_path)
+        report(folder, data_root=tmp_path)
     assert "\n" not in str(caught.value)
     with pytest.raises(FintxError, match="holds no study"):
-        study_report.write(tmp_path, data_root=tmp_path)
+        report(tmp_path, data_root=tmp_path)
 
 
 def test_mixed_labels_are_refused_in_a_line(tmp_path):
@@ -116,7 +121,7 @@ def test_mixed_labels_are_refused_in_a_line(tmp_path):
     for number in (3, 4):
         shutil.copytree(records.trial_folder(other, number), records.trial_folder(folder, number))
     with pytest.raises(FintxError) as caught:
-        study_report.write(folder, data_root=tmp_path)
+        report(folder, data_root=tmp_path)
     said = str(caught.value)
     assert "llllllllllll: trial 0, trial 1, trial 2; mmmmmmmmmmmm: trial 3, trial 4" in said and "\n" not in said
 
@@ -124,10 +129,10 @@ def test_mixed_labels_are_refused_in_a_line(tmp_path):
 def test_missing_predictions_are_named_and_the_rest_is_reported(tmp_path):
     folder = event_study(tmp_path, n_trials=4)
     (records.trial_folder(folder, 1) / "predictions.parquet").unlink()
-    text = study_report.write(folder, data_root=tmp_path).read_text()
+    text = report(folder, data_root=tmp_path).read_text()
     assert "predictions.parquet is missing of trial 1 (ran on planted)" in text
     (folder / "baselines.parquet").unlink()
-    text = study_report.write(folder, data_root=tmp_path).read_text()
+    text = report(folder, data_root=tmp_path).read_text()
     assert "baselines.parquet is missing: nothing can be compared row by row" in text
     assert "Can&#39;t be said: the best of 4 trials" in text
 
@@ -136,7 +141,7 @@ def test_damaged_predictions_are_an_error_with_their_name(tmp_path):
     folder = event_study(tmp_path, n_trials=2)
     (records.trial_folder(folder, 1) / "predictions.parquet").write_bytes(b"torn")
     with pytest.raises(FintxError, match=r"0001/predictions\.parquet: holds no predictions of fintx"):
-        study_report.write(folder, data_root=tmp_path)
+        report(folder, data_root=tmp_path)
 
 
 def test_regression_studies_have_their_own_report(tmp_path):
@@ -148,7 +153,7 @@ def test_regression_studies_have_their_own_report(tmp_path):
         tmp_path, spec, lambda i, n: signal + rng.normal(0, 0.002, 300), labels=target,
         baselines={"prior": np.zeros(300), "zero": np.zeros(300), "volatility_linear": signal * 0.3}, n_trials=3,
     )  # fmt: skip
-    text = study_report.write(folder, data_root=tmp_path).read_text()
+    text = report(folder, data_root=tmp_path).read_text()
     assert "of squared error per row" in text and 'id="direction"' not in text and "sign accuracy" in text
     assert "Conformal intervals" in text and "adaptive" in text
 
@@ -157,7 +162,7 @@ def test_regression_studies_have_their_own_report(tmp_path):
 
 
 def test_a_real_study_is_reported_whole(tiny_study):
-    target = study_report.write(tiny_study, data_root=tiny_study.parents[1] / "data")
+    target = report(tiny_study, data_root=tiny_study.parents[1] / "data")
     text = html.unescape(target.read_text())
     assert all(f'id="{name}"' in text for name in SECTIONS)
     for words in (
@@ -178,7 +183,7 @@ def test_a_real_study_is_reported_whole(tiny_study):
 
 
 def test_the_file_needs_nothing_else(tiny_study):
-    text = study_report.write(tiny_study, data_root=tiny_study.parents[1] / "data").read_text()
+    text = report(tiny_study, data_root=tiny_study.parents[1] / "data").read_text()
     without_names = re.sub(r'xmlns(:\w+)?="[^"]*"', "", text)
     assert not re.search(r"https?:|<script|@import|<img|srcset|url\((?!#)", without_names)
     links = set(re.findall(r'(?:href|src)="([^"#][^"]*)"', text)) - {"data:,"}
@@ -189,10 +194,10 @@ def test_the_file_needs_nothing_else(tiny_study):
 
 def test_a_second_report_replaces_the_first(tiny_study):
     data = tiny_study.parents[1] / "data"
-    target = study_report.write(tiny_study, data_root=data)
+    target = report(tiny_study, data_root=data)
     (target.parent / "figures" / "stale.svg").write_text("old")
     before = {path.name: path.read_bytes() for path in target.parent.rglob("*.*g")}
-    study_report.write(tiny_study, data_root=data)
+    report(tiny_study, data_root=data)
     after = {path.name: path.read_bytes() for path in target.parent.rglob("*.*g")}
     assert "stale.svg" not in after
     assert {name: before[name] for name in after} == after  # the same study gives the same pictures
@@ -203,7 +208,7 @@ def test_what_a_file_says_can_not_write_into_the_page(tmp_path):
     made = Page(
         title=evil, kicker=evil, question=evil, answer=evil, tone="open", warnings=(evil,), facts=((evil, evil),),
         sections=(Section("s", evil, (Prose(evil), Prose((evil,)), Text(evil, evil),
-                                      sheet.of("t", evil, [(evil, "text")], [[evil]], note=evil))),),
+                                      table.make("t", evil, [(evil, "text")], [[evil]], note=evil))),),
         footer=evil,
     )  # fmt: skip
     text = page.render(made)
@@ -242,8 +247,8 @@ def test_labels_are_moved_apart_and_keep_their_order():
     assert all(b - a >= 0.06 - 1e-6 for a, b in zip(ordered, ordered[1:], strict=False))
 
 
-def test_sheets_show_words_and_keep_numbers():
-    made = sheet.of("t", "T", [("a", "text"), ("b", "number"), ("c", "percent"), ("d", "whole")],
+def test_tables_show_words_and_keep_numbers():
+    made = table.make("t", "T", [("a", "text"), ("b", "number"), ("c", "percent"), ("d", "whole")],
                     [["x", -0.5, 0.123, 1234], [None, None, None, None]])  # fmt: skip
     assert made.cells == [["x", "−0.5000", "12.3 %", "1,234"], ["–"] * 4]
     assert made.csv.splitlines() == ["a,b,c,d", "x,-0.5,0.123,1234", ",,,"]
@@ -258,7 +263,7 @@ def test_the_door_is_shut_to_scripts(tiny_study):
 
 def test_a_backtest_is_off_until_asked_for_and_prints_its_assumptions(tiny_study):
     data = tiny_study.parents[1] / "data"
-    asked = study_report.write(tiny_study, data_root=data, rules=Rules(cost_bp=7)).read_text()
+    asked = report(tiny_study, data_root=data, rules=Rules(cost_bp=7)).read_text()
     for words in (
         'id="backtest"',
         "Costs are 7 basis points per side",
@@ -267,14 +272,14 @@ def test_a_backtest_is_off_until_asked_for_and_prints_its_assumptions(tiny_study
     ):
         assert words in asked, words
     assert "no evidence of more than luck" in asked or "evidence of more than luck" in asked
-    assert 'id="backtest"' not in study_report.write(tiny_study, data_root=data).read_text()
+    assert 'id="backtest"' not in report(tiny_study, data_root=data).read_text()
 
 
 def test_openings_of_the_sealed_test_are_told(tmp_path):
     folder = event_study(tmp_path, n_trials=2)
     for confirmed in (True, False):
         records.log_opening(folder, {"confirmed": confirmed, "models": ["trial 1"], "checkpoints": []})
-    text = study_report.write(folder, data_root=tmp_path).read_text()
+    text = report(folder, data_root=tmp_path).read_text()
     assert "The sealed test part was opened 2 times." in text and "it is no test any more" in text
 
 
@@ -287,5 +292,5 @@ def test_direction_is_told_from_volatility(tmp_path):
     down = (rng.random(n) < 1 / (1 + np.exp(-(size - side)))).astype(float)
     blind = direction.mirror_test(size, up, down, horizon=1)
     seeing = direction.mirror_test(size + side, up, down, horizon=1)
-    assert "no knowledge of direction is shown" in sections_evidence._mirror_words(blind)
-    assert "more than chance" in sections_evidence._mirror_words(seeing)
+    assert "no knowledge of direction is shown" in study_page.mirror_words(blind)
+    assert "more than chance" in study_page.mirror_words(seeing)

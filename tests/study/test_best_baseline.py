@@ -12,15 +12,16 @@ import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
 
+from fintx.analysis import comparison as compared
+from fintx.analysis import predictions as analysed
 from fintx.config.schema import StudySpec
 from fintx.data import sources
 from fintx.evaluate import metrics, significance
-from fintx.report import answer, compare, evidence
-from fintx.report import confirmation as told
+from fintx.report import format
 from fintx.study import comparison, lead, predictions, records, runner, status
 from fintx.study.context import RunContext
 from fintx.study.events import StudyReady
-from fintx.terminal import tables
+from fintx.terminal import display
 from fintx.types import FintxError
 from tests.helpers import planted
 
@@ -91,15 +92,15 @@ def test_all_name_the_same_baseline_and_the_same_verdict(metric, tmp_path):
     assert (summary.problem, summary.comparison) == (None, seen)
     assert ready[0].to_beat == (name, seen.baseline_value)
     said = {"ahead": f"is ahead of {name}", "behind": f"{name}: it is better", "can't be told apart": "told apart"}
-    assert said[verdict] in printed(tables.print_summary, summary)
-    assert verdict in printed(tables.print_status, [status.read(folder)])
+    assert said[verdict] in printed(display.print_summary, summary)
+    assert verdict in printed(display.print_status, [status.read(folder)])
 
-    page = evidence.read(folder)
-    assert (page.rival, page.comparison) == (name, seen)
-    shown, kept = answer.gain(page, name), seen.difference
+    page = analysed.read(folder)
+    assert (page.best_baseline, page.comparison) == (name, seen)
+    shown, kept = page.gain(name), seen.difference
     assert (shown.mean, shown.low, shown.high) == pytest.approx((kept.mean, kept.low, kept.high), rel=1e-9)
     starts = {"ahead": "Ahead, not confirmed", "behind": f"No: {name} is better", "can't be told apart": "No: the best"}
-    sentence = answer.of(page, None).sentence
+    sentence = format.study_verdict(page, None)[0]
     assert sentence.startswith(starts[verdict]) and name in sentence
     assert ("nats per row" in sentence) == (metric == "log_loss")
 
@@ -108,14 +109,14 @@ def test_all_name_the_same_baseline_and_the_same_verdict(metric, tmp_path):
     gain = confirmed.candidates[0].verdict.gain
     assert (confirmed.baseline, confirmed.loss, lead.standing(gain)) == (name, metric, verdict)
     assert gain.mean == pytest.approx(seen.difference.mean, abs=1e-12)
-    assert bool(confirmed.confirmed) == (verdict == "ahead") and name in told.answer(confirmed)
+    assert bool(confirmed.confirmed) == (verdict == "ahead") and name in format.confirmation_verdict(confirmed)
     assert all(np.isfinite(group.gain.mean) for group in confirmed.candidates[0].groups)
 
 
 def test_studies_side_by_side_are_judged_by_their_own_metric(tmp_path):
     folders = [plant(tmp_path, metric, metric)[0] for metric in BEST]
-    rows = compare.read(folders).rows
-    assert {row.name: (row.rival, row.comparison.standing) for row in rows} == BEST
+    rows = compared.read(folders).rows
+    assert {row.name: (row.baseline, row.comparison.standing) for row in rows} == BEST
 
 
 def printed(show, value) -> str:

@@ -12,7 +12,7 @@ from fintx.config import load
 from fintx.config.schema import ConfirmConfig, config_hash
 from fintx.data import sources
 from fintx.evaluate import metrics
-from fintx.report import confirmation as words
+from fintx.report.format import confirmation_details, confirmation_verdict
 from fintx.study import comparison, confirm, confirmation, opening, records, seeds, stopping
 from fintx.study.context import RunContext
 from fintx.study.course import Course
@@ -61,9 +61,9 @@ def test_a_planted_signal_is_confirmed_and_its_equal_can_not_be_told_from_it(pla
     assert {found.best.trial, *(each.trial for each in found.alike)} == {0, 1}
     assert found.candidates[2].words == "not confirmed"
     assert found.superior_p_value < 0.01 and found.overfitting < 0.6
-    said = words.answer(found)
+    said = confirmation_verdict(found)
     assert said.startswith(f"CONFIRMED: trial {found.best.trial} beats weak by 0.") and "95 %" in said
-    assert words.alike(found) == f"indistinguishable from the best: trial {found.alike[0].trial}"
+    assert f"Indistinguishable from the best: trial {found.alike[0].trial}." in confirmation_details(found)
     # By Jensen's inequality an ensemble's log loss is below its members' mean; how far, their noise decides.
     for each in found.candidates:
         assert each.ensemble.gain.mean > each.verdict.gain.mean
@@ -82,7 +82,7 @@ def test_a_baseline_that_is_truly_best_is_reported_so(plant, spec, tmp_path):
             planted.member(record.trial_number, seed, signal + rng.standard_normal(DAYS))
     found = build(planted, spec, trials, tmp_path)
     assert found.baseline == "truth" and found.confirmed == () and found.superior_p_value > 0.5
-    assert words.answer(found).startswith("NOT CONFIRMED: truth is better than every trial trained again")
+    assert confirmation_verdict(found).startswith("NOT CONFIRMED: truth is better than every trial trained again")
 
 
 def test_a_lucky_search_is_seen_through(plant, spec, tmp_path):
@@ -98,7 +98,7 @@ def test_a_lucky_search_is_seen_through(plant, spec, tmp_path):
     assert candidate.too_good.low > 0.2
     assert candidate.too_good.mean == pytest.approx(candidate.mean_value - candidate.search_value, abs=1e-6)
     assert found.confirmed == () and found.overfitting is None and found.luck is None
-    assert "too good (95 %:" in words.luck(found)
+    assert "too good (95 %:" in " ".join(confirmation_details(found))
 
 
 def test_a_candidate_whose_seed_fails_is_not_confirmed_and_says_why(plant, spec, tmp_path):
@@ -121,7 +121,7 @@ def test_half_a_confirmation_compares_the_seeds_that_all_have(plant, spec, tmp_p
     trials = [planted.trial(n, signal) for n in range(2)]
     empty = build(planted, spec, trials, tmp_path)
     assert not empty.complete and empty.seeds == () and empty.best is None
-    assert "nothing can be said yet" in words.answer(empty)
+    assert "nothing can be said yet" in confirmation_verdict(empty)
     for number, seed in ((0, 11), (1, 11), (0, 12), (1, 12), (0, 13)):
         planted.member(number, seed, signal + 0.1 * rng.standard_normal(DAYS))
     found = build(planted, spec, trials, tmp_path)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from fintx.report import evidence, field, scaling, scaling_report
-from fintx.report.field import NotComparable, gather
+from fintx.analysis import predictions, scaling_laws
+from fintx.analysis.sized_trials import NotComparable, SizedTrials, gather
+from fintx.report import scaling_page
 from fintx.types import FintxError
 from tests.helpers import planted
 from tests.helpers.planted import noise_study
@@ -38,14 +39,16 @@ def write(outputs, law, *, budgets=BUDGETS, n_rows=1200, n_trials=12, baseline=0
 
 
 def read(folders, **options):
-    return scaling.read(gather([evidence.read(folder) for folder in folders]), **options)
+    return scaling_laws.fit(gather([predictions.read(folder) for folder in folders]), **options)
 
 
 @pytest.mark.slow
 def test_a_planted_power_law_is_recovered_within_its_interval(tmp_path):
     found = read(write(tmp_path, lambda n: 12 * n**-0.5), refits=40)
     assert found.word == "scales"
-    assert found.sentence.startswith("Scales. From 2.0K to 250.0K parameters the squared error of tuned models falls")
+    assert scaling_page.sentence(found).startswith(
+        "Scales. From 2.0K to 250.0K parameters the squared error of tuned models falls"
+    )
     law = next(each for each in found.every.laws if each.fit.form == "power law")
     # Relative to the baseline's expected loss, σ² · 1.05.
     assert law.floor[0] < 1 / 1.05 < law.floor[1]
@@ -58,18 +61,17 @@ def test_a_planted_power_law_is_recovered_within_its_interval(tmp_path):
 @pytest.mark.slow
 def test_a_flat_one_is_called_flat(tmp_path):
     found = read(write(tmp_path, lambda n: 0.01, n_rows=3000), difference=0.02, refits=20)
-    assert found.word == "flat" and found.sentence.startswith("Flat. ")
-    assert "less than the stated 2.0 %" in found.sentence
+    assert found.word == "flat" and scaling_page.sentence(found).startswith("Flat. ")
+    assert "less than the stated 2.0 %" in scaling_page.sentence(found)
     assert found.preferred.fit.form == "constant"
 
 
 @pytest.mark.slow
 def test_what_it_would_take_is_said_where_it_cant_be_told(tmp_path):
     found = read(write(tmp_path, lambda n: 0.1, n_rows=400, n_trials=4), refits=20)
+    sentence = scaling_page.sentence(found)
     assert found.word == "can't tell"
-    assert (
-        "more trials alone can't do it" in found.sentence and "validation rows would (there are 400" in found.sentence
-    )
+    assert "more trials alone can't do it" in sentence and "validation rows would (there are 400" in sentence
 
 
 @pytest.mark.slow
@@ -84,7 +86,7 @@ def test_intervals_cover_the_truth_as_often_as_they_say():
     for seed in range(runs):
         made = planted.field_of(lambda n: 12 * n**-0.5, sizes_=sizes, n=8, seed=seed)
         pools = [np.flatnonzero(made.cell == i) for i in range(len(sizes))]
-        found = scaling._reading("all trials", made, pools, 1.0, refits=50, seed=seed)
+        found = scaling_laws._reading("all trials", made, pools, 1.0, refits=50, seed=seed)
         law = next(each for each in found.laws if each.fit.form == "power law")
         covered["exponent"] += law.exponent[0] <= 0.5 <= law.exponent[1]
         covered["floor"] += law.floor[0] <= 1 / 1.05 <= law.floor[1]
@@ -94,26 +96,26 @@ def test_intervals_cover_the_truth_as_often_as_they_say():
 
 @pytest.mark.slow
 def test_flat_fields_seldom_look_like_scaling(monkeypatch):
-    monkeypatch.setattr(scaling, "LEAST_TRIALS", 10**9)  # no fits: the gain alone is asked
+    monkeypatch.setattr(scaling_laws, "LEAST_TRIALS", 10**9)  # no fits: the gain alone is asked
     words = []
     for seed in range(40):
         made = planted.field_of(lambda n: 0.05, sizes_=(1e4, 1e5, 1e6), n=8, n_days=600, seed=seed)
-        words.append(scaling.read(made, seed=seed).word)
+        words.append(scaling_laws.fit(made, seed=seed).word)
     # One-sided at 5 %: more than 6 of 40 would come once in 500 series.
     assert words.count("scales") <= 6
 
 
 def test_the_frontier_gives_no_size_more_luck_than_another(monkeypatch):
-    monkeypatch.setattr(scaling, "LEAST_TRIALS", 10**9)
+    monkeypatch.setattr(scaling_laws, "LEAST_TRIALS", 10**9)
     made = planted.field_of(lambda n: 0.05, sizes_=(1e4, 1e5, 1e6), n=12, n_days=200)
     kept = ~((made.cell == 0) & (made.number >= 5))  # the smallest size has five trials, the others twelve
-    fewer = field.Field(
+    fewer = SizedTrials(
         **{
             **made.__dict__,
             **{k: getattr(made, k)[kept] for k in ("cell", "study", "number", "size", "flops", "loss", "days")},
         }
     )
-    found = scaling.read(fewer)
+    found = scaling_laws.fit(fewer)
     assert found.effort == 5
     assert all(fewer.number[found.frontier.chosen] < 5)
     assert np.bincount(fewer.cell[found.frontier.chosen]).tolist() == [2, 2, 2]
@@ -122,7 +124,7 @@ def test_the_frontier_gives_no_size_more_luck_than_another(monkeypatch):
 
 def test_the_staircase_falls_through_the_best_trials():
     flops, loss = np.array([3.0, 1.0, 2.0, 4.0]), np.array([0.9, 1.0, 1.1, 0.95])
-    x, y = scaling.envelope(flops, loss)
+    x, y = scaling_laws.envelope(flops, loss)
     assert x.tolist() == [1.0, 3.0] and y.tolist() == [1.0, 0.9]
 
 
@@ -136,7 +138,7 @@ def test_the_staircase_falls_through_the_best_trials():
     ],
 )
 def test_one_interval_holds_both_tests(gain, word):
-    assert scaling.verdict(scaling.Gain(*gain, 0.001, 0.001), 0.01) == word
+    assert scaling_laws.verdict(scaling_laws.Gain(*gain, 0.001, 0.001), 0.01) == word
 
 
 # --- refusals ---------------------------------------------------------------------------------------------------------
@@ -144,7 +146,7 @@ def test_one_interval_holds_both_tests(gain, word):
 
 def refusal(*folders, over="parameters"):
     with pytest.raises(NotComparable) as caught:
-        gather([evidence.read(folder) for folder in folders], over=over)
+        gather([predictions.read(folder) for folder in folders], over=over)
     return str(caught.value)
 
 
@@ -152,7 +154,7 @@ def test_studies_that_differ_in_kind_are_refused_with_what_differs(tmp_path):
     a, b = noise_study(tmp_path, "a", budget="2K"), noise_study(tmp_path, "b", budget="10K")
     other_hash = noise_study(tmp_path, "c", budget="50K", label_hash="m" * 64, data_hash="e" * 64)
     said = refusal(a, b, other_hash)
-    assert "no fit: the studies differ in their label hashes (a and b: llllllllllll; c: mmmmmmmmmmmm)" in said
+    assert "no fit: the studies differ in their label hashes (a, b: llllllllllll; c: mmmmmmmmmmmm)" in said
     assert "differ in their data" in said
 
 
@@ -164,14 +166,14 @@ def test_other_splits_and_tolerances_are_refused(tmp_path, monkeypatch):
     folders.append(noise_study(tmp_path, "d", budget="250K"))
     said = refusal(*folders)
     assert "differ in their splits" in said and "train 0.5" in said
-    assert "differ in their budget tolerances (a, b and c: ± 25 %; d: ± 40 %)" in said
+    assert "differ in their budget tolerances (a, b, c: ± 25 %; d: ± 40 %)" in said
 
 
 def test_too_few_points_are_counted(tmp_path):
     a, b = noise_study(tmp_path, "a", budget="2K", n_trials=1), noise_study(tmp_path, "b", budget="10K")
     said = refusal(a, b)
     assert "2 different parameter budgets, wanted at least 3" in said
-    assert "too few successful trials to know their spread: 2.0K has 1" in said
+    assert "too few successful trials to know their spread: 2,000 has 1" in said
     assert "4 successful trials in all, wanted at least 8" in said
 
 
@@ -213,10 +215,10 @@ def test_panels_are_read_over_their_data(tmp_path):
                 label_hash=f"{n_assets}" * 64, data_hash=f"{n_assets}" * 64, n_train=1000 * n_assets,
             )
         )  # fmt: skip
-    found = scaling.read(gather([evidence.read(each) for each in folders], over="data"), refits=20)
-    assert found.field.size.min() == 2000 and found.field.size.max() == 8000
-    assert found.field.n_rows == 2 * n_days  # what the smallest panel has, too
-    assert found.word == "scales" and "From 2.0K to 8.0K training rows" in found.sentence
+    found = scaling_laws.fit(gather([predictions.read(each) for each in folders], over="data"), refits=20)
+    assert found.trials.size.min() == 2000 and found.trials.size.max() == 8000
+    assert found.trials.n_rows == 2 * n_days  # what the smallest panel has, too
+    assert found.word == "scales" and "From 2.0K to 8.0K training rows" in scaling_page.sentence(found)
 
 
 # --- the command ------------------------------------------------------------------------------------------------------
@@ -225,15 +227,15 @@ def test_panels_are_read_over_their_data(tmp_path):
 def test_patterns_and_names_find_studies(tmp_path):
     for name in ("2K_h3", "10K_h3", "10K_h1"):
         noise_study(tmp_path, name, budget=name.partition("_")[0], n_trials=1)
-    names = [path.name for path in scaling_report.find(["*_h3", "10K_h1", "10K_h3"], outputs=tmp_path)]
+    names = [path.name for path in predictions.find(["*_h3", "10K_h1", "10K_h3"], outputs=tmp_path)]
     assert names == ["10K_h3", "2K_h3", "10K_h1"]
-    assert len(scaling_report.find([str(tmp_path / "*_h3")], outputs=tmp_path / "elsewhere")) == 2
+    assert len(predictions.find([str(tmp_path / "*_h3")], outputs=tmp_path / "elsewhere")) == 2
     with pytest.raises(FintxError, match=r"nowhere: fits no study under .* \(there: 10K_h1, 10K_h3, 2K_h3\)"):
-        scaling_report.find(["nowhere"], outputs=tmp_path)
+        predictions.find(["nowhere"], outputs=tmp_path)
 
 
 def test_options_that_mean_nothing_are_refused(tmp_path):
     with pytest.raises(FintxError, match='wanted "parameters" or "data"'):
-        scaling_report.read([], over="compute", difference=0.01)
+        scaling_laws.read([], over="compute", difference=0.01)
     with pytest.raises(FintxError, match="wanted a share between 0 and 1"):
-        scaling_report.read([], over="data", difference=1.5)
+        scaling_laws.read([], over="data", difference=1.5)

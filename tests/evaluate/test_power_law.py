@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import integrate, optimize
 
-from fintx.report import powerlaw
-from fintx.report.powerlaw import FORMS, HUBER, fit
+from fintx.evaluate import power_law
+from fintx.evaluate.power_law import FORMS, HUBER, fit
 
 
 def points(law, *, n=12, noise=0.0, sizes=(2e6, 2e7, 2e8), seed=0):
@@ -38,9 +38,9 @@ def test_the_minimum_is_the_one_that_a_global_search_finds(form, height, alpha):
     found = fit(form, size, loss)
     signs = FORMS[form]
     logs, wanted = np.log(size / found.unit), np.log(loss) - np.log(loss).mean()
-    bounds = [(math.log(1e-9), 2.0)] * (1 + len(signs)) + [powerlaw.BOUND] * len(signs)
+    bounds = [(math.log(1e-9), 2.0)] * (1 + len(signs)) + [power_law.BOUND] * len(signs)
     reference = optimize.differential_evolution(
-        lambda theta: powerlaw._objective(theta, logs, wanted, signs, HUBER)[0], bounds, seed=0, tol=1e-10, popsize=20
+        lambda theta: power_law._objective(theta, logs, wanted, signs, HUBER)[0], bounds, seed=0, tol=1e-10, popsize=20
     )
     assert found.huber <= reference.fun * (1 + 1e-6)
 
@@ -57,7 +57,7 @@ def test_the_minimum_is_the_one_that_a_global_search_finds(form, height, alpha):
 def test_aicc_prefers_the_planted_form(law, form):
     size, loss = points(law, noise=0.002, sizes=(2e6, 6e6, 2e7, 6e7, 2e8))
     fits = [fit(each, size, loss) for each in FORMS]
-    shares = powerlaw.weights(fits)
+    shares = power_law.weights(fits)
     assert max(zip(shares, FORMS, strict=True))[1] == form
     assert sum(shares) == pytest.approx(1)
 
@@ -80,7 +80,7 @@ def test_too_few_points_have_no_aicc():
     size, loss = points(lambda n: 0.6 + 0.05 * (n / 2e6) ** -0.5, n=1, sizes=(2e6, 6e6, 2e7, 6e7, 2e8))
     assert fit("constant", size, loss).aicc is not None
     assert fit("power law", size, loss).aicc is None
-    assert powerlaw.weights([fit(form, size, loss) for form in FORMS])[1] is None
+    assert power_law.weights([fit(form, size, loss) for form in FORMS])[1] is None
 
 
 def test_a_refit_from_near_the_truth_is_as_good_as_a_fit_from_the_grid():

@@ -1,4 +1,4 @@
-"""How do studies compare? By skill, never by raw loss across labels; shapes across horizons and budgets; transfers.
+"""Study comparison: skills, never raw losses across labels; shapes across horizons and budgets; winners elsewhere.
 
 A shape is the same in two studies if all four of its numbers are. What studies have in common is what they happened to
 train: a cell that no trial fills says how to fill it.
@@ -7,23 +7,23 @@ train: a cell that no trial fills says how to fill it.
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from fintx.analysis import predictions
+from fintx.analysis.patterns import Agreement, depth_bucket, spearman
+from fintx.analysis.predictions import StudyResults
 from fintx.config.schema import Shape
 from fintx.evaluate import significance
 from fintx.evaluate.significance import Estimate
 from fintx.model import sizes
-from fintx.report import answer, evidence, ranks
-from fintx.report.evidence import Evidence
-from fintx.report.patterns import depth_bucket
-from fintx.report.ranks import Agreement
 from fintx.study.lead import BaselineComparison
 from fintx.study.space import model_variants
-from fintx.types import FintxError, Floats
+from fintx.types import FintxError
 
 
 @dataclass(frozen=True)
@@ -41,8 +41,9 @@ class StudyRow:
     best: tuple[float, float, float] | None
     """Skill of its best trial with its 95 % interval; none without predictions."""
     best_skill: float | None
-    rival: str | None
-    rival_skill: float | None
+    baseline: str | None
+    """The best one."""
+    baseline_skill: float | None
     comparison: BaselineComparison | None
     """Its best trial against its best baseline; none without predictions."""
     lead_share: tuple[float, float, float] | None
@@ -95,7 +96,7 @@ class Pair:
 class Comparison:
     """Several studies side by side."""
 
-    studies: tuple[Evidence, ...]
+    studies: tuple[StudyResults, ...]
     rows: tuple[StudyRow, ...]
     common: tuple[Common, ...]
     """Best mean skill over all first."""
@@ -112,104 +113,97 @@ def read(folders: Sequence[Path]) -> Comparison:
     """
     if len(folders) < 2:
         raise FintxError("compare: wanted two studies or more, such as: just compare 2M_h1 2M_h3 2M_h5")
-    found = tuple(evidence.read(folder) for folder in folders)
-    for each in found:
-        if each.best is None:
-            raise FintxError(f"{each.folder}: has no successful trial yet ({len(each.records)} finished)")
-    kinds = {(each.skill_key, each.spec.task.predicts) for each in found}
-    if len(kinds) > 1:
-        words = ", ".join(f"{each.name}: {each.skill_loss} of a {each.spec.task.kind} task" for each in found)
+    studies = tuple(predictions.read(folder) for folder in folders)
+    for results in studies:
+        if results.best is None:
+            raise FintxError(f"{results.folder}: has no successful trial yet ({len(results.records)} finished)")
+    if len({(results.skill_loss, results.spec.task.predicts) for results in studies}) > 1:
+        words = ", ".join(f"{r.name}: {r.skill_loss} of a {r.spec.task.kind} task" for r in studies)
         raise FintxError(f"compare: the studies' skills are of different losses ({words}); compare those of one kind")
     return Comparison(
-        studies=found,
-        rows=tuple(_row(each) for each in found),
-        common=_common(found),
-        transfers=tuple(_transfer(a, b) for a in found for b in found),
-        pairs=tuple(_pair(a, b) for i, a in enumerate(found) for b in found[i + 1 :]),
-        notes=(*_label_notes(found), *(f"{each.name}: {note}" for each in found for note in each.notes)),
+        studies=studies,
+        rows=tuple(_row(results) for results in studies),
+        common=_common(studies),
+        transfers=tuple(_transfer(a, b) for a in studies for b in studies),
+        pairs=tuple(_pair(a, b) for i, a in enumerate(studies) for b in studies[i + 1 :]),
+        notes=(_label_note(studies), *(f"{results.name}: {note}" for results in studies for note in results.notes)),
     )
 
 
-def _row(found: Evidence) -> StudyRow:
-    best = found.best
+def _row(results: StudyResults) -> StudyRow:
+    best, comparison, prior = results.best, results.comparison, results.baseline_series.get("prior")
     assert best is not None
-    rival = found.rival
-    rows = found.rows
+    share = None
+    if comparison is not None and prior is not None:
+        scale, lead = float(prior.mean()), comparison.difference
+        share = lead.mean / scale, lead.low / scale, lead.high / scale
+    baseline = results.best_baseline
     return StudyRow(
-        name=found.name,
-        label=found.spec.task.rule.describe(),
+        name=results.name,
+        label=results.spec.task.rule.describe(),
         label_hash=best.folds[0].label_hash,
-        budget=found.spec.budget.parameters,
-        n_finished=len(found.records),
-        n_trials=found.spec.study.n_trials,
-        n_rows=None if rows is None else len(rows.labels),
+        budget=results.spec.budget.parameters,
+        n_finished=len(results.records),
+        n_trials=results.spec.study.n_trials,
+        n_rows=None if results.rows is None else len(results.rows.labels),
         base_rate=best.best.get("base_rate"),
-        best=answer.skill_interval(found, best.trial_number),
-        best_skill=found.skill(best.best),
-        rival=rival,
-        rival_skill=None if rival is None else found.skill(found.baselines[rival]["metrics"]),
-        comparison=found.comparison,
-        lead_share=_lead_share(found),
+        best=results.skill_interval,
+        best_skill=results.skill(best.best),
+        baseline=baseline,
+        baseline_skill=None if baseline is None else results.skill(results.baselines[baseline]["metrics"]),
+        comparison=comparison,
+        lead_share=share,
         shape=best.config.shape,
         param_count=best.param_count,
     )
 
 
-def _lead_share(found: Evidence) -> tuple[float, float, float] | None:
-    comparison, prior = found.comparison, found.baseline_series.get("prior")
-    if comparison is None or prior is None:
-        return None
-    scale, lead = float(prior.mean()), comparison.difference
-    return lead.mean / scale, lead.low / scale, lead.high / scale
-
-
-def _label_notes(found: Sequence[Evidence]) -> list[str]:
+def _label_note(studies: Sequence[StudyResults]) -> str:
     groups: dict[str, list[str]] = {}
-    for each in found:
-        groups.setdefault(each.records[0].folds[0].label_hash, []).append(each.name)
+    for results in studies:
+        groups.setdefault(results.records[0].folds[0].label_hash, []).append(results.name)
     if len(groups) == 1:
-        return ["All studies have the same labels: losses may be compared as well as skills."]
+        return "All studies have the same labels: losses may be compared as well as skills."
     same = [" = ".join(names) for names in groups.values() if len(names) > 1]
     words = f" Equal labels: {'; '.join(same)}." if same else ""
-    return [f"The studies' labels differ: their losses can't be compared, their skills can with care.{words}"]
+    return f"The studies' labels differ: their losses can't be compared, their skills can with care.{words}"
 
 
 # --- shapes -----------------------------------------------------------------------------------------------------------
 
 
-def _by_shape(found: Evidence) -> dict[Shape, list[float]]:
-    held: dict[Shape, list[float]] = {}
-    for record in found.ranked:
-        skill = found.skill(record.best)
-        if skill is not None:
-            held.setdefault(record.config.shape, []).append(skill)
-    return held
+def _by_shape(results: StudyResults) -> dict[Shape, list[float]]:
+    skills: dict[Shape, list[float]] = {}
+    for record in results.ranked:
+        if (skill := results.skill(record.best)) is not None:
+            skills.setdefault(record.config.shape, []).append(skill)
+    return skills
 
 
-def _by_cell(found: Evidence) -> dict[tuple[int, int], list[float]]:
-    held: dict[tuple[int, int], list[float]] = {}
-    for shape, skills in _by_shape(found).items():
-        held.setdefault((shape.d_model, depth_bucket(shape.n_layers)), []).extend(skills)
-    return held
+def _by_cell(results: StudyResults) -> dict[tuple[int, int], list[float]]:
+    skills: dict[tuple[int, int], list[float]] = {}
+    for shape, of_shape in _by_shape(results).items():
+        skills.setdefault((shape.d_model, depth_bucket(shape.n_layers)), []).extend(of_shape)
+    return skills
 
 
-def _common(found: Sequence[Evidence]) -> tuple[Common, ...]:
-    held = [_by_shape(each) for each in found]
-    shapes = {shape for each in held for shape in each}
-    several = [shape for shape in shapes if sum(shape in each for each in held) > 1]
+def _common(studies: Sequence[StudyResults]) -> tuple[Common, ...]:
+    by_shape = [_by_shape(results) for results in studies]
+    shapes = {shape for skills in by_shape for shape in skills}
     rows = [
         Common(
             shape,
-            tuple(float(np.mean(each[shape])) if shape in each else None for each in held),
-            tuple(len(each.get(shape, ())) for each in held),
+            tuple(float(np.mean(skills[shape])) if shape in skills else None for skills in by_shape),
+            tuple(len(skills.get(shape, ())) for skills in by_shape),
         )
-        for shape in several
+        for shape in shapes
+        if sum(shape in skills for skills in by_shape) > 1
     ]
     key = lambda row: (-float(np.mean([s for s in row.skills if s is not None])), str(row.shape))  # noqa: E731
     return tuple(sorted(rows, key=key))
 
 
-def _transfer(winner_of: Evidence, trained_in: Evidence) -> Transfer:
+def _transfer(winner_of: StudyResults, trained_in: StudyResults) -> Transfer:
     assert winner_of.best is not None and trained_in.best is not None
     shape = winner_of.best.config.shape
     skills = _by_shape(trained_in).get(shape, [])
@@ -226,7 +220,7 @@ def _transfer(winner_of: Evidence, trained_in: Evidence) -> Transfer:
     )
 
 
-def _fill(shape: Shape, trained_in: Evidence) -> str:
+def _fill(shape: Shape, trained_in: StudyResults) -> str:
     """How a cell comes to be filled: a queue entry, unless the shape's size is not that study's."""
     spec, budget = trained_in.spec, trained_in.spec.budget
     for model in model_variants(spec):
@@ -238,7 +232,7 @@ def _fill(shape: Shape, trained_in: Evidence) -> str:
     return f"just queue add {file} {numbers}"
 
 
-def _pair(first: Evidence, second: Evidence) -> Pair:
+def _pair(first: StudyResults, second: StudyResults) -> Pair:
     return Pair(
         first.name,
         second.name,
@@ -248,25 +242,17 @@ def _pair(first: Evidence, second: Evidence) -> Pair:
     )
 
 
-def _agreement(first: dict, second: dict) -> Agreement:
+def _agreement(first: Mapping[Any, list[float]], second: Mapping[Any, list[float]]) -> Agreement:
     shared = [key for key in first if key in second]
-    means = [np.array([np.mean(held[key]) for key in shared], float) for held in (first, second)]
-    return ranks.spearman(*means)
+    return spearman(*(np.array([np.mean(skills[key]) for key in shared], float) for skills in (first, second)))
 
 
-def _difference(first: Evidence, second: Evidence) -> Estimate | None:
-    """Of the two best trials, on the same days."""
-    a, b = _best_series(first), _best_series(second)
-    if a is None or b is None or first.metric != second.metric or not _same_rows(first, second):
+def _difference(first: StudyResults, second: StudyResults) -> Estimate | None:
+    """Of the two best trials, on the same days of the same rows."""
+    if first.rows is None or second.rows is None or first.best is None or second.best is None:
         return None
-    saved = a - b
-    block = significance.block_length(saved, horizon=first.spec.task.horizon)
-    return significance.estimate(saved, significance.resample(len(saved), block))
-
-
-def _best_series(found: Evidence) -> Floats | None:
-    return None if found.best is None else found.series.get(found.best.trial_number)
-
-
-def _same_rows(first: Evidence, second: Evidence) -> bool:
-    return first.rows is not None and second.rows is not None and first.rows.key.equals(second.rows.key)
+    a, b = first.series.get(first.best.trial_number), second.series.get(second.best.trial_number)
+    if a is None or b is None or first.metric != second.metric or not first.rows.key.equals(second.rows.key):
+        return None
+    block = significance.block_length(a - b, horizon=first.spec.task.horizon)
+    return significance.estimate(a - b, significance.resample(len(a), block))

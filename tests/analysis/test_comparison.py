@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from fintx.report import compare, compare_report, evidence
+from fintx.analysis import comparison, predictions
+from fintx.report import comparison_page
 from fintx.types import FintxError
 from tests.helpers import planted
 from tests.helpers.planted import return_study
@@ -27,14 +28,14 @@ def studies(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def found(studies):
-    return compare.read(studies)
+    return comparison.read(studies)
 
 
 def test_skills_stand_beside_baselines_with_intervals(found):
     for row in found.rows:
         mean, low, high = row.best
         assert low < mean < high and mean == pytest.approx(row.best_skill, abs=1e-6)
-        assert row.rival == "volatility_linear"
+        assert row.baseline == "volatility_linear"
     assert (
         found.rows[0].comparison.standing == found.rows[3].comparison.standing == "ahead"
     )  # by .19 and .23 σ² per row
@@ -50,12 +51,12 @@ def test_losses_are_compared_only_where_labels_are_equal(found):
     assert gain.low < 0.04 * SIGMA**2 < gain.high
     assert all(value is None for pair, value in differences.items() if pair != ("h1", "big_h1"))
     assert "Equal labels: h1 = big_h1" in found.notes[0]
-    told = [sheet.csv for sheet in compare_report.sheets(found)]
+    told = [table.csv for table in comparison_page.tables(found)]
     assert not any("mse" in text for text in told)
 
 
 def test_the_same_shapes_are_found_across_horizons(found, studies):
-    a, b = (evidence.read(folder) for folder in studies[:2])
+    a, b = (predictions.read(folder) for folder in studies[:2])
     both = {r.config.shape for r in a.records} & {r.config.shape for r in b.records}
     assert {row.shape for row in found.common} >= both
     first = found.common[0]
@@ -78,11 +79,11 @@ def test_transfers_say_how_to_fill_them(found):
         f"--n-heads {shape.n_heads} --d-ff {shape.d_ff}"
     )
     assert cells["h5", "h1"].skill is not None or cells["h5", "h1"].fill == wanted
-    assert any(command.startswith("just queue add sweeps/") for command in compare_report.fills(found))
+    assert any(command.startswith("just queue add sweeps/") for command in comparison_page.missing(found))
 
 
 def test_the_page_holds_it_all(found, tmp_path):
-    target = compare_report.write(found, outputs=tmp_path)
+    target = comparison_page.write(found, outputs=tmp_path)
     assert target == tmp_path / "_compare" / "h1+h3+h5+big_h1" / "index.html"
     text = target.read_text()
     for words in ("Skill of the best trials", "Rank correlation", "outside the budget", "just queue add"):
@@ -94,10 +95,10 @@ def test_the_page_holds_it_all(found, tmp_path):
 
 def test_what_can_not_be_compared_is_said(studies, tmp_path):
     with pytest.raises(FintxError, match="wanted two studies or more"):
-        compare.read(studies[:1])
+        comparison.read(studies[:1])
     nothing = return_study(tmp_path, "nothing", n_trials=2, failed=[0, 1])
     with pytest.raises(FintxError, match=r"nothing: has no successful trial yet \(2 finished\)"):
-        compare.read([studies[0], nothing])
+        comparison.read([studies[0], nothing])
     n = 300
     rng = np.random.default_rng(0)
     spec = planted.spec_of(tmp_path / "files", "events", task=planted.THRESHOLD)
@@ -107,4 +108,4 @@ def test_what_can_not_be_compared_is_said(studies, tmp_path):
         baselines={"prior": prior, "volatility_logistic": prior + 0.1 * rng.normal(size=n)}, n_trials=2,
     )  # fmt: skip
     with pytest.raises(FintxError, match="skills are of different losses"):
-        compare.read([studies[0], events])
+        comparison.read([studies[0], events])

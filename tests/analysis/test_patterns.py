@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from fintx.report import evidence, patterns, ranks, search
-from fintx.report.patterns import pattern
-from fintx.study import importance
+from fintx.analysis import patterns, predictions
+from fintx.analysis.patterns import pattern
+from fintx.report import search_page
 from fintx.study.space import SearchSpace
 from tests.helpers import planted
 
@@ -32,11 +32,11 @@ def study(outputs, excess, *, name="p", n_trials=12, n_rows=800, seed=0, **more)
 @pytest.fixture(scope="module")
 def equal(tmp_path_factory):
     """Twelve trials that are equally good."""
-    return evidence.read(study(tmp_path_factory.mktemp("equal"), lambda i, n: 0.05))
+    return predictions.read(study(tmp_path_factory.mktemp("equal"), lambda i, n: 0.05))
 
 
 def without_days(made):
-    """The same evidence, with nothing to draw days from."""
+    """The same results, with nothing to draw days from."""
     alone = dataclasses.replace(made)
     alone.__dict__["resamples"] = None
     return alone
@@ -77,7 +77,7 @@ def test_equal_groups_are_rarely_told_apart(tmp_path):
     """At 5 %: more than 5 of 30 series would come once in a hundred."""
     told = 0
     for seed in range(10):
-        made = evidence.read(study(tmp_path / str(seed), lambda i, n: 0.05, n_rows=200, seed=seed))
+        made = predictions.read(study(tmp_path / str(seed), lambda i, n: 0.05, n_rows=200, seed=seed))
         for k in (2, 3, 4):
             told += pattern(made, "x", "x", lambda r, k=k: r.trial_number % k, str).distinguishable
     assert told <= 5
@@ -85,22 +85,22 @@ def test_equal_groups_are_rarely_told_apart(tmp_path):
 
 def test_a_planted_difference_is_told(tmp_path):
     folder = study(tmp_path, lambda i, n: 0.02 if i % 3 == 0 else 0.3)
-    found = pattern(evidence.read(folder), "x", "x", lambda r: r.trial_number % 3, "group {:.0f}".format)
+    found = pattern(predictions.read(folder), "x", "x", lambda r: r.trial_number % 3, "group {:.0f}".format)
     assert [group.verdict for group in found.groups] == ["best mean", "worse", "worse"]
-    assert found.sentence == "group 0 has the best mean; group 1 and group 2 are worse."
+    assert search_page.pattern_words(found) == "group 0 has the best mean; group 1 and group 2 are worse."
     # Skill is 1 − loss / prior's: (1.3 − 1.02) / 1.3 against (1.3 − 1.3) / 1.3.
     assert found.groups[0].low < 0.28 / 1.3 < found.groups[0].high
     assert found.groups[1].behind_low < 0.28 / 1.3 < found.groups[1].behind_high
 
 
 def test_every_pattern_counts_every_successful_trial(tmp_path):
-    made = evidence.read(study(tmp_path, lambda i, n: 0.05, failed=[2, 5]))
-    for each in (*patterns.by_shape(made), *patterns.by_knobs(made)):
+    made = predictions.read(study(tmp_path, lambda i, n: 0.05, failed=[2, 5]))
+    for each in (*patterns.by_shape(made), *patterns.by_values(made)):
         assert sum(group.n for group in each.groups) == 10, each.name
         assert sum(group.behind is None for group in each.groups) == 1
     names = [each.name for each in patterns.by_shape(made)]
     assert names == ["d_model", "depth", "d_ff_ratio", "n_heads", "aspect"]
-    knobs = patterns.by_knobs(made)
+    knobs = patterns.by_values(made)
     assert [each.name for each in knobs] == ["learning_rate", "dropout"]
     assert all(len(each.groups) == 3 and each.trend is not None for each in knobs)
 
@@ -123,16 +123,16 @@ def test_rank_correlation_is_scipys_and_its_interval_covers():
     for _ in range(runs):
         a = rng.normal(size=15)
         b = rho * a + np.sqrt(1 - rho**2) * rng.normal(size=15)
-        found = ranks.spearman(a, b)
+        found = patterns.spearman(a, b)
         assert found.rho == pytest.approx(stats.spearmanr(a, b).statistic)
         covered += found.low <= truth <= found.high
     assert covered >= 0.9 * runs  # stated: 95 %
 
 
 def test_too_few_pairs_or_constants_say_nothing():
-    assert ranks.spearman(np.arange(4.0), np.arange(4.0)).rho is None
-    assert ranks.spearman(np.arange(9.0), np.ones(9)).rho is None
-    perfect = ranks.spearman(np.arange(9.0), np.arange(9.0))
+    assert patterns.spearman(np.arange(4.0), np.arange(4.0)).rho is None
+    assert patterns.spearman(np.arange(9.0), np.ones(9)).rho is None
+    perfect = patterns.spearman(np.arange(9.0), np.arange(9.0))
     assert perfect.rho == pytest.approx(1) and perfect.low > 0.9
 
 
@@ -141,30 +141,30 @@ def test_too_few_pairs_or_constants_say_nothing():
 
 def test_the_value_that_decides_is_the_important_one(tmp_path):
     folder = study(tmp_path, lambda i, n: 0.05, n_trials=40, n_rows=60)
-    made = evidence.read(folder)
+    made = predictions.read(folder)
     space = SearchSpace.build(made.spec, n_features=len(planted.FEATURES))
     records = [
         record.model_copy(update={"value": (np.log(record.params["optim.learning_rate"]) - np.log(3e-3)) ** 2})
         for record in made.records
     ]
-    found = importance.ped_anova(records, space)
+    found = patterns.ped_anova(records, space)
     assert found[0].name == "optim.learning_rate" and found[0].share > found[0].by_chance
     assert sum(each.share for each in found) == pytest.approx(1)
-    assert importance.ped_anova(records[:9], space) == ()
+    assert patterns.ped_anova(records[:9], space) == ()
 
 
 # --- the search -------------------------------------------------------------------------------------------------------
 
 
 def test_outcomes_coverage_and_duplicates(tmp_path):
-    made = evidence.read(study(tmp_path, lambda i, n: 0.05, failed=[2, 5]))
+    made = predictions.read(study(tmp_path, lambda i, n: 0.05, failed=[2, 5]))
     space = SearchSpace.build(made.spec, n_features=len(planted.FEATURES))
-    found = search.read(made, space)
+    found = patterns.summarize(made, space)
     assert {(row.outcome, row.n) for row in found.outcomes} == {("completed", 10), ("diverged", 2)}
     assert next(row.detail for row in found.outcomes if row.outcome == "diverged") == "the loss became NaN at step 3"
-    assert found.feasible == len(space.shapes) and sum(row.feasible for row in found.coverage) == found.feasible
+    assert sum(row.feasible for row in found.coverage) == len(found.shapes) == len(space.shapes)
     assert sum(row.trained for row in found.coverage) == found.trained == len({r.config.shape for r in made.records})
     assert found.repeated_configs == () and found.wall_s == 12 * 60
     twice = made.records[0].model_copy(update={"trial_number": 99})
-    again = search._repeated((*made.records, twice))
-    assert again == ((0, 99),)
+    again = patterns.summarize(dataclasses.replace(made, records=(*made.records, twice)), space)
+    assert again.repeated_configs == ((0, 99),)

@@ -1,0 +1,228 @@
+"""Tables: rows of plain values with a format per column, shown alike by the terminal, a page and a CSV file.
+
+Below, the tables that both the terminal and a page show: data and split, scores beside baselines, a confirmation.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from fintx.evaluate import metrics, significance
+from fintx.evaluate.significance import Estimate
+from fintx.report import format
+
+if TYPE_CHECKING:  # types alone: to import their makers takes seconds
+    from fintx.data.windows import Prepared
+    from fintx.study.confirmation import Confirmation
+    from fintx.study.sealed import Opening
+
+Form = Literal["text", "whole", "number", "percent", "points", "size", "bytes", "seconds"]
+
+Column = str | tuple[str, Form]
+"""A head, with the format of its cells; a head alone is of text."""
+
+_WORDS = {
+    "whole": lambda value: f"{value:,.0f}",
+    "number": format.number,
+    "percent": format.percent,
+    "points": format.points,
+    "size": format.count,
+    "bytes": format.size,
+    "seconds": format.duration,
+}
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table: what it is called as a file, how it is headed, and its cells as values."""
+
+    name: str
+    """File stem of its CSV."""
+    title: str
+    columns: tuple[tuple[str, Form], ...]
+    """(head, format)."""
+    rows: tuple[tuple[Any, ...], ...]
+    note: str = ""
+    """What its reader must know to read it rightly."""
+    marked: tuple[int, ...] = ()
+    """Rows that the eye should find first."""
+
+    @property
+    def heads(self) -> tuple[str, ...]:
+        """Column heads."""
+        return tuple(head for head, _ in self.columns)
+
+    @property
+    def left(self) -> tuple[bool, ...]:
+        """Which columns are words, and so stand to the left."""
+        return tuple(form == "text" for _, form in self.columns)
+
+    @property
+    def cells(self) -> list[list[str]]:
+        """The rows as a person reads them; "–" where there is no value."""
+        forms = [form for _, form in self.columns]
+        return [[_cell(value, form) for value, form in zip(row, forms, strict=True)] for row in self.rows]
+
+    @property
+    def csv(self) -> str:
+        """The rows as a program reads them: plain numbers, an empty cell where there is no value."""
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(self.heads)
+        writer.writerows([["" if value is None else value for value in row] for row in self.rows])
+        return text.getvalue()
+
+
+def make(
+    name: str,
+    title: str,
+    columns: Sequence[Column],
+    rows: Iterable[Sequence[Any]],
+    *,
+    note: str = "",
+    marked: Sequence[int] = (),
+) -> Table:
+    """A table of lists."""
+    pairs: list[tuple[str, Form]] = [(each, "text") if isinstance(each, str) else each for each in columns]
+    return Table(name, title, tuple(pairs), tuple(tuple(row) for row in rows), note, tuple(marked))
+
+
+def _cell(value: Any, form: Form) -> str:
+    if value is None:
+        return "–"
+    if isinstance(value, str) or form == "text":
+        return str(value)
+    return _WORDS[form](value).replace("-", "−", 1)  # type: ignore[operator]
+
+
+def estimate_cells(estimate: Estimate | None) -> tuple[float | None, str | None]:
+    """Two cells: the mean, and its interval in words."""
+    return (None, None) if estimate is None else (estimate.mean, format.span(estimate.low, estimate.high))
+
+
+# --- data -------------------------------------------------------------------------------------------------------------
+
+
+def data_tables(prepared: Prepared) -> tuple[Table, Table]:
+    """The assets' bars, and the split with its base rates and what its validation part can show."""
+    ranges = make(
+        "data", "Data", ["symbol", ("bars", "whole"), "first", "last", "version"],
+        [(r.symbol, r.bars, r.first, r.last, r.version[:12]) for r in prepared.ranges],
+    )  # fmt: skip
+    split = make(
+        "split", "Split",
+        ["part", "first", "last", ("n", "whole"), ("positives", "whole"), ("base rate", "number"),
+         ("effective n", "whole"), ("SE log loss", "number"), ("SE AUC", "number")],
+        [
+            (p.part, p.first, p.last, p.n, *(("sealed",) * 2 if p.base_rate is None else (p.positives, p.base_rate)),
+             round(p.n_effective), p.se_log_loss, p.se_auc)
+            for p in prepared.parts
+        ],
+        note="Effective n counts overlapping labels by their average uniqueness; the standard errors use it (AUC at "
+        ".7).",
+    )  # fmt: skip
+    return ranges, split
+
+
+# --- scores -----------------------------------------------------------------------------------------------------------
+
+_SCORES = ("log_loss", "auc", "brier", "average_precision", "calibration_error")
+_SCORES_REGRESSION = ("mse", "mae", "correlation", "sign_accuracy")
+
+
+@dataclass(frozen=True)
+class Score:
+    """A model, or a baseline, with its metrics on the rows of a table."""
+
+    name: str
+    metrics: Mapping[str, Any]
+    gain: Estimate | None = None
+    words: str | None = None
+    """What it is."""
+
+
+def scores(
+    name: str, title: str, rows: Sequence[Score], *, metric: str | None = None, gain: str = "", what: bool = False,
+    note: str = "", marked: Sequence[int] = (),
+) -> Table:  # fmt: skip
+    """Models and baselines on identical rows.
+
+    Args:
+        metric: the study's; none: log loss, or squared error.
+        gain: head of the column of gains; empty: there is none.
+        what: add what each of them is.
+    """
+    regression = not any("log_loss" in row.metrics for row in rows)
+    first, *others = _SCORES_REGRESSION if regression else _SCORES
+    skill = metrics.SKILLS[significance.skill_loss(metric or first)]
+    gains: list[Column] = [(gain, "number"), "95 % interval"] if gain else []
+    return make(
+        name, title,
+        ["", (format.metric_words(first), "number"), ("skill", "percent"), *gains,
+         *((format.metric_words(key), "number") for key in others), *(["what it is"] if what else [])],
+        [
+            (row.name, row.metrics.get(first), row.metrics.get(skill),
+             *(estimate_cells(row.gain) if gain else ()), *(row.metrics.get(key) for key in others),
+             *([row.words] if what else []))
+            for row in rows
+        ],
+        note=note, marked=marked,
+    )  # fmt: skip
+
+
+def opening_table(opening: Opening) -> Table:
+    """What an opening of the sealed test part said."""
+    return scores(
+        f"test_opening_{opening.number}",
+        f"Opening {opening.number}: {opening.n_rows:,} test rows, {opening.first_date} … {opening.last_date}",
+        [Score(each.name, each.metrics, each.gain) for each in (*opening.models, *opening.baselines)],
+        metric=opening.loss, gain=f"gains over {opening.baseline}", marked=range(len(opening.models)),
+        note=f"Gains are in {format.metric_words(opening.loss)} (blocks of {opening.block} days); {opening.baseline} "
+        f"was the best baseline on validation.",
+    )  # fmt: skip
+
+
+# --- confirmation -----------------------------------------------------------------------------------------------------
+
+
+def confirmation_tables(confirmation: Confirmation) -> tuple[Table, ...]:
+    """Every candidate, then where the best one's gain comes from: folds, years, and the thirds of VIX."""
+    rows = []
+    for each in confirmation.candidates:
+        verdict, ensemble = each.verdict, each.ensemble
+        rows.append(
+            (str(each.trial), format.shape_words(each.shape), each.param_count, each.search_value, each.mean_value,
+             each.spread, *estimate_cells(verdict.gain if verdict else None),
+             *estimate_cells(verdict.behind if verdict else None),
+             *estimate_cells(ensemble.gain if ensemble else None), each.words)
+        )  # fmt: skip
+    p = confirmation.superior_p_value
+    candidates = make(
+        "confirmation", "Candidates",
+        ["trial", "shape", ("parameters", "size"), (f"search {confirmation.metric}", "number"), ("fresh", "number"),
+         ("SD of seeds", "number"), ("gain", "number"), "interval", ("behind the best", "number"), "interval",
+         ("ensemble's gain", "number"), "interval", "result"],
+        rows,
+        note=f"On {confirmation.n_rows:,} validation rows of {confirmation.n_days:,} days (blocks of "
+        f"{confirmation.block} days); gains in {format.metric_words(confirmation.loss)} over {confirmation.baseline}."
+        + (f" SPA p = {format.number(p)} with {confirmation.n_compared} trials." if p else ""),
+    )  # fmt: skip
+    tables, best = [candidates], confirmation.best
+    for kind, title in (("fold", "fold"), ("year", "year"), ("vix", "third of VIX")):
+        groups = best.of_kind(kind) if best else ()
+        if best is not None and len(groups) > 1:
+            ahead = sum(group.gain.mean > 0 for group in groups)
+            tables.append(
+                make(
+                    f"confirmed_by_{kind}", f"Gain of trial {best.trial} by {title}",
+                    [title, ("rows", "whole"), ("gain", "number"), "interval"],
+                    [(group.name, group.n, *estimate_cells(group.gain)) for group in groups],
+                    note=f"Ahead in {ahead} of {len(groups)}; SD between them "
+                    f"{format.number(best.spread_of_gains(kind))}.",
+                )
+            )  # fmt: skip
+    return tuple(tables)
