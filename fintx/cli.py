@@ -374,7 +374,7 @@ def evaluate(
     data_dir: DataDir = DATA,
 ) -> None:
     """Restore a checkpoint and report all its metrics; with --test, those of a study's confirmed models."""
-    from fintx.study import evaluation, sealed
+    from fintx.analysis import evaluation, test_set
     from fintx.terminal import display
 
     if test and data is not None:
@@ -382,7 +382,7 @@ def evaluate(
     if unconfirmed and not test:
         raise FintxError("--unconfirmed goes with --test: nothing else asks for a confirmation")
     if test:
-        opening = sealed.open_test(path, data_root=data_dir, unconfirmed=unconfirmed)
+        opening = test_set.open_test(path, data_root=data_dir, unconfirmed=unconfirmed)
         display.print_opening(Console(), opening)
         return
     if data is not None:

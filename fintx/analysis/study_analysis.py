@@ -14,10 +14,11 @@ from typing import Any
 import numpy as np
 
 from fintx import tasks
-from fintx.analysis import patterns, predictions, scaling_laws
+from fintx.analysis import patterns, predictions, scaling_laws, test_set
 from fintx.analysis.patterns import Importance, Pattern, SearchSummary
 from fintx.analysis.predictions import StudyResults
 from fintx.analysis.scaling_laws import NotFitted, ScalingLaws
+from fintx.analysis.test_set import Opening
 from fintx.data import sources, windows
 from fintx.data.bars import Bars
 from fintx.data.windows import Prepared
@@ -26,10 +27,9 @@ from fintx.evaluate.backtest import DeflatedSharpe, Ledger, Performance, Rules
 from fintx.evaluate.calibration import BrierParts, Recalibration, ReliabilityBin
 from fintx.evaluate.decisions import PrecisionRecall, ThresholdRow
 from fintx.evaluate.direction import CumulativeGain, Mirror, YearRow
-from fintx.study import confirmation, lead, records, sealed
+from fintx.study import confirmation, lead, records
 from fintx.study.confirmation import Confirmation
 from fintx.study.predictions import Rows
-from fintx.study.sealed import Opening
 from fintx.study.space import SearchSpace
 from fintx.tasks import Threshold
 from fintx.types import FintxError, Floats
@@ -153,7 +153,7 @@ def read(folder: Path, *, data_root: Path, rules: Rules | None = None) -> StudyA
         search=patterns.summarize(results, space),
         scaling=scaling_laws.of_siblings(results),
         opening_log=tuple(records.openings(folder)),
-        openings=sealed.read_openings(folder),
+        openings=test_set.read_openings(folder),
         resolved=resolved.read_text() if resolved.is_file() else "resolved.toml is missing",
     )
 

@@ -16,9 +16,9 @@ from fintx.evaluate.significance import Estimate
 from fintx.report import format
 
 if TYPE_CHECKING:  # types alone: to import their makers takes seconds
+    from fintx.analysis.test_set import Opening
     from fintx.data.windows import Prepared
     from fintx.study.confirmation import Confirmation
-    from fintx.study.sealed import Opening
 
 Form = Literal["text", "whole", "number", "percent", "points", "size", "bytes", "seconds"]
 

@@ -27,18 +27,18 @@ from fintx.study.records import Metrics
 from fintx.terminal import verdict
 
 if TYPE_CHECKING:  # what is printed has been made by then; to import its makers takes seconds
+    from fintx.analysis.evaluation import Evaluation
+    from fintx.analysis.test_set import Opening
     from fintx.data.manifest import Entry
     from fintx.data.scaling import Drift
     from fintx.data.sources import Imported
     from fintx.data.windows import Prepared
     from fintx.study.confirm import Confirmed
     from fintx.study.confirmation import Confirmation
-    from fintx.study.evaluation import Evaluation
     from fintx.study.ledger import Claim
     from fintx.study.plan import DepthsAnswer, MemoryRow, Plan, ShapeAnswer
     from fintx.study.queuefile import Edit, Listing
     from fintx.study.runner import Failure, Summary
-    from fintx.study.sealed import Opening
     from fintx.study.status import StudyStatus
 
 

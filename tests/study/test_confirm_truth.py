@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fintx.study import confirmation, records, sealed
+from fintx.analysis import test_set
+from fintx.study import confirmation, records
 from tests.helpers.command import fintx, mistake
 
 pytestmark = pytest.mark.slow
@@ -119,7 +120,7 @@ def test_a_planted_signal_is_confirmed_and_opens_the_test_part(tmp_path):
     opened = fintx("eval", folder, "--test", cwd=tmp_path).stdout
     assert "opening number 1 is logged" in opened and f"trial {best.trial}, ensemble of 3" in opened
     assert "volatility_logistic" in opened and "had been opened" not in opened
-    (opening,) = sealed.read_openings(folder)
+    (opening,) = test_set.read_openings(folder)
     assert opening.confirmed and [each.name for each in opening.models][0] == f"trial {best.trial}, mean of 3 seeds"
     assert all(each.gain.positive for each in opening.models)
     assert opening.first_date >= "2015-01-01" and opening.n_rows > 200

@@ -10,9 +10,10 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from fintx.analysis import evaluation
 from fintx.config import load
 from fintx.config.schema import StudySpec
-from fintx.study import evaluation, fork, records, runner, seeds
+from fintx.study import fork, records, runner, seeds
 from fintx.study.context import RunContext
 from fintx.study.records import TrialRecord
 from fintx.study.space import SearchSpace

@@ -1,4 +1,4 @@
-"""What does the sealed test part say? Opened for what a confirmation found, and for the baselines; logged before.
+"""The sealed test part: opened for what a confirmation found, and for the baselines; every opening is logged before.
 
 Every opening is counted. Who has seen the test part and goes on searching has no test part any more: the count stands
 beside every later result.
@@ -15,12 +15,13 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
+from fintx.analysis import evaluation
 from fintx.config.schema import StudySpec, TrialConfig
 from fintx.data import sources, windows
 from fintx.data.windows import Dataset, Part, Scaling
 from fintx.evaluate import baselines, metrics, significance
 from fintx.evaluate.significance import Estimate
-from fintx.study import confirmation, evaluation, lead, predictions, records
+from fintx.study import confirmation, lead, predictions, records
 from fintx.study.confirmation import Candidate, Confirmation
 from fintx.study.records import Kept, Metrics
 from fintx.train import checkpoint, loop

@@ -1,4 +1,4 @@
-"""How good is a checkpoint? Restored from its path alone; scored on validation or on other bars."""
+"""Evaluation of a checkpoint: restored from its path alone, scored on validation or on other bars."""
 
 from __future__ import annotations
 
