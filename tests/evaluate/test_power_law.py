@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import integrate, optimize
 
@@ -20,6 +20,7 @@ def points(law, *, n=12, noise=0.0, sizes=(2e6, 2e7, 2e8), seed=0):
     return size, law(size) * np.exp(rng.normal(0, noise, len(size)))
 
 
+@settings(max_examples=20)  # each is a search over starts
 @given(alpha=st.floats(0.15, 1.2), reducible=st.floats(0.05, 0.5), floor=st.floats(0.2, 1.0))
 def test_without_noise_a_law_is_found_exactly(alpha, reducible, floor):
     size, loss = points(lambda n: floor + reducible * (n / 2e6) ** -alpha)
