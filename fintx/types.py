@@ -11,11 +11,6 @@ Modules that hold JAX arrays import `jaxtyping` themselves: it loads JAX, which 
 
 from __future__ import annotations
 
-import errno
-import os
-import re
-import tempfile
-import traceback
 from typing import Any
 
 import numpy as np
@@ -28,52 +23,3 @@ Floats = np.ndarray
 
 Ints = np.ndarray
 """A NumPy array of integers."""
-
-
-DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
-"""What a full or forbidden disk says, whichever library wrote to it: its user's to mend, and no bug."""
-
-_PASSWORD = re.compile(
-    r"""(postgres\w*(?:\+\w+)?://[^\s:/@"']*:)(?:[^\s"']*@|(?!\d{1,5}(?:[/?\s"']|$))[^\s"']*)""", re.IGNORECASE
-)
-_PASSWORD_OPTION = re.compile(r"""(password=)[^&\s"']*""", re.IGNORECASE)
-
-
-def without_passwords(text: str) -> str:
-    """The text with the password of every database URL in it replaced by ***, also where the URL is cut off."""
-    hidden = _PASSWORD.sub(lambda match: f"{match[1]}***{'@' if match[0].endswith('@') else ''}", text)
-    return _PASSWORD_OPTION.sub(r"\1***", hidden)
-
-
-class FintxError(Exception):
-    """Something its user can mend.
-
-    The message is one line (or one line per problem) that says what was wanted, what was got, where, and how to mend
-    it. The command line prints it and exits with code 2; anything that is not a FintxError is a bug of fintx. Modules
-    derive named errors from it where a caller must tell one from another. No message holds a database's password.
-    """
-
-    def __init__(self, text: str):
-        super().__init__(without_passwords(text))
-
-
-class Bug(FintxError):
-    """What no user can mend. Its traceback lies in a file that the message names; exit code 1."""
-
-
-def told(error: Exception, *, of: str = "") -> FintxError:
-    """Any exception as its user is to hear of it: a full disk is his to mend, what nobody foresaw is a bug.
-
-    Args:
-        of: what could not go on, such as a study's name.
-    """
-    if isinstance(error, FintxError):
-        return error
-    who = f"{of}: " if of else ""
-    if isinstance(error, OSError) and error.errno in DISK_ERRORS:
-        where = f"{error.filename}: " if error.filename else ""
-        return FintxError(f"{who}{where}{os.strerror(error.errno)}; mend that, and the same command continues")
-    with tempfile.NamedTemporaryFile("w", prefix="fintx-", suffix=".traceback.txt", delete=False) as file:
-        file.write(without_passwords("".join(traceback.format_exception(error))))
-    what = next(iter(str(error).splitlines()), "")
-    return Bug(f"{who}{type(error).__name__}: {what}; this is a bug of fintx, please report {file.name}")

@@ -112,12 +112,12 @@ def tiny_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_study(tiny_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of that study, run to its end once for all processes, and copied for each; its data lie beside it."""
     from fintx.config import load
-    from fintx.study import runner
-    from fintx.study.context import RunContext
+    from fintx.run import scheduler
+    from fintx.study.events import RunContext
 
     def finish(root: Path) -> None:
         context = RunContext(root / "outputs", shared.data_root(root / "data"))
-        summary = runner.run(load.study(tiny_file), context)
+        summary = scheduler.run_study(load.study(tiny_file), context)
         assert not summary.interrupted
 
     root = tmp_path_factory.mktemp("tiny")

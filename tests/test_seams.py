@@ -15,15 +15,16 @@ from fintx import tasks
 from fintx.analysis import comparison, study_analysis
 from fintx.config import load
 from fintx.config.schema import StudySpec
-from fintx.data import features, sources, windows
+from fintx.data import datasets, features, sources
 from fintx.data import indicators as ind
 from fintx.data.bars import Bars
 from fintx.data.features import Feature
+from fintx.errors import FintxError
 from fintx.evaluate import baselines
 from fintx.evaluate.baselines import Input, Recipe
 from fintx.report import format, study_page
-from fintx.study import trial
-from fintx.types import FintxError, Floats
+from fintx.study import baseline_store
+from fintx.types import Floats
 from tests.helpers import planted
 
 SPX = sources.embedded()
@@ -90,12 +91,12 @@ def spec_of(folder: Path, task: str, metric: str, loss: str, edit: str = "") -> 
 
 
 def test_a_task_from_outside_is_trained_scored_and_kept(toy, tmp_path):
-    from fintx.study.space import SearchSpace
-    from fintx.train import loop
+    from fintx.study.search_space import SearchSpace
+    from fintx.train import trainer
 
     _, text, metric, loss, also = toy
     spec = spec_of(tmp_path, text, metric, loss)
-    prepared = windows.build(spec, tmp_path)
+    prepared = datasets.build(spec, tmp_path)
     (fold,) = prepared.folds
     rule = spec.task.rule
     np.testing.assert_array_equal(
@@ -112,13 +113,13 @@ def test_a_task_from_outside_is_trained_scored_and_kept(toy, tmp_path):
     )
     assert json.loads(config.model_dump_json())["task"]["kind"] == spec.task.kind
     assert type(config).model_validate_json(config.model_dump_json()) == config
-    fit = loop.fit(
+    fit = trainer.fit(
         config.model_copy(update={"train": config.train.model_copy(update={"max_epochs": 1})}), fold, metric=metric
     )
     assert fit.outcome == "completed" and fit.outputs.shape == fold.validation.labels.shape
     assert fit.best[metric] > 0 and also in fit.best
 
-    beaten = trial.ensure_baselines(tmp_path, prepared.folds, spec, tmp_path, tell=lambda line: None)
+    beaten = baseline_store.ensure_baselines(tmp_path, prepared.folds, spec, tmp_path, tell=lambda line: None)
     assert {"prior"} < beaten.keys() <= baselines.BASELINES[rule.predicts].keys()
     assert not {"volatility_touch", "garch_touch"} & beaten.keys()  # no level is touched
     assert beaten["prior"]["metrics"]["skill"] == 0.0
@@ -181,8 +182,8 @@ def test_a_baseline_from_outside_is_fitted_and_kept_beside_the_others(tmp_path, 
     for slow in ("bar_mlp", "bar_boosting", "garch_touch"):
         monkeypatch.delitem(baselines.BASELINES["probability"], slow)
     spec = spec_of(tmp_path, planted.THRESHOLD, "log_loss", "bce")
-    prepared = windows.build(spec, tmp_path)
-    beaten = trial.ensure_baselines(tmp_path, prepared.folds, spec, tmp_path, tell=lambda line: None)
+    prepared = datasets.build(spec, tmp_path)
+    beaten = baseline_store.ensure_baselines(tmp_path, prepared.folds, spec, tmp_path, tell=lambda line: None)
     assert "nearest" in beaten and "idle" not in beaten
     assert beaten["nearest"]["words"] == "nearest by the day of the week"
     (fold,) = prepared.folds
@@ -211,10 +212,10 @@ def _week_range(bars: Bars, _: Floats) -> Floats:
 
 def test_a_feature_from_outside_is_an_input_like_any_other_and_joins_no_set(tmp_path, monkeypatch):
     published, names = dict(features.SETS), ("week_range", "log_return_1")
-    before = windows.build(spec_of(tmp_path, planted.THRESHOLD, "log_loss", "bce"), tmp_path).folds[0]
+    before = datasets.build(spec_of(tmp_path, planted.THRESHOLD, "log_loss", "bce"), tmp_path).folds[0]
     monkeypatch.setitem(features.FEATURES, "week_range", Feature("range of five days", _week_range, 4, ("gaps",)))
     spec = spec_of(tmp_path, planted.THRESHOLD, "log_loss", "bce")
-    assert windows.build(spec, tmp_path).folds[0].data_hash == before.data_hash
+    assert datasets.build(spec, tmp_path).folds[0].data_hash == before.data_hash
     assert features.resolve(("stationary",), context=(), gaps=True) == (*published["stationary"], "gap")
 
     whole = features.compute(names, SPX, {})[:, 0]
@@ -223,8 +224,8 @@ def test_a_feature_from_outside_is_an_input_like_any_other_and_joins_no_set(tmp_
         np.testing.assert_array_equal(features.compute(names, SPX.take(np.arange(row + 1)), {})[:, 0], whole[: row + 1])
     data = spec.data.model_copy(update={"features": names})
     with pytest.raises(FintxError, match='"week_range" means nothing where the open equals the close before'):
-        windows.build(spec.model_copy(update={"data": data.model_copy(update={"start": None})}), tmp_path)
-    fold = windows.build(spec.model_copy(update={"data": data}), tmp_path).folds[0]
+        datasets.build(spec.model_copy(update={"data": data.model_copy(update={"start": None})}), tmp_path)
+    fold = datasets.build(spec.model_copy(update={"data": data}), tmp_path).folds[0]
     assert fold.feature_names == names and np.isfinite(fold.features).all()
 
 

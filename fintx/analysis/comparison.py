@@ -14,16 +14,16 @@ from typing import Any
 
 import numpy as np
 
-from fintx.analysis import predictions
+from fintx.analysis import study_results
 from fintx.analysis.patterns import Agreement, depth_bucket, spearman
-from fintx.analysis.predictions import StudyResults
+from fintx.analysis.predictions import BaselineComparison
+from fintx.analysis.study_results import StudyResults
 from fintx.config.schema import Shape
+from fintx.errors import FintxError
 from fintx.evaluate import significance
 from fintx.evaluate.significance import Estimate
-from fintx.model import sizes
-from fintx.study.lead import BaselineComparison
-from fintx.study.space import model_variants
-from fintx.types import FintxError
+from fintx.model import param_count
+from fintx.study.search_space import model_variants
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ def read(folders: Sequence[Path]) -> Comparison:
     """
     if len(folders) < 2:
         raise FintxError("compare: wanted two studies or more, such as: just compare 2M_h1 2M_h3 2M_h5")
-    studies = tuple(predictions.read(folder) for folder in folders)
+    studies = tuple(study_results.read(folder) for folder in folders)
     for results in studies:
         if results.best is None:
             raise FintxError(f"{results.folder}: has no successful trial yet ({len(results.records)} finished)")
@@ -224,7 +224,7 @@ def _fill(shape: Shape, trained_in: StudyResults) -> str:
     """How a cell comes to be filled: a queue entry, unless the shape's size is not that study's."""
     spec, budget = trained_in.spec, trained_in.spec.budget
     for model in model_variants(spec):
-        total = sizes.count(model, shape, len(spec.data.features)).total
+        total = param_count.count_params(model, shape, len(spec.data.features)).total
         if not budget.low <= total <= budget.high:
             return f"{total:,} parameters lie outside the budget {budget.low:,} … {budget.high:,}"
     file = shlex.quote(f"sweeps/{trained_in.name}.toml")

@@ -11,15 +11,17 @@ from typing import Any
 import jax
 import numpy as np
 
-from fintx.data import features, sources, windows
+from fintx.analysis import predictions
+from fintx.data import datasets, features, sources
 from fintx.data.bars import Bars
-from fintx.data.windows import Dataset, Part, Scaling
+from fintx.data.datasets import Dataset, Part
+from fintx.data.standardize import Standardizer
+from fintx.errors import FintxError
 from fintx.evaluate import baselines, metrics
-from fintx.study import predictions, records
+from fintx.study import records, study_file
 from fintx.study.records import Metrics
-from fintx.train import checkpoint, loop
+from fintx.train import checkpoint, trainer
 from fintx.train.sharding import ONE, Layout
-from fintx.types import FintxError
 
 
 @dataclass(frozen=True)
@@ -60,12 +62,12 @@ def on_validation(path: Path, *, data_root: Path) -> Evaluation:
     for folder in found.folders:
         restored = checkpoint.load(folder)
         config, meta = restored.config, restored.meta
-        prepared = windows.build(config, data_root)
+        prepared = datasets.build(config, data_root)
         dataset = prepared.folds[meta["fold"]]
         _check_hashes(folder, meta, dataset)
         scored.append(_score(restored, dataset.features, dataset.validation, dataset))
     recorded = records.mean_metrics([s.meta["best"] for s in scored])
-    opened = records.openings_words(found.study) if found.study else ""
+    opened = study_file.openings_words(found.study) if found.study else ""
     notes = [opened] if opened else []
     trained_on = Layout(**scored[0].meta.get("layout", {}))
     if _layout(trained_on) != trained_on:
@@ -101,8 +103,8 @@ def on_file(path: Path, file: Path, *, symbol: str | None, data_root: Path) -> E
             f"{file}: its opens are mostly the close before, and the model's input {', '.join(gaps)} needs true opens"
         )
     context = sources.load_pinned(config.data, config.data.context, data_root)
-    scaling = Scaling.from_json(meta["scaling"])
-    dataset, part = windows.build_foreign(bars, context, config, scaling=scaling)
+    scaling = Standardizer.from_json(meta["scaling"])
+    dataset, part = datasets.build_external(bars, context, config, scaling=scaling)
     notes = []
     if name not in config.data.assets:
         notes.append(f"{name} was not trained on: inputs are scaled by the pooled training statistics")
@@ -127,7 +129,7 @@ def _baselines_on(
 ) -> dict[str, Metrics]:
     """Fitted on the training rows of the checkpoint's fold, scored on rows of another asset or of later days."""
     config, meta = restored.config, restored.meta
-    fold = windows.build(config, data_root).folds[meta["fold"]]
+    fold = datasets.build(config, data_root).folds[meta["fold"]]
     _check_hashes(folder, meta, fold)
     last = fold.dates.max().astype(datetime.date)  # of its own assets, nothing of the test part
     own = {
@@ -159,7 +161,7 @@ def find(path: Path) -> Found:
     """
     if not path.exists():
         raise FintxError(f"{path}: is not there; give a study's folder, such as outputs/demo, or a trial's")
-    study = records.read_study(path)
+    study = study_file.read_study(path)
     if study is not None:
         finished = records.read_all(path)
         best = records.best_of(finished, minimize=metrics.MINIMIZE[study.spec.study.metric])
@@ -209,7 +211,7 @@ class _Scored:
 def _score(restored: checkpoint.Restored, features: np.ndarray, part: Part, dataset: Dataset) -> _Scored:
     config, meta = restored.config, restored.meta
     layout = _layout(Layout(**meta.get("layout", {})))
-    outputs = loop.predict(config, restored.params, features, part.rows, layout=layout)
+    outputs = trainer.predict(config, restored.params, features, part.rows, layout=layout)
     dates = dataset.dates[part.rows]
     return _Scored(
         meta=meta,

@@ -28,12 +28,12 @@ from optuna.importance import PedAnovaImportanceEvaluator
 from optuna.trial import create_trial
 from scipy import stats
 
-from fintx.analysis.predictions import StudyResults
+from fintx.analysis.study_results import StudyResults
 from fintx.config.schema import Choices, Shape
 from fintx.evaluate import metrics
-from fintx.study import ledger, sampler
+from fintx.study import sampler, trial_table
 from fintx.study.records import TrialRecord
-from fintx.study.space import SearchSpace
+from fintx.study.search_space import SearchSpace
 from fintx.types import Floats
 
 LEAST_PAIRS = 5
@@ -268,7 +268,7 @@ def ped_anova(trials: Sequence[TrialRecord], space: SearchSpace, *, seed: int = 
     if len(usable) < LEAST_TRIALS or len(distributions) < 2:
         return ()
     sign = 1.0 if metrics.MINIMIZE[space.spec.study.metric] else -1.0
-    values = np.array([ledger.WORST if r.value is None else sign * r.value for r in usable])
+    values = np.array([trial_table.WORST if r.value is None else sign * r.value for r in usable])
     params = [dict(record.params) for record in usable]
     real = _shares(params, values, distributions)
     rng = np.random.default_rng(seed)
@@ -369,7 +369,7 @@ def summarize(results: StudyResults, space: SearchSpace) -> SearchSummary:
         outcomes=_outcomes(trials),
         finished=len(trials),
         wanted=results.spec.study.n_trials,
-        repeated_configs=tuple(_repeated(trials, lambda record: sampler.identity(record.config)).values()),
+        repeated_configs=tuple(_repeated(trials, lambda record: sampler.trial_identity(record.config)).values()),
         repeated_shapes=tuple(sorted(repeated_shapes.items(), key=lambda pair: -len(pair[1]))),
         coverage=_coverage(feasible, trained),
         shapes=space.shapes,

@@ -1,268 +1,292 @@
-"""Study results: a study's records and every model's loss on every validation day, read from its folder.
-
-Reads records and predictions alone, never logs; works on a study that is half finished. What is missing is said in
-`notes`, a line each, and what depends on it is left out.
-"""
+"""Kept predictions: what every model said on the same validation rows, and its loss on each of them."""
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Iterable, Sequence
+import dataclasses
+import json
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
 from fintx.config.schema import StudySpec
+from fintx.errors import FintxError
 from fintx.evaluate import metrics, significance
-from fintx.evaluate.significance import Estimate, Resamples
-from fintx.study import lead, predictions, records
-from fintx.study.lead import BaselineComparison
-from fintx.study.predictions import Rows
-from fintx.study.records import StudyFile, TrialRecord
-from fintx.types import FintxError, Floats
+from fintx.evaluate.significance import Estimate
+from fintx.study import records
+from fintx.study.records import TrialRecord
+from fintx.tasks import Prediction
+from fintx.types import Floats, Ints
 
-
-class NoResults(FintxError):
-    """The folder holds nothing that could be reported, or what may not be compared."""
+_KEY = ("fold", "date", "asset", "label")
 
 
 @dataclass(frozen=True, eq=False)
-class StudyResults:
-    """A study as far as it is. Losses are those of the study's metric: 1 − it for a ranking."""
+class Rows:
+    """The validation rows of a study, and what its baselines said of them."""
 
-    folder: Path
-    study: StudyFile
-    records: tuple[TrialRecord, ...]
-    """Every finished trial, by number."""
-    baselines: dict[str, Any]
-    """name → words and metrics, as `study.trial` keeps them."""
-    rows: Rows | None
-    """None where the baselines' predictions are missing: then nothing is compared row by row."""
-    seeds: dict[int, Floats]
-    """Trial number → (N, S) logits or log returns of its seeds, of the successful trials whose predictions are here."""
-    notes: tuple[str, ...]
-
-    @property
-    def name(self) -> str:
-        """The study's."""
-        return self.folder.resolve().name
-
-    @property
-    def spec(self) -> StudySpec:
-        """What the study asks."""
-        return self.study.spec
+    predicts: Prediction
+    metric: str
+    """The study's."""
+    n_seeds: int
+    """Of each trial of the search (`study.replicates`)."""
+    horizon: int
+    fold: Ints
+    """(S,)"""
+    dates: np.ndarray
+    """(S,) datetime64[D]."""
+    labels: Floats
+    """(S,)"""
+    baselines: dict[str, Floats]
+    """Name → (S,) outputs."""
+    key: pa.Table
+    """What identifies a row; other predictions must have the same."""
 
     @property
-    def metric(self) -> str:
-        """The study's."""
-        return self.spec.study.metric
+    def assets(self) -> np.ndarray:
+        """(S,) names."""
+        return np.asarray(self.key["asset"].to_pylist())
 
-    @functools.cached_property
-    def outputs(self) -> dict[int, Floats]:
-        """Trial number → (S,) outputs of its first seed: what one model says, for all that isn't a loss."""
-        return {number: of_seeds[0] for number, of_seeds in self.seeds.items()}
+    def losses(self, outputs: Floats, *, metric: str | None = None) -> Floats:
+        """(S,) whose mean is the metric as records hold it (1 − it for a ranking): mean over folds, and over seeds.
 
-    @property
-    def minimize(self) -> bool:
-        """Whether less of the study's metric is better."""
-        return metrics.MINIMIZE[self.spec.study.metric]
+        A ranking orders the rows of a fold alone: each fold has a model of its own.
 
-    @functools.cached_property
-    def ranked(self) -> tuple[TrialRecord, ...]:
-        """The successful trials, best first by the study's metric."""
-        return tuple(records.ranked(list(self.records), minimize=self.minimize))
+        Args:
+            outputs: (S,) of one model, or (N, S) of a trial's seeds.
+            metric: another one than the study's.
 
-    @property
-    def best(self) -> TrialRecord | None:
-        """The best trial; none where none succeeded."""
-        return next(iter(self.ranked), None)
+        Returns:
+            NaN for all rows where a ranking is undefined in a fold.
+        """
+        if outputs.ndim == 2:
+            return np.mean([self.losses(of_seed, metric=metric) for of_seed in outputs], axis=0)
+        name, folds = metric or self.metric, np.unique(self.fold)
+        found = np.empty(len(self.labels))
+        means = []
+        for fold in folds:
+            inside = self.fold == fold
+            losses = significance.row_losses(self.predicts, name, outputs[inside], self.labels[inside])
+            means.append(losses.mean())
+            # A fold counts as one, however many rows it has: its deviations are weighted; the mean is moved below.
+            found[inside] = means[-1] + (losses - means[-1]) * len(found) / (len(folds) * len(losses))
+        return found + (np.mean(means) - found.mean())
 
-    @property
-    def best_outputs(self) -> Floats | None:
-        """(S,) of the best trial's first seed; none where its predictions are not here."""
-        return None if self.best is None else self.outputs.get(self.best.trial_number)
+    def losses_among(self, chosen: np.ndarray, outputs: Floats) -> Floats:
+        """(S,) losses of one model scored on some rows alone, a plain mean over them; NaN on the others.
 
-    @property
-    def skill_loss(self) -> str:
-        """The loss that skill is a share of: the study's metric, or log loss where that is a ranking."""
-        return significance.skill_loss(self.metric)
+        NaN too in a fold in which those rows are of one class, where a ranking is undefined.
+        """
+        found = np.full(len(self.labels), np.nan)
+        for fold in np.unique(self.fold[chosen]):
+            inside = chosen & (self.fold == fold)
+            found[inside] = significance.row_losses(self.predicts, self.metric, outputs[inside], self.labels[inside])
+        return found
 
-    def skill(self, scored: dict[str, Any]) -> float | None:
-        """1 − loss / loss of the training prior, of metrics as records and baselines hold them."""
-        return scored.get(metrics.SKILLS[self.skill_loss])
+    def take(self, places: Ints) -> Rows:
+        """Some of the rows, in that order."""
+        return dataclasses.replace(
+            self,
+            fold=self.fold[places],
+            dates=self.dates[places],
+            labels=self.labels[places],
+            baselines={name: outputs[places] for name, outputs in self.baselines.items()},
+            key=self.key.take(places),
+        )
 
-    @functools.cached_property
-    def best_baseline(self) -> str | None:
-        """The best baseline; none without the baselines' predictions."""
-        best = None if self.rows is None else lead.best_baseline(self.rows)
-        return None if best is None else best[0]
-
-    @functools.cached_property
-    def comparison(self) -> BaselineComparison | None:
-        """The best trial against the best baseline; none without their predictions."""
-        if self.rows is None or self.best is None or self.best.trial_number not in self.seeds:
-            return None
-        return lead.compare(self.rows, self.rows.losses(self.seeds[self.best.trial_number]))
-
-    @functools.cached_property
-    def series(self) -> dict[int, Floats]:
-        """Trial number → (D,) losses by day, mean over its seeds."""
-        return {number: self._by_day(of_seeds) for number, of_seeds in self.seeds.items()}
-
-    @functools.cached_property
-    def baseline_series(self) -> dict[str, Floats]:
-        """Baseline → (D,) losses by day."""
-        outputs = {} if self.rows is None else self.rows.baselines
-        return {name: self._by_day(each) for name, each in outputs.items()}
-
-    @functools.cached_property
-    def skill_series(self) -> dict[int, Floats]:
-        """Trial number → (D,) losses by day that skill is a share of."""
-        if self.skill_loss == self.metric:
-            return self.series
-        return {number: self._by_day(of_seeds, metric=self.skill_loss) for number, of_seeds in self.seeds.items()}
-
-    @functools.cached_property
-    def prior_skill_series(self) -> Floats | None:
-        """(D,) the same of the prior; none without its predictions."""
-        prior = None if self.rows is None else self.rows.baselines.get("prior")
-        return None if prior is None else self._by_day(prior, metric=self.skill_loss)
-
-    def _by_day(self, outputs: Floats, *, metric: str | None = None) -> Floats:
-        """(S,) outputs, or (N, S) of several seeds → (D,) losses by day."""
-        assert self.rows is not None
-        return self.rows.series(self.rows.losses(outputs, metric=metric))
-
-    @functools.cached_property
-    def resamples(self) -> Resamples | None:
-        """Draws of the validation days, in blocks as long as the best trial's difference to the best baseline asks
-        for: those of `comparison`. Where its predictions aren't here, the middle length of all trials' differences."""
-        if not self.series or self.best_baseline is None:
-            return None
-        against = self.baseline_series[self.best_baseline]
-        best = None if self.best is None else self.series.get(self.best.trial_number)
-        compared = [best] if best is not None else list(self.series.values())
-        gains = np.stack([against - losses for losses in compared], axis=1)
-        block = significance.block_length(gains, horizon=self.spec.task.horizon)
-        return significance.resample(len(gains), block)
-
-    def gain(self, baseline: str | None, number: int | None = None) -> Estimate | None:
-        """How much better a trial (the best one) is than a baseline, in its metric; the search's luck is not in it."""
-        if number is None and self.best is not None:
-            number = self.best.trial_number
-        if number not in self.series or self.resamples is None or baseline not in self.baseline_series:
-            return None
-        return significance.estimate(self.baseline_series[baseline] - self.series[number], self.resamples)
-
-    @property
-    def luck(self) -> float | None:
-        """How much better than their average the best of so many equal trials looks, by chance."""
-        if self.resamples is None or len(self.series) < 2:
-            return None
-        return significance.luck_of_the_best(np.stack(list(self.series.values()), axis=1), self.resamples)
-
-    @property
-    def skill_interval(self) -> tuple[float, float, float] | None:
-        """(skill, low, high) of the best trial over other days, 95 %; none without predictions."""
-        prior = self.prior_skill_series
-        mine = None if self.best is None else self.skill_series.get(self.best.trial_number)
-        if prior is None or self.resamples is None or mine is None:
-            return None
-        spread = 1 - (self.resamples.weights @ mine) / (self.resamples.weights @ prior)
-        low, high = np.quantile(spread, [0.025, 0.975])
-        return float(1 - mine.mean() / prior.mean()), float(low), float(high)
+    def series(self, losses: Floats, *, chosen: np.ndarray | None = None) -> Floats:
+        """(S, …) losses as a series of days."""
+        return significance.by_day(losses, self.dates, chosen=chosen)
 
 
-def read(folder: Path) -> StudyResults:
-    """All that a study's folder holds.
+def read_baselines(study_folder: Path) -> dict[str, Any]:
+    """What baselines.json holds: name → {"words", "metrics", "folds"}; empty where it is not there yet.
 
     Raises:
-        NoResults: no study there, no finished trial, or trials that were scored on different labels.
-        FintxError: a file that does not hold what fintx wrote.
+        DamagedRecord: it is not what fintx wrote.
     """
-    study = records.read_study(folder)
-    if study is None:
-        raise NoResults(f"{folder}: holds no study (no study.json); give a study's name, or its folder")
-    finished = records.read_all(folder)
-    if not finished:
-        raise NoResults(f"{folder}: has no finished trial yet; run it (just sweep …), then report as often as you like")
-    _check_labels(folder, finished)
-    notes: list[str] = []
-    rows, seeds = None, {}
-    if (folder / "baselines.parquet").is_file():
-        rows = predictions.read_rows(folder, study.spec)
-        seeds = _seeds(folder, finished, rows, notes)
-    else:
-        notes.append(
-            f"{folder / 'baselines.parquet'} is missing: nothing can be compared row by row; "
-            "the next run of the study makes it again."
-        )
-    return StudyResults(folder, study, tuple(finished), predictions.read_baselines(folder), rows, seeds, tuple(notes))
+    path = study_folder / "baselines.json"
+    if not path.is_file():
+        return {}
+    try:
+        return dict(json.loads(path.read_text()))
+    except (ValueError, TypeError):
+        raise records.DamagedRecord(f"{path}: is not what fintx wrote; remove it, and the next run makes it") from None
 
 
-def find(patterns: Sequence[str], *, outputs: Path) -> list[Path]:
-    """The study folders that names, folders or patterns such as 'outputs/*_h3' mean; in order, each once.
+def read_rows(study_folder: Path, spec: StudySpec) -> Rows:
+    """The rows that baselines.parquet holds.
 
     Raises:
-        FintxError: a pattern that no study fits.
+        FintxError: the file is missing or isn't what fintx wrote.
     """
-    folders: dict[Path, None] = {}
-    for pattern in patterns:
-        matches = _studies(Path(), pattern) or _studies(outputs, pattern)
-        if not matches:
-            there = ", ".join(path.name for path in records.study_folders(outputs)) or "none"
-            raise FintxError(
-                f"{pattern}: fits no study under {outputs} (there: {there}); give names, folders or a pattern in quotes"
-            )
-        folders.update(dict.fromkeys(matches))
-    return list(folders)
+    path = study_folder / "baselines.parquet"
+    table = _read(path, (*_KEY, "output", "baseline"))
+    names = list(dict.fromkeys(table["baseline"].to_pylist()))
+    if not names:
+        raise FintxError(f"{path}: holds no baseline; move it and baselines.json away, and run the study again")
+    each = {name: table.filter(pc.equal(table["baseline"], name)) for name in names}
+    key = each[names[0]].select(_KEY)
+    for name, part in each.items():
+        _check_same(path, part, key, name)
+    return Rows(
+        predicts=spec.task.predicts,
+        metric=spec.study.metric,
+        n_seeds=spec.study.replicates,
+        horizon=spec.task.horizon,
+        fold=key["fold"].to_numpy(),
+        dates=key["date"].to_numpy().astype("datetime64[D]"),
+        labels=key["label"].to_numpy(),
+        baselines={name: part["output"].to_numpy() for name, part in each.items()},
+        key=key,
+    )
 
 
-def _studies(root: Path, pattern: str) -> list[Path]:
-    """The study folders under a root that a pattern, or a plain name, fits."""
-    given = root / pattern
-    start = Path(given.anchor) if given.is_absolute() else Path()
-    inside = given.relative_to(start) if given.is_absolute() else given
-    return [path for path in sorted(start.glob(str(inside))) if (path / "study.json").is_file()]
+def trial_losses(study_folder: Path, number: int, rows: Rows) -> Floats:
+    """(S,) losses of a trial of the search, mean over its seeds: what every comparison of trials is made of.
+
+    Raises:
+        FintxError: as `read_seeds`.
+    """
+    return rows.losses(read_seeds(study_folder, number, rows))
 
 
-def _check_labels(folder: Path, finished: Sequence[TrialRecord]) -> None:
-    """Losses on different labels are never ranked together."""
-    trials: dict[str, list[str]] = {}
-    for record in finished:
-        for label_hash in sorted({fold.label_hash for fold in record.folds}):
-            trials.setdefault(label_hash, []).append(f"trial {record.trial_number}")
-    if len(trials) > 1:
-        groups = sorted(trials.items(), key=lambda pair: -len(pair[1]))
-        words = "; ".join(f"{label_hash[:12]}: {_some(names)}" for label_hash, names in groups)
-        raise NoResults(
-            f"{folder}: its trials were scored on different labels and can't be ranked together (label hash {words}); "
-            "move the trials that don't belong to the study away"
+def read_seeds(study_folder: Path, number: int, rows: Rows) -> Floats:
+    """(N, S) outputs of each seed of a trial of the search, the first seed's first.
+
+    Raises:
+        FintxError: they are missing, damaged, too few, or of other rows than the baselines'.
+    """
+    folder = records.trial_folder(study_folder, number)
+    outputs = [read_outputs(folder, rows)]
+    if rows.n_seeds > 1:
+        path = folder / "replicates.parquet"
+        table = _read(path, (*_KEY, "output", "replicate"))
+        for replicate in range(1, rows.n_seeds):
+            part = table.filter(pc.equal(table["replicate"], replicate))
+            _check_same(path, part, rows.key, f"its model of seed {replicate + 1}")
+            outputs.append(part["output"].to_numpy())
+    return np.array(outputs)
+
+
+def read_outputs(folder: Path, rows: Rows) -> Floats:
+    """(S,) outputs of the model whose predictions lie in a trial's or a member's folder: of a trial, its first seed's.
+
+    Raises:
+        FintxError: they are missing, damaged, or of other rows than the baselines'.
+    """
+    path = folder / "predictions.parquet"
+    table = _read(path, (*_KEY, "output"))
+    _check_same(path, table, rows.key, "its model")
+    return table["output"].to_numpy()
+
+
+def _read(path: Path, columns: tuple[str, ...]) -> pa.Table:
+    try:
+        return pq.read_table(path, columns=list(columns))
+    except FileNotFoundError:
+        raise FintxError(f"{path}: is not there; were its predictions made on another machine, or deleted?") from None
+    except (OSError, pa.ArrowInvalid, pa.ArrowKeyError) as error:
+        first = next(iter(str(error).splitlines()), "")
+        raise FintxError(f"{path}: holds no predictions of fintx ({first}); restore it from a copy") from None
+
+
+def _check_same(path: Path, table: pa.Table, key: pa.Table, who: str) -> None:
+    if table.num_rows != key.num_rows or not all(table[column].equals(key[column]) for column in _KEY):
+        raise FintxError(
+            f"{path}: {who} was scored on other rows than the baselines ({table.num_rows:,} against "
+            f"{key.num_rows:,}), so their losses can't be compared"
         )
 
 
-def _some(names: Iterable[str]) -> str:
-    """The first few of a list, and how many more there are."""
-    names = list(names)
-    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+def series_of(losses: Mapping[Any, Floats], rows: Rows) -> Floats:
+    """(D, M) losses by day, a column per model; (D, 0) of none."""
+    columns = [rows.series(of_model) for of_model in losses.values()]
+    return np.column_stack(columns) if columns else np.zeros((len(np.unique(rows.dates)), 0))
 
 
-def _seeds(folder: Path, finished: Sequence[TrialRecord], rows: Rows, notes: list[str]) -> dict[int, Floats]:
-    """Of the successful trials whose predictions are here; the others are named."""
-    found, missing = {}, []
-    for record in finished:
-        where = records.trial_folder(folder, record.trial_number)
-        if record.value is None:
-            continue
-        if (where / "predictions.parquet").is_file():
-            found[record.trial_number] = predictions.read_seeds(folder, record.trial_number, rows)
-        else:
-            missing.append(f"trial {record.trial_number}" + (f" (ran on {record.host})" if record.host else ""))
-    if missing:
-        notes.append(
-            f"predictions.parquet is missing of {_some(missing)}: left out of all that is compared row by row; "
-            "copy the trial's folder here."
-        )
-    return found
+Standing = Literal["ahead", "can't be told apart", "behind"]
+
+
+@dataclass(frozen=True)
+class BaselineComparison:
+    """A trial against the best baseline."""
+
+    metric: str
+    """The study's: values and difference are in it."""
+    baseline: str
+    baseline_value: float
+    trial_value: float
+    """Mean over the trial's seeds."""
+    difference: Estimate
+    """How much better the trial is; negative: the baseline is better. Days are resampled in blocks."""
+    n_rows: int
+
+    @property
+    def standing(self) -> Standing:
+        """Of the trial beside the baseline."""
+        return standing(self.difference)
+
+
+def standing(difference: Estimate) -> Standing:
+    """The verdict in words: on which side of zero the whole interval lies, if on one."""
+    return "ahead" if difference.positive else "behind" if difference.negative else "can't be told apart"
+
+
+def best_baseline(rows: Rows, *, among: Iterable[str] | None = None) -> tuple[str, float] | None:
+    """The baseline that is best in the study's metric on these rows, and its value; none where none has one.
+
+    Args:
+        among: names to choose from; none: all.
+    """
+    names = rows.baselines if among is None else among
+    means = {name: float(rows.losses(rows.baselines[name]).mean()) for name in names}
+    defined = {name: mean for name, mean in means.items() if mean == mean}  # NaN: one class alone in a fold
+    if not defined:
+        return None
+    name = min(defined, key=lambda each: defined[each])
+    return name, _value(rows.metric, defined[name])
+
+
+def compare(rows: Rows, losses: Floats) -> BaselineComparison | None:
+    """A trial against the best baseline; none where no baseline has the study's metric.
+
+    The best of many trials was chosen on these very rows: that luck is not in the interval (`study.confirmation`).
+
+    Args:
+        losses: (S,) of the trial, as `predictions.trial_losses` reads them.
+    """
+    best = best_baseline(rows)
+    if best is None:
+        return None
+    name, value = best
+    saved = rows.series(rows.losses(rows.baselines[name]) - losses)
+    block = significance.block_length(saved, horizon=rows.horizon)
+    difference = significance.estimate(saved, significance.resample(len(saved), block))
+    return BaselineComparison(
+        metric=rows.metric,
+        baseline=name,
+        baseline_value=value,
+        trial_value=_value(rows.metric, float(losses.mean())),
+        difference=difference,
+        n_rows=len(rows.labels),
+    )
+
+
+def of_trial(study_folder: Path, spec: StudySpec, trial: TrialRecord) -> BaselineComparison | None:
+    """The same from the predictions kept in a study's folder.
+
+    Raises:
+        FintxError: predictions that are missing, damaged or of other rows.
+    """
+    rows = read_rows(study_folder, spec)
+    return compare(rows, trial_losses(study_folder, trial.trial_number, rows))
+
+
+def _value(metric: str, loss: float) -> float:
+    return 1 - loss if metric in metrics.RANKINGS else loss

@@ -23,13 +23,14 @@ from typing import Literal, cast
 import numpy as np
 from scipy import stats
 
-from fintx.analysis import predictions
-from fintx.analysis.predictions import StudyResults
+from fintx.analysis import study_results
 from fintx.analysis.sized_trials import LEAST_TRIALS, NotComparable, Over, SizedTrials, gather, hash_of
+from fintx.analysis.study_results import StudyResults
+from fintx.errors import FintxError
 from fintx.evaluate import power_law
 from fintx.evaluate.power_law import FORMS, Fit
-from fintx.study import records
-from fintx.types import FintxError, Floats, Ints
+from fintx.study import study_file
+from fintx.types import Floats, Ints
 
 DIFFERENCE = 0.01
 """A gain below this share of the baseline's loss, from the smallest to the largest size, counts as none."""
@@ -154,22 +155,22 @@ def read(folders: Sequence[Path], *, over: str, difference: float) -> ScalingLaw
         raise FintxError(f'--over {over!r}: wanted "parameters" or "data"')
     if not 0 < difference < 1:
         raise FintxError(f"--difference {difference:g}: wanted a share between 0 and 1, such as 0.01 for one percent")
-    trials = gather([predictions.read(folder) for folder in folders], over=cast(Over, over))
+    trials = gather([study_results.read(folder) for folder in folders], over=cast(Over, over))
     return fit(trials, difference=difference)
 
 
 def of_siblings(results: StudyResults) -> ScalingLaws | NotFitted | None:
     """Over a study and those beside it that differ from it in size alone; none where there are none."""
     siblings = []
-    for folder in records.study_folders(results.folder.resolve().parent):
+    for folder in study_file.study_folders(results.folder.resolve().parent):
         try:
-            study = records.read_study(folder)
+            study = study_file.read_study(folder)
             if study is None or folder.name == results.name:
                 continue
             # Looked at before its predictions are read.
             if study.spec.task != results.spec.task or study.spec.budget.parameters == results.spec.budget.parameters:
                 continue
-            other = predictions.read(folder)
+            other = study_results.read(folder)
         except FintxError:  # a study that can't be reported yet is none to compare with
             continue
         if hash_of(other, "label_hash") == hash_of(results, "label_hash"):

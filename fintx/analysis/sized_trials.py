@@ -12,15 +12,16 @@ from typing import Literal
 
 import numpy as np
 
-from fintx.analysis.predictions import StudyResults
+from fintx.analysis import predictions
+from fintx.analysis.predictions import Rows
+from fintx.analysis.study_results import StudyResults
 from fintx.config.schema import StudySpec
+from fintx.errors import FintxError
 from fintx.evaluate import significance
 from fintx.evaluate.significance import Resamples
-from fintx.model import sizes
-from fintx.study import lead
-from fintx.study.predictions import Rows
+from fintx.model import param_count
 from fintx.study.records import TrialRecord
-from fintx.types import FintxError, Floats, Ints
+from fintx.types import Floats, Ints
 
 LEAST_SIZES, LEAST_TRIALS, LEAST_PER_SIZE = 3, 8, 2
 LEAST_SPAN = 2.0
@@ -79,7 +80,7 @@ def gather(studies: Sequence[StudyResults], *, over: Over = "parameters") -> Siz
     chosen = _shared_rows(ordered, over)
     shared = [results.rows.take(places) for results, places in zip(ordered, chosen, strict=True) if results.rows]
     rows = shared[-1]
-    best = lead.best_baseline(rows)
+    best = predictions.best_baseline(rows)
     if best is None:
         raise NotComparable(f"no fit: no baseline has a {rows.metric} on the {len(rows.labels):,} shared rows")
     baseline = best[0]
@@ -123,7 +124,7 @@ def gather(studies: Sequence[StudyResults], *, over: Over = "parameters") -> Siz
 
 def training_flops(record: TrialRecord) -> float:
     """Forward and backward passes over every training window that the trial saw."""
-    per_sample = sizes.flops(record.config.model, record.config.shape, len(record.config.data.features))
+    per_sample = param_count.flops(record.config.model, record.config.shape, len(record.config.data.features))
     seen = sum(fold.steps for fold in record.folds) * record.config.train.batch_size
     return seen * (per_sample.forward + per_sample.backward)
 

@@ -14,25 +14,25 @@ from typing import Any
 import numpy as np
 
 from fintx import tasks
-from fintx.analysis import patterns, predictions, scaling_laws, test_set
+from fintx.analysis import confirmation, patterns, predictions, scaling_laws, study_results, test_set
+from fintx.analysis.confirmation import Confirmation
 from fintx.analysis.patterns import Importance, Pattern, SearchSummary
-from fintx.analysis.predictions import StudyResults
+from fintx.analysis.predictions import Rows
 from fintx.analysis.scaling_laws import NotFitted, ScalingLaws
-from fintx.analysis.test_set import Opening
-from fintx.data import sources, windows
+from fintx.analysis.study_results import StudyResults
+from fintx.analysis.test_set import TestOpening
+from fintx.data import datasets, sources
 from fintx.data.bars import Bars
-from fintx.data.windows import Prepared
-from fintx.evaluate import backtest, calibration, conformal, decisions, direction, metrics
-from fintx.evaluate.backtest import DeflatedSharpe, Ledger, Performance, Rules
-from fintx.evaluate.calibration import BrierParts, Recalibration, ReliabilityBin
-from fintx.evaluate.decisions import PrecisionRecall, ThresholdRow
+from fintx.data.datasets import PreparedData
+from fintx.errors import FintxError
+from fintx.evaluate import backtest, calibration, direction, metrics
+from fintx.evaluate.backtest import DeflatedSharpe, Performance, Returns, Rules
+from fintx.evaluate.calibration import BrierParts, PrecisionRecall, Recalibration, ReliabilityBin, ThresholdRow
 from fintx.evaluate.direction import CumulativeGain, Mirror, YearRow
-from fintx.study import confirmation, lead, records
-from fintx.study.confirmation import Confirmation
-from fintx.study.predictions import Rows
-from fintx.study.space import SearchSpace
+from fintx.study import study_file
+from fintx.study.search_space import SearchSpace
 from fintx.tasks import Threshold
-from fintx.types import FintxError, Floats
+from fintx.types import Floats
 
 _VOLATILITY = ("volatility_", "vix_", "garch_")
 """How the names of baselines begin that know volatility alone."""
@@ -98,7 +98,7 @@ class StudyAnalysis:
 
     results: StudyResults
     label: str
-    prepared: Prepared | None
+    prepared: PreparedData | None
     """None where the study's data are not here."""
     data_missing: str
     """Why; else empty."""
@@ -113,7 +113,7 @@ class StudyAnalysis:
     search: SearchSummary
     scaling: ScalingLaws | NotFitted | None
     opening_log: tuple[dict[str, Any], ...]
-    openings: tuple[Opening, ...]
+    openings: tuple[TestOpening, ...]
     resolved: str
     """The whole sweep file."""
 
@@ -127,11 +127,11 @@ def read(folder: Path, *, data_root: Path, rules: Rules | None = None) -> StudyA
     Raises:
         FintxError: no study, no finished trial, different labels, or a damaged file.
     """
-    results = predictions.read(folder)
+    results = study_results.read(folder)
     spec = results.spec
     prepared, bars, missing = None, {}, ""
     try:
-        prepared = windows.build(spec, data_root)
+        prepared = datasets.build(spec, data_root)
         bars = sources.load_pinned(spec.data, spec.data.assets, data_root)
     except FintxError as error:
         prepared, missing = None, str(error).splitlines()[0]
@@ -152,7 +152,7 @@ def read(folder: Path, *, data_root: Path, rules: Rules | None = None) -> StudyA
         importance=patterns.ped_anova(results.records, space) if results.ranked else (),
         search=patterns.summarize(results, space),
         scaling=scaling_laws.of_siblings(results),
-        opening_log=tuple(records.openings(folder)),
+        opening_log=tuple(study_file.openings(folder)),
         openings=test_set.read_openings(folder),
         resolved=resolved.read_text() if resolved.is_file() else "resolved.toml is missing",
     )
@@ -181,9 +181,9 @@ def _calibration(results: StudyResults) -> Calibration | None:
         recalibrated=calibration.recalibrate_forward(outputs, rows.labels, groups) if both else (),
         by_folds=by_folds,
         precision_recall={
-            name: decisions.precision_recall(each, rows.labels) for name, each in forecasts.items() if comes_and_goes
+            name: calibration.precision_recall(each, rows.labels) for name, each in forecasts.items() if comes_and_goes
         },
-        thresholds=tuple(decisions.threshold_table(outputs, rows.labels)) if comes_and_goes else (),
+        thresholds=tuple(calibration.threshold_table(outputs, rows.labels)) if comes_and_goes else (),
     )
 
 
@@ -201,9 +201,9 @@ def _coverage(results: StudyResults) -> tuple[Coverage, ...]:
                 if early.any() and late.any():
                     parts = outputs[early], rows.labels[early], outputs[late], rows.labels[late]
                     if method == "split":
-                        intervals = conformal.split_intervals(*parts, level=level)
+                        intervals = calibration.split_intervals(*parts, level=level)
                     else:
-                        intervals = conformal.adaptive_intervals(*parts, horizon=rows.horizon, level=level)
+                        intervals = calibration.adaptive_intervals(*parts, horizon=rows.horizon, level=level)
                     covered.append(intervals.covered)
                     widths.append(intervals.high - intervals.low)
             if covered:
@@ -239,7 +239,7 @@ def _best_volatility_baseline(results: StudyResults) -> str | None:
     if results.rows is None:
         return None
     names = [name for name in results.rows.baselines if name.startswith(_VOLATILITY)]
-    best = lead.best_baseline(results.rows, among=names)
+    best = predictions.best_baseline(results.rows, among=names)
     return None if best is None else best[0]
 
 
@@ -288,7 +288,9 @@ def _backtest(results: StudyResults, bars: Mapping[str, Bars], rules: Rules) -> 
     )
 
 
-def _follow(results: StudyResults, outputs: Floats, bars: Mapping[str, Bars], level: Threshold, rules: Rules) -> Ledger:
+def _follow(
+    results: StudyResults, outputs: Floats, bars: Mapping[str, Bars], level: Threshold, rules: Rules
+) -> Returns:
     """A yes where the probability reaches the training base rate of its fold; a panel's assets have equal shares."""
     rows = results.rows
     assert rows is not None

@@ -15,22 +15,24 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from fintx.analysis import evaluation
+from fintx.analysis import confirmation, evaluation, predictions
+from fintx.analysis.confirmation import Candidate, Confirmation
 from fintx.config.schema import StudySpec, TrialConfig
-from fintx.data import sources, windows
-from fintx.data.windows import Dataset, Part, Scaling
+from fintx.data import datasets, sources
+from fintx.data.datasets import Dataset, Part
+from fintx.data.standardize import Standardizer
+from fintx.errors import FintxError
 from fintx.evaluate import baselines, metrics, significance
 from fintx.evaluate.significance import Estimate
-from fintx.study import confirmation, lead, predictions, records
-from fintx.study.confirmation import Candidate, Confirmation
-from fintx.study.records import Kept, Metrics
-from fintx.train import checkpoint, loop
-from fintx.types import FintxError, Floats
+from fintx.study import records, study_file
+from fintx.study.records import Metrics, RecordModel
+from fintx.train import checkpoint, trainer
+from fintx.types import Floats
 
 FOLDER = "test"
 
 
-class Scored(Kept):
+class Scored(RecordModel):
     """A model, or a baseline, on the test rows."""
 
     name: str
@@ -41,7 +43,7 @@ class Scored(Kept):
     per_asset: dict[str, Metrics]
 
 
-class Opening(Kept):
+class TestOpening(RecordModel):
     """test/opening_<number>.json; the outputs lie beside it as Parquet, a row per sample and model."""
 
     study: str
@@ -70,7 +72,7 @@ class _Model:
     checkpoints: tuple[Path, ...]
 
 
-def open_test(path: Path, *, data_root: Path, unconfirmed: bool = False) -> Opening:
+def open_test(path: Path, *, data_root: Path, unconfirmed: bool = False) -> TestOpening:
     """Open the sealed test part; the opening is logged in the study's folder before any label is cut.
 
     Args:
@@ -82,16 +84,16 @@ def open_test(path: Path, *, data_root: Path, unconfirmed: bool = False) -> Open
             is missing or damaged; or the opening can't be logged.
     """
     models, study = _unconfirmed(path) if unconfirmed else (_confirmed(path), path)
-    known = records.read_study(study)
+    known = study_file.read_study(study)
     assert known is not None
     config = [checkpoint.describe(each).config for model in models for each in model.checkpoints][0]
     if config.split.kind == "walk_forward" and config.split.test_start is None:
         raise FintxError(f"{path}: its walk-forward split has no test part (no split.test_start): nothing is sealed")
-    best = lead.best_baseline(predictions.read_rows(study, known.spec))
+    best = predictions.best_baseline(predictions.read_rows(study, known.spec))
     if best is None:
         raise FintxError(f"{path}: no baseline has a {known.spec.study.metric} on its validation rows to compare with")
     rival = best[0]
-    number = records.log_opening(
+    number = study_file.log_opening(
         study,
         {
             "confirmed": not unconfirmed,
@@ -102,10 +104,10 @@ def open_test(path: Path, *, data_root: Path, unconfirmed: bool = False) -> Open
     return _opened(study, known.spec, models, config, rival, number=number, confirmed=not unconfirmed, root=data_root)
 
 
-def read_openings(study_folder: Path) -> tuple[Opening, ...]:
+def read_openings(study_folder: Path) -> tuple[TestOpening, ...]:
     """What the openings said, oldest first; one that was cut short left a line in the log and nothing here."""
     paths = (study_folder / FOLDER).glob("opening_*.json")
-    return tuple(sorted((Opening.model_validate_json(p.read_bytes()) for p in paths), key=lambda each: each.number))
+    return tuple(sorted((TestOpening.model_validate_json(p.read_bytes()) for p in paths), key=lambda each: each.number))
 
 
 # --- for whom ---------------------------------------------------------------------------------------------------------
@@ -167,14 +169,14 @@ def _relative(path: Path, study: Path) -> str:
 def _opened(
     study: Path, spec: StudySpec, models: tuple[_Model, ...], config: TrialConfig, rival: str, *, number: int,
     confirmed: bool, root: Path,
-) -> Opening:  # fmt: skip
+) -> TestOpening:  # fmt: skip
     restored = checkpoint.load(models[0].checkpoints[0])
     dataset, part = _rows(restored, root)
     said = {model.name: np.array([_say(each, dataset, part, root) for each in model.checkpoints]) for model in models}
     outputs = {name: metrics.ensemble(spec.task.predicts, members) for name, members in said.items()}
     beaten = _baselines(dataset, part, config, spec, root)
     scorer = _Scorer(spec, dataset, part, restored.meta["prior"], beaten[rival], rival, said)
-    opening = Opening(
+    opening = TestOpening(
         study=spec.study.name,
         number=number,
         confirmed=confirmed,
@@ -198,18 +200,18 @@ def _say(path: Path, wanted: Dataset, part: Part, root: Path) -> Floats:
     dataset, own = _rows(restored, root)
     if not np.array_equal(dataset.dates[own.rows], wanted.dates[part.rows]) or not (own.labels == part.labels).all():
         raise FintxError(f"{path}: its test rows are not those of the other models (model.context_length differs)")
-    return loop.predict(restored.config, restored.params, dataset.features, own.rows)
+    return trainer.predict(restored.config, restored.params, dataset.features, own.rows)
 
 
 def _rows(restored: checkpoint.Restored, root: Path) -> tuple[Dataset, Part]:
-    return windows.build_test(restored.config, root, scaling=Scaling.from_json(restored.meta["scaling"]))
+    return datasets.build_test(restored.config, root, scaling=Standardizer.from_json(restored.meta["scaling"]))
 
 
 def _baselines(
     dataset: Dataset, part: Part, config: TrialConfig, spec: StudySpec, root: Path
 ) -> dict[str, Floats]:  # fmt: skip
     """Fitted on the last fold's training rows, as they were for validation; name → outputs on the test rows."""
-    last = windows.build(config, root).folds[-1]
+    last = datasets.build(config, root).folds[-1]
     train = Part(_place(last, last.train.rows, dataset), last.train.labels)
     found = baselines.for_dataset(
         dataclasses.replace(dataset, train=train, validation=part),
@@ -296,7 +298,7 @@ def _notes(study: Path, config: TrialConfig, number: int, confirmed: bool) -> tu
     return tuple(found)
 
 
-def _keep(study: Path, opening: Opening, dataset: Dataset, part: Part, outputs: Mapping[str, Floats]) -> None:
+def _keep(study: Path, opening: TestOpening, dataset: Dataset, part: Part, outputs: Mapping[str, Floats]) -> None:
     n = len(part.rows)
     table = pa.table(
         {

@@ -36,8 +36,8 @@ from pydantic import (
 )
 from pydantic_core import PydanticKnownError
 
+from fintx.errors import without_passwords
 from fintx.tasks import TASKS, Prediction, Task, settings
-from fintx.types import without_passwords
 
 _Model = TypeVar("_Model", bound=BaseModel)
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from fintx.config.validate import BASE, OWN, SECTIONS, KeyPath, Place, Problems, got, one_line, shortened
-from fintx.types import FintxError
+from fintx.errors import FintxError
 
 _LARGEST = 2**20
 _DEEPEST = 16

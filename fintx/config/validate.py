@@ -23,7 +23,7 @@ from fintx.config.schema import (
     StudySpec,
     check_loss,
 )
-from fintx.types import without_passwords
+from fintx.errors import without_passwords
 
 KeyPath = tuple[str | int, ...]
 """Where a value stands in a tree: ("queue", 1, "d_model")."""

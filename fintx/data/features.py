@@ -17,7 +17,8 @@ import talib
 
 from fintx.data import indicators as ind
 from fintx.data.bars import Bars
-from fintx.types import FintxError, Floats
+from fintx.errors import FintxError
+from fintx.types import Floats
 
 VIX = "VIX"
 """The context symbol that the vix_… features read."""

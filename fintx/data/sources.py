@@ -20,11 +20,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from fintx.config.schema import DataConfig
-from fintx.data import manifest, tabular
-from fintx.data.bars import PRICES, Bars, make, problems, refuse
-from fintx.data.manifest import Entry
-from fintx.data.repair import repair as mend
-from fintx.types import FintxError
+from fintx.data import formats, snapshots
+from fintx.data.bars import PRICES, Bars, bar_problems, make_bars, refuse_bars
+from fintx.data.bars import repair_bars as mend
+from fintx.data.snapshots import Snapshot
+from fintx.errors import FintxError
 
 EMBEDDED = "SPX"
 """S&P 500 index, 1999–2018, that ships inside the `arch` package: needs no network and no import."""
@@ -41,7 +41,7 @@ class DataNotFound(FintxError):
 class Imported:
     """What came of an import."""
 
-    entry: Entry
+    entry: Snapshot
     is_new: bool
     notes: tuple[str, ...]
     """Dropped and repaired rows, in words."""
@@ -64,7 +64,7 @@ def load(symbol: str, *, root: Path, version: str | None = None) -> Bars:
         FintxError: its file is missing or changed.
     """
     name = dataset_name(symbol)
-    kept = [entry for entry in manifest.entries(root, "raw") if entry.name == name]
+    kept = [entry for entry in snapshots.all_snapshots(root, "raw") if entry.name == name]
     if version is not None:
         matching = [entry for entry in kept if entry.version.startswith(version)]
         if not matching and symbol == EMBEDDED and embedded().version.startswith(version):
@@ -77,7 +77,7 @@ def load(symbol: str, *, root: Path, version: str | None = None) -> Bars:
         return _read_snapshot(root, kept[-1], symbol)
     if symbol == EMBEDDED:
         return embedded()
-    known = sorted({entry.name.split(".OHLCV")[0] for entry in manifest.entries(root, "raw")} | {EMBEDDED})
+    known = sorted({entry.name.split(".OHLCV")[0] for entry in snapshots.all_snapshots(root, "raw")} | {EMBEDDED})
     raise DataNotFound(
         f"data.assets/context: no bars of {symbol} in {root} (there: {', '.join(known)}); "
         f"bring them in: just data import FILE.csv --symbol {symbol}, or: just data yahoo {symbol}"
@@ -91,8 +91,8 @@ def embedded() -> Bars:
     assert spec is not None and spec.origin is not None
     # Read where it lies: importing arch takes 3 s, and every `fintx plan` would pay them.
     path = Path(spec.origin).parent / "data" / "sp500" / "sp500.csv.gz"
-    table = tabular.parse_csv(gzip.decompress(path.read_bytes()).decode(), where="arch sp500")
-    return make(EMBEDDED, table.dates, **table.columns)
+    table = formats.parse_csv(gzip.decompress(path.read_bytes()).decode(), where="arch sp500")
+    return make_bars(EMBEDDED, table.dates, **table.columns)
 
 
 def read_file(path: Path, symbol: str, *, today: datetime.date) -> Bars:
@@ -112,7 +112,7 @@ def import_file(
     """Validate a file and keep an immutable snapshot of it.
 
     Args:
-        repair: mend what can be mended (see `repair.repair`); the manifest says what was.
+        repair: mend what can be mended (see `bars.repair_bars`); the manifest says what was.
         calendar: with repair: the asset's trading days, datetime64[D].
 
     Raises:
@@ -150,10 +150,10 @@ def import_yahoo(
     dataset_name(name)
     where = f"Yahoo {symbol}"
     frame = _try_often(download or _yfinance(), symbol, start, progress, wait)
-    table, notes = _complete_days(tabular.from_frame(frame, where=where), today=today, where=where)
+    table, notes = _complete_days(formats.from_frame(frame, where=where), today=today, where=where)
     bars = _to_bars(table, name)
-    if found := problems(bars):
-        raise refuse(bars, found, where=where, mend="save them as CSV and import that with --repair")
+    if found := bar_problems(bars):
+        raise refuse_bars(bars, found, where=where, mend="save them as CSV and import that with --repair")
     return _keep(bars, root=root, source=where, notes=notes, repairs=())
 
 
@@ -172,20 +172,20 @@ def _checked(
     path: Path, symbol: str, *, today: datetime.date, repair: bool, calendar: np.ndarray | None
 ) -> tuple[Bars, tuple[str, ...], tuple[str, ...]]:
     dataset_name(symbol)
-    table, notes = _complete_days(tabular.read(path), today=today, where=str(path))
+    table, notes = _complete_days(formats.read(path), today=today, where=str(path))
     bars = _to_bars(table, symbol)
     if repair:
         mended = mend(bars, calendar=calendar, where=str(path))
         return mended.bars, (*notes, *mended.repairs), mended.repairs
-    if found := problems(bars):
+    if found := bar_problems(bars):
         advice = "correct them, or mend them with --repair (and --calendar SYMBOL for its trading days)"
-        raise refuse(bars, found, where=str(path), lines=table.lines, mend=advice)
+        raise refuse_bars(bars, found, where=str(path), lines=table.lines, mend=advice)
     return bars, notes, ()
 
 
 def _complete_days(
-    table: tabular.Table, *, today: datetime.date, where: str
-) -> tuple[tabular.Table, tuple[str, ...]]:  # fmt: skip
+    table: formats.PriceColumns, *, today: datetime.date, where: str
+) -> tuple[formats.PriceColumns, tuple[str, ...]]:  # fmt: skip
     """The table less the bar of a day that is not over, and notes on what is left out or unknown.
 
     Such a bar is the file's newest row: the last, or the first of a file that begins with the newest. The date of any
@@ -201,15 +201,15 @@ def _complete_days(
         first = table.dates[partial].min()
         notes.append(f"{partial.sum()} bar(s) dated {first} or later dropped: that day is not over")
         columns = {name: column[~partial] for name, column in table.columns.items()}
-        table = tabular.Table(table.dates[~partial], columns, table.lines[~partial])
+        table = formats.PriceColumns(table.dates[~partial], columns, table.lines[~partial])
     if len(table.dates) == 0:
         raise FintxError(f"{where}: holds no complete bar; wanted daily rows before {today}")
     return table, tuple(notes)
 
 
-def _to_bars(table: tabular.Table, symbol: str) -> Bars:
+def _to_bars(table: formats.PriceColumns, symbol: str) -> Bars:
     """Bars of a table, unchecked."""
-    return make(symbol, table.dates, **{"volume": np.zeros(len(table.dates))} | table.columns)
+    return make_bars(symbol, table.dates, **{"volume": np.zeros(len(table.dates))} | table.columns)
 
 
 def _keep(
@@ -220,7 +220,7 @@ def _keep(
         for name in (*PRICES, "volume", "adj_close")
         if getattr(bars, name) is not None
     }
-    entry, is_new = manifest.store(
+    entry, is_new = snapshots.store(
         root,
         "raw",
         dataset_name(bars.symbol),
@@ -233,14 +233,14 @@ def _keep(
     return Imported(entry, is_new, notes)
 
 
-def _read_snapshot(root: Path, entry: Entry, symbol: str) -> Bars:
+def _read_snapshot(root: Path, entry: Snapshot, symbol: str) -> Bars:
     path = root / entry.path
     try:
         table = pq.read_table(path)
     except (OSError, pa.ArrowInvalid):
         raise FintxError(f"{path}: a kept snapshot is missing or unreadable; run: just verify") from None
     columns = {name: table[name].to_numpy() for name in table.column_names if name != "date"}
-    bars = make(symbol, table["date"].to_numpy(), **columns)
+    bars = make_bars(symbol, table["date"].to_numpy(), **columns)
     if bars.version != entry.version:
         raise FintxError(f"{path}: is not the snapshot that was kept (its content has changed); run: just verify")
     return bars

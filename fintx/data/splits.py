@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from fintx.config.schema import SplitConfig, TaskConfig
-from fintx.types import FintxError, Floats, Ints
+from fintx.errors import FintxError
+from fintx.types import Floats, Ints
 
 
 class BadSplit(FintxError):
@@ -65,7 +66,7 @@ class PartRow:
 _NEVER = np.datetime64("9999-12-31")
 
 
-def build(split: SplitConfig, *, horizon: int, dates: np.ndarray) -> Split:
+def split_days(split: SplitConfig, *, horizon: int, dates: np.ndarray) -> Split:
     """Turn a split's description into bounds on dates.
 
     Args:

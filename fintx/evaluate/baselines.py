@@ -1,6 +1,6 @@
-"""Baselines, which a model must beat: small forecasters, fitted on the same training rows, scored on the same ones.
+"""What do labels alone foretell: how often it happened so far, and whether it happened the last time?
 
-One entry each in `BASELINES`, at the end of the file.
+A label of horizon h is known h bars later; until then it teaches nothing.
 """
 
 from __future__ import annotations
@@ -17,11 +17,103 @@ from fintx import tasks
 from fintx.config.schema import TaskConfig
 from fintx.data import features
 from fintx.data.bars import Bars
-from fintx.data.windows import Dataset
-from fintx.evaluate import history, lastbar, metrics, touch
+from fintx.data.datasets import Dataset
+from fintx.evaluate import metrics, touch
 from fintx.evaluate.metrics import Metrics
 from fintx.tasks import Prediction, Task
 from fintx.types import Floats, Ints
+
+
+def climatology(labels: Floats, known: np.ndarray, asked: np.ndarray) -> Floats:
+    """The mean of all labels that are known by then, over all assets: an expanding base rate.
+
+    Args:
+        labels: (N,) of any days.
+        known: (N,) datetime64[D]: when each label's last bar closed; NaT: never.
+        asked: (S,) datetime64[D].
+
+    Returns:
+        (S,) float64; NaN before any label is known.
+    """
+    certain = ~np.isnat(known)
+    labels, known = labels[certain], known[certain]
+    order = np.argsort(known, kind="stable")
+    so_far = np.concatenate([[0.0], np.cumsum(labels[order], dtype=np.float64)])
+    count = np.searchsorted(known[order], asked, side="right")
+    return np.divide(so_far[count], count, out=np.full(len(asked), np.nan), where=count > 0)
+
+
+def persistence(last_train: Floats, labels: Floats, last_validation: Floats) -> Floats:
+    """P(label | the last label that is known), both frequencies from training, with half a case added to each side.
+
+    Args:
+        last_train: (S,) 0 or 1: the last known label of the same asset.
+        labels: (S,) 0 or 1.
+        last_validation: (S',) 0 or 1.
+
+    Returns:
+        (S',) float64 logits.
+    """
+    rates = [(labels[last_train == value].sum() + 0.5) / ((last_train == value).sum() + 1) for value in (0, 1)]
+    probability = np.where(last_validation > 0.5, rates[1], rates[0])
+    return np.log(probability) - np.log1p(-probability)
+
+
+BAR_LOGISTIC_C = 0.01
+"""Inverse L2 penalty on inputs of unit variance."""
+MLP_SEEDS = 5
+
+
+def logistic(train: Floats, labels: Floats, validation: Floats) -> Floats:
+    """Logits of an L2-penalised logistic regression.
+
+    Args:
+        train: (S, F) scaled features of the decision bar.
+        labels: (S,) 0 or 1; both classes present.
+        validation: (S', F).
+
+    Returns:
+        (S',) float64.
+    """
+    from sklearn.linear_model import LogisticRegression
+
+    return (
+        LogisticRegression(C=BAR_LOGISTIC_C, tol=1e-6, max_iter=1000)
+        .fit(train, labels > 0.5)
+        .decision_function(validation)
+    )
+
+
+def boosting(train: Floats, labels: Floats, validation: Floats) -> Floats:
+    """Logits of gradient boosted trees (scikit-learn's histogram boosting); arguments and result as in `logistic`."""
+    from sklearn.ensemble import HistGradientBoostingClassifier
+
+    model = HistGradientBoostingClassifier(
+        max_iter=150, learning_rate=0.03, max_leaf_nodes=8, min_samples_leaf=100, l2_regularization=1.0,
+        early_stopping=False, random_state=0,
+    )  # fmt: skip
+    return model.fit(train, labels > 0.5).decision_function(validation)
+
+
+def mlp(train: Floats, labels: Floats, validation: Floats) -> Floats:
+    """Logits of the mean probability of five networks with one layer of 32 units; else as `logistic`."""
+    import warnings
+
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.neural_network import MLPClassifier
+
+    total = np.zeros(len(validation))
+    for seed in range(MLP_SEEDS):
+        model = MLPClassifier(
+            (32,), alpha=0.01, batch_size=min(256, len(train)), learning_rate_init=1e-3, max_iter=20, random_state=seed
+        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConvergenceWarning)  # twenty epochs are the setting, not a failure
+            model.fit(train, labels > 0.5)
+        total += model.predict_proba(validation)[:, 1]
+    probability = np.clip(total / MLP_SEEDS, 1e-6, 1 - 1e-6)
+    return np.log(probability) - np.log1p(-probability)
+
 
 VERSION = 2
 """Of all that follows: kept forecasts of another version are not taken for these."""
@@ -177,7 +269,7 @@ class Known:
         each = self.bars.values()
         labels = np.concatenate([tasks.labels(self.task, bars) for bars in each])
         ends = np.concatenate([tasks.ends(self.task, bars) for bars in each])
-        rate = history.climatology(labels, ends, self.dataset.dates)[:, None]
+        rate = climatology(labels, ends, self.dataset.dates)[:, None]
         with np.errstate(divide="ignore"):
             return np.log(rate) - np.log1p(-rate)
 
@@ -305,7 +397,7 @@ BASELINES: dict[Prediction, dict[str, Recipe]] = {
         "last_label": Recipe(
             "how often it comes after the last known label was 0, or 1",
             (Input("the last known label", Known.last_label),),
-            lambda _: _only(history.persistence),
+            lambda _: _only(persistence),
         ),
         "volatility_logistic": Recipe("logistic regression on {}", _VOLATILITY, lambda _: volatility_logistic),
         "vix_har_logistic": Recipe(
@@ -326,9 +418,9 @@ BASELINES: dict[Prediction, dict[str, Recipe]] = {
             _touch,
             applies=_touchable,
         ),
-        "bar_logistic": Recipe("L2 logistic regression on {}", _LAST_BAR, lambda _: lastbar.logistic),
-        "bar_boosting": Recipe("gradient boosted trees on {}", _LAST_BAR, lambda _: lastbar.boosting),
-        "bar_mlp": Recipe("five small networks on {}", _LAST_BAR, lambda _: lastbar.mlp),
+        "bar_logistic": Recipe("L2 logistic regression on {}", _LAST_BAR, lambda _: logistic),
+        "bar_boosting": Recipe("gradient boosted trees on {}", _LAST_BAR, lambda _: boosting),
+        "bar_mlp": Recipe("five small networks on {}", _LAST_BAR, lambda _: mlp),
     },
     "value": {
         "prior": Recipe("the mean training return"),

@@ -234,3 +234,215 @@ def _judged(method: str, logits: Floats, labels: Floats) -> Recalibration:
         calibration_error=metrics.calibration_error(logits, labels),
         n=len(labels),
     )
+
+
+DECILES = tuple(k / 10 for k in range(1, 10))
+
+
+@dataclass(frozen=True)
+class ThresholdRow:
+    """Saying yes where p ≥ threshold."""
+
+    decile: float
+    """Share of rows that lie below the threshold, .9: the tenth of the rows with the highest p says yes."""
+    threshold: float
+    """Probability."""
+    predicted: int
+    """Rows that say yes. More than their decile's share where many rows have the same p."""
+    precision: Share
+    """Share of them that came true."""
+    recall: Share
+    """Share of what came true that was said."""
+    lift: float | None
+    lift_low: float
+    lift_high: float
+    """Precision over the base rate of these rows, with the ends of precision's interval."""
+
+
+@dataclass(frozen=True, eq=False)
+class PrecisionRecall:
+    """The precision–recall curve, a point per distinct output, from the surest yes to all rows."""
+
+    threshold: Floats
+    """(K,) probability."""
+    predicted: Floats
+    """(K,) rows that say yes."""
+    recall: Floats
+    precision: Floats
+    """(K,)."""
+    precision_low: Floats
+    precision_high: Floats
+    """(K,) Wilson."""
+    base_rate: float
+    """Precision of saying yes always; lift is precision over it."""
+    average_precision: float | None
+
+    @property
+    def lift(self) -> Floats:
+        """(K,) precision / base rate; NaN without positives."""
+        return self.precision / self.base_rate if self.base_rate > 0 else np.full(len(self.precision), np.nan)
+
+
+def threshold_table(
+    logits: Floats, labels: Floats, *, deciles: tuple[float, ...] = DECILES, level: float = 0.95
+) -> tuple[ThresholdRow, ...]:
+    """Predicted positives, precision, recall and lift at each decile of the outputs.
+
+    The thresholds come from the very rows: they describe, and are not known beforehand. Intervals are Wilson's, of
+    independent rows: labels that overlap over h days make them too narrow by up to √h.
+
+    Args:
+        logits: (S,), S > 0.
+        labels: (S,) 0 or 1.
+    """
+    ordered, positives = np.sort(logits), int(np.sum(labels > 0.5))
+    base_rate = positives / len(labels)
+    rows = []
+    for decile in deciles:
+        # The smallest output with at least that share of the rows below it; rounding of .3 · n must not skip one.
+        cut = ordered[min(int(np.ceil(decile * len(ordered) - 1e-9)), len(ordered) - 1)]
+        said = logits >= cut
+        hits = int(np.sum(labels[said] > 0.5))
+        precision = wilson(hits, int(said.sum()), level=level)
+        rows.append(
+            ThresholdRow(
+                decile=decile,
+                threshold=float(metrics.sigmoid(cut)),
+                predicted=int(said.sum()),
+                precision=precision,
+                recall=wilson(hits, positives, level=level),
+                lift=None if base_rate == 0 or precision.value is None else precision.value / base_rate,
+                lift_low=precision.low / base_rate if base_rate else 0.0,
+                lift_high=precision.high / base_rate if base_rate else float("inf"),
+            )
+        )
+    return tuple(rows)
+
+
+def precision_recall(logits: Floats, labels: Floats, *, level: float = 0.95) -> PrecisionRecall:
+    """Precision and recall of saying yes at and above every distinct output; arguments as `threshold_table`."""
+    order = np.argsort(-logits, kind="stable")
+    scores, truth = logits[order], labels[order] > 0.5
+    ends = np.flatnonzero(np.append(scores[1:] != scores[:-1], True))
+    predicted, hits = ends + 1, np.cumsum(truth)[ends]
+    positives = int(truth.sum())
+    shares = [wilson(int(k), int(n), level=level) for k, n in zip(hits, predicted, strict=True)]
+    return PrecisionRecall(
+        threshold=metrics.sigmoid(scores[ends]),
+        predicted=predicted,
+        recall=hits / positives if positives else np.full(len(ends), np.nan),
+        precision=hits / predicted,
+        precision_low=np.array([share.low for share in shares]),
+        precision_high=np.array([share.high for share in shares]),
+        base_rate=positives / len(labels),
+        average_precision=metrics.average_precision(logits, labels),
+    )
+
+
+STEP = 0.01
+"""γ of the adaptive intervals: how far a miss moves the level; Gibbs & Candès use .005 … .05."""
+
+
+@dataclass(frozen=True, eq=False)
+class Intervals:
+    """Intervals for the judged rows, and how often they held."""
+
+    method: str
+    """split, adaptive."""
+    level: float
+    """Promised coverage, 1 − α."""
+    low: Floats
+    high: Floats
+    """(S',) in the target's unit; ±∞ where the adaptive level has reached 1."""
+    covered: np.ndarray
+    """(S',) bool."""
+
+    @property
+    def coverage(self) -> float:
+        """Realised share."""
+        return float(self.covered.mean())
+
+    @property
+    def median_width(self) -> float:
+        """Median of high − low."""
+        return float(np.median(self.high - self.low))
+
+
+def split_intervals(
+    predicted: Floats, targets: Floats, held_predicted: Floats, held_targets: Floats, *, level: float = 0.9
+) -> Intervals:
+    """Split conformal: predicted ± the ⌈(n + 1)(1 − α)⌉-th smallest absolute error of the calibration rows.
+
+    Vovk, Gammerman & Shafer 2005; Lei et al. 2018, algorithm 2. Coverage is at least the level for exchangeable rows,
+    which days of a market are not: read the realised one.
+
+    Args:
+        predicted: (S,) calibration rows; with `targets` they give the width.
+        held_predicted: (S',) later rows to be judged.
+        level: 1 − α.
+
+    Raises:
+        ValueError: no rows, or a level outside (0, 1).
+    """
+    _check(predicted, held_predicted, level)
+    width = _quantile(np.sort(np.abs(targets - predicted)), 1 - level)
+    return _intervals("split", level, held_predicted, np.full(len(held_predicted), width), held_targets)
+
+
+def adaptive_intervals(
+    predicted: Floats,
+    targets: Floats,
+    held_predicted: Floats,
+    held_targets: Floats,
+    *,
+    horizon: int,
+    level: float = 0.9,
+    step: float = STEP,
+    window: int = 500,
+) -> Intervals:
+    """Adaptive conformal inference (Gibbs & Candès 2021, eq. 2): α_{t+1} = α_t + γ (α − missed_t).
+
+    The width is the conformal quantile at α_t of the newest `window` absolute errors. A target of horizon h is known h
+    rows later: a miss moves α, and an error joins the window, that much later. Long-run coverage tends to the level
+    whatever the series does (their proposition 4.1 bounds the gap by (max(α₁, 1 − α₁) + γ) / (γ T)).
+
+    Args:
+        predicted: (S,) calibration rows in time order, of one asset, as `targets`.
+        held_predicted: (S',) the rows that follow.
+
+    Raises:
+        ValueError: as `split_intervals`.
+    """
+    _check(predicted, held_predicted, level)
+    alpha = target_alpha = 1 - level
+    known = np.abs(targets - predicted)
+    errors = np.concatenate([known, np.abs(held_targets - held_predicted)])
+    widths = np.empty(len(held_predicted))
+    for t in range(len(held_predicted)):
+        realised = t - horizon  # of the judged rows, the newest whose target is known at t
+        if realised >= 0:
+            alpha += step * (target_alpha - float(errors[len(known) + realised] > widths[realised]))
+        # At first not even the last h − 1 calibration rows have targets: they may end on the day before.
+        seen = max(len(known) + realised + 1, 1)
+        widths[t] = _quantile(np.sort(errors[max(seen - window, 0) : seen]), alpha)
+    return _intervals("adaptive", level, held_predicted, widths, held_targets)
+
+
+def _quantile(errors: Floats, alpha: float) -> float:
+    """The conformal (1 − α) quantile of increasing errors: ∞ for α ≤ 0 or too few of them, 0 for α ≥ 1."""
+    rank = int(np.ceil((len(errors) + 1) * (1 - alpha) - 1e-9))
+    if rank > len(errors):
+        return float("inf")
+    return float(errors[rank - 1]) if rank >= 1 else 0.0
+
+
+def _intervals(method: str, level: float, predicted: Floats, widths: Floats, targets: Floats) -> Intervals:
+    middle = np.asarray(predicted, np.float64)
+    return Intervals(method, level, middle - widths, middle + widths, np.abs(targets - middle) <= widths)
+
+
+def _check(predicted: Floats, held: Floats, level: float) -> None:
+    if len(predicted) == 0 or len(held) == 0 or not 0 < level < 1:
+        raise ValueError(
+            f"wanted calibration and judged rows and a level within (0, 1); got {len(predicted)}, {len(held)}, {level}"
+        )

@@ -46,17 +46,17 @@ def fitted(level: Threshold, train: Floats, labels: Floats, validation: Floats) 
     from scipy import optimize
 
     def loss(log_k: float) -> float:
-        outputs = logits(level, math.exp(log_k) * train)
+        outputs = touch_logits(level, math.exp(log_k) * train)
         return float(metrics.per_sample_loss("probability", outputs, labels).mean())
 
     unit = float(np.median(train))
     typical = abs(math.log1p(level.threshold))  # of the order of s where neither answer is certain
     bounds = [math.log(k * typical / unit) for k in (_K[0] / 10, _K[1] * 10)]
     best = optimize.minimize_scalar(loss, bounds=bounds, method="bounded", options={"xatol": 1e-6})
-    return logits(level, math.exp(best.x) * validation)
+    return touch_logits(level, math.exp(best.x) * validation)
 
 
-def logits(level: Threshold, sd: Floats) -> Floats:
+def touch_logits(level: Threshold, sd: Floats) -> Floats:
     """The formula.
 
     Args:

@@ -1,14 +1,8 @@
-"""Transformer blocks, forward and backward: one scan over the stacked layers each way, gradients by hand.
+"""How are dropout masks drawn? By a counter-based hash of (key, index): far cheaper than threefry per element.
 
-    x → x + drop(attend(norm(x))) → x + drop(feed_forward(norm(x)))
-
-Pre-norm attention and feed-forward (Vaswani et al. 2017; Xiong et al. 2020 for the norm's place). By hand, because
-autodiff keeps and copies more than it must, and makes about half as many small kernels again: that costs a fifth of a
-train step on a CPU, and compile time. What a layer keeps is its input, qkv, the stream between its halves and the
-feed-forward's inner products; attention weights, norms, activations and masks are computed again. tests/model hold it
-against autodiff of `_forward`.
-
-Rows: B windows of N tokens each are B·N = Q rows, so that every product of a linear layer is one flat matmul.
+Keys are threefry (derived by `fold_in`, independent by construction); what is cheap is only the spreading of one key
+over a mask. Masks need independence across elements, layers, steps and members, no cryptographic strength. Drawing
+them by `jax.random.bernoulli` doubles the compile time and a third of the step time of these small models.
 """
 
 from __future__ import annotations
@@ -21,10 +15,50 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Float32, UInt32
+from jaxtyping import Array, Bool, Float, Float32, PRNGKeyArray, UInt32
 
-from fintx.model.dropout import dropout as drop
 from fintx.types import Params
+
+_GOLDEN = 0x9E3779B9
+"""2³² / golden ratio, odd: neighbouring indices land far apart (Knuth, TAOCP vol. 3, 6.4: Fibonacci hashing)."""
+
+
+def dropout(
+    x: Float32[Array, "..."], rate: Float[Array, ""] | float, key: PRNGKeyArray | None
+) -> Float32[Array, "..."]:
+    """Zero each element with probability `rate` and scale the rest by 1 / (1 − rate) (Srivastava et al. 2014).
+
+    Args:
+        rate: in [0, 1); may be traced, so that trials of different rates share one program.
+        key: none: x as it is (evaluation).
+    """
+    if key is None:
+        return x
+    rate = jnp.asarray(rate, jnp.float32)
+    scale = 1 / (1 - rate)
+    return jnp.where(keep_mask(key, x.shape, rate), x * scale, jnp.float32(0))
+
+
+def keep_mask(key: PRNGKeyArray, shape: tuple[int, ...], rate: Float[Array, ""]) -> Bool[Array, "..."]:
+    """True with probability 1 − rate, to a resolution of 2⁻³²; a pure function of key and index."""
+    low, high = jax.random.key_data(key)[..., 0], jax.random.key_data(key)[..., -1]
+    # The index times the golden constant, as a sum over the two last axes: the same bits, and a loop that vectorises.
+    width, n_rows = shape[-1], math.prod(shape[:-1])
+    row = jax.lax.iota(jnp.uint32, n_rows).reshape(*shape[:-1], 1) * jnp.uint32(_GOLDEN * width % 2**32)
+    column = jax.lax.iota(jnp.uint32, width).reshape(*[1] * (len(shape) - 1), width) * jnp.uint32(_GOLDEN)
+    bits = _mix((row + column + low) ^ high)
+    return bits >= (rate * 4294967296.0).astype(jnp.uint32)
+
+
+def _mix(x: Array) -> Array:
+    """Two multiply–xorshift rounds that avalanche 32 bits: lowbias32 of C. Wellons, "Prospecting for hash functions".
+
+    https://nullprogram.com/blog/2018/07/31/
+    """
+    x = (x ^ (x >> jnp.uint32(16))) * jnp.uint32(0x7FEB352D)
+    x = (x ^ (x >> jnp.uint32(15))) * jnp.uint32(0x846CA68B)
+    return x ^ (x >> jnp.uint32(16))
+
 
 EPSILON = 1e-5
 N_MASKS = 4
@@ -125,14 +159,14 @@ def _forward(
     x_QD = hidden_BND.reshape(-1, hidden_BND.shape[-1])
     qkv = _linear(block["qkv"], _scaled(block["attention_norm"], normal(x_QD)[0]), dtype).astype(dtype)
     q_BHNK, k_BHNK, v_BHNK = _heads(static, qkv, n=hidden_BND.shape[1])
-    weights_BHNN = drop(_attention(q_BHNK, k_BHNK), rate, masks[0])
+    weights_BHNN = dropout(_attention(q_BHNK, k_BHNK), rate, masks[0])
     mixed_QD = _rows(jnp.matmul(weights_BHNN.astype(dtype), v_BHNK))
-    between_QD = x_QD + drop(_linear(block["attention_out"], mixed_QD, dtype), rate, masks[1])
+    between_QD = x_QD + dropout(_linear(block["attention_out"], mixed_QD, dtype), rate, masks[1])
     inner = _linear(block["feed_forward_in"], _scaled(block["feed_forward_norm"], normal(between_QD)[0]), dtype)
     inner = inner.astype(dtype)
     u_QM = inner.astype(jnp.float32)
-    active_QM = drop(u_QM * _phi(u_QM), rate, masks[2])
-    out_QD = drop(_linear(block["feed_forward_out"], active_QM, dtype), rate, masks[3])
+    active_QM = dropout(u_QM * _phi(u_QM), rate, masks[2])
+    out_QD = dropout(_linear(block["feed_forward_out"], active_QM, dtype), rate, masks[3])
     return (between_QD + out_QD).reshape(hidden_BND.shape), _Kept(qkv, between_QD, inner)
 
 
@@ -156,11 +190,11 @@ def _backward(
     grad_QD = grad_BND.reshape(-1, grad_BND.shape[-1])
     u_QM = kept.inner.astype(jnp.float32)
     phi_QM = _phi(u_QM)
-    active_QM = drop(u_QM * phi_QM, rate, masks[2])
+    active_QM = dropout(u_QM * phi_QM, rate, masks[2])
     d_active_QM, grads["feed_forward_out"] = _linear_backward(
-        block["feed_forward_out"], active_QM, drop(grad_QD, rate, masks[3]), dtype
+        block["feed_forward_out"], active_QM, dropout(grad_QD, rate, masks[3]), dtype
     )
-    d_u_QM = drop(d_active_QM, rate, masks[2]) * (phi_QM + u_QM * _density(u_QM))
+    d_u_QM = dropout(d_active_QM, rate, masks[2]) * (phi_QM + u_QM * _density(u_QM))
     d_between_QD, grads["feed_forward_in"], grads["feed_forward_norm"] = _norm_linear_backward(
         block["feed_forward_norm"], block["feed_forward_in"], kept.between, d_u_QM, dtype
     )
@@ -169,14 +203,14 @@ def _backward(
     # attention: x + drop(Wₒ · (drop(softmax(q·kᵀ)) · v)), qkv = W · norm(x)
     q_BHNK, k_BHNK, v_BHNK = _heads(static, kept.qkv, n=hidden_BND.shape[1])
     weights_BHNN = _attention(q_BHNK, k_BHNK)
-    used_BHNN = drop(weights_BHNN, rate, masks[0]).astype(dtype)
+    used_BHNN = dropout(weights_BHNN, rate, masks[0]).astype(dtype)
     mixed_QD = _rows(jnp.matmul(used_BHNN, v_BHNK))
     d_mixed_QD, grads["attention_out"] = _linear_backward(
-        block["attention_out"], mixed_QD, drop(d_between_QD, rate, masks[1]), dtype
+        block["attention_out"], mixed_QD, dropout(d_between_QD, rate, masks[1]), dtype
     )
     d_mixed_BHNK = _split(d_mixed_QD.astype(dtype), n=hidden_BND.shape[1], heads=static.n_heads)
     d_used_BHNN = jnp.matmul(d_mixed_BHNK, _swap(v_BHNK), preferred_element_type=jnp.float32)
-    d_weights_BHNN = drop(d_used_BHNN, rate, masks[0])
+    d_weights_BHNN = dropout(d_used_BHNN, rate, masks[0])
     delta_BHN1 = jnp.sum(d_weights_BHNN * weights_BHNN, axis=-1, keepdims=True)
     d_scores_BHNN = weights_BHNN * (d_weights_BHNN - delta_BHN1) / math.sqrt(q_BHNK.shape[-1])
     d_scores_BHNN = d_scores_BHNN.astype(dtype)

@@ -13,8 +13,9 @@ from typing import Any
 from jax.sharding import PartitionSpec
 
 from fintx.config.schema import ModelConfig, Shape
-from fintx.model import transformer
-from fintx.types import FintxError, Params
+from fintx.errors import FintxError
+from fintx.model import encoder
+from fintx.types import Params
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,23 +67,23 @@ class Family:
 
 FAMILIES: dict[str, Family] = {
     "encoder": Family(
-        init=transformer.init,
-        apply=transformer.apply,
-        abstract_params=transformer.abstract_params,
-        rescale_output=transformer.rescale_output,
-        param_count=transformer.param_count,
-        flops=transformer.flops,
-        activation_bytes=transformer.activation_bytes,
-        weight_decay_mask=transformer.weight_decay_mask,
-        partition_rules=transformer.PARTITION_RULES,
-        model_parts=transformer.model_parts,
+        init=encoder.init,
+        apply=encoder.apply,
+        abstract_params=encoder.abstract_params,
+        rescale_output=encoder.rescale_output,
+        param_count=encoder.param_count,
+        flops=encoder.flops,
+        activation_bytes=encoder.activation_bytes,
+        weight_decay_mask=encoder.weight_decay_mask,
+        partition_rules=encoder.PARTITION_RULES,
+        model_parts=encoder.model_parts,
         stacked="blocks",
         depth=lambda shape: shape.n_layers,
         width=lambda shape: shape.d_model,
-        feasible=transformer.feasible,
-        why_infeasible=transformer.why_infeasible,
-        coordinates=transformer.COORDINATES,
-        extents=transformer.EXTENTS,
+        feasible=encoder.feasible,
+        why_infeasible=encoder.why_infeasible,
+        coordinates=encoder.COORDINATES,
+        extents=encoder.EXTENTS,
     ),
 }
 

@@ -22,8 +22,7 @@ from matplotlib.ticker import FuncFormatter, PercentFormatter
 
 from fintx.analysis import scaling_laws
 from fintx.analysis.scaling_laws import ScalingLaws
-from fintx.evaluate.calibration import ReliabilityBin
-from fintx.evaluate.decisions import PrecisionRecall
+from fintx.evaluate.calibration import PrecisionRecall, ReliabilityBin
 from fintx.evaluate.significance import Estimate
 from fintx.report.format import LOSSES, count
 from fintx.types import Floats

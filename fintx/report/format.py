@@ -8,14 +8,14 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
+from fintx.analysis import predictions
 from fintx.config.schema import Shape
 from fintx.evaluate import metrics
 from fintx.evaluate.significance import Estimate
-from fintx.study import lead
 
 if TYPE_CHECKING:  # types alone: to import their makers takes seconds
-    from fintx.analysis.predictions import StudyResults
-    from fintx.study.confirmation import Confirmation
+    from fintx.analysis.confirmation import Confirmation
+    from fintx.analysis.study_results import StudyResults
     from fintx.study.records import TrialRecord
 
 LOSSES = {"log_loss": "log loss", "brier": "Brier score", "mse": "squared error", "mae": "absolute error",
@@ -162,7 +162,7 @@ def study_verdict(results: StudyResults, confirmation: Confirmation | None) -> t
         of = "" if gain.mean >= 0 else f" of what it {'gains' if results.metric in metrics.RANKINGS else 'saves'}"
         return f"{words} (95 % interval{of} {span(gain.low, gain.high)})"
 
-    if over_prior is not None and lead.standing(over_prior) != "ahead":
+    if over_prior is not None and predictions.standing(over_prior) != "ahead":
         prior = f"the best of {n} trials, {who}, can't be told from the prior: it {saved(over_prior)}, {rows}."
         return f"No skill: {prior}", "bad"
     if comparison.standing == "behind":
@@ -198,7 +198,7 @@ def confirmation_verdict(confirmation: Confirmation) -> str:
     if best.verdict.confirmed:
         by = f"{measured(gain.mean, gain.low, gain.high)} {UNITS[loss]}"
         return f"CONFIRMED: trial {best.trial} beats {baseline} by {by} with {seeds} {interval}."
-    if lead.standing(gain) == "behind":
+    if predictions.standing(gain) == "behind":
         return (
             f"NOT CONFIRMED: {baseline} is better than every trial trained again; trial {best.trial}, the best with "
             f"{seeds}, {moves(gain, loss)} against it ({level} of the loss: {span(-gain.high, -gain.low)})."

@@ -18,11 +18,11 @@ from typing import Literal
 import jinja2
 
 import fintx
+from fintx.errors import FintxError
 from fintx.files import replacing
 from fintx.report.figures import Picture
 from fintx.report.format import Tone
 from fintx.report.table import Table
-from fintx.types import FintxError
 
 PAGE = "index.html"
 

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from fintx.analysis.patterns import LEAST_TRIALS, Importance, Pattern, SearchSummary
-from fintx.analysis.predictions import StudyResults
 from fintx.analysis.study_analysis import StudyAnalysis
+from fintx.analysis.study_results import StudyResults
 from fintx.config.schema import FloatRange, Shape
 from fintx.report import figures_search
 from fintx.report.figures import Picture

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from fintx.analysis.predictions import StudyResults
 from fintx.analysis.study_analysis import Backtest, Calibration, Coverage, Direction, StudyAnalysis
+from fintx.analysis.study_results import StudyResults
 from fintx.evaluate import significance
 from fintx.evaluate.direction import Mirror
 from fintx.report import figures, format, page, search_page

@@ -16,9 +16,9 @@ from fintx.evaluate.significance import Estimate
 from fintx.report import format
 
 if TYPE_CHECKING:  # types alone: to import their makers takes seconds
-    from fintx.analysis.test_set import Opening
-    from fintx.data.windows import Prepared
-    from fintx.study.confirmation import Confirmation
+    from fintx.analysis.confirmation import Confirmation
+    from fintx.analysis.test_set import TestOpening
+    from fintx.data.datasets import PreparedData
 
 Form = Literal["text", "whole", "number", "percent", "points", "size", "bytes", "seconds"]
 
@@ -107,7 +107,7 @@ def estimate_cells(estimate: Estimate | None) -> tuple[float | None, str | None]
 # --- data -------------------------------------------------------------------------------------------------------------
 
 
-def data_tables(prepared: Prepared) -> tuple[Table, Table]:
+def data_tables(prepared: PreparedData) -> tuple[Table, Table]:
     """The assets' bars, and the split with its base rates and what its validation part can show."""
     ranges = make(
         "data", "Data", ["symbol", ("bars", "whole"), "first", "last", "version"],
@@ -174,7 +174,7 @@ def scores(
     )  # fmt: skip
 
 
-def opening_table(opening: Opening) -> Table:
+def opening_table(opening: TestOpening) -> Table:
     """What an opening of the sealed test part said."""
     return scores(
         f"test_opening_{opening.number}",

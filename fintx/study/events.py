@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
-from fintx.config.schema import Shape, StudySpec
-from fintx.data import windows
+from fintx.config.schema import ExecutionConfig, Shape, StudySpec
+from fintx.data import datasets
 from fintx.study.records import TrialRecord
-from fintx.train import loop
+from fintx.train import progress
 
 
 @dataclass(frozen=True)
@@ -16,7 +18,7 @@ class StudyReady:
 
     study: str
     spec: StudySpec
-    prepared: windows.Prepared
+    prepared: datasets.PreparedData
     n_shapes: int
     finished: int
     """Records that stand already."""
@@ -50,7 +52,7 @@ class EpochDone:
     n_folds: int
     replicate: int
     n_replicates: int
-    epoch: loop.Epoch
+    epoch: progress.Epoch
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,7 @@ class ConfirmReady:
 
     study: str
     spec: StudySpec
-    prepared: windows.Prepared
+    prepared: datasets.PreparedData
     trials: tuple[int, ...]
     """The candidates, best first."""
     n_seeds: int
@@ -110,3 +112,30 @@ class Notice:
 
 
 Event = StudyReady | TrialStarted | EpochDone | TrialEnded | TrialFinished | ConfirmReady | MemberFinished | Notice
+
+
+@dataclass(frozen=True)
+class RunContext:
+    """What is the same for every study of a run."""
+
+    study_root: Path
+    """Folder that holds one folder per study."""
+    data_root: Path
+    notify: Callable[[Event], None] = lambda event: None
+    """Called with every event, for the live view."""
+    should_stop: Callable[[], bool] = lambda: False
+    """Asked several times a second; true saves what runs and ends the run."""
+    hosts: bool = False
+    """The one worker trains together with those of the launch's other processes: one trial at a time."""
+    on_gpu: bool = False
+    """Whether the workers' trials run on one."""
+    n_workers: int = 1
+
+    def notice(self, study: str, words: str) -> None:
+        """Tell the user something about a study, in a line."""
+        self.notify(Notice(study, words))
+
+    def pipelines(self, execution: ExecutionConfig) -> bool:
+        """Whether a study's next trial is asked for while one trains."""
+        wanted = execution.pipeline
+        return not self.hosts and (self.on_gpu if wanted is None else wanted)

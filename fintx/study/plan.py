@@ -21,17 +21,17 @@ from fintx.config.schema import (
     parse_parameters,
 )
 from fintx.config.validate import Where, spelled
-from fintx.data import windows
-from fintx.evaluate import power
-from fintx.evaluate.power import Power
-from fintx.model import family, sizes, transformer
+from fintx.data import datasets
+from fintx.errors import FintxError
+from fintx.evaluate import significance
+from fintx.evaluate.significance import Power
+from fintx.model import encoder, family, param_count
 from fintx.study import queue
-from fintx.study.space import SearchSpace
-from fintx.train import memory, placement
-from fintx.train.placement import Footprint
+from fintx.study.search_space import SearchSpace
+from fintx.train import memory
+from fintx.train.memory import Footprint
 from fintx.train.sharding import Layout
-from fintx.train.state import Arrangement
-from fintx.types import FintxError
+from fintx.train.train_state import BatchLayout
 
 _EFFICIENCY = 0.35
 """Share of this machine's matmul rate that a train step reaches (small matmuls, elementwise work, dropout)."""
@@ -76,7 +76,7 @@ class QueueRow:
 
 
 @dataclass(frozen=True)
-class Estimate:
+class TimeEstimate:
     """Time and memory on this machine: rough, and an upper bound in epochs (early stopping comes sooner)."""
 
     matmul_gflops: float
@@ -101,25 +101,25 @@ class MemoryRow:
     recomputed_bytes: int
     """The activations, if layers are computed again."""
     device_bytes: int
-    fitting: Arrangement | None
+    fitting: BatchLayout | None
     """With the least relief that makes it fit; none: nothing does."""
 
 
 @dataclass(frozen=True)
-class Plan:
+class StudyPlan:
     """What `fintx plan` prints."""
 
     spec: StudySpec
     resolved: str
     """The whole sweep file, resolved, as TOML."""
-    prepared: windows.Prepared
+    prepared: datasets.PreparedData
     shapes: tuple[tuple[Shape, int], ...]
     """Every feasible shape with its exact parameter count."""
     queue: tuple[QueueRow, ...]
     """What runs first, extremes included; cancelled entries are left out."""
     power: tuple[tuple[str, Power], ...]
     """What each validation part can show, and all of them together where there are several; none for a regression."""
-    estimate: Estimate
+    estimate: TimeEstimate
 
 
 def machine(devices: int | None, device_memory: str | None) -> Machine:
@@ -138,7 +138,7 @@ def machine(devices: int | None, device_memory: str | None) -> Machine:
         raise FintxError(f'--device-memory {device_memory}: wanted an amount like "80GB" or "80GiB"') from None
 
 
-def build(spec: StudySpec, *, data_root: Path, on: Machine | None = None, where: Where = spelled) -> Plan:
+def plan_study(spec: StudySpec, *, data_root: Path, on: Machine | None = None, where: Where = spelled) -> StudyPlan:
     """Resolve a spec against its data and count everything; runs and writes nothing.
 
     Args:
@@ -148,22 +148,22 @@ def build(spec: StudySpec, *, data_root: Path, on: Machine | None = None, where:
     Raises:
         FintxError: whatever would stop the study from starting.
     """
-    prepared = windows.build(spec, data_root)
+    prepared = datasets.build(spec, data_root)
     spec = spec.model_copy(update={"data": prepared.data})
     n_features = len(spec.data.features)
     queue.validate(spec, n_features=n_features, where=where)
     space = SearchSpace.build(spec, n_features=n_features)
-    counted = tuple((shape, sizes.count(spec.model, shape, n_features).total) for shape in space.shapes)
-    return Plan(
+    counted = tuple((shape, param_count.count_params(spec.model, shape, n_features).total) for shape in space.shapes)
+    return StudyPlan(
         spec=spec,
         resolved=load.dump(spec),
         prepared=prepared,
         shapes=counted,
         queue=tuple(
             QueueRow(
-                identity=queue.identity(entry),
+                identity=queue.entry_id(entry),
                 shape=entry.shape,
-                param_count=sizes.count(spec.model, entry.shape, n_features).total,
+                param_count=param_count.count_params(spec.model, entry.shape, n_features).total,
                 training=entry.training,
                 note=entry.note,
             )
@@ -174,7 +174,7 @@ def build(spec: StudySpec, *, data_root: Path, on: Machine | None = None, where:
     )
 
 
-def _power(spec: StudySpec, prepared: windows.Prepared) -> tuple[tuple[str, Power], ...]:
+def _power(spec: StudySpec, prepared: datasets.PreparedData) -> tuple[tuple[str, Power], ...]:
     if spec.task.predicts != "probability":
         return ()
     found, n_trials = [], spec.study.n_trials
@@ -183,19 +183,21 @@ def _power(spec: StudySpec, prepared: windows.Prepared) -> tuple[tuple[str, Powe
         if part.part.startswith("validation") and part.base_rate is not None:
             n, n_positive, effective = n + part.n, n_positive + part.n * part.base_rate, effective + part.n_effective
             if 0 < part.base_rate < 1:
-                found.append((part.part, power.of_rows(part.base_rate, part.n, part.n_effective, n_trials=n_trials)))
+                found.append(
+                    (part.part, significance.of_rows(part.base_rate, part.n, part.n_effective, n_trials=n_trials))
+                )
     if len(found) > 1:
-        found.append(("all", power.of_rows(n_positive / n, int(n), effective, n_trials=n_trials)))
+        found.append(("all", significance.of_rows(n_positive / n, int(n), effective, n_trials=n_trials)))
     return tuple(found)
 
 
 def _estimate(
     spec: StudySpec,
     counted: tuple[tuple[Shape, int], ...],
-    prepared: windows.Prepared,
+    prepared: datasets.PreparedData,
     n_features: int,
     machine: Machine,
-) -> Estimate:
+) -> TimeEstimate:
     by_size = sorted(counted, key=lambda pair: pair[1])
     typical = (by_size[0][0], by_size[len(by_size) // 2][0], by_size[-1][0])
     rate = _matmul_rate(spec.model.compute_dtype)
@@ -203,12 +205,12 @@ def _estimate(
     n_validation = sum(len(fold.validation.rows) for fold in prepared.folds)
     seconds = []
     for shape in typical:
-        flops = sizes.flops(spec.model, shape, n_features)
+        flops = param_count.flops(spec.model, shape, n_features)
         epoch = n_train * (flops.forward + flops.backward) + n_validation * flops.forward
         steps = n_train / spec.train.batch_size
         epoch_s = epoch / (rate * _EFFICIENCY) + steps * family.of(spec.model).depth(shape) * _LAYER_S
         seconds.append(_COMPILE_S + spec.train.max_epochs * epoch_s)
-    return Estimate(
+    return TimeEstimate(
         matmul_gflops=rate / 1e9,
         trial_s=(seconds[0], seconds[1], seconds[2]),
         study_s=seconds[1] * spec.study.n_trials,
@@ -228,18 +230,18 @@ def _memory(
 
 def _memory_row(spec: StudySpec, pair: tuple[Shape, int], n_features: int, machine: Machine) -> MemoryRow:
     (shape, total), batch_size = pair, spec.train.batch_size
-    layout = placement.choose(
+    layout = memory.choose(
         spec.mesh, spec.model, shape, n_features,
         batch_size=batch_size, n_devices=machine.n_devices, device_bytes=machine.usable_bytes,
     )  # fmt: skip
-    plain = Arrangement(batch_size, layout=layout)
+    plain = BatchLayout(batch_size, layout=layout)
 
-    def held(arrangement: Arrangement) -> Footprint:
-        return placement.footprint(spec.model, shape, n_features, arrangement)
+    def held(arrangement: BatchLayout) -> Footprint:
+        return memory.footprint(spec.model, shape, n_features, arrangement)
 
-    fitting: Arrangement | None = plain
+    fitting: BatchLayout | None = plain
     while fitting is not None and held(fitting).total > machine.usable_bytes:
-        fitting = placement.relieved(fitting)
+        fitting = memory.relieved(fitting)
     recomputed = held(replace(plain, remat=True)).activations
     return MemoryRow(
         str(machine), shape, total, batch_size, layout, held(plain), recomputed, machine.usable_bytes, fitting
@@ -268,8 +270,8 @@ class ShapeAnswer:
     """One shape, counted."""
 
     shape: Shape
-    count: sizes.Count
-    flops: sizes.Flops
+    count: param_count.ParamCount
+    flops: param_count.Flops
     state_bytes: int
     head_counts: tuple[int, ...]
     """Every number of heads that divides d_model."""
@@ -308,10 +310,10 @@ def params_question(
     if not missing:
         return ShapeAnswer(
             shape=shape,
-            count=sizes.count(model, shape, n_features),
-            flops=sizes.flops(model, shape, n_features),
-            state_bytes=sizes.state_bytes(model, shape, n_features),
-            head_counts=transformer.head_counts(shape.d_model),
+            count=param_count.count_params(model, shape, n_features),
+            flops=param_count.flops(model, shape, n_features),
+            state_bytes=param_count.state_bytes(model, shape, n_features),
+            head_counts=encoder.head_counts(shape.d_model),
             budget=wanted,
         )
     if wanted is None:
@@ -328,19 +330,17 @@ def _depths(model: ModelConfig, budget: BudgetConfig, d_model: int | None, n_fea
     for width in widths:
         for ratio in candidates.d_ff_ratio:
             d_ff = round(ratio * width)
-            depths = transformer.depths_for(budget, (model,), n_features, d_model=width, d_ff=d_ff)
+            depths = encoder.depths_for(budget, (model,), n_features, d_model=width, d_ff=d_ff)
             if depths:
                 ends = [Shape(d_model=width, n_layers=n, n_heads=1, d_ff=d_ff) for n in (depths[0], depths[-1])]
-                first, last = (sizes.count(model, shape, n_features).total for shape in ends)
+                first, last = (param_count.count_params(model, shape, n_features).total for shape in ends)
                 rows.append((width, ratio, depths[0], first, depths[-1], last))
     if not rows:
         raise FintxError(
             f"params: no depth of d_model {', '.join(map(str, widths))} holds {budget.low:,} … {budget.high:,} "
             "parameters; try another --d-model, --budget or --tolerance"
         )
-    return DepthsAnswer(
-        budget, tuple(rows), {width: transformer.head_counts(width) for width in {row[0] for row in rows}}
-    )
+    return DepthsAnswer(budget, tuple(rows), {width: encoder.head_counts(width) for width in {row[0] for row in rows}})
 
 
 def _plain(error: ValueError) -> str:

@@ -13,11 +13,11 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution
 
 from fintx.config.schema import FAMILIES, QueueEntry, Shape, StudySpec
 from fintx.config.validate import Where, spelled
-from fintx.model import family, sizes
-from fintx.study.ledger import Claim
+from fintx.errors import FintxError
+from fintx.model import family, param_count
 from fintx.study.records import TrialRecord
-from fintx.study.space import SearchSpace, clamped, model_variants
-from fintx.types import FintxError
+from fintx.study.search_space import SearchSpace, clamped, model_variants
+from fintx.study.trial_table import Lease
 
 
 class QueueError(FintxError):
@@ -50,7 +50,7 @@ class QueueState:
     """Where its open values came from, as settled; empty before that."""
 
 
-def identity(entry: QueueEntry) -> str:
+def entry_id(entry: QueueEntry) -> str:
     """An entry's `id`; without one its content, however written (1 and 1.0 are the same): shape, values, training."""
     if entry.id is not None:
         return entry.id
@@ -115,7 +115,7 @@ def validate(spec: StudySpec, *, n_features: int, where: Where = spelled) -> Non
     for index, entry in enumerate(spec.queue):
         if not entry.cancelled:
             problems += [f"{where(('queue', index))}: {words}" for words in _outside(spec, entry, n_features)]
-        first = seen.setdefault(identity(entry), index)
+        first = seen.setdefault(entry_id(entry), index)
         if first != index:
             what = "is the same as" if entry.id is None else f'has the id "{entry.id}", which is that of'
             problems.append(f"{where(('queue', index))}: {what} {where(('queue', first))}; take one out")
@@ -124,7 +124,7 @@ def validate(spec: StudySpec, *, n_features: int, where: Where = spelled) -> Non
 
 
 def check_begun(
-    spec: StudySpec, space: SearchSpace, claims: Sequence[Claim], *, counted: bool, where: Where = spelled
+    spec: StudySpec, space: SearchSpace, claims: Sequence[Lease], *, counted: bool, where: Where = spelled
 ) -> None:
     """Check the entries against the trials that the study has.
 
@@ -135,7 +135,7 @@ def check_begun(
         QueueError: an entry whose `id` is that of a trial of another content; more entries than trials.
     """
     problems, held = [], _latest(claims)
-    listed = [(index, entry, held.get(identity(entry))) for index, entry in enumerate(spec.queue)]
+    listed = [(index, entry, held.get(entry_id(entry))) for index, entry in enumerate(spec.queue)]
     listed = [(index, entry, claim) for index, entry, claim in listed if not entry.cancelled]
     for index, entry, claim in listed:
         if claim is not None and not _is_of(claim, entry, space):
@@ -153,13 +153,13 @@ def check_begun(
         raise QueueError("\n".join(problems))
 
 
-def _is_of(claim: Claim, entry: QueueEntry, space: SearchSpace) -> bool:
+def _is_of(claim: Lease, entry: QueueEntry, space: SearchSpace) -> bool:
     """Whether a trial is what the entry of its identity asks for now."""
     asked = {path: _told(space, path, value) for path, value in entry.values.items()}
     return claim.shape == entry.shape and all(claim.params.get(path) == value for path, value in asked.items())
 
 
-def _latest(claims: Sequence[Claim]) -> dict[str | None, Claim]:
+def _latest(claims: Sequence[Lease]) -> dict[str | None, Lease]:
     """Identity → the trial that counts: of several the latest."""
     return {claim.entry: claim for claim in sorted(claims, key=lambda claim: claim.number)}
 
@@ -168,7 +168,7 @@ def _outside(spec: StudySpec, entry: QueueEntry, n_features: int) -> list[str]:
     """What is wrong with an entry's size, in the first geometry it may run with that leaves the budget."""
     budget, shape = spec.budget, entry.shape
     for model in model_variants(spec, entry.values):
-        total = sizes.count(model, shape, n_features).total
+        total = param_count.count_params(model, shape, n_features).total
         if not budget.low <= total <= budget.high:
             numbers = ", ".join(f"{name} {number}" for name, number in shape.model_dump().items())
             return [
@@ -221,7 +221,7 @@ def _inside(distribution: BaseDistribution, value: Any) -> Any:
 # --- how far an entry is ----------------------------------------------------------------------------------------------
 
 
-def states(entries: Sequence[QueueEntry], claims: Sequence[Claim]) -> tuple[QueueState, ...]:
+def states(entries: Sequence[QueueEntry], claims: Sequence[Lease]) -> tuple[QueueState, ...]:
     """The state of each entry, in order.
 
     Args:
@@ -229,10 +229,10 @@ def states(entries: Sequence[QueueEntry], claims: Sequence[Claim]) -> tuple[Queu
         claims: of the study, from its storage.
     """
     held = _latest(claims)
-    return tuple(_state(entry, held.get(identity(entry))) for entry in entries)
+    return tuple(_state(entry, held.get(entry_id(entry))) for entry in entries)
 
 
-def _state(entry: QueueEntry, claim: Claim | None) -> QueueState:
+def _state(entry: QueueEntry, claim: Lease | None) -> QueueState:
     words: str = "queued" if claim is None else claim.state
     if claim is not None and claim.shape != entry.shape and not entry.cancelled:
         words = "clash"
@@ -243,4 +243,4 @@ def _state(entry: QueueEntry, claim: Claim | None) -> QueueState:
     elif claim is not None and words == "failed":
         words = f"failed {claim.failures}"
     number, training = (None, "") if claim is None else (claim.number, claim.training)
-    return QueueState(entry, identity(entry), words, number, training)
+    return QueueState(entry, entry_id(entry), words, number, training)

@@ -24,13 +24,13 @@ from fintx.config import load, toml
 from fintx.config.schema import QueueEntry, StudySpec
 from fintx.config.toml import SweepFileError, locate
 from fintx.config.validate import one_line, shortened
-from fintx.data import windows
-from fintx.model import sizes
-from fintx.study import ledger, queue, records
+from fintx.data import datasets
+from fintx.errors import FintxError
+from fintx.model import param_count
+from fintx.study import queue, records, trial_table
 from fintx.study.queue import QueueState
 from fintx.study.records import TrialRecord
-from fintx.study.space import SearchSpace
-from fintx.types import FintxError
+from fintx.study.search_space import SearchSpace
 
 _BLOCK = re.compile(r"""[ \t]*\[\[[ \t]*(queue|"queue"|'queue')[ \t]*\]\]""")
 _CANCELLED = re.compile(r"""([ \t]*(?:cancelled|"cancelled"|'cancelled')[ \t]*=[ \t]*)false\b""")
@@ -94,7 +94,7 @@ def _listing(spec: StudySpec, folder: Path, data_root: Path) -> Listing:
         Row(
             state=state,
             outcome=outcomes.get(state.number, "") if state.number is not None else "",
-            param_count=sizes.count(spec.model, state.entry.shape, n_features).total,
+            param_count=param_count.count_params(spec.model, state.entry.shape, n_features).total,
         )
         for state in _states((*spec.queue, *_extremes(spec, n_features)), folder, kept, url=spec.execution.storage)
     ]
@@ -113,7 +113,7 @@ def _states(
             return state
         return dataclasses.replace(state, state="done", number=record.trial_number, training=record.training)
 
-    return tuple(map(with_record, queue.states(entries, ledger.read(folder, url=url))))
+    return tuple(map(with_record, queue.states(entries, trial_table.read(folder, url=url))))
 
 
 def _extremes(spec: StudySpec, n_features: int) -> tuple[QueueEntry, ...]:
@@ -124,7 +124,7 @@ def _extremes(spec: StudySpec, n_features: int) -> tuple[QueueEntry, ...]:
 
 
 def _n_features(spec: StudySpec, data_root: Path) -> int:
-    prepared = windows.build(spec, data_root)
+    prepared = datasets.build(spec, data_root)
     return len(prepared.data.features)
 
 
@@ -180,8 +180,8 @@ def _with_entry(path: Path, text: str, fields: Mapping[str, Any], data_root: Pat
         raise SweepFileError(_of_new_entry(str(error), path, first_line)) from None
     spec = studies[load.sweep_path(path, str(fields["sweep"]))] if manual else studies[path]
     entry = spec.queue[-1]
-    identity = queue.identity(entry)
-    known = {queue.identity(each): each for each in spec.queue[:-1]}
+    identity = queue.entry_id(entry)
+    known = {queue.entry_id(each): each for each in spec.queue[:-1]}
     if identity in known:
         fix = "; it is cancelled: take that line out of the file" if known[identity].cancelled else ""
         raise QueueFileError(f"{path}: holds the entry {identity} of {spec.study.name} already{fix}")
@@ -280,7 +280,7 @@ def _find(path: Path, identity: str, sweep: str | None, data_root: Path) -> _Fou
         entries: list[tuple[QueueEntry, int | None]] = [*zip(spec.queue, blocks, strict=True)]
         if spec.study.queue_extremes:
             entries += [(entry, None) for entry in _extremes(spec, _n_features(spec, data_root))]
-        known += [(at, queue.identity(entry), _Found(spec, entry, index)) for entry, index in entries]
+        known += [(at, queue.entry_id(entry), _Found(spec, entry, index)) for entry, index in entries]
     found = {at: each for at, name, each in reversed(known) if name == identity and wanted in (None, at)}
     if not found:
         near = _nearest(identity, [name for _, name, _ in known])

@@ -19,10 +19,9 @@ from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
 from fintx.config.schema import Shape, StudySpec, TrialConfig, config_hash
+from fintx.errors import FintxError
 from fintx.evaluate import metrics
-from fintx.study.seeds import SAMPLER, derive_seed
-from fintx.study.space import SearchSpace
-from fintx.types import FintxError
+from fintx.study.search_space import SearchSpace
 
 _TRIES = 20
 _ENUMERABLE = 200_000
@@ -32,7 +31,7 @@ class SpaceExhausted(FintxError):
     """Every config of a finite space has been trained, or is being."""
 
 
-def identity(config: TrialConfig) -> str:
+def trial_identity(config: TrialConfig) -> str:
     """What a config is apart from its seed: two trials of one identity would answer the same question."""
     return config_hash(config.model_copy(update={"seed": 0}))
 
@@ -100,7 +99,7 @@ def _fresh(
     spec: StudySpec, space: SearchSpace, params: Mapping[str, Any], shape: Shape | None, trained: Container[str]
 ) -> bool:
     config = space.trial_config(spec, params, shape or space.decode(params), seed=0)
-    return identity(config) not in trained
+    return trial_identity(config) not in trained
 
 
 def _everything(space: SearchSpace, fixed: Mapping[str, Any], shape: Shape | None) -> Sequence[dict[str, Any]] | None:
@@ -120,3 +119,17 @@ def _everything(space: SearchSpace, fixed: Mapping[str, Any], shape: Shape | Non
         return None
     combinations = [dict(zip(free, each, strict=True)) for each in itertools.product(*values)]
     return [{**fixed, **place, **rest} for place, rest in itertools.product(places, combinations)]
+
+
+SAMPLER, TRIAL, CONFIRM, REPLICATE = 0, 1, 2, 3
+"""Streams: of a study's seed, the sampler's, the trials' and the confirmation's; of a trial's seed, its replicates'."""
+
+
+def derive_seed(seed: int, stream: int, number: int) -> int:
+    """The number-th seed of one of a seed's streams: 31 bits, spread by NumPy's SeedSequence."""
+    return int(np.random.SeedSequence([seed, stream, number]).generate_state(1)[0] >> 1)
+
+
+def replicate_seed(trial_seed: int, replicate: int) -> int:
+    """The seed of a trial's replicate; the first is the trial's own."""
+    return trial_seed if replicate == 0 else derive_seed(trial_seed, REPLICATE, replicate)

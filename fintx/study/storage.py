@@ -23,7 +23,7 @@ from optuna.storages import BaseStorage, JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.study import StudyDirection
 
-from fintx.types import FintxError, without_passwords
+from fintx.errors import FintxError, without_passwords
 
 JOURNAL = "journal"
 Check = Callable[[], None]
@@ -65,7 +65,9 @@ class Storage:
 
 
 @contextlib.contextmanager
-def open_study(url: str, folder: Path, name: str, *, minimize: bool, warn: Callable[[str], None]) -> Iterator[Storage]:
+def open_storage(
+    url: str, folder: Path, name: str, *, minimize: bool, warn: Callable[[str], None]
+) -> Iterator[Storage]:
     """Open the storage, made where it isn't there yet, with the study in it; safe for any number at once.
 
     Args:

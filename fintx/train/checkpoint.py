@@ -31,8 +31,9 @@ from pydantic import ValidationError
 
 from fintx import files
 from fintx.config.schema import TrialConfig
+from fintx.errors import FintxError
 from fintx.model import family
-from fintx.types import FintxError, Params
+from fintx.types import Params
 
 FORMAT = 2
 _SUMS, _DESCRIPTION, _PARAMS = "SHA256SUMS", "checkpoint.json", "params"

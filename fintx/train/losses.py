@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from fintx.types import FintxError, Floats
+from fintx.errors import FintxError
+from fintx.types import Floats
 
 LossKind = Literal["bce", "focal", "mse", "huber"]
 Scalar = Float[Array, ""] | float

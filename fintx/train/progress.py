@@ -9,11 +9,12 @@ from typing import Any, Literal
 import numpy as np
 
 from fintx.config.schema import TaskConfig, TrialConfig
-from fintx.data.windows import Dataset
+from fintx.data.datasets import Dataset
+from fintx.errors import FintxError
 from fintx.evaluate import metrics
-from fintx.train import hosts, sharding
-from fintx.train.state import TargetScale
-from fintx.types import FintxError, Floats, Params
+from fintx.train import multihost, sharding
+from fintx.train.train_state import BatchLayout, TargetScale
+from fintx.types import Floats, Params
 
 Outcome = Literal["completed", "early_stopped", "diverged", "collapsed", "out_of_memory", "interrupted"]
 Metrics = dict[str, float | None]
@@ -27,7 +28,7 @@ CONSTANT_OUTPUT = 1e-6
 
 
 @dataclass(frozen=True, eq=False)
-class Question:
+class FitInputs:
     """What a trial is asked, apart from its parameters."""
 
     config: TrialConfig
@@ -86,7 +87,7 @@ class Progress:
         """Copy the epoch's parameters to the host if its metric is the best so far."""
         new, old = self.last[metric], self.best.get(metric)
         assert new is not None
-        (is_best,) = hosts.agree(int(old is None or metrics.better(metric, new, old)))
+        (is_best,) = multihost.agree(int(old is None or metrics.better(metric, new, old)))
         if not is_best:
             return
         self.best, self.best_epoch, self.outputs = self.last, self.epoch, outputs
@@ -94,7 +95,7 @@ class Progress:
         self.params = sharding.to_host(params)
 
 
-def evaluate(question: Question, outputs: Floats) -> Metrics:
+def validation_metrics(question: FitInputs, outputs: Floats) -> Metrics:
     """Validation metrics.
 
     Raises:
@@ -129,7 +130,7 @@ def _spread(task: TaskConfig, outputs: Floats, scale: TargetScale) -> float:
     return float((0.5 * (1 + np.tanh(0.5 * outputs))).std())
 
 
-def end(question: Question, progress: Progress) -> End | None:
+def end_of_trial(question: FitInputs, progress: Progress) -> End | None:
     """Is the trial over after this epoch?"""
     config = question.config.train
     if progress.collapsed_in_a_row >= config.collapse_patience:
@@ -143,10 +144,10 @@ def end(question: Question, progress: Progress) -> End | None:
     return None
 
 
-def agreed(end: End | None) -> End | None:
+def agreed_end(end: End | None) -> End | None:
     """What the first process of several hosts holds of it, whose numbers the record has; all must call."""
     outcomes = typing.get_args(Outcome)
-    (which,) = hosts.agree(-1 if end is None else outcomes.index(end.outcome))
+    (which,) = multihost.agree(-1 if end is None else outcomes.index(end.outcome))
     if which < 0:
         return None
     return end if end is not None and end.outcome == outcomes[which] else End(outcomes[which], "the first process")
@@ -158,3 +159,93 @@ def _unless_collapsed(progress: Progress, end: End) -> End:
         what = f"validation predictions (nearly) constant at the best step, epoch {progress.best_epoch}"
         return End("collapsed", what)
     return end
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Where a training's time went, in all attempts up to their last save; of a population, its share."""
+
+    trace_s: float = 0.0
+    """Python's part of making the programs, tracing and lowering; next to nothing where an earlier trial's programs
+    served. Waiting for a thread that makes them ahead counts here."""
+    compile_s: float = 0.0
+    """XLA's part, or reading from the program cache what it once made; 0 where an earlier trial's programs served."""
+    n_compiled: int = 0
+    """Programs that XLA compiled; those of the cache or of an earlier trial don't count."""
+    run_s: float = 0.0
+    """Training and evaluating on the devices."""
+    wall_s: float = 0.0
+    """All of it."""
+
+    def __add__(self, other: Timing) -> Timing:
+        return Timing(
+            self.trace_s + other.trace_s,
+            self.compile_s + other.compile_s,
+            self.n_compiled + other.n_compiled,
+            self.run_s + other.run_s,
+            self.wall_s + other.wall_s,
+        )
+
+    def share(self, n: int) -> Timing:
+        """Of one of n that trained side by side; the programs are everybody's."""
+        return Timing(self.trace_s / n, self.compile_s / n, self.n_compiled, self.run_s / n, self.wall_s / n)
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """What is known after an epoch; for the live view."""
+
+    epoch: int
+    """From 1."""
+    max_epochs: int
+    step: int
+    """Steps taken so far."""
+    max_steps: int
+    train_loss: float
+    metrics: Metrics
+    """Of the validation part."""
+    best: float
+    """The study's metric at the best epoch so far."""
+    best_epoch: int
+    seconds: float
+    """Since the trial began, in all attempts."""
+
+
+@dataclass(frozen=True, eq=False)
+class FitResult:
+    """What a trial came to."""
+
+    outcome: Outcome
+    detail: str
+    """One line: why it stopped."""
+    best: Metrics
+    """Validation metrics at the restored best step; empty where no epoch came to an end."""
+    last: Metrics
+    """Validation metrics at the last step that was evaluated."""
+    best_epoch: int
+    """From 1; 0: none."""
+    best_step: int
+    epochs: int
+    """Epochs trained."""
+    steps: int
+    curve: list[dict[str, float | int | None]]
+    """Per epoch: epoch, step, train_loss, and the validation metrics; the losses of a diverged epoch are None."""
+    outputs: Floats | None
+    """float32 (S,): validation logits (regression: log returns) at the best step."""
+    params: Params | None
+    """At the best step, on the host."""
+    param_count: int
+    timing: Timing
+    warnings: tuple[str, ...]
+    """One line each: what was wrong with saved states."""
+    resumed_step: int
+    """Where an earlier attempt's state was taken up; 0: at the beginning."""
+    arrangement: BatchLayout
+    """Micro-batch, remat and devices, as memory asked for; below train.batch_size, a step is several passes."""
+    memory_bytes: int | None
+    """Estimated peak, over the trial's devices of this host; none: failed before it was known."""
+
+    @property
+    def micro_batch(self) -> int:
+        """Samples in a pass."""
+        return self.arrangement.micro_batch

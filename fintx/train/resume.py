@@ -24,15 +24,15 @@ from typing import Any
 import jax
 import numpy as np
 
+from fintx.errors import FintxError
 from fintx.model import family
-from fintx.train import checkpoint, hosts
+from fintx.train import checkpoint, multihost
 from fintx.train.checkpoint import CheckpointDamaged, Described, NotACheckpoint
-from fintx.train.progress import Progress, Question
-from fintx.train.result import Timing
+from fintx.train.progress import FitInputs, Progress, Timing
 from fintx.train.sharding import Layout
-from fintx.train.state import Arrangement, TrainState, abstract_state, program
-from fintx.train.step import Tally, empty_tally
-from fintx.types import FintxError, Params
+from fintx.train.train_state import BatchLayout, TrainState, abstract_state, static_config
+from fintx.train.train_step import EpochSums, empty_sums
+from fintx.types import Params
 
 KEPT = 2
 USUAL_S = 60.0
@@ -46,7 +46,7 @@ _STEP = re.compile(r"step_(\d{8,})")
 
 
 @dataclass(frozen=True)
-class Saves:
+class CheckpointPolicy:
     """Where a trial's training states lie, and when another is due."""
 
     folder: Path
@@ -64,9 +64,9 @@ class TrainingState:
     """A trial between two segments, as host arrays: whole, on however many devices they lay."""
 
     state: TrainState
-    tally: Tally
+    tally: EpochSums
     progress: Progress
-    arrangement: Arrangement
+    arrangement: BatchLayout
     timing: Timing
 
     @property
@@ -75,10 +75,10 @@ class TrainingState:
         return int(self.state.step)
 
 
-class Keeper:
+class CheckpointManager:
     """One trial's states on the disk, while it runs. Of several hosts the first alone changes what lies there."""
 
-    def __init__(self, saves: Saves, question: Question):
+    def __init__(self, saves: CheckpointPolicy, question: FitInputs):
         self._saves = saves
         self._question = question
         self._since = time.perf_counter()
@@ -92,9 +92,9 @@ class Keeper:
         Raises:
             FintxError: the folder can't be changed.
         """
-        found = self._newest(warn) if hosts.is_first() else None
-        (step,) = hosts.agree(-1 if found is None else found.step)
-        if step >= 0 and not hosts.is_first():
+        found = self._newest(warn) if multihost.is_first() else None
+        (step,) = multihost.agree(-1 if found is None else found.step)
+        if step >= 0 and not multihost.is_first():
             found = self._read(checkpoint.describe(self._folder(step)))
         return found
 
@@ -126,7 +126,7 @@ class Keeper:
         Raises:
             FintxError: the disk is full or can't be written; older states are as they were.
         """
-        if training.step == self.saved_step or not hosts.is_first():
+        if training.step == self.saved_step or not multihost.is_first():
             return
         began = time.perf_counter()
         items = {_TRAINING: _as_dicts((training.state, training.tally))}
@@ -219,7 +219,7 @@ class Keeper:
     def _read(self, found: Described) -> TrainingState:
         config, meta = found.config, found.meta
         n_features = len(config.data.features)
-        wanted = (abstract_state(program(config), n_features=n_features), jax.eval_shape(empty_tally))
+        wanted = (abstract_state(static_config(config), n_features=n_features), jax.eval_shape(empty_sums))
         items = {_TRAINING: _as_dicts(wanted)}
         if meta["progress"]["best_epoch"] > 0:
             outputs = jax.ShapeDtypeStruct((len(self._question.dataset.validation.rows),), np.float32)
@@ -237,8 +237,8 @@ class Keeper:
         )
 
 
-def _arrangement(layout: dict[str, Any], **rest: Any) -> Arrangement:
-    return Arrangement(layout=Layout(**layout), **rest)
+def _arrangement(layout: dict[str, Any], **rest: Any) -> BatchLayout:
+    return BatchLayout(layout=Layout(**layout), **rest)
 
 
 def _remove(folder: Path) -> None:

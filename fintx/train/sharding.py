@@ -24,8 +24,9 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
+from fintx.errors import FintxError
 from fintx.model.family import Family
-from fintx.types import FintxError, Params
+from fintx.types import Params
 
 DATA, MODEL = "data", "model"
 

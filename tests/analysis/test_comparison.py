@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from fintx.analysis import comparison, predictions
+from fintx.analysis import comparison, study_results
+from fintx.errors import FintxError
 from fintx.report import comparison_page
-from fintx.types import FintxError
 from tests.helpers import planted
 from tests.helpers.planted import return_study
 
@@ -56,7 +56,7 @@ def test_losses_are_compared_only_where_labels_are_equal(found):
 
 
 def test_the_same_shapes_are_found_across_horizons(found, studies):
-    a, b = (predictions.read(folder) for folder in studies[:2])
+    a, b = (study_results.read(folder) for folder in studies[:2])
     both = {r.config.shape for r in a.records} & {r.config.shape for r in b.records}
     assert {row.shape for row in found.common} >= both
     first = found.common[0]

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from fintx.analysis import patterns, predictions
+from fintx.analysis import patterns, study_results
 from fintx.analysis.patterns import pattern
 from fintx.report import search_page
-from fintx.study.space import SearchSpace
+from fintx.study.search_space import SearchSpace
 from tests.helpers import planted
 
 SIGMA = 0.01
@@ -32,7 +32,7 @@ def study(outputs, excess, *, name="p", n_trials=12, n_rows=800, seed=0, **more)
 @pytest.fixture(scope="module")
 def equal(tmp_path_factory):
     """Twelve trials that are equally good."""
-    return predictions.read(study(tmp_path_factory.mktemp("equal"), lambda i, n: 0.05))
+    return study_results.read(study(tmp_path_factory.mktemp("equal"), lambda i, n: 0.05))
 
 
 def without_days(made):
@@ -77,7 +77,7 @@ def test_equal_groups_are_rarely_told_apart(tmp_path):
     """At 5 %: more than 5 of 30 series would come once in a hundred."""
     told = 0
     for seed in range(10):
-        made = predictions.read(study(tmp_path / str(seed), lambda i, n: 0.05, n_rows=200, seed=seed))
+        made = study_results.read(study(tmp_path / str(seed), lambda i, n: 0.05, n_rows=200, seed=seed))
         for k in (2, 3, 4):
             told += pattern(made, "x", "x", lambda r, k=k: r.trial_number % k, str).distinguishable
     assert told <= 5
@@ -85,7 +85,7 @@ def test_equal_groups_are_rarely_told_apart(tmp_path):
 
 def test_a_planted_difference_is_told(tmp_path):
     folder = study(tmp_path, lambda i, n: 0.02 if i % 3 == 0 else 0.3)
-    found = pattern(predictions.read(folder), "x", "x", lambda r: r.trial_number % 3, "group {:.0f}".format)
+    found = pattern(study_results.read(folder), "x", "x", lambda r: r.trial_number % 3, "group {:.0f}".format)
     assert [group.verdict for group in found.groups] == ["best mean", "worse", "worse"]
     assert search_page.pattern_words(found) == "group 0 has the best mean; group 1 and group 2 are worse."
     # Skill is 1 − loss / prior's: (1.3 − 1.02) / 1.3 against (1.3 − 1.3) / 1.3.
@@ -94,7 +94,7 @@ def test_a_planted_difference_is_told(tmp_path):
 
 
 def test_every_pattern_counts_every_successful_trial(tmp_path):
-    made = predictions.read(study(tmp_path, lambda i, n: 0.05, failed=[2, 5]))
+    made = study_results.read(study(tmp_path, lambda i, n: 0.05, failed=[2, 5]))
     for each in (*patterns.by_shape(made), *patterns.by_values(made)):
         assert sum(group.n for group in each.groups) == 10, each.name
         assert sum(group.behind is None for group in each.groups) == 1
@@ -141,7 +141,7 @@ def test_too_few_pairs_or_constants_say_nothing():
 
 def test_the_value_that_decides_is_the_important_one(tmp_path):
     folder = study(tmp_path, lambda i, n: 0.05, n_trials=40, n_rows=60)
-    made = predictions.read(folder)
+    made = study_results.read(folder)
     space = SearchSpace.build(made.spec, n_features=len(planted.FEATURES))
     records = [
         record.model_copy(update={"value": (np.log(record.params["optim.learning_rate"]) - np.log(3e-3)) ** 2})
@@ -157,7 +157,7 @@ def test_the_value_that_decides_is_the_important_one(tmp_path):
 
 
 def test_outcomes_coverage_and_duplicates(tmp_path):
-    made = predictions.read(study(tmp_path, lambda i, n: 0.05, failed=[2, 5]))
+    made = study_results.read(study(tmp_path, lambda i, n: 0.05, failed=[2, 5]))
     space = SearchSpace.build(made.spec, n_features=len(planted.FEATURES))
     found = patterns.summarize(made, space)
     assert {(row.outcome, row.n) for row in found.outcomes} == {("completed", 10), ("diverged", 2)}

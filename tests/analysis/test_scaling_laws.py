@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from fintx.analysis import predictions, scaling_laws
+from fintx.analysis import scaling_laws, study_results
 from fintx.analysis.sized_trials import NotComparable, SizedTrials, gather
+from fintx.errors import FintxError
 from fintx.report import scaling_page
-from fintx.types import FintxError
 from tests.helpers import planted
 from tests.helpers.planted import noise_study
 
@@ -39,7 +39,7 @@ def write(outputs, law, *, budgets=BUDGETS, n_rows=1200, n_trials=12, baseline=0
 
 
 def read(folders, **options):
-    return scaling_laws.fit(gather([predictions.read(folder) for folder in folders]), **options)
+    return scaling_laws.fit(gather([study_results.read(folder) for folder in folders]), **options)
 
 
 @pytest.mark.slow
@@ -146,7 +146,7 @@ def test_one_interval_holds_both_tests(gain, word):
 
 def refusal(*folders, over="parameters"):
     with pytest.raises(NotComparable) as caught:
-        gather([predictions.read(folder) for folder in folders], over=over)
+        gather([study_results.read(folder) for folder in folders], over=over)
     return str(caught.value)
 
 
@@ -215,7 +215,7 @@ def test_panels_are_read_over_their_data(tmp_path):
                 label_hash=f"{n_assets}" * 64, data_hash=f"{n_assets}" * 64, n_train=1000 * n_assets,
             )
         )  # fmt: skip
-    found = scaling_laws.fit(gather([predictions.read(each) for each in folders], over="data"), refits=20)
+    found = scaling_laws.fit(gather([study_results.read(each) for each in folders], over="data"), refits=20)
     assert found.trials.size.min() == 2000 and found.trials.size.max() == 8000
     assert found.trials.n_rows == 2 * n_days  # what the smallest panel has, too
     assert found.word == "scales" and "From 2.0K to 8.0K training rows" in scaling_page.sentence(found)
@@ -227,11 +227,11 @@ def test_panels_are_read_over_their_data(tmp_path):
 def test_patterns_and_names_find_studies(tmp_path):
     for name in ("2K_h3", "10K_h3", "10K_h1"):
         noise_study(tmp_path, name, budget=name.partition("_")[0], n_trials=1)
-    names = [path.name for path in predictions.find(["*_h3", "10K_h1", "10K_h3"], outputs=tmp_path)]
+    names = [path.name for path in study_results.find(["*_h3", "10K_h1", "10K_h3"], outputs=tmp_path)]
     assert names == ["10K_h3", "2K_h3", "10K_h1"]
-    assert len(predictions.find([str(tmp_path / "*_h3")], outputs=tmp_path / "elsewhere")) == 2
+    assert len(study_results.find([str(tmp_path / "*_h3")], outputs=tmp_path / "elsewhere")) == 2
     with pytest.raises(FintxError, match=r"nowhere: fits no study under .* \(there: 10K_h1, 10K_h3, 2K_h3\)"):
-        predictions.find(["nowhere"], outputs=tmp_path)
+        study_results.find(["nowhere"], outputs=tmp_path)
 
 
 def test_options_that_mean_nothing_are_refused(tmp_path):

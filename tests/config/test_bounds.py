@@ -16,8 +16,8 @@ from pydantic import BaseModel
 
 from fintx.config import load
 from fintx.config.schema import ArchitectureConfig, StudySpec
+from fintx.errors import FintxError
 from fintx.study import plan
-from fintx.types import FintxError
 
 FILE = """
 [study]
@@ -190,7 +190,7 @@ def test_a_plan_of_the_largest_numbers_answers(file, tmp_path, override):
     spec = load.study(file, overrides=[override])
     begin = time.monotonic()
     try:
-        plan.build(spec, data_root=tmp_path, on=plan.machine(None, None))
+        plan.plan_study(spec, data_root=tmp_path, on=plan.machine(None, None))
     except FintxError:
         pass  # the data are too few, or no shape fits: said in words
     assert time.monotonic() - begin < 10  # a second or two on a quiet machine

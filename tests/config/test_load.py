@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from fintx.config import load, toml
 from fintx.config.schema import Choices, FloatRange, MeshConfig, StudySpec
 from fintx.config.toml import SweepFileError, locate
-from fintx.types import FintxError
+from fintx.errors import FintxError
 
 SWEEPS = Path(__file__).resolve().parents[2] / "sweeps"
 SHIPPED = sorted(path.name for path in SWEEPS.glob("*.toml") if path.name != "manual.toml")
@@ -329,7 +329,7 @@ def test_a_mistake_in_how_it_is_confirmed_is_named(lines, words, tmp_path):
 
 
 def test_a_confirmation_is_asked_for_by_its_section_and_defines_no_study(tmp_path):
-    from fintx.study import records
+    from fintx.study import study_file
 
     without = load.study(write(tmp_path, GOOD))
     assert without.confirm is None
@@ -338,7 +338,7 @@ def test_a_confirmation_is_asked_for_by_its_section_and_defines_no_study(tmp_pat
     more = load.study(write(tmp_path, GOOD), overrides=["confirm.n_seeds=8"])
     assert (more.confirm.top_k, more.confirm.n_seeds) == (5, 8)
     assert load.study(write(tmp_path, load.dump(more))) == more
-    definitions = [records.definition(spec) for spec in (without, asked, more)]
+    definitions = [study_file.definition(spec) for spec in (without, asked, more)]
     assert definitions[0] == definitions[1] == definitions[2]
 
 

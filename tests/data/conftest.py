@@ -29,7 +29,7 @@ def walk(symbol: str = "AAA", n: int = 800, *, seed: int = 0, first: str = "2010
     high = np.maximum(open_, close) * np.exp(np.abs(rng.normal(0, 0.4 * volatility)))
     low = np.minimum(open_, close) * np.exp(-np.abs(rng.normal(0, 0.4 * volatility)))
     volume = np.round(1e6 * np.exp(rng.normal(0, 0.4, n)))
-    return bars_module.make(
+    return bars_module.make_bars(
         symbol, dates, open=open_, high=high, low=low, close=close, volume=volume, adj_close=0.9 * close
     )
 

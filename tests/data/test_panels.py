@@ -21,11 +21,11 @@ from hypothesis import strategies as st
 from fintx import tasks
 from fintx.config.schema import DataConfig, SplitConfig, TaskConfig
 from fintx.data import bars as bars_module
-from fintx.data import features, sources, splits, windows
+from fintx.data import datasets, features, sources, splits
 from fintx.data.bars import Bars
+from fintx.data.datasets import Dataset, NoWindows, Part, PreparedData
 from fintx.data.splits import TooFewSamples
-from fintx.data.windows import Dataset, NoWindows, Part, Prepared
-from fintx.types import FintxError
+from fintx.errors import FintxError
 from tests.helpers.specs import spec_of
 
 DAY = datetime.date
@@ -60,7 +60,7 @@ def make_bars(symbol: str, n: int, *, seed: int, first: str = "2000-01-03", miss
     high = np.maximum(open_, close) * np.exp(np.abs(rng.normal(scale=0.004, size=len(days))))
     low = np.minimum(open_, close) * np.exp(-np.abs(rng.normal(scale=0.004, size=len(days))))
     volume = rng.integers(1_000, 9_000, len(days)).astype(float)
-    return bars_module.make(symbol, days, open=open_, high=high, low=low, close=close, volume=volume)
+    return bars_module.make_bars(symbol, days, open=open_, high=high, low=low, close=close, volume=volume)
 
 
 PANEL = {
@@ -79,8 +79,8 @@ def serve(bars: Mapping[str, Bars]):
 def prepare(
     bars: Mapping[str, Bars], task: TaskConfig, split: SplitConfig, *, features: tuple[str, ...] = ("range",),
     context_length: int = 8, scaling: str = "standardize",
-) -> Prepared:  # fmt: skip
-    """`windows.build` over bars by symbol; VIX is context, all others are assets."""
+) -> PreparedData:  # fmt: skip
+    """`datasets.build` over bars by symbol; VIX is context, all others are assets."""
     data = DataConfig(
         assets=tuple(symbol for symbol in bars if symbol != "VIX"),
         context=("VIX",) if "VIX" in bars else (),
@@ -88,7 +88,7 @@ def prepare(
         scaling=scaling,
     )
     with serve(bars):
-        return windows.build(spec_of(data, task, split, context_length), Path("nowhere"))
+        return datasets.build(spec_of(data, task, split, context_length), Path("nowhere"))
 
 
 def keyed(dataset: Dataset, part: Part) -> dict[tuple[str, np.datetime64], float]:
@@ -279,7 +279,7 @@ def test_eval_alone_opens_the_test_part_and_few_ask_for_labels():
 # --- hashes -----------------------------------------------------------------------------------------------------------
 
 
-def hashes(prepared: Prepared) -> dict[str, str]:
+def hashes(prepared: PreparedData) -> dict[str, str]:
     return {name: getattr(prepared.folds[-1], f"{name}_hash") for name in ("data", "label", "split")}
 
 
@@ -346,7 +346,7 @@ def test_data_that_cannot_carry_the_question_are_refused(keys, task, split, cont
     bars = PANEL | {"VIX": make_bars("VIX", 200, seed=9, first="2001-01-02")}
     data = DataConfig(**{"assets": ("AAA",), "features": ("range",), **keys})
     with serve(bars), pytest.raises(error, match=words) as caught:
-        windows.build(spec_of(data, task, split, context_length), Path("nowhere"))
+        datasets.build(spec_of(data, task, split, context_length), Path("nowhere"))
     assert "\n" not in str(caught.value)
 
 
@@ -355,7 +355,7 @@ def test_foreign_bars_too_few_for_a_window_and_its_future_are_refused(n):
     prepared = prepare(PANEL, threshold(3), SPLITS["dates"], features=("stationary",))
     short, scaling = make_bars("ZZZ", 20, seed=8).take(np.arange(n)), prepared.folds[0].scaling
     with pytest.raises(NoWindows, match=f"ZZZ: no row has a window of 8 bars .* among {n} bars; give a longer"):
-        windows.build_foreign(short, {}, spec_of(prepared.data, threshold(3), SPLITS["dates"], 8), scaling=scaling)
+        datasets.build_external(short, {}, spec_of(prepared.data, threshold(3), SPLITS["dates"], 8), scaling=scaling)
 
 
 @pytest.mark.parametrize("n", range(9))

@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 
 from fintx.data import bars as bars_module
 from fintx.data import sources
-from fintx.data.bars import PRICES, BadBars, Bars
-from fintx.data.repair import Repaired, repair
+from fintx.data.bars import PRICES, BadBars, Bars, Repaired, repair_bars
 
 CBOE_FILLED = ["1997-01-31", "1997-11-26", "1999-12-31"]
 
@@ -23,7 +22,7 @@ def bars(help) -> Bars:
 
 
 def mend(bars: Bars, calendar: np.ndarray | None = None) -> Repaired:
-    return repair(bars, calendar=calendar, where="x.csv")
+    return repair_bars(bars, calendar=calendar, where="x.csv")
 
 
 def without(bars: Bars, *rows: int) -> Bars:
@@ -149,7 +148,7 @@ def test_what_is_mended_keeps_every_rule_and_a_second_repair_changes_nothing(dat
         mended = mend(broken, calendar)
     except BadBars:
         return  # two days missing in a row
-    assert bars_module.problems(mended.bars) == []
+    assert bars_module.bar_problems(mended.bars) == []
     again = mend(mended.bars, calendar)
     assert again.repairs == ()
     assert again.bars.version == mended.bars.version

@@ -18,10 +18,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fintx.data import bars as bars_module
-from fintx.data import manifest, sources
+from fintx.data import snapshots, sources
 from fintx.data.bars import PRICES, BadBars, Bars
 from fintx.data.sources import DataNotFound
-from fintx.types import FintxError
+from fintx.errors import FintxError
 
 
 def assert_equal(a: Bars, b: Bars) -> None:
@@ -65,7 +65,7 @@ def test_the_embedded_bars_are_those_that_arch_gives():
 def test_the_embedded_bars_keep_the_rules_and_write_nothing(tmp_path):
     bars = sources.load("SPX", root=tmp_path / "data")
     assert (len(bars), str(bars.dates[0]), str(bars.dates[-1])) == (5031, "1999-01-04", "2018-12-31")
-    assert bars_module.problems(bars) == []
+    assert bars_module.bar_problems(bars) == []
     assert not (tmp_path / "data").exists()
     assert_equal(sources.load("SPX", root=tmp_path, version=bars.version[:8]), bars)
 
@@ -104,15 +104,15 @@ def test_the_real_files_keep_every_rule(shared_data, help):
 def test_a_second_import_is_a_no_op_and_changed_bytes_are_a_new_version(help, tmp_path):
     bars = help.walk("AAA", 60)
     help.keep(tmp_path, bars)
-    (first,) = manifest.entries(tmp_path, "raw")
+    (first,) = snapshots.all_snapshots(tmp_path, "raw")
     kept = (tmp_path / first.path).read_bytes()
     again = sources.import_file(tmp_path / "AAA.csv", "AAA", root=tmp_path, today=help.today)
     assert (again.is_new, again.entry) == (False, first)
-    changed = bars_module.make(
+    changed = bars_module.make_bars(
         "AAA", bars.dates, **{n: getattr(bars, n) for n in PRICES}, volume=bars.volume + 1, adj_close=bars.adj_close
     )
     help.keep(tmp_path, changed)
-    assert len(manifest.entries(tmp_path, "raw")) == 2
+    assert len(snapshots.all_snapshots(tmp_path, "raw")) == 2
     assert (tmp_path / first.path).read_bytes() == kept
     assert_equal(sources.load("AAA", root=tmp_path), changed)
     assert_equal(sources.load("AAA", root=tmp_path, version=first.version), bars)
@@ -139,7 +139,7 @@ def test_what_is_not_there_is_told_with_the_command_that_brings_it(help, tmp_pat
 @pytest.mark.parametrize("damage", ["missing", "truncated", "other bars"])
 def test_a_damaged_snapshot_is_never_loaded(damage, help, tmp_path):
     help.keep(tmp_path, help.walk("AAA", 60), help.walk("BBB", 60))
-    path, other = (tmp_path / entry.path for entry in manifest.entries(tmp_path, "raw"))
+    path, other = (tmp_path / entry.path for entry in snapshots.all_snapshots(tmp_path, "raw"))
     if damage == "missing":
         path.unlink()
     else:
@@ -151,7 +151,7 @@ def test_a_damaged_snapshot_is_never_loaded(damage, help, tmp_path):
 def test_a_missing_snapshot_comes_back_with_the_same_file(help, tmp_path):
     bars = help.walk("AAA", 60)
     help.keep(tmp_path, bars)
-    (tmp_path / manifest.entries(tmp_path, "raw")[0].path).unlink()
+    (tmp_path / snapshots.all_snapshots(tmp_path, "raw")[0].path).unlink()
     help.keep(tmp_path, bars)
     assert_equal(sources.load("AAA", root=tmp_path), bars)
 
@@ -259,7 +259,7 @@ def test_a_partial_bar_of_today_is_dropped_and_told(help, tmp_path):
     assert imported.notes == (f"1 bar(s) dated {today} or later dropped: that day is not over",)
     loaded = sources.load("AAA", root=tmp_path)
     np.testing.assert_array_equal(loaded.dates, bars.dates[:-1])
-    yesterday = bars_module.make(
+    yesterday = bars_module.make_bars(
         "AAA", bars.dates[:-1], **{n: getattr(bars, n)[:-1] for n in (*PRICES, "volume", "adj_close")}
     )  # fmt: skip
     assert loaded.version == yesterday.version  # as if the file had ended there
@@ -299,10 +299,10 @@ def test_the_version_is_of_every_value_and_of_nothing_else(help):
     for name, column in columns.items():
         moved = column.copy()
         moved[30] = np.nextafter(moved[30], np.inf)
-        assert bars_module.make("AAA", bars.dates, **columns | {name: moved}).version != bars.version
-    assert bars_module.make("AAA", bars.dates + 1, **columns).version != bars.version
-    assert bars_module.make("AAA", bars.dates, **columns | {"adj_close": None}).version != bars.version
-    assert bars_module.make("BBB", bars.dates, **columns).version == bars.version
+        assert bars_module.make_bars("AAA", bars.dates, **columns | {name: moved}).version != bars.version
+    assert bars_module.make_bars("AAA", bars.dates + 1, **columns).version != bars.version
+    assert bars_module.make_bars("AAA", bars.dates, **columns | {"adj_close": None}).version != bars.version
+    assert bars_module.make_bars("BBB", bars.dates, **columns).version == bars.version
 
 
 def test_between_is_inclusive_and_keeps_the_version(help):
@@ -407,7 +407,7 @@ def test_yfinance_without_a_network_ends_in_that_line(tmp_path):
         import datetime, sys
         from pathlib import Path
         from fintx.data import sources
-        from fintx.types import FintxError
+        from fintx.errors import FintxError
         import yfinance
         yfinance.set_tz_cache_location(sys.argv[1])
         try:
@@ -415,7 +415,7 @@ def test_yfinance_without_a_network_ends_in_that_line(tmp_path):
                                  wait=lambda s: None)
         except FintxError as error:
             print("told:", error)
-    """
+"""
     dead = dict.fromkeys(("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "http_proxy", "https_proxy"), "http://127.0.0.1:9")
     quiet = {key: value for key, value in os.environ.items() if key.upper() != "NO_PROXY"} | dead
     out = subprocess.run(

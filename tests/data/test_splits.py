@@ -37,7 +37,7 @@ def by_dates(**changes) -> SplitConfig:
 
 
 def test_fractions_count_trading_days_in_time_order():
-    split = splits.build(fractions(), horizon=3, dates=DAYS)
+    split = splits.split_days(fractions(), horizon=3, dates=DAYS)
     (fold,) = split.folds
     assert fold.train_first == DAYS[0]
     assert fold.validation_first == fold.train_labels_before == DAYS[round(0.6 * len(DAYS))]
@@ -45,21 +45,21 @@ def test_fractions_count_trading_days_in_time_order():
 
 
 def test_dates_that_are_no_trading_days_mean_the_next_one():
-    split = splits.build(by_dates(), horizon=1, dates=DAYS)
+    split = splits.split_days(by_dates(), horizon=1, dates=DAYS)
     assert split.folds[0].validation_first == np.datetime64("2012-01-02")  # the 1st was a Sunday
     assert split.test_first == np.datetime64("2013-01-01")
 
 
 def test_the_embargo_is_counted_in_trading_days():
-    plain = splits.build(by_dates(), horizon=1, dates=DAYS).folds[0]
-    held = splits.build(by_dates(embargo=5), horizon=1, dates=DAYS).folds[0]
+    plain = splits.split_days(by_dates(), horizon=1, dates=DAYS).folds[0]
+    held = splits.split_days(by_dates(embargo=5), horizon=1, dates=DAYS).folds[0]
     assert held.validation_first == plain.validation_first
     for bound in ("train_labels_before", "validation_labels_before"):
         assert np.busday_count(getattr(held, bound), getattr(plain, bound)) == 5
 
 
 def test_walk_forward_folds_touch_and_fill_the_span_up_to_the_test_part():
-    split = splits.build(walk_forward(test_start=day("2013-06-03")), horizon=1, dates=DAYS)
+    split = splits.split_days(walk_forward(test_start=day("2013-06-03")), horizon=1, dates=DAYS)
     firsts = [fold.validation_first for fold in split.folds]
     assert len(firsts) == 4 and firsts[0] == np.datetime64("2011-06-01")
     assert [fold.validation_before for fold in split.folds] == [*firsts[1:], np.datetime64("2013-06-03")]
@@ -69,14 +69,14 @@ def test_walk_forward_folds_touch_and_fill_the_span_up_to_the_test_part():
 
 
 def test_walk_forward_without_a_test_part_uses_every_day_and_seals_nothing():
-    split = splits.build(walk_forward(), horizon=1, dates=DAYS)
+    split = splits.split_days(walk_forward(), horizon=1, dates=DAYS)
     assert split.test_first is None
     assert split.folds[-1].validation_before > DAYS[-1]
 
 
 def test_expanding_trains_on_all_days_before_and_rolling_on_as_many_as_the_first_fold():
-    expanding = splits.build(walk_forward(), horizon=1, dates=DAYS).folds
-    rolling = splits.build(walk_forward(window="rolling"), horizon=1, dates=DAYS).folds
+    expanding = splits.split_days(walk_forward(), horizon=1, dates=DAYS).folds
+    rolling = splits.split_days(walk_forward(window="rolling"), horizon=1, dates=DAYS).folds
     assert {fold.train_first for fold in expanding} == {DAYS[0]}
     spans = [np.searchsorted(DAYS, f.validation_first) - np.searchsorted(DAYS, f.train_first) for f in rolling]
     assert len(set(spans)) == 1
@@ -98,7 +98,7 @@ def test_no_label_reaches_out_of_its_part(kind, horizon, embargo, n_folds, seale
     else:
         test = day("2013-06-03") if sealed else None
         config = walk_forward(embargo=embargo, n_folds=n_folds, window=kind, test_start=test)
-    split = splits.build(config, horizon=horizon, dates=DAYS)
+    split = splits.split_days(config, horizon=horizon, dates=DAYS)
     ends = np.full(len(DAYS), np.datetime64("NaT"), "datetime64[D]")
     ends[:-horizon] = DAYS[horizon:]
     before = np.datetime64("0000-01-01")
@@ -139,7 +139,7 @@ def test_no_label_reaches_out_of_its_part(kind, horizon, embargo, n_folds, seale
 )  # fmt: skip
 def test_a_split_that_does_not_fit_the_data_is_refused(config, horizon, n_days, words):
     with pytest.raises(BadSplit, match=words):
-        splits.build(config, horizon=horizon, dates=DAYS[:n_days])
+        splits.split_days(config, horizon=horizon, dates=DAYS[:n_days])
 
 
 # --- what a part can show ---------------------------------------------------------------------------------------------

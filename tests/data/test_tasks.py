@@ -149,5 +149,5 @@ def test_an_exact_label_is_float64_and_untouched_by_the_embedded_bars():
     before = bars.close.copy()
     found = tasks.labels(TaskConfig(kind="regression", horizon=5).rule, bars)
     assert found.dtype == np.float64
-    assert bars_module.problems(bars) == []
+    assert bars_module.bar_problems(bars) == []
     np.testing.assert_array_equal(bars.close, before)

@@ -20,7 +20,7 @@ FREE = Rules(cost_bp=0.0)
 def make(open_, high, low, close) -> Bars:
     days = np.datetime64("2020-01-01") + np.arange(len(close))
     columns = [np.asarray(column, float) for column in (open_, high, low, close)]
-    return bars_module.make(
+    return bars_module.make_bars(
         "A", days, open=columns[0], high=columns[1], low=columns[2], close=columns[3], volume=np.ones(len(close))
     )
 
@@ -33,7 +33,7 @@ def walk(n: int, seed: int) -> Bars:
     return make(open_, np.maximum(open_, close) * reach, np.minimum(open_, close) / reach, close)
 
 
-def trade(bars: Bars, says: list[int], task: Threshold = TASK, rules: Rules = FREE) -> backtest.Ledger:
+def trade(bars: Bars, says: list[int], task: Threshold = TASK, rules: Rules = FREE) -> backtest.Returns:
     days = bars.dates[: len(bars) - task.horizon]
     return backtest.trade(bars, days, np.isin(np.arange(len(days)), says), task, rules)
 
@@ -156,26 +156,26 @@ def test_buy_and_hold_is_the_price_less_costs():
 
 def test_performance_by_hand():
     days = np.datetime64("2020-01-01") + np.arange(4)
-    ledger = backtest.Ledger(days, np.array([0.1, -0.2, 0.0, 0.1]), np.array([True, True, False, True]), 2, 1, 1)
+    ledger = backtest.Returns(days, np.array([0.1, -0.2, 0.0, 0.1]), np.array([True, True, False, True]), 2, 1, 1)
     found = backtest.performance("x", ledger)
     assert found.total_return == pytest.approx(1.1 * 0.8 * 1.1 - 1)
     assert found.max_drawdown == pytest.approx(0.2)
     assert (found.win_rate, found.exposure, found.days) == (0.5, 0.75, 4)
     assert found.sharpe == pytest.approx(0.0, abs=1e-12)
-    still = backtest.performance("cash", backtest.Ledger(days, np.zeros(4), np.zeros(4, bool), 0, 0, 0))
+    still = backtest.performance("cash", backtest.Returns(days, np.zeros(4), np.zeros(4, bool), 0, 0, 0))
     assert still.sharpe is None and still.win_rate is None and still.max_drawdown == 0.0
 
 
 def test_a_fall_from_the_start_is_a_drawdown():
     days = np.datetime64("2020-01-01") + np.arange(2)
-    ledger = backtest.Ledger(days, np.array([-0.5, 0.0]), np.ones(2, bool), 1, 0, 0)
+    ledger = backtest.Returns(days, np.array([-0.5, 0.0]), np.ones(2, bool), 1, 0, 0)
     assert backtest.performance("x", ledger).max_drawdown == pytest.approx(0.5)
 
 
 def test_a_portfolio_gives_every_asset_its_share():
     days = np.datetime64("2020-01-01") + np.arange(3)
-    one = backtest.Ledger(days, np.array([0.1, 0.0, 0.2]), np.array([True, False, True]), 2, 2, 1)
-    two = backtest.Ledger(days[1:], np.array([0.3, 0.0]), np.array([True, False]), 1, 1, 1)
+    one = backtest.Returns(days, np.array([0.1, 0.0, 0.2]), np.array([True, False, True]), 2, 2, 1)
+    two = backtest.Returns(days[1:], np.array([0.3, 0.0]), np.array([True, False]), 1, 1, 1)
     found = backtest.portfolio([one, two])
     np.testing.assert_allclose(found.returns, [0.05, 0.15, 0.1])
     assert (found.trades, found.wins, found.at_target, found.held.tolist()) == (3, 3, 2, [True, True, True])

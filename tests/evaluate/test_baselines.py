@@ -13,9 +13,9 @@ import pytest
 from fintx import tasks
 from fintx.config.schema import DataConfig, SplitConfig, TaskConfig
 from fintx.data import bars as bars_module
-from fintx.data import scaling, sources, windows
+from fintx.data import datasets, sources, standardize
 from fintx.data.bars import Bars
-from fintx.data.windows import Dataset, Part
+from fintx.data.datasets import Dataset, Part
 from fintx.evaluate import baselines, metrics
 from tests.helpers.specs import spec_of
 
@@ -30,7 +30,7 @@ def priced(symbol: str, dates: np.ndarray, returns: np.ndarray) -> Bars:
     open_ = np.r_[100.0, close[:-1]]
     reach = np.exp(np.abs(returns) / 2)
     high, low = np.maximum(open_, close) * reach, np.minimum(open_, close) / reach
-    return bars_module.make(symbol, dates, open=open_, high=high, low=low, close=close, volume=np.ones(len(dates)))
+    return bars_module.make_bars(symbol, dates, open=open_, high=high, low=low, close=close, volume=np.ones(len(dates)))
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +48,7 @@ def market() -> tuple[dict[str, Bars], dict[str, Bars]]:
         "BBB": priced("BBB", days[fewer], (tomorrow * rng.normal(size=N_DAYS))[fewer]),
     }
     column = {name: vix for name in ("open", "high", "low", "close")}
-    return assets, {"VIX": bars_module.make("VIX", days, **column, volume=np.zeros(N_DAYS))}
+    return assets, {"VIX": bars_module.make_bars("VIX", days, **column, volume=np.zeros(N_DAYS))}
 
 
 def stacked(bars: dict[str, Bars], task: TaskConfig, *, first: int = 0, split: float = 0.6) -> Dataset:
@@ -71,7 +71,7 @@ def stacked(bars: dict[str, Bars], task: TaskConfig, *, first: int = 0, split: f
         close=np.concatenate([b.close for b in bars.values()]),
         train=Part(parts[0], cut[parts[0]].astype(np.float32)),
         validation=Part(parts[1], cut[parts[1]].astype(np.float32)),
-        scaling=scaling.fit(feature, ids, assets, parts[0], kind="none"),
+        scaling=standardize.fit_standardizer(feature, ids, assets, parts[0], kind="none"),
         data_hash="",
         label_hash="",
         split_hash="",
@@ -232,7 +232,7 @@ def test_nothing_after_the_last_validation_day_is_seen(market):
         name: np.where(bars["AAA"].dates <= last, getattr(bars["AAA"], name), getattr(scrambled, name))
         for name in ("open", "high", "low", "close", "volume")
     }
-    other = bars_module.make("AAA", bars["AAA"].dates, **columns)
+    other = bars_module.make_bars("AAA", bars["AAA"].dates, **columns)
     assert not np.array_equal(other.close, bars["AAA"].close)
     for context in (vix, {}):
         before, after = (by_name(data, THRESHOLD, {"AAA": b}, context) for b in (bars["AAA"], other))
@@ -365,7 +365,7 @@ def test_walk_forward_figures_on_spy_and_vix(real, horizon):
     task = TaskConfig(kind="threshold", price="high", threshold=0.01, horizon=horizon)
     split = SplitConfig(kind="walk_forward", validation_start=datetime.date(2005, 1, 1), n_folds=22, window="expanding")
     data = DataConfig(assets=("SPY",), context=("VIX",), features=("stationary",), end=datetime.date(2026, 6, 30))
-    folds = windows.build(spec_of(data, task, split, 1), root).folds
+    folds = datasets.build(spec_of(data, task, split, 1), root).folds
     scored = [by_name(fold, task, bars, vix) for fold in folds]
     truth = np.concatenate([fold.validation.labels for fold in folds])
     outputs = {name: np.concatenate([fold[name].outputs for fold in scored]) for name in scored[0]}

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fintx.evaluate import conformal
+from fintx.evaluate import calibration
 
 
 def returns(n: int, seed: int, *, wild_from: int | None = None):
@@ -24,7 +24,9 @@ def test_split_intervals_cover_at_their_level_on_average(level):
     for seed in range(300):
         predicted, targets = returns(120, seed)
         covered.append(
-            conformal.split_intervals(predicted[:99], targets[:99], predicted[99:], targets[99:], level=level).coverage
+            calibration.split_intervals(
+                predicted[:99], targets[:99], predicted[99:], targets[99:], level=level
+            ).coverage
         )
     # 99 calibration rows: coverage is exactly 1 − α on average, .5 and .9 being k / 100
     assert np.mean(covered) == pytest.approx(level, abs=3 * np.std(covered) / np.sqrt(300))
@@ -32,11 +34,11 @@ def test_split_intervals_cover_at_their_level_on_average(level):
 
 def test_the_width_is_the_conformal_quantile():
     errors = np.arange(1.0, 10)  # nine rows: the 90 % quantile is the ninth, ⌈10 · .9⌉
-    found = conformal.split_intervals(np.zeros(9), errors, np.zeros(2), np.array([9.0, 9.1]), level=0.9)
+    found = calibration.split_intervals(np.zeros(9), errors, np.zeros(2), np.array([9.0, 9.1]), level=0.9)
     np.testing.assert_array_equal(found.high, [9, 9])
     np.testing.assert_array_equal(found.covered, [True, False])
     assert found.median_width == 18.0
-    too_few = conformal.split_intervals(np.zeros(8), errors[:8], np.zeros(1), np.ones(1), level=0.9)
+    too_few = calibration.split_intervals(np.zeros(8), errors[:8], np.zeros(1), np.ones(1), level=0.9)
     assert too_few.high[0] == np.inf
 
 
@@ -44,8 +46,8 @@ def test_the_width_is_the_conformal_quantile():
 def test_adaptive_intervals_recover_after_the_market_changes(horizon):
     predicted, targets = returns(4500, 1, wild_from=500)
     parts = (predicted[:500], targets[:500], predicted[500:], targets[500:])
-    split = conformal.split_intervals(*parts)
-    adaptive = conformal.adaptive_intervals(*parts, horizon=horizon)
+    split = calibration.split_intervals(*parts)
+    adaptive = calibration.adaptive_intervals(*parts, horizon=horizon)
     assert split.coverage < 0.6
     assert adaptive.coverage == pytest.approx(0.9, abs=0.01)
     assert adaptive.covered[500:].mean() == pytest.approx(0.9, abs=0.02)
@@ -55,7 +57,7 @@ def test_long_run_coverage_is_within_the_papers_bound_whatever_the_series():
     """Gibbs & Candès 2021, proposition 4.1, on a series that is made to be missed: each error beats all before."""
     n, step = 2000, 0.05
     targets = np.cumsum(np.ones(n + 50))
-    found = conformal.adaptive_intervals(
+    found = calibration.adaptive_intervals(
         np.zeros(50), targets[:50], np.zeros(n), targets[50:], horizon=1, level=0.9, step=step
     )
     assert abs(found.coverage - 0.9) <= (0.9 + step) / (step * n)
@@ -68,7 +70,7 @@ def test_a_target_changes_no_interval_before_it_is_known(changed, horizon, seed)
     other = targets.copy()
     other[20 + changed] += 1.0
     before, after = (
-        conformal.adaptive_intervals(predicted[:20], t[:20], predicted[20:], t[20:], horizon=horizon)
+        calibration.adaptive_intervals(predicted[:20], t[:20], predicted[20:], t[20:], horizon=horizon)
         for t in (targets, other)
     )
     known = changed + horizon  # the first row whose decision day has seen that target
@@ -81,7 +83,7 @@ def test_the_newest_calibration_targets_are_not_known_at_first(horizon):
     other = targets.copy()
     other[40 - horizon + 1 : 40] += 1.0  # realised after the first judged row's day
     before, after = (
-        conformal.adaptive_intervals(predicted[:40], t[:40], predicted[40:], t[40:], horizon=horizon)
+        calibration.adaptive_intervals(predicted[:40], t[:40], predicted[40:], t[40:], horizon=horizon)
         for t in (targets, other)
     )
     assert before.high[0] == after.high[0]
@@ -89,4 +91,4 @@ def test_the_newest_calibration_targets_are_not_known_at_first(horizon):
 
 def test_no_rows_are_refused():
     with pytest.raises(ValueError, match="calibration and judged rows"):
-        conformal.split_intervals(np.zeros(0), np.zeros(0), np.zeros(1), np.zeros(1))
+        calibration.split_intervals(np.zeros(0), np.zeros(0), np.zeros(1), np.zeros(1))

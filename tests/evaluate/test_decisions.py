@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.metrics import precision_recall_curve
 
-from fintx.evaluate import decisions, metrics
+from fintx.evaluate import calibration, metrics
 
 
 @st.composite
@@ -24,7 +24,7 @@ def scored(draw):
 @given(scored())
 def test_the_curve_is_scikit_learns(case):
     logits, truth = case
-    found = decisions.precision_recall(logits, truth)
+    found = calibration.precision_recall(logits, truth)
     precision, recall, thresholds = precision_recall_curve(truth, logits)
     np.testing.assert_allclose(found.precision[::-1], precision[:-1], atol=1e-12)
     np.testing.assert_allclose(found.recall[::-1], recall[:-1], atol=1e-12)
@@ -36,7 +36,7 @@ def test_the_curve_is_scikit_learns(case):
 @given(scored())
 def test_the_table_counts_what_its_threshold_says(case):
     logits, truth = case
-    for row in decisions.threshold_table(logits, truth):
+    for row in calibration.threshold_table(logits, truth):
         said = metrics.sigmoid(logits) >= row.threshold
         assert row.predicted == said.sum() >= round((1 - row.decile) * len(logits) - 0.5)
         assert row.precision.k == row.recall.k == truth[said].sum()
@@ -49,17 +49,17 @@ def test_distinct_outputs_leave_each_decile_its_share():
     rng = np.random.default_rng(0)
     logits = rng.permutation(1000).astype(float) / 1000
     truth = (rng.random(1000) < 0.3).astype(float)
-    assert [row.predicted for row in decisions.threshold_table(logits, truth)] == list(range(900, 0, -100))
+    assert [row.predicted for row in calibration.threshold_table(logits, truth)] == list(range(900, 0, -100))
 
 
 def test_a_useless_forecast_has_no_lift():
     rng = np.random.default_rng(1)
-    table = decisions.threshold_table(rng.normal(size=20_000), (rng.random(20_000) < 0.2).astype(float))
+    table = calibration.threshold_table(rng.normal(size=20_000), (rng.random(20_000) < 0.2).astype(float))
     assert all(row.lift_low < 1 < row.lift_high for row in table[::4])
 
 
 def test_rows_without_positives_have_no_recall_and_no_lift():
-    (row,) = decisions.threshold_table(np.arange(10.0), np.zeros(10), deciles=(0.5,))
+    (row,) = calibration.threshold_table(np.arange(10.0), np.zeros(10), deciles=(0.5,))
     assert row.recall.value is None and row.lift is None and row.precision.value == 0.0
-    curve = decisions.precision_recall(np.arange(10.0), np.zeros(10))
+    curve = calibration.precision_recall(np.arange(10.0), np.zeros(10))
     assert np.isnan(curve.recall).all() and np.isnan(curve.lift).all() and curve.average_precision is None

@@ -71,7 +71,7 @@ def test_the_opposite_event_is_the_mirror_image(closes, horizon, threshold, pric
     close = np.array(closes)
     low, high = close * (1 - random.random() * 0.03), close * (1 + random.random() * 0.03)
     days = np.datetime64("2020-01-01") + np.arange(len(close))
-    bars = bars_module.make("A", days, open=close, high=high, low=low, close=close, volume=np.ones(len(close)))
+    bars = bars_module.make_bars("A", days, open=close, high=high, low=low, close=close, volume=np.ones(len(close)))
     task = TaskConfig(kind="threshold", price=price, threshold=threshold, horizon=horizon)
     found = tasks.opposites(task.rule.level, bars)
     for t in range(len(close) - horizon):

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fintx.evaluate import history
+from fintx.evaluate import baselines
 
 DAY = np.datetime64("2020-01-01")
 
@@ -17,7 +17,7 @@ def test_climatology_is_the_mean_of_what_is_known(cases):
     labels = np.array([label for label, _ in cases], float)
     known = np.array([np.datetime64("NaT") if day is None else DAY + day for _, day in cases], "datetime64[D]")
     asked = DAY + np.arange(35)
-    found = history.climatology(labels, known, asked)
+    found = baselines.climatology(labels, known, asked)
     for value, day in zip(found, range(35), strict=True):
         seen = [label for label, when in cases if when is not None and when <= day]
         assert value == pytest.approx(np.mean(seen)) if seen else np.isnan(value)
@@ -25,5 +25,5 @@ def test_climatology_is_the_mean_of_what_is_known(cases):
 
 def test_persistence_counts():
     last, labels = np.array([0.0, 0, 0, 1, 1]), np.array([0.0, 1, 0, 1, 1])
-    found = 1 / (1 + np.exp(-history.persistence(last, labels, np.array([0.0, 1.0]))))
+    found = 1 / (1 + np.exp(-baselines.persistence(last, labels, np.array([0.0, 1.0]))))
     np.testing.assert_allclose(found, [1.5 / 4, 2.5 / 3])

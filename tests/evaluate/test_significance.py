@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.signal import lfilter
 
-from fintx.evaluate import metrics, significance
+from fintx.evaluate import metrics, selection, significance
 from fintx.evaluate.significance import Estimate
 
 
@@ -234,7 +234,7 @@ def test_spa_agrees_with_the_papers_formulas(edge):
     models = losses[:, 1:] * np.array([1, 1, 1, 1, 5])  # one is five times as noisy: studentising matters
     models += np.array([-edge, 0, 0.01, 0.03, -0.02])
     other_draws = significance.resample(600, 12, reps=5000, seed=11).weights
-    found = significance.superiority(losses[:, 0], models, significance.resample(600, 12))
+    found = selection.superiority(losses[:, 0], models, significance.resample(600, 12))
     assert found.p_value == pytest.approx(hansen(losses[:, 0], models, other_draws), abs=0.03)  # 2,000 draws each
     assert found.n_models == 5
     assert found.better == ((0,) if found.p_value < 0.05 else ())
@@ -244,10 +244,10 @@ def test_a_copy_of_the_benchmark_neither_wins_nor_breaks_the_test():
     losses = correlated_losses()
     resamples = significance.resample(600, 12)
     copy = np.column_stack([losses[:, 0], losses[:, 0] - 0.1 - 0.001 * losses[:, 1]])
-    found = significance.superiority(losses[:, 0], copy, resamples)
+    found = selection.superiority(losses[:, 0], copy, resamples)
     assert found.better == (1,) and found.n_models == 2 and found.p_value < 0.01
-    alone = significance.superiority(losses[:, 0], losses[:, :1], resamples)
-    assert alone == significance.Superiority(1.0, (), 1)
+    alone = selection.superiority(losses[:, 0], losses[:, :1], resamples)
+    assert alone == selection.Superiority(1.0, (), 1)
 
 
 # --- the model confidence set -----------------------------------------------------------------------------------------
@@ -255,7 +255,7 @@ def test_a_copy_of_the_benchmark_neither_wins_nor_breaks_the_test():
 
 def test_the_confidence_set_agrees_with_another_implementation():
     """model-confidence-set 0.1.3, 20,000 moving blocks of 10 days."""
-    found = significance.confidence_set(correlated_losses(), block=10, reps=5000)
+    found = selection.confidence_set(correlated_losses(), block=10, reps=5000)
     other = [0.025, 0.786, 0.025, 1.0, 0.0016, 0.0]
     np.testing.assert_allclose(found.p_values, other, atol=0.02)  # its blocks don't vary in length
     assert found.included == (False, True, False, True, False, False)
@@ -263,11 +263,11 @@ def test_the_confidence_set_agrees_with_another_implementation():
 
 def test_equal_models_stand_or_fall_together():
     losses = correlated_losses()
-    found = significance.confidence_set(losses[:, [0, 0, 5, 5]], block=10)
+    found = selection.confidence_set(losses[:, [0, 0, 5, 5]], block=10)
     assert found.included == (True, True, False, False)
     assert found.p_values[0] == found.p_values[1] == 1 and found.p_values[2] == found.p_values[3]
-    assert significance.confidence_set(losses[:, [0, 0]], block=10).included == (True, True)
-    assert significance.confidence_set(losses[:, :1], block=10).p_values == (1.0,)
+    assert selection.confidence_set(losses[:, [0, 0]], block=10).included == (True, True)
+    assert selection.confidence_set(losses[:, :1], block=10).p_values == (1.0,)
 
 
 # --- a search's luck --------------------------------------------------------------------------------------------------
@@ -279,7 +279,7 @@ def test_overfitting_agrees_with_another_implementation(n_models, n_blocks, want
     rng = np.random.default_rng(7)
     noise = 0.2 * rng.standard_normal((610, 7))
     losses = 0.6 + noise + np.array([0, 0, 0.01, 0.002, 0.004, 0.003, -0.004])
-    found = significance.overfitting(losses[:, :n_models], n_blocks=n_blocks)
+    found = selection.overfitting(losses[:, :n_models], n_blocks=n_blocks)
     assert found.probability == pytest.approx(wanted, abs=1e-6)
     assert (found.n_models, found.n_splits) == (n_models, math.comb(n_blocks, n_blocks // 2))
 
@@ -287,7 +287,7 @@ def test_overfitting_agrees_with_another_implementation(n_models, n_blocks, want
 def test_a_choice_by_lot_is_overfitted_half_the_time():
     """Three models that take turns: whichever is chosen, the rest of the days knows nothing of it."""
     rng = np.random.default_rng(2)
-    found = [significance.overfitting(rng.standard_normal((160, 3)), n_blocks=8).probability for _ in range(200)]
+    found = [selection.overfitting(rng.standard_normal((160, 3)), n_blocks=8).probability for _ in range(200)]
     # Of equal models the halves mirror each other, so that the better on one is the worse on the other.
     assert 0.5 < np.mean(found) < 0.75
 
@@ -295,7 +295,7 @@ def test_a_choice_by_lot_is_overfitted_half_the_time():
 def test_a_search_over_one_truly_better_model_is_not_overfitted():
     losses = 0.6 + 0.2 * np.random.default_rng(0).standard_normal((640, 20))
     losses[:, 3] -= 0.2
-    assert significance.overfitting(losses).probability == 0
+    assert selection.overfitting(losses).probability == 0
 
 
 def test_the_luck_of_equal_trials_is_the_expected_maximum_of_their_noise():
@@ -303,10 +303,10 @@ def test_the_luck_of_equal_trials_is_the_expected_maximum_of_their_noise():
     losses = 0.6 + 0.2 * np.random.default_rng(1).standard_normal((1000, 50))
     resamples = significance.resample(1000, 5)
     wanted = 2.24907 * 0.2 / np.sqrt(1000)
-    assert significance.luck_of_the_best(losses, resamples) == pytest.approx(wanted, rel=0.05)
+    assert selection.luck_of_the_best(losses, resamples) == pytest.approx(wanted, rel=0.05)
     copies = np.repeat(losses[:, :2], 25, axis=1)  # fifty trials that are two
     two = 0.56419 * 0.2 / np.sqrt(1000)
-    assert significance.luck_of_the_best(copies, resamples) == pytest.approx(two, rel=0.1)
+    assert selection.luck_of_the_best(copies, resamples) == pytest.approx(two, rel=0.1)
 
 
 # --- small ones -------------------------------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ def test_the_formula_is_what_fine_paths_do(price, threshold):
         path += rng.normal(scale=sd / np.sqrt(n_steps), size=n_paths)
         np.maximum(highest, path, out=highest)
     reached = highest if price == "high" else path
-    found = probability(touch.logits(task(threshold, price), np.array([sd])))[0]
+    found = probability(touch.touch_logits(task(threshold, price), np.array([sd])))[0]
     # watched 2,000 times, a maximum is missed by .58 · sd / √2000 (Broadie, Glasserman & Kou 1997); SE .0035
     assert found == pytest.approx((reached >= np.log1p(threshold)).mean(), abs=0.02)
 
@@ -35,9 +35,9 @@ def test_the_formula_is_what_fine_paths_do(price, threshold):
 def test_a_planted_scale_is_found(k):
     rng = np.random.default_rng(1)
     sd = np.exp(rng.normal(-4.5, 0.5, 20_000))
-    labels = (rng.random(len(sd)) < probability(touch.logits(task(), k * sd))).astype(np.float32)
+    labels = (rng.random(len(sd)) < probability(touch.touch_logits(task(), k * sd))).astype(np.float32)
     found = touch.fitted(task(), sd, labels, sd[:100])
-    np.testing.assert_allclose(found, touch.logits(task(), k * sd[:100]), atol=0.1)
+    np.testing.assert_allclose(found, touch.touch_logits(task(), k * sd[:100]), atol=0.1)
     other_unit = touch.fitted(task(), 1e4 * sd, labels, 1e4 * sd[:100])
     np.testing.assert_allclose(other_unit, found, atol=1e-3)
 

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from fintx.study import confirmation, records
+from fintx.analysis import confirmation
+from fintx.study import records
 from tests.helpers import shared
 from tests.helpers.machine import Machine, wait_for
 

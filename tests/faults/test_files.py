@@ -12,7 +12,7 @@ from pathlib import Path
 import jax
 import pytest
 
-from fintx.model import transformer
+from fintx.model import encoder
 from fintx.study import records
 from fintx.train import checkpoint
 from tests.helpers import shared
@@ -211,7 +211,7 @@ def test_checkpoint_record_and_model_agree(finished):
     with_checkpoint = 0
     for record in finished.records():
         config = record.config
-        params = transformer.init(config.model, config.shape, len(config.data.features), jax.random.key(0))
+        params = encoder.init(config.model, config.shape, len(config.data.features), jax.random.key(0))
         assert sum(leaf.size for leaf in jax.tree.leaves(params)) == record.param_count
         folder = records.trial_folder(finished.folder, record.trial_number) / "checkpoint" / "fold_0"
         if folder.is_dir():

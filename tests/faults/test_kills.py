@@ -12,7 +12,7 @@ import time
 
 import pytest
 
-from fintx.study import stopping
+from fintx.study import locks
 from tests.helpers.machine import ENVIRONMENT, FINTX, LONG, MEDIUM, SHORT, Machine, Running, wait_for
 
 ONE, TWO = "study.n_trials=1", "study.n_trials=2"
@@ -197,7 +197,7 @@ def test_a_request_to_stop_is_heeded_while_the_study_still_begins(machine):
     running = here.start(*LONG, ONE)
     wait_for(lambda: (here.folder / "study.json").is_file(), running=running)
     running.process.send_signal(signal.SIGSTOP)
-    stopping.ask(str(here.folder), outputs=here.folder.parent)
+    locks.ask_to_stop(str(here.folder), outputs=here.folder.parent)
     assert here.claims() == {}, "the request came too late for this test"
     running.process.send_signal(signal.SIGCONT)
     running.end(code=75, timeout_s=60)

@@ -8,8 +8,8 @@ from pathlib import Path
 import optuna
 import pytest
 
-from fintx.study import ledger, storage
-from fintx.study.ledger import Claim
+from fintx.study import storage, trial_table
+from fintx.study.trial_table import Lease
 from tests.helpers import postgres
 from tests.helpers.machine import SHORT, wait_for
 
@@ -24,8 +24,8 @@ def sharing(url: str) -> tuple[str, ...]:
     return ("--storage", url)
 
 
-def held(url: str, folder: Path) -> dict[int, Claim]:
-    return {claim.number: claim for claim in ledger.read(folder, url=url)}
+def held(url: str, folder: Path) -> dict[int, Lease]:
+    return {claim.number: claim for claim in trial_table.read(folder, url=url)}
 
 
 def leaks(folder: Path) -> list[str]:
@@ -163,7 +163,7 @@ def test_a_frozen_machine_that_wakes_up_superseded_can_neither_save_nor_report(m
 def test_a_lock_that_was_lost_is_noticed_before_anything_is_written(server, url, tmp_path):
     """The server ends a silent holder's transaction; what he would write then must not be written."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    with storage.open_study(url, tmp_path, "x", minimize=True, warn=lambda words: None) as opened:
+    with storage.open_storage(url, tmp_path, "x", minimize=True, warn=lambda words: None) as opened:
         with pytest.raises(storage.StorageAway), opened.exclusive() as check:
             check()
             server.query("SELECT pg_terminate_backend(pid) FROM pg_locks WHERE locktype = 'advisory'", "postgres")

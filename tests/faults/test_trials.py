@@ -7,8 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from fintx.study import records
-from fintx.study.job import Job
+from fintx.run.job import Job
+from fintx.study import study_file
 from fintx.train import memory
 from tests.helpers.machine import ENVIRONMENT, LONG, SHORT, wait_for
 
@@ -78,13 +78,13 @@ def test_two_trials_that_are_too_big_together_run_one_after_the_other(machine, f
 
 def test_a_worker_that_is_asked_to_stop_with_its_first_job_gives_the_trial_back(finished, tmp_path):
     """A worker for a GPU imports JAX before it looks at its jobs, and the request may be there by then."""
-    known = records.read_study(finished.folder)
+    known = study_file.read_study(finished.folder)
     record = finished.records()[0]
     job = Job(
         spec=known.spec, config=record.config, number=7, attempt=1, params=record.params, entry=None, note="",
         training="", study_folder=tmp_path / "study", data_root=finished.root / "data", memory_limit=None,
     )  # fmt: skip
-    command = [sys.executable, "-m", "fintx.study.worker", "--gpu", "0"]
+    command = [sys.executable, "-m", "fintx.run.worker", "--gpu", "0"]
     said = subprocess.run(
         command, input=f"[{job.model_dump_json()}]\nstop\n", env={**ENVIRONMENT, "JAX_PLATFORMS": "cpu"},
         capture_output=True, text=True, timeout=120, cwd=Path(__file__).parents[2],

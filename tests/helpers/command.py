@@ -10,7 +10,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from fintx import cli
+from fintx.cli import main
 
 ROOT = Path(__file__).resolve().parents[2]
 FINTX = Path(sys.executable).with_name("fintx")
@@ -31,7 +31,7 @@ def fintx(*arguments: object, cwd: Path = ROOT, code: int = 0) -> Done:
     argv, sys.argv = sys.argv, ["fintx", *map(str, arguments)]
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), contextlib.chdir(cwd):
-            cli.main()
+            main.main()
     except SystemExit as exit_:
         found = exit_.code or 0
     finally:

@@ -14,9 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from fintx.study import ledger, records
-from fintx.study.ledger import Claim
+from fintx.study import records, trial_table
 from fintx.study.records import TrialRecord
+from fintx.study.trial_table import Lease
 from tests.helpers import shared
 
 FINTX = Path(sys.executable).with_name("fintx")
@@ -121,9 +121,9 @@ class Machine:
         os.kill(worker, signal.SIGCONT)
         return done.stdout
 
-    def claims(self) -> dict[int, Claim]:
+    def claims(self) -> dict[int, Lease]:
         """Trial number → claim, from the journal."""
-        return {claim.number: claim for claim in ledger.read(self.folder)} if self.folder.is_dir() else {}
+        return {claim.number: claim for claim in trial_table.read(self.folder)} if self.folder.is_dir() else {}
 
     def records(self) -> list[TrialRecord]:
         """Those in its folder."""

@@ -17,10 +17,11 @@ from fintx.analysis.sized_trials import SizedTrials
 from fintx.config import load
 from fintx.config.schema import StudySpec, TrialConfig, config_hash
 from fintx.evaluate import metrics, significance
-from fintx.model import sizes
-from fintx.study import records
-from fintx.study.records import FoldRecord, StudyFile, TrialRecord
-from fintx.study.space import SearchSpace
+from fintx.model import param_count
+from fintx.study import records, study_file
+from fintx.study.records import FoldRecord, TrialRecord
+from fintx.study.search_space import SearchSpace
+from fintx.study.study_file import StudyFile
 
 RETURN_SD = 0.01
 FEATURES = ["log_return_1", "log_return_5", "realized_vol_21"]
@@ -119,12 +120,12 @@ def write_study(
     space = SearchSpace.build(spec, n_features=len(FEATURES))
     dates = days_of(len(labels)) if dates is None else dates
     assets = ["SPX"] * len(labels) if assets is None else assets
-    defined = records.definition(spec)
+    defined = study_file.definition(spec)
     study = StudyFile(
-        spec=spec, definition=defined, definition_hash=records.definition_hash(defined),
+        spec=spec, definition=defined, definition_hash=study_file.definition_hash(defined),
         created="2026-01-01T00:00:00+00:00", fintx_version="0.1.0", git_commit=None,
     )  # fmt: skip
-    records.write_study(folder, study)
+    study_file.write_study(folder, study)
     records.write_atomically(folder / "resolved.toml", load.dump(spec))
 
     def table(outputs_: np.ndarray) -> pa.Table:
@@ -146,7 +147,7 @@ def write_study(
         params = {**space.encode(shape), "optim.learning_rate": float(np.exp(rng.uniform(np.log(1e-3), np.log(1e-2)))),
                   "model.dropout": float(rng.uniform(0, 0.5))}  # fmt: skip
         config = space.trial_config(spec, params, shape, seed=int(rng.integers(2**31)))
-        total = sizes.count(config.model, shape, len(FEATURES)).total
+        total = param_count.count_params(config.model, shape, len(FEATURES)).total
         bad = number in failed
         outputs_ = np.zeros(len(labels)) if bad else predict(number, total)
         record = _record(spec, config, number, total, params, scored(outputs_), bad, label_hash, data_hash, n_train)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from fintx.config.schema import ModelConfig, Shape
-from fintx.model import blocks, transformer
+from fintx.model import blocks, encoder
 
 B, N, RATE = 3, 4, 0.3
 MODEL = ModelConfig(context_length=12, patch_length=3, stride=3)
@@ -34,7 +34,7 @@ def drawn(shape: Shape, *, seed: int = 0) -> tuple[Any, jax.Array, jax.Array, ja
         sd = 1 / math.sqrt(leaf.shape[-2]) if leaf.ndim == 3 else 0.5
         return jnp.asarray(sd * rng.standard_normal(leaf.shape), jnp.float32)
 
-    stacked = jax.tree.map(draw, transformer.abstract_params(MODEL, shape, 2)["blocks"])
+    stacked = jax.tree.map(draw, encoder.abstract_params(MODEL, shape, 2)["blocks"])
     hidden, slope = (jnp.asarray(rng.standard_normal((B, N, shape.d_model)), jnp.float32) for _ in range(2))
     words = jnp.asarray(rng.integers(0, 2**32, (shape.n_layers, blocks.N_MASKS, 2)), jnp.uint32)
     return stacked, hidden, words, slope

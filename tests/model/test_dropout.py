@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fintx.model.dropout import dropout, keep_mask
+from fintx.model.blocks import dropout, keep_mask
 
 N = 100_000
 HALF = jnp.float32(0.5)

@@ -15,6 +15,7 @@ import pytest
 from jax.sharding import PartitionSpec
 from pydantic import BaseModel, ConfigDict
 
+from fintx.analysis import status
 from fintx.config import load, schema
 from fintx.config.schema import (
     BudgetConfig,
@@ -29,20 +30,21 @@ from fintx.config.schema import (
     config_hash,
 )
 from fintx.config.toml import SweepFileError
-from fintx.data import windows
-from fintx.data.windows import Dataset
-from fintx.model import family, sizes
+from fintx.data import datasets
+from fintx.data.datasets import Dataset
+from fintx.errors import FintxError
+from fintx.model import family
 from fintx.model.family import Family
-from fintx.study import queue, records, tables
-from fintx.study import trial as trials
-from fintx.study.job import Job
-from fintx.study.space import SearchSpace
-from fintx.study.trial import Hooks
-from fintx.train import checkpoint, loop, memory, placement, sharding, step
-from fintx.train.resume import Saves
+from fintx.model.param_count import InfeasibleBudget, count_params, feasible_shapes
+from fintx.run import trial as trials
+from fintx.run.job import Job
+from fintx.run.trial import Hooks
+from fintx.study import queue, records
+from fintx.study.search_space import SearchSpace
+from fintx.train import checkpoint, memory, sharding, train_step, trainer
+from fintx.train.resume import CheckpointPolicy
 from fintx.train.sharding import Layout
-from fintx.train.state import Arrangement, program
-from fintx.types import FintxError
+from fintx.train.train_state import BatchLayout, static_config
 
 # --- the family: tanh(window · W) · w, of a width ---------------------------------------------------------------------
 
@@ -182,15 +184,15 @@ def loaded(folder: Path, text: str = SWEEP) -> StudySpec:
 
 
 @pytest.fixture(scope="module")
-def prepared(tmp_path_factory: pytest.TempPathFactory) -> windows.Prepared:
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> datasets.PreparedData:
     """Real data, small: the embedded index."""
     schema.FAMILIES["mlp"] = FamilyConfig(Widths, WidthEntry)
     spec = loaded(tmp_path_factory.mktemp("sweeps"))
-    return windows.build(spec, tmp_path_factory.mktemp("data"))
+    return datasets.build(spec, tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture
-def spec(tmp_path: Path, prepared: windows.Prepared) -> StudySpec:
+def spec(tmp_path: Path, prepared: datasets.PreparedData) -> StudySpec:
     return loaded(tmp_path).model_copy(update={"data": prepared.data})
 
 
@@ -201,7 +203,7 @@ def trial(spec: StudySpec) -> TrialConfig:
 
 
 @pytest.fixture
-def dataset(prepared: windows.Prepared) -> Dataset:
+def dataset(prepared: datasets.PreparedData) -> Dataset:
     return prepared.folds[0]
 
 
@@ -235,7 +237,7 @@ def test_a_family_without_functions_is_one_line() -> None:
     del family.FAMILIES["mlp"]
     try:
         with pytest.raises(FintxError, match='model.family: wanted "encoder", got "mlp"'):
-            sizes.count(ModelConfig(family="mlp"), Shape(width=8), 3)
+            count_params(ModelConfig(family="mlp"), Shape(width=8), 3)
     finally:
         family.FAMILIES["mlp"] = MLP
 
@@ -262,12 +264,12 @@ def test_both_tables_hold_the_same_families() -> None:
 
 
 def test_it_is_counted_and_solved_for_a_budget(spec: StudySpec) -> None:
-    counted = sizes.count(spec.model, Shape(width=16), 3)
+    counted = count_params(spec.model, Shape(width=16), 3)
     assert counted.total == 20 * 3 * 16 + 16 + 16 + 1 and counted.parts.keys() == {"hidden", "out"}
-    shapes = sizes.feasible(spec.architecture, spec.budget, [spec.model], 3)
+    shapes = feasible_shapes(spec.architecture, spec.budget, [spec.model], 3)
     assert [shape.width for shape in shapes] == [16, 24]
-    with pytest.raises(sizes.InfeasibleBudget, match="no candidate shape holds .*: add to architecture.width"):
-        sizes.feasible(spec.architecture, BudgetConfig(parameters=10), [spec.model], 3)
+    with pytest.raises(InfeasibleBudget, match="no candidate shape holds .*: add to architecture.width"):
+        feasible_shapes(spec.architecture, BudgetConfig(parameters=10), [spec.model], 3)
 
 
 def test_the_sampler_sees_its_coordinates(spec: StudySpec) -> None:
@@ -288,31 +290,31 @@ def test_it_trains_on_real_data_and_its_model_comes_back(
     if kind == "regression":
         task, train = schema.TaskConfig(kind="regression", horizon=3), trial.train.model_copy(update={"loss": "mse"})
         trial, metric = trial.model_copy(update={"task": task, "train": train}), "mse"
-    result = loop.fit(trial, dataset, metric=metric)
+    result = trainer.fit(trial, dataset, metric=metric)
     assert result.outcome == "completed" and result.params is not None and result.outputs is not None
-    assert result.param_count == sizes.count(trial.model, trial.shape, 3).total
+    assert result.param_count == count_params(trial.model, trial.shape, 3).total
     assert len({round(each[metric], 6) for each in result.curve}) == 2, "an epoch changes it"
     checkpoint.save(tmp_path / "model", result.params, config=trial, meta={})
     restored = checkpoint.load(tmp_path / "model")
     assert restored.config == trial
-    again = loop.predict(restored.config, restored.params, dataset.features, dataset.validation.rows)
+    again = trainer.predict(restored.config, restored.params, dataset.features, dataset.validation.rows)
     np.testing.assert_array_equal(again, result.outputs)
 
 
 def test_an_interrupted_trial_goes_on_to_the_same_numbers(
     trial: TrialConfig, dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    saves, taken = Saves(tmp_path, 1e9, lambda: None), [0]
-    stopped = loop.fit(
+    saves, taken = CheckpointPolicy(tmp_path, 1e9, lambda: None), [0]
+    stopped = trainer.fit(
         trial, dataset, metric="log_loss", saves=saves,
         on_progress=taken.append, should_stop=lambda: taken[-1] >= 9,
     )  # fmt: skip
     assert stopped.outcome == "interrupted"
-    result = loop.fit(trial, dataset, metric="log_loss", saves=saves)
-    assert result.resumed_step > 0 and result.curve == loop.fit(trial, dataset, metric="log_loss").curve
+    result = trainer.fit(trial, dataset, metric="log_loss", saves=saves)
+    assert result.resumed_step > 0 and result.curve == trainer.fit(trial, dataset, metric="log_loss").curve
 
 
-def test_shapes_are_queued_by_its_names(tmp_path: Path, prepared: windows.Prepared) -> None:
+def test_shapes_are_queued_by_its_names(tmp_path: Path, prepared: datasets.PreparedData) -> None:
     spec = loaded(tmp_path, SWEEP + '[[queue]]\nwidth = 20\nnote = "between"\n"optim.learning_rate" = 5e-3\n')
     assert [entry.shape for entry in spec.queue] == [Shape(width=20)]
     assert loaded(tmp_path, load.dump(spec)) == spec
@@ -328,7 +330,7 @@ def test_shapes_are_queued_by_its_names(tmp_path: Path, prepared: windows.Prepar
 
 
 def test_a_trial_becomes_a_record(
-    spec: StudySpec, trial: TrialConfig, prepared: windows.Prepared, tmp_path: Path
+    spec: StudySpec, trial: TrialConfig, prepared: datasets.PreparedData, tmp_path: Path
 ) -> None:
     """Its file says the shape's numbers once more, by the family's names."""
     job = Job(
@@ -336,11 +338,11 @@ def test_a_trial_becomes_a_record(
         training="", study_folder=tmp_path / "mlp", data_root=tmp_path, memory_limit=None,
     )  # fmt: skip
     ignore = lambda *_: None  # noqa: E731
-    record = trials.run(job, prepared.folds, Hooks(ignore, ignore, ignore, should_stop=lambda: False))
+    record = trials.run_trial(job, prepared.folds, Hooks(ignore, ignore, ignore, should_stop=lambda: False))
     assert record is not None and record.outcome == "completed" and record.param_count == 993
     file = records.trial_folder(job.study_folder, 0) / "record.json"
     assert json.loads(file.read_text())["width"] == 16 and records.read(file) == record
-    row = tables.flat(record)
+    row = status.flat(record)
     assert row["width"] == 16 and "d_model" not in row
     file.write_text(file.read_text().replace('"width": 16', '"width": 17'))
     with pytest.raises(records.DamagedRecord):
@@ -348,11 +350,11 @@ def test_a_trial_becomes_a_record(
 
 
 def test_what_it_holds_is_guessed_before_it_is_compiled(trial: TrialConfig) -> None:
-    n = sizes.count(trial.model, trial.shape, 3).total
+    n = count_params(trial.model, trial.shape, 3).total
     assert memory.lower_bound(trial, host_is_device=False) == 16 * n
-    held = placement.footprint(trial.model, trial.shape, 3, Arrangement(128))
+    held = memory.footprint(trial.model, trial.shape, 3, BatchLayout(128))
     assert (held.parameters, held.gradients, held.moments) == (4 * n, 4 * n, 8 * n)
-    needed = step.compile_training(program(trial), n_features=3, n_rows=512, n_samples=256).n_bytes
+    needed = train_step.compile_training(static_config(trial), n_features=3, n_rows=512, n_samples=256).n_bytes
     assert needed > 12 * n
 
 
@@ -369,7 +371,7 @@ def test_it_lies_on_a_mesh_and_trains_to_the_same_numbers(
 ) -> None:
     """Losses of two epochs of sums in another order; an eps that keeps Adam from turning roundings into steps."""
     trial = trial.model_copy(update={"optim": trial.optim.model_copy(update={"eps": 1e-3})})
-    alone, spread = (loop.fit(trial, dataset, metric="log_loss", mesh=each) for each in (None, mesh))
+    alone, spread = (trainer.fit(trial, dataset, metric="log_loss", mesh=each) for each in (None, mesh))
     assert spread.arrangement.layout == layout
     for got, wanted in zip(spread.curve, alone.curve, strict=True):
         assert got == pytest.approx(wanted, rel=1e-4)

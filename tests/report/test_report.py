@@ -12,13 +12,13 @@ import xml.etree.ElementTree as ET
 import numpy as np
 import pytest
 
-from fintx.analysis import predictions, study_analysis
+from fintx.analysis import study_analysis, study_results
+from fintx.errors import FintxError
 from fintx.evaluate import direction
 from fintx.evaluate.backtest import Rules
 from fintx.report import figures, format, page, study_page, table
 from fintx.report.page import Page, Prose, Section, Text
-from fintx.study import records
-from fintx.types import FintxError
+from fintx.study import records, study_file
 from tests.helpers import planted
 from tests.helpers.planted import event_study
 
@@ -33,7 +33,7 @@ def report(folder, **options):
 
 def told(folder):
     """The page's first sentence, and whether it is good news."""
-    return format.study_verdict(predictions.read(folder), None)
+    return format.study_verdict(study_results.read(folder), None)
 
 
 # --- the answer -------------------------------------------------------------------------------------------------------
@@ -278,7 +278,7 @@ def test_a_backtest_is_off_until_asked_for_and_prints_its_assumptions(tiny_study
 def test_openings_of_the_sealed_test_are_told(tmp_path):
     folder = event_study(tmp_path, n_trials=2)
     for confirmed in (True, False):
-        records.log_opening(folder, {"confirmed": confirmed, "models": ["trial 1"], "checkpoints": []})
+        study_file.log_opening(folder, {"confirmed": confirmed, "models": ["trial 1"], "checkpoints": []})
     text = report(folder, data_root=tmp_path).read_text()
     assert "The sealed test part was opened 2 times." in text and "it is no test any more" in text
 

@@ -13,16 +13,17 @@ import pytest
 from rich.console import Console
 
 from fintx.analysis import comparison as compared
-from fintx.analysis import predictions as analysed
+from fintx.analysis import confirmation, predictions, status
+from fintx.analysis import study_results as analysed
+from fintx.cli import display
 from fintx.config.schema import StudySpec
 from fintx.data import sources
+from fintx.errors import FintxError
 from fintx.evaluate import metrics, significance
 from fintx.report import format
-from fintx.study import comparison, lead, predictions, records, runner, status
-from fintx.study.context import RunContext
-from fintx.study.events import StudyReady
-from fintx.terminal import display
-from fintx.types import FintxError
+from fintx.run import scheduler
+from fintx.study import records, study_file
+from fintx.study.events import RunContext, StudyReady
 from tests.helpers import planted
 
 DAYS, TRIALS, SEEDS = 1500, 3, (11, 12)
@@ -65,7 +66,7 @@ def plant(root: Path, metric: str, name: str = "planted") -> tuple[Path, StudySp
             kept = pq.read_table(records.trial_folder(folder, record.trial_number) / "predictions.parquet")
             records.write_predictions(again, kept)
             records.write_record(again, record)
-    study = records.read_study(folder)
+    study = study_file.read_study(folder)
     assert study is not None
     return folder, study.spec
 
@@ -88,7 +89,7 @@ def test_all_name_the_same_baseline_and_the_same_verdict(metric, tmp_path):
     context = RunContext(
         folder.parent, tmp_path / "data", lambda event: ready.append(event) if isinstance(event, StudyReady) else None
     )
-    summary = runner.run(spec, context)
+    summary = scheduler.run_study(spec, context)
     assert (summary.problem, summary.comparison) == (None, seen)
     assert ready[0].to_beat == (name, seen.baseline_value)
     said = {"ahead": f"is ahead of {name}", "behind": f"{name}: it is better", "can't be told apart": "told apart"}
@@ -105,9 +106,9 @@ def test_all_name_the_same_baseline_and_the_same_verdict(metric, tmp_path):
     assert ("nats per row" in sentence) == (metric == "log_loss")
 
     trials = records.ranked(records.read_all(folder), minimize=metrics.MINIMIZE[metric])
-    confirmed = comparison.build(folder, spec, trials, SEEDS, data_root=tmp_path / "data")
+    confirmed = confirmation.build(folder, spec, trials, SEEDS, data_root=tmp_path / "data")
     gain = confirmed.candidates[0].verdict.gain
-    assert (confirmed.baseline, confirmed.loss, lead.standing(gain)) == (name, metric, verdict)
+    assert (confirmed.baseline, confirmed.loss, predictions.standing(gain)) == (name, metric, verdict)
     assert gain.mean == pytest.approx(seen.difference.mean, abs=1e-12)
     assert bool(confirmed.confirmed) == (verdict == "ahead") and name in format.confirmation_verdict(confirmed)
     assert all(np.isfinite(group.gain.mean) for group in confirmed.candidates[0].groups)
@@ -145,7 +146,7 @@ def test_the_losses_of_a_trial_of_several_seeds_are_their_mean(metric, tmp_path)
     np.testing.assert_allclose(losses, np.mean([rows.losses(of_seed) for of_seed in seeds], axis=0))
 
     trial = records.read_all(folder)[0]
-    assert lead.of_trial(folder, spec, trial).trial_value == pytest.approx(np.mean(each), rel=1e-6)
+    assert predictions.of_trial(folder, spec, trial).trial_value == pytest.approx(np.mean(each), rel=1e-6)
     with pytest.raises(FintxError, match=r"0001/replicates\.parquet: is not there"):
         predictions.trial_losses(folder, 1, rows)
     records.write_predictions(where, others[0], name="replicates.parquet")

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fintx.analysis import test_set
-from fintx.study import confirmation, records
+from fintx.analysis import confirmation, test_set
+from fintx.study import records
 from tests.helpers.command import fintx, mistake
 
 pytestmark = pytest.mark.slow

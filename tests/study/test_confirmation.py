@@ -8,15 +8,17 @@ import shutil
 import numpy as np
 import pytest
 
+from fintx.analysis import confirmation
 from fintx.config import load
 from fintx.config.schema import ConfirmConfig, config_hash
 from fintx.data import sources
+from fintx.errors import FintxError
 from fintx.evaluate import metrics
 from fintx.report.format import confirmation_details, confirmation_verdict
-from fintx.study import comparison, confirm, confirmation, opening, records, seeds, stopping
-from fintx.study.context import RunContext
-from fintx.study.course import Course
-from fintx.types import FintxError
+from fintx.run import confirm
+from fintx.run.search import Search
+from fintx.study import lifecycle, locks, records, sampler, study_file
+from fintx.study.events import RunContext
 from tests.helpers.planted_predictions import Planted
 
 SEEDS = (11, 12, 13)
@@ -44,7 +46,7 @@ def plant(tiny_study, tmp_path):
 
 
 def build(planted, spec, trials, tmp_path, seeds=SEEDS):
-    return comparison.build(planted.folder, spec, trials, seeds, data_root=tmp_path)
+    return confirmation.build(planted.folder, spec, trials, seeds, data_root=tmp_path)
 
 
 def test_a_planted_signal_is_confirmed_and_its_equal_can_not_be_told_from_it(plant, spec, tmp_path):
@@ -136,7 +138,7 @@ def test_what_the_search_lacks_is_said(plant, spec, tmp_path):
     (records.trial_folder(tmp_path, 1) / "predictions.parquet").unlink()
     for seed in SEEDS:
         planted.member(0, seed, signal + 0.1 * rng.standard_normal(DAYS))
-    records.log_opening(tmp_path, {})
+    study_file.log_opening(tmp_path, {})
     raised = spec.model_copy(update={"study": spec.study.model_copy(update={"n_trials": 9})})
     found = build(planted, raised, trials[:1], tmp_path)
     assert found.n_compared == 1 and found.n_finished == 2
@@ -230,7 +232,7 @@ def test_a_regression_is_compared_by_its_squared_error(plant, spec, tmp_path):
 def test_fresh_seeds_are_the_same_for_ever_and_none_of_the_searchs():
     few, many = confirm.fresh_seeds(0, 3, used=set()), confirm.fresh_seeds(0, 20, used=set())
     assert many[:3] == few and len(set(many)) == 20
-    search = {seeds.derive_seed(0, seeds.TRIAL, number) for number in range(200)}
+    search = {sampler.derive_seed(0, sampler.TRIAL, number) for number in range(200)}
     assert not search & set(many)
     assert confirm.fresh_seeds(0, 2, used={few[0]}) == many[1:3]
     assert confirm.fresh_seeds(1, 3, used=set()) != few
@@ -242,7 +244,9 @@ def course(tiny_study, tmp_path):
     folder = shutil.copytree(tiny_study, tmp_path / "tiny")
     told: list = []
     wanted = ConfirmConfig(top_k=2, n_seeds=3)
-    with confirm.begin(folder, wanted, RunContext(tmp_path, tiny_study.parents[1] / "data", told.append)) as made:
+    with confirm.open_confirmation(
+        folder, wanted, RunContext(tmp_path, tiny_study.parents[1] / "data", told.append)
+    ) as made:
         yield made, told
 
 
@@ -293,10 +297,10 @@ def test_failures_of_different_kinds_in_a_row_do_not_stop_it(course, tiny_study,
     if of_members:
         made, _ = course
     else:
-        order = opening.Order(load.study(tiny_file, overrides=["study.name='another'"]))
+        order = lifecycle.StudyRequest(load.study(tiny_file, overrides=["study.name='another'"]))
         context = RunContext(tmp_path, tiny_study.parents[1] / "data")
         stack = contextlib.ExitStack()
-        made = Course(stack.enter_context(opening.begin(order, context)), order, context)
+        made = Search(stack.enter_context(lifecycle.open_study(order, context)), order, context)
     limits = made.spec.execution.model_copy(update={"max_failures": 3, "max_attempts": 9})
     made.run.spec = made.spec.model_copy(update={"execution": limits})
 
@@ -332,11 +336,11 @@ def test_members_that_diverge_one_after_the_other_stop_a_confirmation_as_they_st
 def test_a_request_to_stop_is_heard_once_and_no_member_begins_after_it(course):
     made, told = course
     made.tick()
-    stopping.ask(str(made.folder), outputs=made.folder.parent)
+    locks.ask_to_stop(str(made.folder), outputs=made.folder.parent)
     before = len(told)
     made.tick()
     made.tick()
-    assert [event.words for event in told[before:]] == [stopping.HEARD]
+    assert [event.words for event in told[before:]] == [locks.STOP_HEARD]
     assert made.next_job(lambda config: 0) is None and made.result(interrupted=False).interrupted
 
 
@@ -347,12 +351,14 @@ def test_who_asks_before_the_first_member_is_heard_too(tiny_study, tmp_path):
 
     def ask() -> bool:
         if not asked:
-            asked.append(stopping.ask(str(folder), outputs=tmp_path))
+            asked.append(locks.ask_to_stop(str(folder), outputs=tmp_path))
         return False
 
     with (
-        pytest.raises(stopping.Stopped),
-        confirm.begin(folder, ConfirmConfig(), RunContext(tmp_path, tiny_study.parents[1] / "data", should_stop=ask)),
+        pytest.raises(locks.Stopped),
+        confirm.open_confirmation(
+            folder, ConfirmConfig(), RunContext(tmp_path, tiny_study.parents[1] / "data", should_stop=ask)
+        ),
     ):
         pass
     assert asked
@@ -363,7 +369,7 @@ def test_a_study_without_a_success_or_with_other_data_is_refused(tiny_study, tmp
     empty = shutil.copytree(tiny_study, tmp_path / "empty", ignore=lambda *_: ["trials"])
     with (
         pytest.raises(FintxError, match="no successful trial yet"),
-        confirm.begin(empty, wanted, RunContext(tmp_path, data)),
+        confirm.open_confirmation(empty, wanted, RunContext(tmp_path, data)),
     ):
         pass
     other = shutil.copytree(tiny_study, tmp_path / "other")
@@ -373,9 +379,11 @@ def test_a_study_without_a_success_or_with_other_data_is_refused(tiny_study, tmp
     (path / "record.json").write_text(text.replace(found, "0" * 64))
     with (
         pytest.raises(FintxError, match="trained on other label"),
-        confirm.begin(other, wanted, RunContext(tmp_path, data)),
+        confirm.open_confirmation(other, wanted, RunContext(tmp_path, data)),
     ):
         pass
     with pytest.raises(FintxError, match="is no study under"):
-        records.find_study("nowhere", outputs=tmp_path)
-    assert records.find_study("other", outputs=tmp_path) == records.find_study(str(other), outputs=tmp_path) == other
+        study_file.find_study("nowhere", outputs=tmp_path)
+    assert (
+        study_file.find_study("other", outputs=tmp_path) == study_file.find_study(str(other), outputs=tmp_path) == other
+    )

@@ -22,11 +22,11 @@ from fintx.config.schema import (
     StudySpec,
     TaskConfig,
 )
-from fintx.model import sizes
+from fintx.model import param_count
 from fintx.study import queue
-from fintx.study.ledger import Claim
 from fintx.study.records import TrialRecord
-from fintx.study.space import SearchSpace
+from fintx.study.search_space import SearchSpace
+from fintx.study.trial_table import Lease
 
 N_FEATURES = 25
 ENTRY = EncoderEntry(
@@ -218,9 +218,9 @@ def test_a_cancelled_entry_is_not_among_those_to_run(space):
 # --- states -----------------------------------------------------------------------------------------------------------
 
 
-def claim(entry: QueueEntry, number: int = 3, **changes) -> Claim:
-    plain = Claim(
-        number=number, params={}, shape=entry.shape, entry=queue.identity(entry), note="", training="trial 1",
+def claim(entry: QueueEntry, number: int = 3, **changes) -> Lease:
+    plain = Lease(
+        number=number, params={}, shape=entry.shape, entry=queue.entry_id(entry), note="", training="trial 1",
         finished=False, state="running", token="t", attempt=1, failures=0, owner="h:o", host="h", pid=1, step=0,
         beat=0, detail="",
     )  # fmt: skip
@@ -249,7 +249,7 @@ def test_an_entrys_state_is_that_of_its_trial(changes, cancelled, wanted):
     claims = [stranger, dataclasses.replace(stranger, number=10, entry=None)]
     claims += [] if changes is None else [claim(entry, **changes)]
     (found,) = queue.states([entry], claims)
-    assert (found.state, found.identity, found.entry) == (wanted, queue.identity(ENTRY), entry)
+    assert (found.state, found.identity, found.entry) == (wanted, queue.entry_id(ENTRY), entry)
     assert (found.number, found.training) == ((None, "") if changes is None else (3, "trial 1"))
 
 
@@ -293,23 +293,23 @@ def test_of_two_trials_of_an_entry_the_later_one_counts():
     ],
 )
 def test_an_entrys_identity_is_its_content(change, same):
-    assert (queue.identity(ENTRY.model_copy(update=change)) == queue.identity(ENTRY)) is same
+    assert (queue.entry_id(ENTRY.model_copy(update=change)) == queue.entry_id(ENTRY)) is same
 
 
 def test_an_id_is_the_identity_whatever_the_content():
     named = ENTRY.model_copy(update={"id": "deep"})
-    assert queue.identity(named) == queue.identity(named.model_copy(update={"n_layers": 3, "training": "sampler"}))
-    assert queue.identity(named) == "deep"
+    assert queue.entry_id(named) == queue.entry_id(named.model_copy(update={"n_layers": 3, "training": "sampler"}))
+    assert queue.entry_id(named) == "deep"
 
 
 def test_true_is_not_one():
     flags = [ENTRY.model_copy(update={"values": {"x": value}}) for value in (True, 1, "1")]
-    assert len({queue.identity(entry) for entry in flags}) == 3
+    assert len({queue.entry_id(entry) for entry in flags}) == 3
 
 
 def test_an_identity_is_the_same_in_another_process():
     """It is stored in the journal: a change would run every queued entry again."""
-    assert queue.identity(EncoderEntry(d_model=64, n_layers=2, n_heads=4, d_ff=256)) == "d0c061c0a9bf"
+    assert queue.entry_id(EncoderEntry(d_model=64, n_layers=2, n_heads=4, d_ff=256)) == "d0c061c0a9bf"
 
 
 # --- validation -------------------------------------------------------------------------------------------------------
@@ -374,7 +374,7 @@ def entry_params(space) -> dict:
 def test_an_entry_must_fit_the_budget_with_every_geometry_that_it_may_run_with():
     """One that it leaves open may become any of the searched ones."""
     spec = make_spec(ENTRY)
-    fitting = sizes.count(spec.model, ENTRY.shape, N_FEATURES).total
+    fitting = param_count.count_params(spec.model, ENTRY.shape, N_FEATURES).total
     narrow = BudgetConfig(parameters=fitting, tolerance=1e-4)
     fixed = make_spec(ENTRY, budget=narrow, space={})
     queue.validate(fixed, n_features=N_FEATURES)

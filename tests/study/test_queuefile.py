@@ -16,13 +16,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fintx import cli
+from fintx.cli import main
 from fintx.config import load
 from fintx.config.schema import TrialConfig
-from fintx.study import ledger, queue, queuefile, records
-from fintx.study.ledger import Claim
+from fintx.errors import FintxError
+from fintx.study import queue, queuefile, records, trial_table
 from fintx.study.records import TrialRecord
-from fintx.types import FintxError
+from fintx.study.trial_table import Lease
 
 HEAD = """# Question: which?
 [study]
@@ -114,7 +114,7 @@ def test_an_entry_is_added_behind_all_there_is(text, end, tmp_path):
     spec = load.study(path)
     entry = spec.queue[-1]
     assert (entry.shape.model_dump(), entry.values) == (SHAPE, {"optim.learning_rate": 3e-4})
-    assert entry.note == 'say "why"\n\x7f' and edit == queuefile.Edit("small", queue.identity(entry), entry)
+    assert entry.note == 'say "why"\n\x7f' and edit == queuefile.Edit("small", queue.entry_id(entry), entry)
     assert f"{end}{end}[[queue]]{end}d_model".encode() in after
 
 
@@ -181,7 +181,7 @@ def test_a_bases_queue_is_edited_in_the_base(tmp_path):
     """A block of the file's own would silently take the place of all of them."""
     base = write(tmp_path, HEAD + FIRST, "base.toml")
     path = write(tmp_path, 'extends = "base.toml"\n[study]\nname = "child"\n')
-    for act, arguments in ((add, ()), (cancel, (queue.identity(load.study(base).queue[0]),))):
+    for act, arguments in ((add, ()), (cancel, (queue.entry_id(load.study(base).queue[0]),))):
         assert refused(path, act, *arguments) == f"{path}: its queue is that of the base ({base}:25); edit it there"
     write(tmp_path, HEAD, "base.toml")
     assert add(path).study == "child" and len(load.study(path).queue) == 1
@@ -241,7 +241,7 @@ def test_an_entry_of_a_manual_file_names_its_study(tmp_path):
 def test_cancelling_adds_one_line_below_the_blocks_head(end, tmp_path):
     text = HEAD + FIRST + "\n  [[ 'queue' ]]\n  d_model = 24\nn_layers=6\nn_heads=2\nd_ff=48 # end"
     path = write(tmp_path, text.replace("\n", end))
-    first, second = map(queue.identity, load.study(path).queue)
+    first, second = map(queue.entry_id, load.study(path).queue)
     cancel(path, first)
     cancel(path, second)
     wanted = text.replace("# the first\n", "# the first\ncancelled = true\n")
@@ -254,20 +254,20 @@ def test_cancelling_adds_one_line_below_the_blocks_head(end, tmp_path):
 @pytest.mark.parametrize("key", ["cancelled", '"cancelled"', "'cancelled'"])
 def test_a_false_is_turned_into_true(key, tmp_path):
     path = write(tmp_path, HEAD + FIRST + f"  {key}  =  false  # false so far\n")
-    cancel(path, queue.identity(load.study(path).queue[0]))
+    cancel(path, queue.entry_id(load.study(path).queue[0]))
     assert path.read_text() == HEAD + FIRST + f"  {key}  =  true  # false so far\n"
 
 
 def test_what_an_edit_of_lines_would_spoil_is_left_to_the_user(tmp_path):
     path = write(tmp_path, HEAD + FIRST + '"can\\u0063elled" = false\n')
-    identity = queue.identity(load.study(path).queue[0])
+    identity = queue.entry_id(load.study(path).queue[0])
     said = refused(path, cancel, identity)
     assert re.fullmatch(rf"{path}:\d+: can't be edited safely; write cancelled = true into that entry yourself", said)
 
 
 def test_an_unknown_entry_is_told_with_the_nearest(tmp_path):
     path = write(tmp_path, HEAD + FIRST)
-    identity = queue.identity(load.study(path).queue[0])
+    identity = queue.entry_id(load.study(path).queue[0])
     assert refused(path, cancel, identity[:-1]).endswith(f"; did you mean {identity}?")
     assert refused(path, cancel, "qqq") == f"{path}: has no queue entry qqq; there are {identity}"
     assert "has no queue entry a\\nb\\x1b[31m;" in refused(path, cancel, "a\nb\x1b[31m")
@@ -279,7 +279,7 @@ def test_an_identity_of_two_studies_needs_the_sweep_file(tmp_path):
     write(tmp_path, HEAD)
     write(tmp_path, HEAD.replace('"small"', '"other"'), "other.toml")
     path = write(tmp_path, MANUAL + MANUAL.replace("small.toml", "other.toml"), "manual.toml")
-    identity = queue.identity(load.manual(path)[0].queue[0])
+    identity = queue.entry_id(load.manual(path)[0].queue[0])
     said = refused(path, cancel, identity)
     assert said.endswith(f"{identity} stands there for other.toml and small.toml; name one with --sweep")
     assert cancel(path, identity, sweep="./other.toml").study == "other"
@@ -288,9 +288,9 @@ def test_an_identity_of_two_studies_needs_the_sweep_file(tmp_path):
     assert "has no queue entry" in refused(path, cancel, identity, sweep="third.toml")
 
 
-def claim(entry, **changes) -> Claim:
-    plain = Claim(
-        number=3, params={}, shape=entry.shape, entry=queue.identity(entry), note="", training="trial 1",
+def claim(entry, **changes) -> Lease:
+    plain = Lease(
+        number=3, params={}, shape=entry.shape, entry=queue.entry_id(entry), note="", training="trial 1",
         finished=False, state="running", token="t", attempt=1, failures=0, owner="h:o", host="h", pid=1, step=0,
         beat=0, detail="",
     )  # fmt: skip
@@ -311,12 +311,12 @@ def test_what_runs_or_is_done_is_not_cancelled(changes, words, tmp_path, monkeyp
     path = write(tmp_path, HEAD + FIRST)
     (entry,) = load.study(path).queue
     held = {tmp_path / "outputs" / "small": (claim(entry, **changes),)}
-    monkeypatch.setattr(ledger, "read", lambda folder, url: held[folder])
+    monkeypatch.setattr(trial_table, "read", lambda folder, url: held[folder])
     if words is None:
-        cancel(path, queue.identity(entry))
+        cancel(path, queue.entry_id(entry))
         assert load.study(path).queue[0].cancelled
     else:
-        assert refused(path, cancel, queue.identity(entry)) == f"{path}: {queue.identity(entry)} {words}"
+        assert refused(path, cancel, queue.entry_id(entry)) == f"{path}: {queue.entry_id(entry)} {words}"
 
 
 def test_an_extreme_is_cancelled_by_a_block_of_its_own(tmp_path):
@@ -395,7 +395,7 @@ def fintx(*arguments: object, code: int = 0) -> str:
     sys.argv = ["fintx", "queue", *map(str, arguments)]
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
-            cli.main()
+            main.main()
     except SystemExit as exit_:
         found = exit_.code or 0
     finally:
@@ -413,7 +413,7 @@ def test_a_listing_shows_state_trial_outcome_and_training(tmp_path, monkeypatch)
         claim(first, training="defaults", finished=True, number=0),
         claim(second, state="failed", failures=2, number=4),
     )
-    monkeypatch.setattr(ledger, "read", lambda _, url: claims)
+    monkeypatch.setattr(trial_table, "read", lambda _, url: claims)
     trained = TrialConfig.model_construct(shape=third.shape)
     kept = [
         TrialRecord.model_construct(trial_number=0, entry=None, outcome="diverged"),
@@ -426,7 +426,7 @@ def test_a_listing_shows_state_trial_outcome_and_training(tmp_path, monkeypatch)
     title, _, *lines = shown.splitlines()
     assert title.strip() == "small: 2 done, 1 failed"
     assert re.match(
-        rf"{queue.identity(first)} +done \(diverged\) +0 +d_model 32 · 3 layers · 4 heads · d_ff 64 +[\d,]+ +"
+        rf"{queue.entry_id(first)} +done \(diverged\) +0 +d_model 32 · 3 layers · 4 heads · d_ff 64 +[\d,]+ +"
         r"defaults, optim.learning_rate = 0.001 +two", lines[0],
     )  # fmt: skip
     assert re.search(r"second +failed 2 +4 .* trial 1 ", shown)

@@ -10,6 +10,7 @@ import pyarrow as pa
 import pytest
 from pydantic import ValidationError
 
+from fintx.analysis import status
 from fintx.config.schema import (
     BudgetConfig,
     DataConfig,
@@ -24,9 +25,10 @@ from fintx.config.schema import (
     TrialConfig,
     config_hash,
 )
-from fintx.study import lock, records, tables
-from fintx.study.records import FoldRecord, StudyFile, TrialRecord
-from fintx.types import FintxError
+from fintx.errors import FintxError
+from fintx.study import locks, records, study_file
+from fintx.study.records import FoldRecord, TrialRecord
+from fintx.study.study_file import StudyFile
 
 TASK = TaskConfig(kind="threshold", horizon=3, price="high", threshold=0.01)
 CONFIG = TrialConfig(
@@ -158,14 +160,14 @@ def test_tables_come_from_records_alone(tmp_path):
     spec = StudySpec(
         study={"name": "s"}, task=TASK, budget=BudgetConfig(parameters=2000), data=CONFIG.data
     )  # fmt: skip
-    records.write_study(folder, StudyFile(
+    study_file.write_study(folder, StudyFile(
         spec=spec, definition={}, definition_hash="", created="now", fintx_version="0", git_commit=None,
     ))  # fmt: skip
     for record in (make(0, value=0.7), make(1, value=None), make(2, value=0.6)):
         records.append(folder, record)
     found = records.read_all(folder)
-    tables.write(folder, found, n_trials=5, metric="log_loss", minimize=True)
-    tables.write_csv(tmp_path)
+    status.write(folder, found, n_trials=5, metric="log_loss", minimize=True)
+    status.write_csv(tmp_path)
 
     table = json.loads((folder / "s_all_trials.json").read_text())
     assert [row["trial_number"] for row in table["trials"]] == [0, 1, 2]
@@ -187,8 +189,8 @@ def test_definition_leaves_out_what_may_change():
     more = spec.model_copy(update={"study": spec.study.model_copy(update={"n_trials": 99, "name": "t"})})
     other = spec.model_copy(update={"train": spec.train.model_copy(update={"batch_size": 7})})
     spread = spec.model_copy(update={"mesh": MeshConfig(data=4, model=2, fsdp=True)})
-    assert records.definition(spec) == records.definition(more) == records.definition(spread)
-    differing = {k for k, v in records.definition(other).items() if records.definition(spec)[k] != v}
+    assert study_file.definition(spec) == study_file.definition(more) == study_file.definition(spread)
+    differing = {k for k, v in study_file.definition(other).items() if study_file.definition(spec)[k] != v}
     assert differing == {"train.batch_size"}
 
 
@@ -203,14 +205,14 @@ def test_an_unwritable_place_is_one_line(tmp_path):
 
 
 def test_openings_are_counted(tmp_path):
-    assert records.openings(tmp_path) == []
-    assert records.log_opening(tmp_path, {"trial": 3}) == 1
-    assert records.log_opening(tmp_path, {"trial": 3}) == 2
-    assert [entry["trial"] for entry in records.openings(tmp_path)] == [3, 3]
+    assert study_file.openings(tmp_path) == []
+    assert study_file.log_opening(tmp_path, {"trial": 3}) == 1
+    assert study_file.log_opening(tmp_path, {"trial": 3}) == 2
+    assert [entry["trial"] for entry in study_file.openings(tmp_path)] == [3, 3]
 
 
 def _hold_until(folder, ready, release):
-    with lock.hold(folder):
+    with locks.hold(folder):
         ready.set()
         release.wait(30)
 
@@ -222,12 +224,12 @@ def test_a_second_writer_learns_who_holds_the_folder(tmp_path):
     other.start()
     try:
         assert ready.wait(30)
-        assert lock.holder(tmp_path)
-        with pytest.raises(lock.StudyBusy, match=f"process {other.pid} on "), lock.hold(tmp_path):
+        assert locks.holder_of(tmp_path)
+        with pytest.raises(locks.StudyBusy, match=f"process {other.pid} on "), locks.hold(tmp_path):
             pass
     finally:
         release.set()
         other.join(30)
-    assert lock.holder(tmp_path) is None
-    with lock.hold(tmp_path):
-        assert lock.holder(tmp_path)
+    assert locks.holder_of(tmp_path) is None
+    with locks.hold(tmp_path):
+        assert locks.holder_of(tmp_path)

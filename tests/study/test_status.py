@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from fintx.analysis import status
 from fintx.config import load
-from fintx.study import opening, status
-from fintx.study.context import RunContext
-from fintx.study.course import Course
+from fintx.run.search import Search
+from fintx.study import lifecycle
+from fintx.study.events import RunContext
 
 
 @pytest.fixture
@@ -53,8 +54,10 @@ def test_a_storage_whose_password_was_not_kept_is_noted(folder):
 def test_time_to_go_is_shared_out_among_those_that_train(folder, tiny_file, tiny_study):
     data = tiny_study.parents[1] / "data"
     spec = load.study(tiny_file, overrides=["study.n_trials=9"])
-    with opening.begin(order := opening.Order(spec), context := RunContext(folder.parent, data, n_workers=2)) as opened:
-        course = Course(opened, order, context)
+    with lifecycle.open_study(
+        order := lifecycle.StudyRequest(spec), context := RunContext(folder.parent, data, n_workers=2)
+    ) as opened:
+        course = Search(opened, order, context)
         alone = status.read(folder).eta
         for number in (3, 4):
             assert course.next_job(lambda config: 0) is not None

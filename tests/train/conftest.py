@@ -20,8 +20,8 @@ from fintx.config.schema import (
     TrainConfig,
     TrialConfig,
 )
-from fintx.data.scaling import Scaling
-from fintx.data.windows import Dataset, Part
+from fintx.data.datasets import Dataset, Part
+from fintx.data.standardize import Standardizer
 
 FEATURES = ("close_return_1", "range_1", "volume_ratio_20")
 BASE: dict[str, Any] = {
@@ -74,7 +74,7 @@ def dataset(
         close=np.ones(n_rows),
         train=Part(rows=train, labels=labels[train].astype(np.float32)),
         validation=Part(rows=validation, labels=labels[validation].astype(np.float32)),
-        scaling=Scaling(mean={}, std={}, pooled_mean=np.zeros(3), pooled_std=np.ones(3)),
+        scaling=Standardizer(mean={}, std={}, pooled_mean=np.zeros(3), pooled_std=np.ones(3)),
         data_hash="",
         label_hash="",
         split_hash="",

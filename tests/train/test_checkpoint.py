@@ -16,10 +16,11 @@ import numpy as np
 import pytest
 
 from fintx.config.schema import TrialConfig
-from fintx.model import transformer
+from fintx.errors import FintxError
+from fintx.model import encoder
 from fintx.train import checkpoint
 from fintx.train.checkpoint import CheckpointDamaged, NotACheckpoint
-from fintx.types import FintxError, Params
+from fintx.types import Params
 
 Trials = Callable[..., TrialConfig]
 META = {"study": "demo", "best": {"log_loss": 0.1 + 0.2, "auc": None}, "features": ["a", "b"]}
@@ -27,7 +28,7 @@ META = {"study": "demo", "best": {"log_loss": 0.1 + 0.2, "auc": None}, "features
 
 def random_params(config: TrialConfig) -> Params:
     rng = np.random.default_rng(0)
-    abstract = transformer.abstract_params(config.model, config.shape, len(config.data.features))
+    abstract = encoder.abstract_params(config.model, config.shape, len(config.data.features))
     return jax.tree.map(lambda leaf: rng.standard_normal(leaf.shape).astype(leaf.dtype), abstract)
 
 

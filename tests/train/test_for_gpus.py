@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import pytest
 
 from fintx.config.schema import ModelConfig, Shape
-from fintx.train import step
-from fintx.train.state import Program, for_program
+from fintx.train import train_state, train_step
+from fintx.train.train_state import StaticConfig, static_model
 
 SHAPE = Shape(d_model=16, n_layers=3, n_heads=2, d_ff=32)
 N_FEATURES, N_MEMBERS = 5, 4
@@ -22,20 +22,20 @@ PRODUCT = re.compile(
 
 def lowered(dtype: str, *, n_members: int = 1, **arrangement) -> str:
     """The program of a segment, for CUDA."""
-    static = Program(
-        model=for_program(ModelConfig(compute_dtype=dtype)), shape=SHAPE, batch_size=8, loss="bce", schedule="cosine",
+    static = StaticConfig(
+        model=static_model(ModelConfig(compute_dtype=dtype)), shape=SHAPE, batch_size=8, loss="bce", schedule="cosine",
         stochastic=True, **{"micro_batch": 8, **arrangement},
     )  # fmt: skip
     values = (
-        step.abstract_hyper(),
-        step.abstract_state(static, n_features=N_FEATURES),
-        jax.eval_shape(step.empty_tally),
+        train_state.abstract_hyperparameters(),
+        train_state.abstract_state(static, n_features=N_FEATURES),
+        jax.eval_shape(train_step.empty_sums),
     )
-    segment = partial(step.train_segment, static)
+    segment = partial(train_step.train_segment, static)
     if n_members > 1:
         segment = jax.vmap(segment, in_axes=(0, 0, 0, None, None))
         values = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((n_members, *leaf.shape), leaf.dtype), values)
-    windows = step.abstract_windows(n_features=N_FEATURES, n_rows=256, n_samples=256)
+    windows = train_step.abstract_windows(n_features=N_FEATURES, n_rows=256, n_samples=256)
     traced = jax.jit(segment).trace(*values, windows, jax.ShapeDtypeStruct((), jnp.int32))
     return traced.lower(lowering_platforms=("cuda",)).as_text()
 

@@ -10,9 +10,9 @@ import pytest
 from sklearn.metrics import log_loss
 from sklearn.utils.class_weight import compute_class_weight
 
+from fintx.errors import FintxError
 from fintx.train import losses
 from fintx.train.losses import LossValues
-from fintx.types import FintxError
 
 LOGITS = np.array([-4.0, -0.3, 0.0, 1.7, 6.0], np.float32)
 TARGETS = np.array([0.0, 1.0, 1.0, 0.0, 1.0], np.float32)

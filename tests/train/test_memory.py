@@ -16,12 +16,12 @@ import numpy as np
 import pytest
 
 from fintx.config.schema import TrialConfig
-from fintx.data.windows import Dataset
-from fintx.train import loop, memory, step
+from fintx.data.datasets import Dataset
+from fintx.train import memory, train_step, trainer
 from fintx.train.memory import is_out_of_memory
-from fintx.train.pace import Pace
-from fintx.train.resume import Saves
-from fintx.train.state import Arrangement, abstract_state, for_program, program
+from fintx.train.resume import CheckpointPolicy
+from fintx.train.train_state import BatchLayout, abstract_state, static_config, static_model
+from fintx.train.train_step import DispatchSize
 
 Trials = Callable[..., TrialConfig]
 Datasets = Callable[..., Dataset]
@@ -32,13 +32,13 @@ LARGE_BATCH = {"train.batch_size": 1024, "model.dropout": 0.3}
 
 def needs(config: TrialConfig, micro_batch: int, *, remat: bool = False) -> int:
     """Bytes of the training program."""
-    static = program(config, micro_batch=micro_batch, remat=remat)
-    return step.compile_training(static, n_features=3, n_rows=256, n_samples=256).n_bytes
+    static = static_config(config, micro_batch=micro_batch, remat=remat)
+    return train_step.compile_training(static, n_features=3, n_rows=256, n_samples=256).n_bytes
 
 
 def test_lower_bound_is_state_gradients_and_a_copy(make_trial: Trials) -> None:
     config = make_trial()
-    state = abstract_state(program(config), n_features=3)
+    state = abstract_state(static_config(config), n_features=3)
     count = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     whole = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
     assert memory.lower_bound(config) == 20 * count
@@ -49,7 +49,7 @@ def test_lower_bound_is_state_gradients_and_a_copy(make_trial: Trials) -> None:
 
 def test_what_compiled_programs_take_lies_between_bound_and_guess(make_trial: Trials, make_dataset: Datasets) -> None:
     config = make_trial()
-    result = loop.fit(config, make_dataset(), metric="log_loss")
+    result = trainer.fit(config, make_dataset(), metric="log_loss")
     assert result.memory_bytes is not None
     assert memory.lower_bound(config) < result.memory_bytes < memory.upper_guess(config)
     assert result.memory_bytes > needs(config, 16)
@@ -59,10 +59,12 @@ def test_what_compiled_programs_take_lies_between_bound_and_guess(make_trial: Tr
 def test_evaluation_is_counted(make_trial: Trials, make_dataset: Datasets, compilations: Compilations) -> None:
     """Its batch is 256 whatever the trial's; with 16 to train on, it is what the limit is for."""
     config = make_trial()
-    forward = step.compile_logits(for_program(config.model), config.shape, n_features=3, n_rows=256, n_samples=256)
+    forward = train_step.compile_logits(
+        static_model(config.model), config.shape, n_features=3, n_rows=256, n_samples=256
+    )
     assert forward.n_bytes > needs(config, 16)
     with compilations() as compiled:
-        result = loop.fit(config, make_dataset(), metric="log_loss", memory_limit=forward.n_bytes)
+        result = trainer.fit(config, make_dataset(), metric="log_loss", memory_limit=forward.n_bytes)
     assert (result.outcome, result.epochs) == ("out_of_memory", 0)
     assert compiled == []  # no micro-batch would help
 
@@ -72,7 +74,7 @@ def test_a_limit_below_the_state_is_out_of_memory_without_compiling(
 ) -> None:
     config = make_trial({"shape.d_model": 512, "shape.d_ff": 2048})
     with compilations() as compiled:
-        result = loop.fit(config, make_dataset(), metric="log_loss", memory_limit=10 * 2**20)
+        result = trainer.fit(config, make_dataset(), metric="log_loss", memory_limit=10 * 2**20)
     assert compiled == []
     assert (result.outcome, result.epochs, result.params, result.timing.compile_s) == ("out_of_memory", 0, None, 0.0)
     assert "\n" not in result.detail
@@ -86,7 +88,7 @@ def test_an_absurd_shape_on_this_very_machine(
     """The compiler dies of it."""
     config = make_trial({"shape.d_model": 2**18, "shape.d_ff": 2**20})
     with compilations() as compiled:
-        result = loop.fit(config, make_dataset(), metric="log_loss")
+        result = trainer.fit(config, make_dataset(), metric="log_loss")
     assert compiled == []
     assert result.outcome == "out_of_memory"
     assert result.param_count > 10**12
@@ -99,13 +101,13 @@ def test_relief_comes_only_where_memory_asks_for_it(make_trial: Trials, make_dat
     The dropout rate drops nothing, in the program that drops: another micro-batch would draw other masks.
     """
     config, data = make_trial(LARGE_BATCH | {"model.dropout": 1e-9, "optim.eps": 1e-3}), make_dataset()
-    free = loop.fit(config, data, metric="log_loss")
-    assert (free.arrangement, free.memory_bytes) == (Arrangement(1024), pytest.approx(needs(config, 1024), rel=0.05))
+    free = trainer.fit(config, data, metric="log_loss")
+    assert (free.arrangement, free.memory_bytes) == (BatchLayout(1024), pytest.approx(needs(config, 1024), rel=0.05))
     steps = [needs(config, 1024), needs(config, 1024, remat=True), needs(config, 512, remat=True)]
     assert steps == sorted(steps, reverse=True)
-    for (more, less), wanted in zip(pairwise(steps), (Arrangement(1024, True), Arrangement(512, True)), strict=True):
+    for (more, less), wanted in zip(pairwise(steps), (BatchLayout(1024, True), BatchLayout(512, True)), strict=True):
         limit = (more + less) // 2
-        tight = loop.fit(config, data, metric="log_loss", memory_limit=limit)
+        tight = trainer.fit(config, data, metric="log_loss", memory_limit=limit)
         assert (tight.outcome, tight.arrangement, tight.epochs) == ("completed", wanted, 3)
         assert tight.memory_bytes is not None and tight.memory_bytes <= limit
         for got, free_entry in zip(tight.curve, free.curve, strict=True):
@@ -117,12 +119,12 @@ def test_if_no_micro_batch_fits_it_is_out_of_memory(
 ) -> None:
     tried: list[int] = []
 
-    def greedy(static: Any, **_: Any) -> step.Training:
+    def greedy(static: Any, **_: Any) -> train_step.TrainPrograms:
         tried.append(static.micro_batch)
-        return step.Training(start=print, segment=print, n_bytes=2**30 + static.micro_batch)
+        return train_step.TrainPrograms(start=print, segment=print, n_bytes=2**30 + static.micro_batch)
 
-    monkeypatch.setattr(step, "compile_training", greedy)
-    result = loop.fit(make_trial({"train.batch_size": 20}), make_dataset(), metric="log_loss", memory_limit=2**30)
+    monkeypatch.setattr(train_step, "compile_training", greedy)
+    result = trainer.fit(make_trial({"train.batch_size": 20}), make_dataset(), metric="log_loss", memory_limit=2**30)
     assert tried == [20, 20, 10, 5, 2, 1]
     assert (result.outcome, result.epochs, result.params) == ("out_of_memory", 0, None)
     assert "needs at least 1 GiB, and 1 GiB are available" in result.detail
@@ -132,15 +134,15 @@ def test_a_compiler_out_of_memory_counts_as_too_big(
     make_trial: Trials, make_dataset: Datasets, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A GPU's tries kernels out while it compiles."""
-    compiling = step.compile_training
+    compiling = train_step.compile_training
 
-    def picky(static: Any, **sizes: Any) -> step.Training:
+    def picky(static: Any, **sizes: Any) -> train_step.TrainPrograms:
         if static.micro_batch > 8:
             raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 99 bytes.")
         return compiling(static, **sizes)
 
-    monkeypatch.setattr(step, "compile_training", picky)
-    assert loop.fit(make_trial(), make_dataset(), metric="log_loss").micro_batch == 8
+    monkeypatch.setattr(train_step, "compile_training", picky)
+    assert trainer.fit(make_trial(), make_dataset(), metric="log_loss").micro_batch == 8
 
 
 @pytest.mark.parametrize("then", ["more", "less"])
@@ -148,21 +150,21 @@ def test_a_trial_goes_on_in_the_micro_batch_that_it_began_with(
     make_trial: Trials, make_dataset: Datasets, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, then: str
 ) -> None:
     """Also where more memory is free by now; where less is, in a smaller one, and it says so."""
-    monkeypatch.setattr(Pace, "steps", lambda self, left: 1)
+    monkeypatch.setattr(DispatchSize, "steps", lambda self, left: 1)
     config, data = make_trial(LARGE_BATCH), make_dataset()
     between = (needs(config, 1024, remat=True) + needs(config, 512, remat=True)) // 2
     first, second = (between, None) if then == "more" else (None, between)
-    saves = Saves(tmp_path, 1e9, lambda: None)
+    saves = CheckpointPolicy(tmp_path, 1e9, lambda: None)
     taken = [0]
-    stopped = loop.fit(
+    stopped = trainer.fit(
         config, data, metric="log_loss", saves=saves, memory_limit=first,
         on_progress=taken.append, should_stop=lambda: taken[-1] >= 2,
     )  # fmt: skip
     assert (stopped.outcome, stopped.micro_batch) == ("interrupted", 512 if then == "more" else 1024)
-    result = loop.fit(config, data, metric="log_loss", saves=saves, memory_limit=second)
+    result = trainer.fit(config, data, metric="log_loss", saves=saves, memory_limit=second)
     assert (result.outcome, result.resumed_step, result.micro_batch) == ("completed", 2, 512)
     if then == "more":
-        reference = loop.fit(config, data, metric="log_loss", memory_limit=between)
+        reference = trainer.fit(config, data, metric="log_loss", memory_limit=between)
         assert (result.warnings, result.curve) == ((), reference.curve)
         jax.tree.map(np.testing.assert_array_equal, result.params, reference.params)
     else:
@@ -264,9 +266,9 @@ from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 import conftest
 import orbax.checkpoint
-from fintx.train import loop, step
-from fintx.train.resume import Saves
-from fintx.train.state import for_program, program
+from fintx.train import train_step, trainer
+from fintx.train.resume import CheckpointPolicy
+from fintx.train.train_state import static_config, static_model
 
 def resident():
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
@@ -280,14 +282,14 @@ shape = {"shape.d_model": 512, "shape.n_layers": 4, "shape.d_ff": 2048, "shape.n
 config = conftest.trial(shape | {"train.batch_size": 128, "train.max_epochs": 2})
 data = conftest.dataset(n_train=200)
 sizes = {"n_features": 3, "n_rows": 512, "n_samples": 256}
-step.compile_training(program(config), **sizes)
-step.compile_logits(for_program(config.model), config.shape, **sizes)
+train_step.compile_training(static_config(config), **sizes)
+train_step.compile_logits(static_model(config.model), config.shape, **sizes)
 before = resident()
 peak = [before]
 threading.Thread(target=watch, daemon=True).start()
 with tempfile.TemporaryDirectory() as folder:
-    saves = Saves(Path(folder), 0.0, lambda: None) if sys.argv[2] == "saves" else None
-    print(loop.fit(config, data, metric="log_loss", saves=saves).memory_bytes, peak[0] - before)
+    saves = CheckpointPolicy(Path(folder), 0.0, lambda: None) if sys.argv[2] == "saves" else None
+    print(trainer.fit(config, data, metric="log_loss", saves=saves).memory_bytes, peak[0] - before)
 """
 
 

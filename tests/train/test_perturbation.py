@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from fintx.config.schema import FAMILIES, ModelConfig, OptimConfig, TaskConfig, TrainConfig, TrialConfig, shape_names
-from fintx.data.windows import Dataset
-from fintx.train import loop
+from fintx.data.datasets import Dataset
+from fintx.train import trainer
 
 SECTIONS = {
     "shape": shape_names(FAMILIES["encoder"].queue_entry),
@@ -81,7 +81,7 @@ def run(make_trial: Callable[..., TrialConfig], make_dataset: Callable[..., Data
         if str(changes) not in seen:
             config = make_trial(changes)
             data = make_dataset(kind=config.task.kind, learnable=False)
-            result = loop.fit(config, data, metric="mse" if config.task.kind == "regression" else "log_loss")
+            result = trainer.fit(config, data, metric="mse" if config.task.kind == "regression" else "log_loss")
             seen[str(changes)] = ([entry["train_loss"] for entry in result.curve], result.last, result.epochs)
         return seen[str(changes)]
 

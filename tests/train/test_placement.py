@@ -8,11 +8,11 @@ import jax
 import pytest
 
 from fintx.config.schema import MeshConfig, ModelConfig, Shape
-from fintx.model import sizes
-from fintx.train import step
-from fintx.train.placement import choose, footprint
+from fintx.model import param_count
+from fintx.train import train_step
+from fintx.train.memory import choose, footprint
 from fintx.train.sharding import ONE, Layout
-from fintx.train.state import Arrangement, program
+from fintx.train.train_state import BatchLayout, static_config
 
 GB = 10**9
 MODEL = ModelConfig()
@@ -76,15 +76,15 @@ def test_no_device_is_without_a_window() -> None:
 
 def test_2b_fits_one_gpu_of_141_gb_and_what_each_of_eight_holds() -> None:
     """16 bytes a parameter: 2.01B of them make 32 GB on one; eight that cut all matrices hold an eighth of that."""
-    n = sizes.count(MODEL, TWO_B, 25).total
-    one = footprint(MODEL, TWO_B, 25, Arrangement(64))
+    n = param_count.count_params(MODEL, TWO_B, 25).total
+    one = footprint(MODEL, TWO_B, 25, BatchLayout(64))
     assert (one.parameters, one.gradients, one.moments) == (4 * n, 4 * n, 8 * n)
     assert 36 * GB > one.total > 32 * GB
-    assert footprint(MODEL, TWO_B, 25, Arrangement(64, remat=True)).activations < one.activations / 4
-    eight = footprint(MODEL, TWO_B, 25, Arrangement(64, layout=Layout(data=8, fsdp=True)))
+    assert footprint(MODEL, TWO_B, 25, BatchLayout(64, remat=True)).activations < one.activations / 4
+    eight = footprint(MODEL, TWO_B, 25, BatchLayout(64, layout=Layout(data=8, fsdp=True)))
     assert eight.parameters == pytest.approx(one.parameters / 8, rel=0.01)
     assert eight.total < 5 * GB
-    both = footprint(MODEL, TWO_B, 25, Arrangement(64, layout=Layout(data=2, model=4)))
+    both = footprint(MODEL, TWO_B, 25, BatchLayout(64, layout=Layout(data=2, model=4)))
     assert both.parameters == pytest.approx(one.parameters / 4, rel=0.01)
 
 
@@ -95,14 +95,14 @@ def test_the_footprint_is_near_the_compiled_steps(make_trial: Any, layout: Layou
     """At 13M parameters. XLA holds a little more: updates, and products that it computes twice at once."""
     shape = {"shape.d_model": 512, "shape.n_layers": 4, "shape.d_ff": 2048, "shape.n_heads": 8}
     config = make_trial({**shape, "train.batch_size": 512})
-    static = program(config, remat=remat, layout=layout)
-    needed = step.compile_training(static, n_features=3, n_rows=512, n_samples=256).n_bytes
-    estimated = footprint(config.model, config.shape, 3, Arrangement(512, remat, layout)).total
+    static = static_config(config, remat=remat, layout=layout)
+    needed = train_step.compile_training(static, n_features=3, n_rows=512, n_samples=256).n_bytes
+    estimated = footprint(config.model, config.shape, 3, BatchLayout(512, remat, layout)).total
     print(layout, remat, estimated, needed, needed / estimated)
     assert needed == pytest.approx(estimated, rel=0.35)
 
 
 def test_abstract_parameters_make_no_array() -> None:
     before = len(jax.live_arrays())
-    footprint(MODEL, TWO_B, 25, Arrangement(64, layout=Layout(data=64, model=8, fsdp=True)))
+    footprint(MODEL, TWO_B, 25, BatchLayout(64, layout=Layout(data=64, model=8, fsdp=True)))
     assert len(jax.live_arrays()) == before

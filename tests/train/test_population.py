@@ -14,16 +14,16 @@ import numpy as np
 import pytest
 
 from fintx.config.schema import MeshConfig, TrialConfig
-from fintx.data.windows import Dataset
-from fintx.train import loop, memory, population, step
-from fintx.train.attempt import Member
-from fintx.train.once import once
-from fintx.train.pace import Pace
-from fintx.train.population import fit_population
-from fintx.train.result import FitResult
-from fintx.train.resume import Saves
-from fintx.train.state import program
-from fintx.types import FintxError
+from fintx.data.datasets import Dataset
+from fintx.errors import FintxError
+from fintx.train import memory, train_step, trainer
+from fintx.train.compilation import locked_cache
+from fintx.train.member_run import Member
+from fintx.train.progress import FitResult
+from fintx.train.resume import CheckpointPolicy
+from fintx.train.train_state import static_config
+from fintx.train.train_step import DispatchSize
+from fintx.train.trainer import fit_population
 
 Trials = Callable[..., TrialConfig]
 Datasets = Callable[..., Dataset]
@@ -49,8 +49,8 @@ def allow() -> None:
     """The guard of a worker that still has its trial."""
 
 
-def saves(folder: Path, *, every_s: float = 1e9) -> Saves:
-    return Saves(folder, every_s=every_s, guard=allow)
+def saves(folder: Path, *, every_s: float = 1e9) -> CheckpointPolicy:
+    return CheckpointPolicy(folder, every_s=every_s, guard=allow)
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +65,7 @@ def configs(make_trial: Trials) -> list[TrialConfig]:
 
 @pytest.fixture(scope="module")
 def alone(configs: list[TrialConfig], data: Dataset) -> list[FitResult]:
-    return [loop.fit(config, data, metric="log_loss") for config in configs]
+    return [trainer.fit(config, data, metric="log_loss") for config in configs]
 
 
 def together(members: list[Member], data: Dataset, **options: Any) -> list[FitResult]:
@@ -114,7 +114,7 @@ def test_a_members_record_is_repeated_exactly_by_the_evaluation_program(
     population_of_all: list[FitResult], configs: list[TrialConfig], data: Dataset
 ) -> None:
     for config, result in zip(configs[:4], population_of_all, strict=False):
-        outputs = loop.predict(config, result.params, data.features, data.validation.rows)
+        outputs = trainer.predict(config, result.params, data.features, data.validation.rows)
         np.testing.assert_array_equal(outputs, result.outputs)
 
 
@@ -129,7 +129,7 @@ def test_an_interrupted_population_goes_on_bit_for_bit(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     """Stopped in the second epoch, where one member has diverged, and in the fourth, where two more have ended."""
-    monkeypatch.setattr(Pace, "steps", lambda self, left: 1)
+    monkeypatch.setattr(DispatchSize, "steps", lambda self, left: 1)
     members = [Member(config, saves=saves(tmp_path / str(i))) for i, config in enumerate(configs)]
     for stop in (7, 16):
         steps: list[int] = [0]
@@ -148,12 +148,12 @@ def test_members_go_on_alone_and_in_other_company(
     configs: list[TrialConfig], data: Dataset, tmp_path: Path, alone: list[FitResult], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A state is a trial's own: one member trains on by itself, then joins again, steps ahead of the others."""
-    monkeypatch.setattr(Pace, "steps", lambda self, left: 1)
+    monkeypatch.setattr(DispatchSize, "steps", lambda self, left: 1)
     members = [Member(config, saves=saves(tmp_path / str(i))) for i, config in enumerate(configs[:2])]
     taken = [0]
     noisy = [Member(configs[0], on_progress=taken.append, saves=members[0].saves), members[1]]
     together(noisy, data, should_stop=lambda: taken[-1] >= 7)
-    ahead = loop.fit(
+    ahead = trainer.fit(
         configs[0], data, metric="log_loss", saves=members[0].saves, on_progress=taken.append,
         should_stop=lambda: taken[-1] >= 13,
     )  # fmt: skip
@@ -173,7 +173,7 @@ def test_what_one_members_hooks_raise_ends_it_alone(
         raise Superseded("taken over")
 
     members = [
-        Member(configs[0], saves=Saves(tmp_path / "0", every_s=0.0, guard=refuse)),
+        Member(configs[0], saves=CheckpointPolicy(tmp_path / "0", every_s=0.0, guard=refuse)),
         Member(configs[1], saves=saves(tmp_path / "1", every_s=0.0)),
     ]
     lost, kept = fit_population(members, data, metric="log_loss")
@@ -209,7 +209,7 @@ def test_out_of_memory_while_several_train_is_nobodys_outcome(
     def exhausted(*_: Any) -> None:
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 99 bytes.")
 
-    monkeypatch.setattr(population, "_segment", exhausted)
+    monkeypatch.setattr(trainer, "_segment", exhausted)
     with pytest.raises(jax.errors.JaxRuntimeError):
         fit_population([Member(config) for config in configs[:2]], data, metric="log_loss")
     (single,) = together([Member(configs[0])], data)
@@ -239,7 +239,7 @@ def test_a_population_on_a_mesh_comes_to_the_same(
     configs: list[TrialConfig], data: Dataset, tmp_path: Path, alone: list[FitResult], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Windows shared out over 4 devices, heads over 2, every matrix cut; stopped there, and gone on with on one."""
-    monkeypatch.setattr(Pace, "steps", lambda self, left: 1)
+    monkeypatch.setattr(DispatchSize, "steps", lambda self, left: 1)
     mesh, taken = MeshConfig(data=4, model=2, fsdp=True), [0]
     members = [Member(config, saves=saves(tmp_path / str(i))) for i, config in enumerate(configs[:2])]
     noisy = [Member(configs[0], on_progress=taken.append, saves=members[0].saves), members[1]]
@@ -261,7 +261,7 @@ def test_what_was_prepared_is_not_compiled_again(
     make_trial: Trials, data: Dataset, compilations: Compilations, n_members: int
 ) -> None:
     config = make_trial({"shape.d_ff": 20 + 4 * n_members, "train.max_epochs": 1})
-    thread = threading.Thread(target=population.prepare, args=(config, data), kwargs={"n_members": n_members})
+    thread = threading.Thread(target=trainer.compile_ahead, args=(config, data), kwargs={"n_members": n_members})
     thread.start()
     thread.join()
     with compilations() as compiled:
@@ -273,7 +273,7 @@ def test_two_threads_that_want_the_same_make_it_once() -> None:
     made: list[int] = []
     both_ask = threading.Barrier(2)
 
-    @once(kept=2)
+    @locked_cache(kept=2)
     def square(n: int) -> int:
         made.append(n)
         return n * n
@@ -291,7 +291,7 @@ def test_one_that_waits_for_another_thing_is_not_held_up() -> None:
     """A program that is there already is not waited for while another one is made."""
     making, go_on = threading.Event(), threading.Event()
 
-    @once(kept=2)
+    @locked_cache(kept=2)
     def make(name: str) -> str:
         if name == "slow":
             making.set()
@@ -309,5 +309,5 @@ def test_one_that_waits_for_another_thing_is_not_held_up() -> None:
 
 def test_a_populations_memory_is_that_of_all_members(configs: list[TrialConfig]) -> None:
     sizes = {"n_features": 3, "n_rows": 256, "n_samples": 256}
-    one, five = (step.compile_training(program(configs[0]), **sizes, n_members=n).n_bytes for n in (1, 5))
+    one, five = (train_step.compile_training(static_config(configs[0]), **sizes, n_members=n).n_bytes for n in (1, 5))
     assert five - one > 4 * 3 * 4 * 100 and memory.lower_bound(configs[0]) < one

@@ -18,15 +18,13 @@ import numpy as np
 import pytest
 
 from fintx.config.schema import TaskConfig, TrialConfig
-from fintx.data.windows import Dataset
-from fintx.train import checkpoint, loop, resume
-from fintx.train.pace import Pace
-from fintx.train.progress import Progress, Question
-from fintx.train.result import FitResult, Timing
-from fintx.train.resume import Keeper, Saves, TrainingState
-from fintx.train.state import Arrangement, TrainState
-from fintx.train.step import empty_tally
-from fintx.types import FintxError
+from fintx.data.datasets import Dataset
+from fintx.errors import FintxError
+from fintx.train import checkpoint, resume, trainer
+from fintx.train.progress import FitInputs, FitResult, Progress, Timing
+from fintx.train.resume import CheckpointManager, CheckpointPolicy, TrainingState
+from fintx.train.train_state import BatchLayout, TrainState
+from fintx.train.train_step import DispatchSize, empty_sums
 
 Trials = Callable[..., TrialConfig]
 Datasets = Callable[..., Dataset]
@@ -44,24 +42,24 @@ def allow() -> None:
     """The guard of a worker that still has its trial."""
 
 
-def always(folder: Path) -> Saves:
-    return Saves(folder, every_s=0.0, guard=allow)
+def always(folder: Path) -> CheckpointPolicy:
+    return CheckpointPolicy(folder, every_s=0.0, guard=allow)
 
 
-def never(folder: Path) -> Saves:
-    return Saves(folder, every_s=1e9, guard=allow)
+def never(folder: Path) -> CheckpointPolicy:
+    return CheckpointPolicy(folder, every_s=1e9, guard=allow)
 
 
 @pytest.fixture
 def single_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     """Segments of one step, so that a trial can be stopped at any."""
-    monkeypatch.setattr(Pace, "steps", lambda self, left: 1)
+    monkeypatch.setattr(DispatchSize, "steps", lambda self, left: 1)
 
 
 def stopped_at(config: TrialConfig, data: Dataset, folder: Path, step: int, **options: Any) -> FitResult:
     """An attempt that is asked to stop once `step` steps are taken."""
     taken = [0]
-    result = loop.fit(
+    result = trainer.fit(
         config,
         data,
         **{"metric": "log_loss", "saves": never(folder)} | options,
@@ -86,7 +84,7 @@ def states(folder: Path) -> list[str]:
 @pytest.fixture(scope="module")
 def reference(make_trial: Trials, make_dataset: Datasets) -> FitResult:
     """Never interrupted, and never saved."""
-    return loop.fit(make_trial(DROPOUT), make_dataset(), metric="log_loss")
+    return trainer.fit(make_trial(DROPOUT), make_dataset(), metric="log_loss")
 
 
 @pytest.mark.parametrize(
@@ -102,7 +100,7 @@ def test_interrupted_is_never_interrupted(
     for before, step in itertools.pairwise([0, *stops]):
         stopped = stopped_at(config, data, tmp_path, step)
         assert stopped.resumed_step == before
-    result = loop.fit(config, data, metric="log_loss", saves=never(tmp_path))
+    result = trainer.fit(config, data, metric="log_loss", saves=never(tmp_path))
     assert (result.resumed_step, result.warnings) == (stops[-1], ())
     assert_same(result, reference)
 
@@ -117,9 +115,9 @@ def test_interrupted_is_never_interrupted_in_optimised_programs(
     try:
         for step in (3, 12):
             stopped_at(config, data, tmp_path, step)
-        result = loop.fit(config, data, metric="log_loss", saves=never(tmp_path))
-        monkeypatch.setattr(Pace, "steps", lambda self, left: left)
-        assert_same(result, loop.fit(config, data, metric="log_loss"))
+        result = trainer.fit(config, data, metric="log_loss", saves=never(tmp_path))
+        monkeypatch.setattr(DispatchSize, "steps", lambda self, left: left)
+        assert_same(result, trainer.fit(config, data, metric="log_loss"))
     finally:
         jax.config.update("jax_disable_most_optimizations", True)
 
@@ -135,9 +133,9 @@ def test_a_killed_process_goes_on_from_its_last_regular_save(
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        loop.fit(config, data, metric="log_loss", on_progress=power_cut, saves=always(tmp_path))
+        trainer.fit(config, data, metric="log_loss", on_progress=power_cut, saves=always(tmp_path))
     assert states(tmp_path) == ["step_00000010", "step_00000011"]
-    result = loop.fit(config, data, metric="log_loss", saves=always(tmp_path))
+    result = trainer.fit(config, data, metric="log_loss", saves=always(tmp_path))
     assert result.resumed_step == 11
     assert_same(result, reference)
 
@@ -146,10 +144,10 @@ def test_regression_goes_on_in_the_target_units(
     single_steps: None, make_trial: Trials, make_dataset: Datasets, tmp_path: Path
 ) -> None:
     config, data = make_trial(REGRESSION), make_dataset(kind="regression")
-    reference = loop.fit(config, data, metric="mse")
+    reference = trainer.fit(config, data, metric="mse")
     for step in (7, 15):
         stopped_at(config, data, tmp_path, step, metric="mse")
-    assert_same(loop.fit(config, data, metric="mse", saves=never(tmp_path)), reference)
+    assert_same(trainer.fit(config, data, metric="mse", saves=never(tmp_path)), reference)
 
 
 def test_interrupted_after_the_best_epoch(
@@ -158,10 +156,10 @@ def test_interrupted_after_the_best_epoch(
     """The best parameters are not the latest: they come through the disk, and patience goes on counting."""
     changes = {"train.max_epochs": 50, "train.patience": 3, "optim.learning_rate": 0.03, "model.dropout": 0.3}
     config, data = make_trial(changes), make_dataset(learnable=False)
-    reference = loop.fit(config, data, metric="log_loss")
+    reference = trainer.fit(config, data, metric="log_loss")
     assert reference.outcome == "early_stopped"
     stopped_at(config, data, tmp_path, reference.best_step + FIVE_STEPS + 2)
-    assert_same(loop.fit(config, data, metric="log_loss", saves=never(tmp_path)), reference)
+    assert_same(trainer.fit(config, data, metric="log_loss", saves=never(tmp_path)), reference)
 
 
 def test_interrupted_between_a_bad_step_and_its_epochs_end(
@@ -169,11 +167,11 @@ def test_interrupted_between_a_bad_step_and_its_epochs_end(
 ) -> None:
     """The epoch's loss is NaN by then, which JSON can't say, and the step to blame is one of another attempt."""
     config, data = make_trial({"optim.learning_rate": 1e30, "optim.warmup_fraction": 0.0}), make_dataset()
-    reference = loop.fit(config, data, metric="log_loss")
+    reference = trainer.fit(config, data, metric="log_loss")
     assert reference.outcome == "diverged"
     assert "not finite at step" in reference.detail and reference.steps == FIVE_STEPS
     stopped_at(config, data, tmp_path, 4)
-    result = loop.fit(config, data, metric="log_loss", saves=never(tmp_path))
+    result = trainer.fit(config, data, metric="log_loss", saves=never(tmp_path))
     assert (result.outcome, result.detail, result.curve) == ("diverged", reference.detail, reference.curve)
 
 
@@ -181,10 +179,10 @@ def test_collapse_goes_on_counting(
     single_steps: None, make_trial: Trials, make_dataset: Datasets, tmp_path: Path
 ) -> None:
     config = make_trial({"train.collapse_spread": 10.0, "train.collapse_patience": 3, "train.max_epochs": 9})
-    reference = loop.fit(config, make_dataset(), metric="log_loss")
+    reference = trainer.fit(config, make_dataset(), metric="log_loss")
     assert (reference.outcome, reference.epochs) == ("collapsed", 3)
     stopped_at(config, make_dataset(), tmp_path, 12)
-    assert_same(loop.fit(config, make_dataset(), metric="log_loss", saves=never(tmp_path)), reference)
+    assert_same(trainer.fit(config, make_dataset(), metric="log_loss", saves=never(tmp_path)), reference)
 
 
 def test_a_saved_end_is_the_result_again_without_a_step(
@@ -192,9 +190,9 @@ def test_a_saved_end_is_the_result_again_without_a_step(
 ) -> None:
     config, data = make_trial(DROPOUT), make_dataset()
     saves = dataclasses.replace(never(tmp_path), at_end=True)
-    first = loop.fit(config, data, metric="log_loss", saves=saves)
+    first = trainer.fit(config, data, metric="log_loss", saves=saves)
     taken: list[int] = []
-    again = loop.fit(config, data, metric="log_loss", saves=saves, on_progress=taken.append)
+    again = trainer.fit(config, data, metric="log_loss", saves=saves, on_progress=taken.append)
     assert taken == [] and again.resumed_step == first.steps
     assert_same(again, first)
 
@@ -211,7 +209,7 @@ def test_times_are_summed_over_attempts(
     config, data = make_trial(DROPOUT), make_dataset()
     stopped_at(config, data, tmp_path, 7)
     saved = json.loads((tmp_path / "step_00000007" / "checkpoint.json").read_text())["meta"]
-    result = loop.fit(config, data, metric="log_loss", saves=never(tmp_path))
+    result = trainer.fit(config, data, metric="log_loss", saves=never(tmp_path))
     for name in ("trace_s", "run_s", "wall_s"):  # compile_s is 0 where an earlier trial's programs serve
         assert getattr(result.timing, name) > saved[name] > 0
     assert saved["wall_s"] >= saved["trace_s"] + saved["compile_s"] + saved["run_s"]
@@ -258,7 +256,7 @@ def two_states(make_trial: Trials, make_dataset: Datasets, tmp_path_factory: pyt
     """States at steps 7 and 12; 12 is the newest."""
     folder = tmp_path_factory.mktemp("states")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Pace, "steps", lambda self, left: 1)
+        patch.setattr(DispatchSize, "steps", lambda self, left: 1)
         for step in (7, 12):
             stopped_at(make_trial(DROPOUT), make_dataset(), folder, step)
     return folder
@@ -275,7 +273,7 @@ def test_a_damaged_state_is_set_aside_and_the_one_before_is_used(
 ) -> None:
     damage(copy / "step_00000012")
     heard: list[str] = []
-    result = loop.fit(
+    result = trainer.fit(
         make_trial(DROPOUT), make_dataset(), metric="log_loss", saves=never(copy), on_warning=heard.append
     )
     assert result.resumed_step == 7
@@ -292,7 +290,7 @@ def test_no_good_state_left_begins_at_the_beginning(
 ) -> None:
     flip(copy / "step_00000012")
     empty(copy / "step_00000007")
-    result = loop.fit(make_trial(DROPOUT), make_dataset(), metric="log_loss", saves=never(copy))
+    result = trainer.fit(make_trial(DROPOUT), make_dataset(), metric="log_loss", saves=never(copy))
     assert result.resumed_step == 0
     assert len(result.warnings) == 2 and all("goes on from step 0" in line for line in result.warnings)
     assert states(copy) == ["step_00000007.damaged", "step_00000012.damaged"]
@@ -303,7 +301,7 @@ def test_damage_upon_damage(copy: Path, make_trial: Trials, make_dataset: Datase
     """The same step is saved and damaged again: neither is lost from sight."""
     (copy / "step_00000012.damaged").mkdir()
     flip(copy / "step_00000012")
-    loop.fit(make_trial(DROPOUT), make_dataset(), metric="log_loss", saves=never(copy))
+    trainer.fit(make_trial(DROPOUT), make_dataset(), metric="log_loss", saves=never(copy))
     assert states(copy) == ["step_00000007", "step_00000012.damaged", "step_00000012.damaged-2"]
 
 
@@ -311,7 +309,7 @@ def test_a_state_of_other_items_is_damage(copy: Path, make_trial: Trials, make_d
     """Whole by its sums, but not what this fintx writes."""
     found = checkpoint.describe(copy / "step_00000012")
     checkpoint.write(found.folder, {"training": {"x": np.zeros(3)}}, config=found.config, meta=found.meta)
-    result = loop.fit(make_trial(DROPOUT), make_dataset(), metric="log_loss", saves=never(copy))
+    result = trainer.fit(make_trial(DROPOUT), make_dataset(), metric="log_loss", saves=never(copy))
     assert result.resumed_step == 7
     assert "optimizer/1/count: wanted int32[], got nothing" in result.warnings[0]
 
@@ -331,18 +329,18 @@ def test_a_state_of_another_trial_is_set_aside(
     copy: Path, make_trial: Trials, make_dataset: Datasets, changes: dict, hashes: dict, metric: str, words: str
 ) -> None:
     config, data = make_trial(DROPOUT | changes), dataclasses.replace(make_dataset(), **hashes)
-    result = loop.fit(config, data, metric=metric, saves=never(copy))
+    result = trainer.fit(config, data, metric=metric, saves=never(copy))
     assert result.resumed_step == 0
     assert states(copy) == ["step_00000007.foreign", "step_00000012.foreign"]
     assert all(words in warning for warning in result.warnings)
-    assert_same(result, loop.fit(config, data, metric=metric))
+    assert_same(result, trainer.fit(config, data, metric=metric))
 
 
 def test_what_killed_processes_left_is_removed(copy: Path, make_trial: Trials, make_dataset: Datasets) -> None:
     shutil.copytree(copy / "step_00000012", copy / ".step_00000013.partial-99-abcd")
     shutil.copytree(copy / "step_00000007", copy / ".step_00000001.removed")
     (copy / "notes.txt").write_text("someone else's")
-    result = loop.fit(make_trial(DROPOUT), make_dataset(), metric="log_loss", saves=never(copy))
+    result = trainer.fit(make_trial(DROPOUT), make_dataset(), metric="log_loss", saves=never(copy))
     assert (result.resumed_step, result.warnings) == (12, ())
     assert states(copy) == ["notes.txt", "step_00000007", "step_00000012"]
 
@@ -363,12 +361,12 @@ def test_a_full_disk_is_one_line_and_older_states_are_intact(
     resource.setrlimit(resource.RLIMIT_FSIZE, (2**12, hard))
     try:
         with pytest.raises(FintxError, match="could not save .*step_000000.*File too large") as error:
-            loop.fit(make_trial(DROPOUT), make_dataset(), metric="log_loss", saves=always(copy))
+            trainer.fit(make_trial(DROPOUT), make_dataset(), metric="log_loss", saves=always(copy))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert "\n" not in str(error.value)
     assert contents(copy) == before
-    assert_same(loop.fit(make_trial(DROPOUT), make_dataset(), metric="log_loss", saves=never(copy)), reference)
+    assert_same(trainer.fit(make_trial(DROPOUT), make_dataset(), metric="log_loss", saves=never(copy)), reference)
 
 
 def superseded() -> None:
@@ -381,7 +379,9 @@ def test_a_superseded_worker_commits_nothing(
 ) -> None:
     before = contents(copy)
     with pytest.raises(Superseded):
-        loop.fit(make_trial(DROPOUT), make_dataset(), metric="log_loss", saves=Saves(copy, 0.0, superseded))
+        trainer.fit(
+            make_trial(DROPOUT), make_dataset(), metric="log_loss", saves=CheckpointPolicy(copy, 0.0, superseded)
+        )
     assert states(copy) == ["step_00000007", "step_00000012"]
     assert contents(copy) == before
 
@@ -394,7 +394,9 @@ def test_a_superseded_worker_neither_sweeps_nor_sets_aside(
         spoil()
         before = states(copy)
         with pytest.raises(Superseded):
-            loop.fit(make_trial(DROPOUT), make_dataset(), metric="log_loss", saves=Saves(copy, 1e9, superseded))
+            trainer.fit(
+                make_trial(DROPOUT), make_dataset(), metric="log_loss", saves=CheckpointPolicy(copy, 1e9, superseded)
+            )
         assert states(copy) == before
         shutil.rmtree(copy / ".step_00000013.partial-99-abcd", ignore_errors=True)
 
@@ -409,9 +411,11 @@ def test_a_superseded_workers_failed_save_says_so(
 
     monkeypatch.setattr(checkpoint, "write", swept)
     with pytest.raises(Superseded):
-        loop.fit(make_trial(DROPOUT), make_dataset(), metric="log_loss", saves=Saves(copy, 0.0, superseded))
+        trainer.fit(
+            make_trial(DROPOUT), make_dataset(), metric="log_loss", saves=CheckpointPolicy(copy, 0.0, superseded)
+        )
     with pytest.raises(FintxError, match="No such file"):
-        loop.fit(make_trial(DROPOUT), make_dataset(), metric="log_loss", saves=always(copy))
+        trainer.fit(make_trial(DROPOUT), make_dataset(), metric="log_loss", saves=always(copy))
 
 
 # --- when, and how many -----------------------------------------------------------------------------------------------
@@ -420,9 +424,9 @@ def test_a_superseded_workers_failed_save_says_so(
 def training_state(step: int) -> TrainingState:
     return TrainingState(
         state=TrainState(step=np.int32(step), params={}, optimizer=()),
-        tally=empty_tally(),
+        tally=empty_sums(),
         progress=Progress(),
-        arrangement=Arrangement(16),
+        arrangement=BatchLayout(16),
         timing=Timing(),
     )
 
@@ -445,7 +449,9 @@ def test_when_a_save_is_due(
     now = [1000.0]
     monkeypatch.setattr(resume, "time", SimpleNamespace(perf_counter=lambda: now[0]))
     monkeypatch.setattr(checkpoint, "write", lambda *_, **__: now.__setitem__(0, now[0] + save_s))
-    keeper = Keeper(Saves(tmp_path, every_s, allow), Question(make_trial(), make_dataset(), "log_loss"))
+    keeper = CheckpointManager(
+        CheckpointPolicy(tmp_path, every_s, allow), FitInputs(make_trial(), make_dataset(), "log_loss")
+    )
     now[0] += 500  # compiling
     keeper.start_clock()
     for step, after in ((1, first), (2, then), (3, then)):
@@ -459,7 +465,7 @@ def test_when_a_save_is_due(
 
 def test_a_step_on_the_disk_is_not_saved_again(copy: Path, make_trial: Trials, make_dataset: Datasets) -> None:
     before = (copy / "step_00000012").stat().st_ino
-    result = loop.fit(
+    result = trainer.fit(
         make_trial(DROPOUT), make_dataset(), metric="log_loss", saves=always(copy), should_stop=lambda: True
     )
     assert (result.outcome, result.steps) == ("interrupted", 12)

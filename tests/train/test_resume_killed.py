@@ -15,12 +15,11 @@ import numpy as np
 import pytest
 
 from fintx.config.schema import TrialConfig
-from fintx.data.windows import Dataset
-from fintx.train.progress import Progress, Question
-from fintx.train.result import Timing
-from fintx.train.resume import Keeper, Saves, TrainingState
-from fintx.train.state import Arrangement, abstract_state, program
-from fintx.train.step import empty_tally
+from fintx.data.datasets import Dataset
+from fintx.train.progress import FitInputs, Progress, Timing
+from fintx.train.resume import CheckpointManager, CheckpointPolicy, TrainingState
+from fintx.train.train_state import BatchLayout, abstract_state, static_config
+from fintx.train.train_step import empty_sums
 
 Trials = Callable[..., TrialConfig]
 Datasets = Callable[..., Dataset]
@@ -31,19 +30,19 @@ WIDE = {"shape.d_model": 64, "shape.d_ff": 256}
 
 def filled(config: TrialConfig, step: int) -> TrainingState:
     """A state whose every number is its step."""
-    abstract = abstract_state(program(config), n_features=3)
+    abstract = abstract_state(static_config(config), n_features=3)
     return TrainingState(
         state=jax.tree.map(lambda leaf: np.full(leaf.shape, step, leaf.dtype), abstract),
-        tally=empty_tally(),
+        tally=empty_sums(),
         progress=Progress(),
-        arrangement=Arrangement(16),
+        arrangement=BatchLayout(16),
         timing=Timing(),
     )
 
 
 def save_for_ever(config: TrialConfig, data: Dataset, folder: Path) -> None:
     """Says which step is on the disk, one a line, and saves the next."""
-    keeper = Keeper(Saves(folder, 0.0, lambda: None), Question(config, data, "log_loss"))
+    keeper = CheckpointManager(CheckpointPolicy(folder, 0.0, lambda: None), FitInputs(config, data, "log_loss"))
     found = keeper.newest(lambda line: print(line, flush=True))
     step = 0 if found is None else found.step
     while True:
@@ -106,7 +105,7 @@ def test_killed_in_the_middle_of_a_save(make_trial: Trials, make_dataset: Datase
             assert heard(server, "gone") == pid
             mid_save += any(name.startswith(".") for name in os.listdir(folder))
             warnings: list[str] = []
-            keeper = Keeper(Saves(folder, 0.0, lambda: None), Question(config, data, "log_loss"))
+            keeper = CheckpointManager(CheckpointPolicy(folder, 0.0, lambda: None), FitInputs(config, data, "log_loss"))
             found = keeper.newest(warnings.append)
             assert warnings == []
             assert found is not None and committed <= found.step

@@ -13,11 +13,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fintx.config.schema import TrialConfig
-from fintx.data.windows import Dataset
-from fintx.model import transformer
-from fintx.train import loop, losses, step
-from fintx.train.pace import Pace
-from fintx.train.state import STEP, Hyper, TargetScale, TrainState, hyper, init, program
+from fintx.data.datasets import Dataset
+from fintx.model import encoder
+from fintx.train import losses, train_step, trainer
+from fintx.train.train_state import (
+    STEP,
+    Hyperparameters,
+    TargetScale,
+    TrainState,
+    hyperparameters,
+    init_state,
+    static_config,
+)
+from fintx.train.train_step import DispatchSize
 
 Trials = Callable[..., TrialConfig]
 Datasets = Callable[..., Dataset]
@@ -29,24 +37,24 @@ NEXT_TO_NONE = {"model.dropout": 1e-9}
 LARGE_EPS = {"optim.eps": 1e-3}
 N_STEPS = 5
 
-Segments = Callable[[list[int]], tuple[TrainState, list[step.Tally]]]
+Segments = Callable[[list[int]], tuple[TrainState, list[train_step.EpochSums]]]
 
 
 @pytest.fixture(scope="module")
 def run(make_trial: Trials, make_dataset: Datasets) -> Segments:
     """Two epochs in segments of the given lengths → the state, and the tally at each epoch's end."""
     config, data = make_trial(DROPOUT), make_dataset()
-    values = hyper(config, labels=data.train.labels, scale=PLAIN)
-    windows = step.place(data.features, data.train.rows, data.train.labels)
-    training = step.compile_training(program(config), n_features=3, n_rows=256, n_samples=256)
+    values = hyperparameters(config, labels=data.train.labels, scale=PLAIN)
+    windows = train_step.place(data.features, data.train.rows, data.train.labels)
+    training = train_step.compile_training(static_config(config), n_features=3, n_rows=256, n_samples=256)
 
-    def epochs(lengths: list[int]) -> tuple[TrainState, list[step.Tally]]:
-        state, tally, tallies = training.start(values), step.empty_tally(), []
+    def epochs(lengths: list[int]) -> tuple[TrainState, list[train_step.EpochSums]]:
+        state, tally, tallies = training.start(values), train_step.empty_sums(), []
         for n in lengths:
             state, tally = training.segment(values, state, tally, windows, np.int32(n))
             if int(state.step) % N_STEPS == 0:
                 tallies.append(jax.tree.map(float, tally))
-                tally = step.empty_tally()
+                tally = train_step.empty_sums()
         return jax.tree.map(np.array, state), tallies
 
     return epochs
@@ -72,16 +80,16 @@ def test_an_overflow_in_an_epochs_last_update_is_seen_whatever_the_cuts(
     """Parameters that an update takes to infinity at a cut are the next step's to find, not the cut's."""
     config = make_trial({"optim.learning_rate": 1e38, "optim.warmup_fraction": 0.0, "optim.weight_decay": 100.0})
     data = make_dataset()
-    values = hyper(config, labels=data.train.labels, scale=PLAIN)
-    windows = step.place(data.features, data.train.rows, data.train.labels)
-    training = step.compile_training(program(config), n_features=3, n_rows=256, n_samples=256)
+    values = hyperparameters(config, labels=data.train.labels, scale=PLAIN)
+    windows = train_step.place(data.features, data.train.rows, data.train.labels)
+    training = train_step.compile_training(static_config(config), n_features=3, n_rows=256, n_samples=256)
     found = []
     for parts in ([5], [1, 4], [1, 1, 3]):
-        state, tally = training.start(values), step.empty_tally()
+        state, tally = training.start(values), train_step.empty_sums()
         for n in parts:
             state, tally = training.segment(values, state, tally, windows, np.int32(n))
             if n == 1 and int(state.step) == 1:
-                assert not bool(step.all_finite(state.params)) and int(tally.bad_step) == -1
+                assert not bool(train_step.all_finite(state.params)) and int(tally.bad_step) == -1
         found.append(int(tally.bad_step))
     assert found == [1, 1, 1]
 
@@ -93,11 +101,11 @@ def test_segments_of_any_length_compile_nothing(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     config, data = make_trial(DROPOUT), make_dataset()
-    whole = loop.fit(config, data, metric="log_loss")
+    whole = trainer.fit(config, data, metric="log_loss")
     rng, seen = np.random.default_rng(0), []
-    monkeypatch.setattr(Pace, "steps", lambda self, left: int(rng.integers(1, left + 1)))
+    monkeypatch.setattr(DispatchSize, "steps", lambda self, left: int(rng.integers(1, left + 1)))
     with compilations() as compiled:
-        cut = loop.fit(config, data, metric="log_loss", on_progress=seen.append)
+        cut = trainer.fit(config, data, metric="log_loss", on_progress=seen.append)
     assert compiled == []
     assert cut.curve == whole.curve
     assert seen == sorted(set(seen)) and {5, 10, 15} <= set(seen) and len(seen) > 3
@@ -106,9 +114,9 @@ def test_segments_of_any_length_compile_nothing(
 def test_asked_and_told_between_segments(
     make_trial: Trials, make_dataset: Datasets, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Pace, "steps", lambda self, left: min(left, 3))
+    monkeypatch.setattr(DispatchSize, "steps", lambda self, left: min(left, 3))
     events: list[object] = []
-    loop.fit(
+    trainer.fit(
         make_trial({"train.max_epochs": 2}),
         make_dataset(),
         metric="log_loss",
@@ -133,12 +141,16 @@ def test_asked_and_told_between_segments(
 def test_micro_batches_make_the_same_update(make_trial: Trials, make_dataset: Datasets, micro_batch: int) -> None:
     """An epoch of 5 steps, the last on 11 samples of 16: losses to 1e-6, parameters to 2e-6 (sums in another order)."""
     config, data = make_trial(LARGE_EPS | NEXT_TO_NONE), make_dataset()
-    values = hyper(config, labels=data.train.labels, scale=PLAIN)
-    windows = step.place(data.features, data.train.rows, data.train.labels)
+    values = hyperparameters(config, labels=data.train.labels, scale=PLAIN)
+    windows = train_step.place(data.features, data.train.rows, data.train.labels)
     found = []
     for size in (16, micro_batch):
-        training = step.compile_training(program(config, micro_batch=size), n_features=3, n_rows=256, n_samples=256)
-        found.append(training.segment(values, training.start(values), step.empty_tally(), windows, np.int32(N_STEPS)))
+        training = train_step.compile_training(
+            static_config(config, micro_batch=size), n_features=3, n_rows=256, n_samples=256
+        )
+        found.append(
+            training.segment(values, training.start(values), train_step.empty_sums(), windows, np.int32(N_STEPS))
+        )
     (whole, whole_tally), (parts, tally) = found
     assert float(tally.loss_sum) == pytest.approx(float(whole_tally.loss_sum), rel=1e-6)
     assert int(tally.bad_step) == -1
@@ -146,29 +158,31 @@ def test_micro_batches_make_the_same_update(make_trial: Trials, make_dataset: Da
 
 
 def test_no_micro_batch_is_another_program_than_the_whole_batch(make_trial: Trials) -> None:
-    assert program(make_trial()) == program(make_trial(), micro_batch=16)
-    assert program(make_trial()) != program(make_trial(), micro_batch=8)
+    assert static_config(make_trial()) == static_config(make_trial(), micro_batch=16)
+    assert static_config(make_trial()) != static_config(make_trial(), micro_batch=8)
 
 
 @pytest.fixture
-def values(make_trial: Trials, make_dataset: Datasets) -> Hyper:
-    return hyper(make_trial({"model.dropout": 0.5}), labels=make_dataset().train.labels, scale=PLAIN)
+def values(make_trial: Trials, make_dataset: Datasets) -> Hyperparameters:
+    return hyperparameters(make_trial({"model.dropout": 0.5}), labels=make_dataset().train.labels, scale=PLAIN)
 
 
-def test_every_micro_batch_draws_its_own_masks(make_trial: Trials, values: Hyper) -> None:
+def test_every_micro_batch_draws_its_own_masks(make_trial: Trials, values: Hyperparameters) -> None:
     """One sample four times over, a micro-batch each: the losses are those of four keys."""
-    static = program(make_trial({"model.dropout": 0.5, "train.batch_size": 4}), micro_batch=1)
+    static = static_config(make_trial({"model.dropout": 0.5, "train.batch_size": 4}), micro_batch=1)
     x_BTF = np.random.default_rng(0).standard_normal((1, 12, 3)).astype(np.float32)
-    batch = step.Batch(x=np.repeat(x_BTF, 4, axis=0), targets=np.ones(4, np.float32), weights=np.ones(4, np.float32))
+    batch = train_step.Batch(
+        x=np.repeat(x_BTF, 4, axis=0), targets=np.ones(4, np.float32), weights=np.ones(4, np.float32)
+    )
     step_key = jax.random.fold_in(jax.random.fold_in(jax.random.key(0, impl="threefry2x32"), STEP), 0)
 
     @jax.jit
-    def both(values: Hyper, batch: step.Batch, x_BTF: jax.Array) -> tuple[jax.Array, jax.Array]:
-        state = init(static, values, n_features=3)
-        _, report = step.train_step(static, values, state, batch)
+    def both(values: Hyperparameters, batch: train_step.Batch, x_BTF: jax.Array) -> tuple[jax.Array, jax.Array]:
+        state = init_state(static, values, n_features=3)
+        _, report = train_step.train_step(static, values, state, batch)
         keys = jax.vmap(lambda i: jax.random.fold_in(step_key, i))(jnp.arange(4))
         logits = jax.lax.map(
-            lambda key: transformer.apply(static.model, static.shape, state.params, x_BTF, key=key, dropout=0.5)[0],
+            lambda key: encoder.apply(static.model, static.shape, state.params, x_BTF, key=key, dropout=0.5)[0],
             keys,
         )
         return report.loss_sum, losses.binary_cross_entropy(logits, jnp.ones(4, jnp.float32))

@@ -19,27 +19,26 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from fintx.config.schema import MeshConfig, ModelConfig, Shape, TaskConfig, TrialConfig
-from fintx.data.windows import Dataset
-from fintx.model import transformer
+from fintx.data.datasets import Dataset
+from fintx.errors import FintxError
+from fintx.model import encoder
 from fintx.model.family import FAMILIES
-from fintx.train import checkpoint, loop, sharding, step
-from fintx.train.pace import Pace
-from fintx.train.progress import Progress, Question
-from fintx.train.result import Timing
-from fintx.train.resume import Keeper, Saves, TrainingState
+from fintx.train import checkpoint, sharding, train_step, trainer
+from fintx.train.progress import FitInputs, Progress, Timing
+from fintx.train.resume import CheckpointManager, CheckpointPolicy, TrainingState
 from fintx.train.sharding import DATA, MODEL, ONE, Layout
-from fintx.train.state import (
-    Arrangement,
-    Hyper,
+from fintx.train.train_state import (
+    BatchLayout,
+    Hyperparameters,
     TargetScale,
     TrainState,
-    abstract_hyper,
+    abstract_hyperparameters,
     abstract_state,
-    hyper,
-    init,
-    program,
+    hyperparameters,
+    init_state,
+    static_config,
 )
-from fintx.types import FintxError
+from fintx.train.train_step import DispatchSize
 
 Trials = Callable[..., TrialConfig]
 Datasets = Callable[..., Dataset]
@@ -74,39 +73,39 @@ Compile = Callable[[Layout], Compiled]
 
 
 @pytest.fixture(scope="module")
-def batch(make_trial: Trials) -> step.Batch:
+def batch(make_trial: Trials) -> train_step.Batch:
     rng = np.random.default_rng(0)
     x, targets = rng.standard_normal((16, 12, 3)), rng.random(16) > 0.5
     weights = np.arange(16) < 13  # the last batch of an epoch
-    return step.Batch(*(each.astype(np.float32) for each in (x, targets, weights)))
+    return train_step.Batch(*(each.astype(np.float32) for each in (x, targets, weights)))
 
 
 @pytest.fixture(scope="module")
-def values(make_trial: Trials, make_dataset: Datasets) -> Hyper:
-    return hyper(make_trial(SHAPE), labels=make_dataset().train.labels, scale=TargetScale(mean=0.0, sd=1.0))
+def values(make_trial: Trials, make_dataset: Datasets) -> Hyperparameters:
+    return hyperparameters(make_trial(SHAPE), labels=make_dataset().train.labels, scale=TargetScale(mean=0.0, sd=1.0))
 
 
 @pytest.fixture(scope="module")
-def compiled(make_trial: Trials, batch: step.Batch) -> Compile:
+def compiled(make_trial: Trials, batch: train_step.Batch) -> Compile:
     found: dict[Layout, Compiled] = {}
 
     def compile_for(layout: Layout) -> Compiled:
         if layout not in found:
-            static = program(make_trial(SHAPE), layout=layout)
+            static = static_config(make_trial(SHAPE), layout=layout)
             state = abstract_state(static, n_features=3)
             whole, cut = None, None
             if layout != ONE:
                 whole, cut = sharding.everywhere(layout), sharding.shardings(ENCODER, layout, state)
-            start = jax.jit(partial(init, static, n_features=3), in_shardings=whole, out_shardings=cut)
+            start = jax.jit(partial(init_state, static, n_features=3), in_shardings=whole, out_shardings=cut)
             slope = jax.jit(
-                partial(step._gradients, static),
+                partial(train_step._gradients, static),
                 in_shardings=None if cut is None else (whole, cut, whole),
                 out_shardings=None if cut is None else (whole, cut.params),
             )
             found[layout] = Compiled(
                 layout,
-                start.lower(abstract_hyper()).compile(),
-                slope.lower(abstract_hyper(), state, batch).compile(),
+                start.lower(abstract_hyperparameters()).compile(),
+                slope.lower(abstract_hyperparameters(), state, batch).compile(),
             )
         return found[layout]
 
@@ -115,7 +114,7 @@ def compiled(make_trial: Trials, batch: step.Batch) -> Compile:
 
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 def test_the_start_is_bit_equal_and_each_device_holds_its_part(
-    layout: Layout, compiled: Compile, values: Hyper
+    layout: Layout, compiled: Compile, values: Hyperparameters
 ) -> None:
     alone, spread = compiled(ONE).start(values), compiled(layout).start(values)
     jax.tree.map(np.testing.assert_array_equal, sharding.to_host(spread), sharding.to_host(alone))
@@ -132,7 +131,7 @@ def test_the_start_is_bit_equal_and_each_device_holds_its_part(
 
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 def test_loss_and_gradients_equal_those_of_one_device(
-    layout: Layout, compiled: Compile, values: Hyper, batch: step.Batch
+    layout: Layout, compiled: Compile, values: Hyperparameters, batch: train_step.Batch
 ) -> None:
     """With dropout, so the masks are equal too. Sums in another order: some roundings of 6e-8, of numbers up to one."""
     (loss, gradients), (wanted_loss, wanted) = (
@@ -213,7 +212,7 @@ def test_every_parameter_lies_as_the_golden_file_says() -> None:
 
 
 def test_every_path_of_the_rules_is_a_parameter() -> None:
-    params = transformer.abstract_params(ModelConfig(), Shape(d_model=8, n_layers=1, n_heads=1, d_ff=8), 2)
+    params = encoder.abstract_params(ModelConfig(), Shape(d_model=8, n_layers=1, n_heads=1, d_ff=8), 2)
     paths = {"/".join(part.key for part in path) for path, _ in jax.tree_util.tree_leaves_with_path(params)}
     assert ENCODER.partition_rules.keys() <= paths
 
@@ -243,7 +242,7 @@ def test_fsdp_cuts_the_largest_axis_that_it_can(shape: tuple[int, ...], wanted: 
 
 
 def test_an_optimisers_moments_lie_like_their_parameters(make_trial: Trials) -> None:
-    static = program(make_trial(SHAPE))
+    static = static_config(make_trial(SHAPE))
     state = sharding.specs(ENCODER, Layout(data=4, model=2, fsdp=True), abstract_state(static, n_features=3))
     (adam,) = (part for part in state.optimizer if hasattr(part, "mu"))
     assert adam.mu == adam.nu == state.params
@@ -261,18 +260,18 @@ def test_too_few_devices_are_told(layout: Layout) -> None:
 
 @pytest.mark.parametrize("layout", [LAYOUTS["data 8, fsdp"], LAYOUTS["model 2 x data 4, fsdp"]], ids=str)
 def test_a_population_lies_on_a_mesh(
-    layout: Layout, compiled: Compile, make_trial: Trials, values: Hyper, batch: step.Batch
+    layout: Layout, compiled: Compile, make_trial: Trials, values: Hyperparameters, batch: train_step.Batch
 ) -> None:
     """Two members under vmap, each with its own seed and dropout, the leading axis whole everywhere."""
     other = replace(values, seed=np.uint32(7), dropout=np.float32(0.1))
     together = jax.tree.map(lambda *leaves: np.stack(leaves), values, other)
-    static = program(make_trial(SHAPE), layout=layout)
-    start = jax.vmap(partial(init, static, n_features=3))
+    static = static_config(make_trial(SHAPE), layout=layout)
+    start = jax.vmap(partial(init_state, static, n_features=3))
     abstract = jax.eval_shape(start, together)
     cut, whole = sharding.shardings(ENCODER, layout, abstract, leading=1), sharding.everywhere(layout)
     states = jax.jit(start, in_shardings=whole, out_shardings=cut)(together)
     slope = jax.jit(
-        jax.vmap(partial(step._gradients, static), in_axes=(0, 0, None)),
+        jax.vmap(partial(train_step._gradients, static), in_axes=(0, 0, None)),
         in_shardings=(whole, cut, whole),
         out_shardings=(whole, cut.params),
     )
@@ -311,10 +310,10 @@ def placed(layout: Layout, state: TrainState) -> TrainState:
 
 @pytest.mark.parametrize("name", ["data 8", "model 2 x data 4, fsdp"])
 def test_a_state_saved_on_eight_devices_restores_on_one_and_on_four_and_back(
-    name: str, compiled: Compile, make_trial: Trials, make_dataset: Datasets, values: Hyper, tmp_path: Path
+    name: str, compiled: Compile, make_trial: Trials, make_dataset: Datasets, values: Hyperparameters, tmp_path: Path
 ) -> None:
     """Bit for bit, moments and all."""
-    question = Question(make_trial(SHAPE), make_dataset(), "log_loss")
+    question = FitInputs(make_trial(SHAPE), make_dataset(), "log_loss")
     rng = np.random.default_rng(1)
     state = jax.tree.map(
         lambda leaf: rng.standard_normal(leaf.shape).astype(leaf.dtype) if leaf.ndim else np.array(leaf),
@@ -322,25 +321,25 @@ def test_a_state_saved_on_eight_devices_restores_on_one_and_on_four_and_back(
     )
     wanted = state
     for index, layout in enumerate((LAYOUTS[name], ONE, Layout(data=4, fsdp=True), LAYOUTS[name])):
-        saves = Saves(tmp_path / str(index), 1e9, lambda: None)
-        arrangement = Arrangement(16, layout=layout)
-        Keeper(saves, question).save(
+        saves = CheckpointPolicy(tmp_path / str(index), 1e9, lambda: None)
+        arrangement = BatchLayout(16, layout=layout)
+        CheckpointManager(saves, question).save(
             TrainingState(
                 sharding.to_host(placed(layout, state)),
-                step.empty_tally(),
+                train_step.empty_sums(),
                 Progress(),
                 arrangement,
                 timing=Timing(),
             )  # fmt: skip
         )
-        found = Keeper(saves, question).newest(pytest.fail)
+        found = CheckpointManager(saves, question).newest(pytest.fail)
         assert found is not None and found.arrangement == arrangement
         state = found.state
         jax.tree.map(np.testing.assert_array_equal, state, wanted)
 
 
 def test_a_trained_model_saved_on_eight_devices_is_the_same_on_four(
-    compiled: Compile, make_trial: Trials, values: Hyper, tmp_path: Path
+    compiled: Compile, make_trial: Trials, values: Hyperparameters, tmp_path: Path
 ) -> None:
     config = make_trial(SHAPE)
     params = compiled(LAYOUTS["data 8, fsdp"]).start(values).params
@@ -361,34 +360,34 @@ def test_a_trial_on_a_mesh_is_the_trial(make_trial: Trials, make_dataset: Datase
     task = TaskConfig(kind="regression", horizon=1)
     config = make_trial({**WHOLE, "task": task, "train.loss": "mse"})
     data = make_dataset(kind="regression")
-    alone = loop.fit(config, data, metric="mse")
-    spread = loop.fit(config, data, metric="mse", mesh=MeshConfig(data=4, model=2, fsdp=True))
-    assert spread.arrangement == Arrangement(12, layout=Layout(data=4, model=2, fsdp=True))
-    assert alone.arrangement == Arrangement(12)
+    alone = trainer.fit(config, data, metric="mse")
+    spread = trainer.fit(config, data, metric="mse", mesh=MeshConfig(data=4, model=2, fsdp=True))
+    assert spread.arrangement == BatchLayout(12, layout=Layout(data=4, model=2, fsdp=True))
+    assert alone.arrangement == BatchLayout(12)
     for got, wanted in zip(spread.curve, alone.curve, strict=True):
         assert got == pytest.approx(wanted, rel=1e-4)
     assert spread.params is not None and spread.outputs is not None
     features, rows = data.features, data.validation.rows
-    same = loop.predict(config, spread.params, features, rows, layout=spread.arrangement.layout)
+    same = trainer.predict(config, spread.params, features, rows, layout=spread.arrangement.layout)
     np.testing.assert_array_equal(same, spread.outputs)
-    np.testing.assert_allclose(loop.predict(config, spread.params, features, rows), same, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(trainer.predict(config, spread.params, features, rows), same, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.slow
 def test_a_trial_goes_on_where_there_are_fewer_devices(
     make_trial: Trials, make_dataset: Datasets, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Pace, "steps", lambda self, left: 1)
-    config, data, saves = make_trial(WHOLE), make_dataset(), Saves(tmp_path, 1e9, lambda: None)
+    monkeypatch.setattr(DispatchSize, "steps", lambda self, left: 1)
+    config, data, saves = make_trial(WHOLE), make_dataset(), CheckpointPolicy(tmp_path, 1e9, lambda: None)
     taken = [0]
-    stopped = loop.fit(
+    stopped = trainer.fit(
         config, data, metric="log_loss", saves=saves, mesh=MeshConfig(fsdp=True),
         on_progress=taken.append, should_stop=lambda: taken[-1] >= 9,
     )  # fmt: skip
     assert (stopped.outcome, stopped.arrangement.layout) == ("interrupted", Layout(data=8, fsdp=True))
-    result = loop.fit(config, data, metric="log_loss", saves=saves)
-    assert (result.outcome, result.resumed_step, result.arrangement) == ("completed", 9, Arrangement(12))
+    result = trainer.fit(config, data, metric="log_loss", saves=saves)
+    assert (result.outcome, result.resumed_step, result.arrangement) == ("completed", 9, BatchLayout(12))
     assert ["data 8 × model 1, fsdp" in line and "last digits" in line for line in result.warnings] == [True]
-    alone = loop.fit(config, data, metric="log_loss")
+    alone = trainer.fit(config, data, metric="log_loss")
     for got, wanted in zip(result.curve, alone.curve, strict=True):
         assert got == pytest.approx(wanted, rel=1e-4)

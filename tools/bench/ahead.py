@@ -100,23 +100,23 @@ def _compiled(
     budget: str, shape: tuple[int, ...], batch_size: int, dtype: Any, layout: Any = None, n_members: int = 1
 ) -> dict[str, Any]:
     from fintx.config.schema import ModelConfig, Shape
-    from fintx.train import placement, step
+    from fintx.train import memory, train_step
     from fintx.train.sharding import ONE
-    from fintx.train.state import Arrangement, Program, for_program
+    from fintx.train.train_state import BatchLayout, StaticConfig, static_model
 
     layout, whole = layout or ONE, Shape(**dict(zip(("d_model", "n_layers", "n_heads", "d_ff"), shape, strict=True)))
-    static = Program(
-        model=for_program(ModelConfig(compute_dtype=dtype)), shape=whole, batch_size=batch_size, micro_batch=batch_size,
-        loss="bce", schedule="cosine", stochastic=True, layout=layout,
+    static = StaticConfig(
+        model=static_model(ModelConfig(compute_dtype=dtype)), shape=whole,
+        batch_size=batch_size, micro_batch=batch_size, loss="bce", schedule="cosine", stochastic=True, layout=layout,
     )  # fmt: skip
     began = time.perf_counter()
     sizes = {"n_features": 25, "n_rows": 8192, "n_samples": 8192}
-    training = step.compile_training(static, **sizes, n_members=n_members)
-    evaluation = step.compile_logits(static.model, whole, **sizes, layout=layout)
+    training = train_step.compile_training(static, **sizes, n_members=n_members)
+    evaluation = train_step.compile_logits(static.model, whole, **sizes, layout=layout)
     program: Any = training.segment
     text = program.as_text()
     kernels, collectives = per_step(text)
-    estimate = placement.footprint(static.model, whole, 25, Arrangement(batch_size, layout=layout)).total
+    estimate = memory.footprint(static.model, whole, 25, BatchLayout(batch_size, layout=layout)).total
     return {
         "budget": budget, "shape": shape, "batch_size": batch_size, "dtype": dtype, "layout": str(layout),
         "n_members": n_members, "compile_s": time.perf_counter() - began,

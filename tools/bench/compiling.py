@@ -54,11 +54,11 @@ def in_a_fresh_process(shape: tuple[int, ...]) -> dict[str, float]:
 
 def _extremes(budget: str) -> list[tuple[int, int, int, int]]:
     from fintx.config import load
-    from fintx.model import sizes
+    from fintx.model import param_count
 
     spec = load.study(ROOT / "sweeps" / f"{budget}_h1.toml")
-    shapes = sizes.feasible(spec.architecture, spec.budget, [spec.model], 25)
-    by_size = sorted(shapes, key=lambda shape: sizes.count(spec.model, shape, 25).total)
+    shapes = param_count.feasible_shapes(spec.architecture, spec.budget, [spec.model], 25)
+    by_size = sorted(shapes, key=lambda shape: param_count.count_params(spec.model, shape, 25).total)
     deepest = max(shapes, key=lambda shape: (shape.n_layers, shape.n_heads))
     widest = max(shapes, key=lambda shape: (shape.d_model, shape.d_ff))
     chosen = dict.fromkeys((by_size[0], by_size[len(by_size) // 2], by_size[-1], deepest, widest))
@@ -84,35 +84,44 @@ def main() -> None:
     import jax
     import ours
 
-    from fintx.model import transformer
-    from fintx.train import step
-    from fintx.train.compiling import compiled
-    from fintx.train.state import abstract_hyper, abstract_state, for_program, init, program
+    from fintx.model import encoder
+    from fintx.train import train_step
+    from fintx.train.compilation import compile_lowered
+    from fintx.train.train_state import (
+        abstract_hyperparameters,
+        abstract_state,
+        init_state,
+        static_config,
+        static_model,
+    )
 
     case = cases.Case("compile", *shape[:4], batch_size=shape[4] if len(shape) > 4 else 64)
     config = ours.trial(case)
-    static, windows = program(config), step.abstract_windows(n_features=cases.N_FEATURES, n_rows=4096, n_samples=4096)
-    model = for_program(config.model)
+    static, windows = (
+        static_config(config),
+        train_step.abstract_windows(n_features=cases.N_FEATURES, n_rows=4096, n_samples=4096),
+    )
+    model = static_model(config.model)
 
     def segment(*arguments: Any) -> Any:
-        return step.train_segment(static, *arguments)
+        return train_step.train_segment(static, *arguments)
 
     jax.jit(lambda: 0)()  # the backend's own beginning
     began, cpu = time.perf_counter(), time.process_time()
-    state, tally = abstract_state(static, n_features=cases.N_FEATURES), jax.eval_shape(step.empty_tally)
+    state, tally = abstract_state(static, n_features=cases.N_FEATURES), jax.eval_shape(train_step.empty_sums)
     count = jax.ShapeDtypeStruct((), "int32")
-    traced = jax.jit(segment, donate_argnums=1).trace(abstract_hyper(), state, tally, windows, count)
+    traced = jax.jit(segment, donate_argnums=1).trace(abstract_hyperparameters(), state, tally, windows, count)
     at_trace = time.perf_counter()
     lowered = traced.lower()
     at_lower = time.perf_counter()
-    segment_program = compiled(lowered, config.model, config.shape)
+    segment_program = compile_lowered(lowered, config.model, config.shape)
     at_compile, cpu_s = time.perf_counter(), time.process_time() - cpu
-    start = jax.jit(lambda values: init(static, values, n_features=cases.N_FEATURES))
-    compiled(start.lower(abstract_hyper()), config.model, config.shape)
+    start = jax.jit(lambda values: init_state(static, values, n_features=cases.N_FEATURES))
+    compile_lowered(start.lower(abstract_hyperparameters()), config.model, config.shape)
     at_start = time.perf_counter()
-    params = transformer.abstract_params(model, config.shape, cases.N_FEATURES)
-    evaluation = jax.jit(lambda params, windows: step.logits(model, config.shape, params, windows))
-    compiled(evaluation.lower(params, windows), config.model, config.shape)
+    params = encoder.abstract_params(model, config.shape, cases.N_FEATURES)
+    evaluation = jax.jit(lambda params, windows: train_step.logits(model, config.shape, params, windows))
+    compile_lowered(evaluation.lower(params, windows), config.model, config.shape)
     stats = segment_program.memory_analysis()
     print(json.dumps({
         "trace_s": at_trace - began, "lower_s": at_lower - at_trace, "compile_s": at_compile - at_lower,

@@ -31,7 +31,7 @@ import overhead
 import tables
 from turns import Contestant
 
-from fintx.study import runtime
+from fintx.study import study_file
 
 HERE = Path(__file__).resolve().parent
 RIVALS = ("eager", "sdpa", "compile", "huggingface")
@@ -81,7 +81,7 @@ def contestants(
 ) -> tuple[Contestant, Contestant | None]:
     """Both sides, on the same cores, with the same allocator's settings."""
     python_path = {"PYTHONPATH": os.pathsep.join([str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")])}
-    both = runtime.SETTINGS | (environment or {})
+    both = study_file.SETTINGS | (environment or {})
     ours = Contestant(sys.executable, HERE / "ours.py", cores=cores, environment=python_path | both)
     return ours, Contestant(rivals, HERE / "rivals.py", cores=cores, environment=both) if rivals else None
 

@@ -197,7 +197,7 @@ def study(given: argparse.Namespace) -> None:
                 "study.n_trials=2", "budget.parameters=\"20K\"", "train.max_epochs=1",
                 "architecture.d_model=[16]", "architecture.n_heads=[2]", "study.n_startup_trials=1",
             ]  # fmt: skip
-        command = [sys.executable, "-m", "fintx.cli", "sweep", str(ROOT / "sweeps" / "200M_h3.toml")]
+        command = [sys.executable, "-m", "fintx.cli.main", "sweep", str(ROOT / "sweeps" / "200M_h3.toml")]
         command += ["--outputs", folder, "--data-dir", folder]
         command += [part for change in changes for part in ("--set", change)]
         began = time.perf_counter()

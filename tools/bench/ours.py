@@ -1,7 +1,7 @@
 """The contestant that is fintx: its own step, its own trial loop, run as a study's worker runs them.
 
-fintx: `step.Training.segment`, as `loop.fit` calls it. eight, cores, population: eight seeds one after the other, by a
-thread per core, and as one program by `jax.vmap` over state and hyper.
+fintx: `train_step.TrainPrograms.segment`, as `trainer.fit` calls it. eight, cores, population: eight seeds one after
+the other, by a thread per core, and as one program by `jax.vmap` over state and hyperparameters.
 """
 
 from __future__ import annotations
@@ -15,14 +15,7 @@ from typing import Any
 
 from turns import keep_to_cores, serve, timed
 
-N_THREADS = keep_to_cores()
-
-import cases  # noqa: E402
-import jax  # noqa: E402
-import numpy as np  # noqa: E402
-import profiling  # noqa: E402
-
-from fintx.config.schema import (  # noqa: E402
+from fintx.config.schema import (
     DataConfig,
     ModelConfig,
     OptimConfig,
@@ -32,12 +25,19 @@ from fintx.config.schema import (  # noqa: E402
     TrainConfig,
     TrialConfig,
 )
-from fintx.data.scaling import Scaling  # noqa: E402
-from fintx.data.windows import Dataset, Part  # noqa: E402
-from fintx.study import environment  # noqa: E402
-from fintx.train import loop, step  # noqa: E402
-from fintx.train.compiling import compiled  # noqa: E402
-from fintx.train.state import TargetScale, hyper, program  # noqa: E402
+from fintx.data.datasets import Dataset, Part
+from fintx.data.standardize import Standardizer
+from fintx.study import study_file
+from fintx.train import train_step, trainer
+from fintx.train.compilation import compile_lowered
+from fintx.train.train_state import TargetScale, hyperparameters, static_config
+
+N_THREADS = keep_to_cores()
+
+import cases  # noqa: E402
+import jax  # noqa: E402
+import numpy as np  # noqa: E402
+import profiling  # noqa: E402
 
 MEMBERS = 8
 
@@ -78,7 +78,7 @@ def dataset(case: cases.Case) -> Dataset:
         close=np.ones(n_rows),
         train=Part(rows=rows[:n_train], labels=labels[:n_train]),
         validation=Part(rows=rows[n_train:], labels=labels[n_train:]),
-        scaling=Scaling(mean={}, std={}, pooled_mean=np.zeros(25), pooled_std=np.ones(25)),
+        scaling=Standardizer(mean={}, std={}, pooled_mean=np.zeros(25), pooled_std=np.ones(25)),
         data_hash="",
         label_hash="",
         split_hash="",
@@ -91,12 +91,12 @@ class Steps:
     def __init__(self, case: cases.Case):
         config, data = trial(case), dataset(case)
         scale = TargetScale(mean=0.0, sd=1.0)
-        self.hyper = hyper(config, labels=data.train.labels, scale=scale)
-        self.windows = step.place(data.features, data.train.rows, data.train.labels)
+        self.hyper = hyperparameters(config, labels=data.train.labels, scale=scale)
+        self.windows = train_step.place(data.features, data.train.rows, data.train.labels)
         (n_rows, n_features), n_samples = self.windows.features.shape, len(self.windows.rows)
         sizes = {"n_features": n_features, "n_rows": n_rows, "n_samples": n_samples}
-        self.training = step.compile_training(program(config), **sizes)
-        self.state, self.tally, self.n = self.training.start(self.hyper), step.empty_tally(), np.int32(case.steps)
+        self.training = train_step.compile_training(static_config(config), **sizes)
+        self.state, self.tally, self.n = self.training.start(self.hyper), train_step.empty_sums(), np.int32(case.steps)
 
     def turn(self) -> None:
         self.state, self.tally = self.training.segment(self.hyper, self.state, self.tally, self.windows, self.n)
@@ -106,7 +106,7 @@ class Steps:
 def hypers(case: cases.Case, n: int) -> list[Any]:
     """The values of n members that differ in their seed."""
     labels, scale = dataset(case).train.labels, TargetScale(mean=0.0, sd=1.0)
-    return [hyper(trial(case, seed=seed), labels=labels, scale=scale) for seed in range(n)]
+    return [hyperparameters(trial(case, seed=seed), labels=labels, scale=scale) for seed in range(n)]
 
 
 class Eight:
@@ -114,7 +114,7 @@ class Eight:
 
     def __init__(self, case: cases.Case, n: int = MEMBERS):
         self.one, self.hypers = Steps(case), hypers(case, n)
-        self.members = [(self.one.training.start(values), step.empty_tally()) for values in self.hypers]
+        self.members = [(self.one.training.start(values), train_step.empty_sums()) for values in self.hypers]
 
     def turn(self) -> None:
         for i in range(len(self.members)):
@@ -138,7 +138,7 @@ class Population:
     """Members under vmap."""
 
     def __init__(self, case: cases.Case, n: int = MEMBERS):
-        eight, static = Eight(case, n), program(trial(case))
+        eight, static = Eight(case, n), static_config(trial(case))
         stack = lambda *leaves: np.stack([np.asarray(leaf) for leaf in leaves])  # noqa: E731
         self.hypers = jax.device_put(jax.tree.map(stack, *eight.hypers))
         self.state = jax.device_put(jax.tree.map(stack, *[state for state, _ in eight.members]))
@@ -146,10 +146,10 @@ class Population:
         self.windows, self.n = eight.one.windows, eight.one.n
 
         def segment(hypers: Any, state: Any, tally: Any, windows: Any, n: Any) -> Any:
-            return jax.vmap(lambda h, s, t: step.train_segment(static, h, s, t, windows, n))(hypers, state, tally)
+            return jax.vmap(lambda h, s, t: train_step.train_segment(static, h, s, t, windows, n))(hypers, state, tally)
 
         arguments = (self.hypers, self.state, self.tally, self.windows, self.n)
-        self.segment = compiled(jax.jit(segment, donate_argnums=1).lower(*arguments), static.model, static.shape)
+        self.segment = compile_lowered(jax.jit(segment, donate_argnums=1).lower(*arguments), static.model, static.shape)
 
     def turn(self) -> None:
         self.state, self.tally = self.segment(self.hypers, self.state, self.tally, self.windows, self.n)
@@ -157,7 +157,7 @@ class Population:
 
 
 class Trial:
-    """`loop.fit`, held between epochs. The first is not measured: it compiles."""
+    """`trainer.fit`, held between epochs. The first is not measured: it compiles."""
 
     def __init__(self, case: cases.Case):
         self._go: SimpleQueue[None] = SimpleQueue()
@@ -172,7 +172,7 @@ class Trial:
             self._epochs.put(None)
             self._go.get()
 
-        loop.fit(
+        trainer.fit(
             trial(case), dataset(case), metric="log_loss", on_epoch=hold, should_stop=self._ending.is_set,
         )  # fmt: skip
 
@@ -220,16 +220,16 @@ class Ours:
             if isinstance(held, Trial):
                 held.close()
         self.held.clear()
-        step.compile_training.cache_clear()
-        step.compile_logits.cache_clear()
+        train_step.compile_training.cache_clear()
+        train_step.compile_logits.cache_clear()
         return {}
 
     def about(self) -> dict[str, Any]:
         return {
-            "versions": environment.libraries(),
+            "versions": study_file.libraries(),
             "threads": N_THREADS,
-            "device": environment.device(),
-            "commit": environment.git_commit(),
+            "device": study_file.device(),
+            "commit": study_file.git_commit(),
         }
 
 

@@ -37,7 +37,17 @@ def _study(n_trials: int) -> dict[str, Any]:
     from fintx.study import records
 
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "fintx.cli", "sweep", str(DEMO), "--outputs", folder, "--data-dir", folder]
+        command = [
+            sys.executable,
+            "-m",
+            "fintx.cli.main",
+            "sweep",
+            str(DEMO),
+            "--outputs",
+            folder,
+            "--data-dir",
+            folder,
+        ]
         for change in (*SMALLEST, f"study.n_trials={n_trials}"):
             command += ["--set", change]
         began = time.perf_counter()
@@ -64,12 +74,12 @@ def _saving(tiny: bool) -> dict[str, Any]:
     import ours
 
     from fintx.train import checkpoint
-    from fintx.train.state import init, program
+    from fintx.train.train_state import init_state, static_config
 
     case = cases.TINY if tiny else cases.STEPS[0]
     config = ours.trial(case)
     values = ours.hypers(case, 1)[0]
-    state = jax.tree.map(np.array, init(program(config), values, n_features=cases.N_FEATURES))
+    state = jax.tree.map(np.array, init_state(static_config(config), values, n_features=cases.N_FEATURES))
     best, whole = [], []
     with tempfile.TemporaryDirectory() as folder:
         for turn in range(2 if tiny else 5):
@@ -88,7 +98,7 @@ def _saving(tiny: bool) -> dict[str, Any]:
 def _counting() -> dict[str, Any]:
     """Enumerate shapes within budgets and count each exactly."""
     from fintx.config.schema import ArchitectureConfig, BudgetConfig, LayerRange, ModelConfig
-    from fintx.model import sizes
+    from fintx.model import param_count
 
     model = ModelConfig()
     architecture = ArchitectureConfig(
@@ -97,9 +107,9 @@ def _counting() -> dict[str, Any]:
     )  # fmt: skip
     budget = BudgetConfig(parameters=20_000_000, tolerance=0.5)
     began = time.perf_counter()
-    shapes = sizes.feasible(architecture, budget, [model], 25)
+    shapes = param_count.feasible_shapes(architecture, budget, [model], 25)
     enumerated_s = time.perf_counter() - began
-    counted = [sizes.count(model, shape, 25).total for shape in shapes[:10_000]]
+    counted = [param_count.count_params(model, shape, 25).total for shape in shapes[:10_000]]
     seconds = time.perf_counter() - began
     assert all(budget.low <= n <= budget.high for n in counted)
     return {

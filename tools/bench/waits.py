@@ -20,13 +20,13 @@ import time
 from pathlib import Path
 from typing import Any
 
+from fintx.config import load
+from fintx.config.schema import StudySpec
+from fintx.run import scheduler, workers
+from fintx.study.events import EpochDone, Event, RunContext
+
 os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # inherited by the workers
 
-from fintx.config import load  # noqa: E402
-from fintx.config.schema import StudySpec  # noqa: E402
-from fintx.study import pool, runner  # noqa: E402
-from fintx.study.context import RunContext
-from fintx.study.events import EpochDone, Event  # noqa: E402
 
 DEMO = ("train.max_epochs=40", "train.patience=40")
 """So that a trial of the demo trains for about as long as a shape takes to compile, on two cores."""
@@ -41,7 +41,7 @@ def main() -> None:
     arguments.add_argument("--set", action="append", default=[], dest="changes", help="as of fintx sweep")
     arguments.add_argument("--out", type=Path)
     given = arguments.parse_args()
-    pool.keep_off_the_gpus()
+    workers.keep_off_the_gpus()
     changes = [*(DEMO if given.file.name == "demo.toml" else ()), *given.changes, f"study.n_trials={given.trials}"]
     runs = []
     for number in range(given.rounds):
@@ -66,7 +66,7 @@ def measure(spec: StudySpec) -> dict[str, Any]:
             first_epoch.append(time.perf_counter())
 
     with tempfile.TemporaryDirectory() as root:
-        summary = runner.run(spec, RunContext(Path(root) / "outputs", Path(root) / "data", notify))
+        summary = scheduler.run_study(spec, RunContext(Path(root) / "outputs", Path(root) / "data", notify))
         ended = time.perf_counter()
     waits = [record.wait_s for record in summary.records if record.wait_s is not None]
     span_s = ended - first_epoch[0]

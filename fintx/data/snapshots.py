@@ -1,0 +1,220 @@
+"""Which data are kept, and are they still what they were? Immutable Parquet snapshots and one manifest per kind.
+
+    <root>/raw/manifest.jsonl         one line per snapshot of bars, named SPY.OHLCV.daily
+    <root>/raw/SPY.OHLCV.daily/<version>.parquet
+    <root>/processed/…                the same for features, whose parents are raw versions
+
+A version is the hash of the content, so the same bytes are never kept twice and other bytes never replace them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import fcntl
+import hashlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import pyarrow as pa
+import pyarrow.compute
+import pyarrow.parquet as pq
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from fintx import files
+from fintx.errors import FintxError
+
+Kind = Literal["raw", "processed"]
+KINDS: tuple[Kind, ...] = ("raw", "processed")
+
+
+class DamagedManifest(FintxError):
+    """A manifest holds a line that is not an entry."""
+
+
+class Snapshot(BaseModel):
+    """One immutable snapshot."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    name: str
+    """SPY.OHLCV.daily, SPY+VIX.stationary.daily, …"""
+    version: str
+    """sha256 of the content: the columns' values, independent of the file format."""
+    sha256: str
+    """Of the file."""
+    path: str
+    """Relative to the data folder."""
+    rows: int
+    first_date: str
+    last_date: str
+    parents: tuple[str, ...] = ()
+    """name@version of what it was made of."""
+    source: str
+    """Where the bars came from, or how the features were made."""
+    repairs: tuple[str, ...] = ()
+    """What was mended, in words with dates."""
+    columns: tuple[str, ...]
+    created: str
+    fintx_version: str
+
+
+def store(
+    root: Path,
+    kind: Kind,
+    name: str,
+    table: pa.Table,
+    *,
+    version: str,
+    source: str,
+    parents: tuple[str, ...] = (),
+    repairs: tuple[str, ...] = (),
+    fintx_version: str,
+) -> tuple[Snapshot, bool]:
+    """Keep a table as an immutable snapshot.
+
+    Args:
+        table: with a `date` column (date32).
+        version: hash of the content.
+
+    Returns:
+        The entry, and whether it was written; content that is known already and there is not written again.
+
+    Raises:
+        FintxError: the disk is full or can't be written; nothing is half-written then.
+    """
+    folder = root / kind
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with _locked(folder):
+            kept = [known for known in all_snapshots(root, kind) if (known.name, known.version) == (name, version)]
+            if kept and (root / kept[-1].path).exists():
+                return kept[-1], False
+            entry = _write(root, kind, name, table, version, source, parents, repairs, fintx_version)
+            if kept and kept[-1].sha256 == entry.sha256:
+                return kept[-1], True  # a snapshot that went missing is back
+            try:
+                _append_line(folder / "manifest.jsonl", entry.model_dump_json())
+            except OSError:
+                (root / entry.path).unlink(missing_ok=True)
+                raise
+            return entry, True
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise FintxError(f"{folder}: {name} can't be kept: {reason}; mend that and give the command again") from error
+
+
+def all_snapshots(root: Path, kind: Kind) -> list[Snapshot]:
+    """All snapshots of a kind, oldest first.
+
+    Raises:
+        DamagedManifest: a line (but a torn last one, which is no entry yet) does not parse.
+    """
+    path = root / kind / "manifest.jsonl"
+    if not path.is_file():
+        return []
+    found = []
+    # What follows the last newline was cut off while it was written: its snapshot is not kept yet.
+    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
+        try:
+            found.append(Snapshot.model_validate_json(line))
+        except ValidationError:
+            raise DamagedManifest(
+                f"{path}:{number}: is no manifest entry; restore the file from a copy, or take the line out "
+                "and import the data again"
+            ) from None
+    return found
+
+
+def latest(root: Path, kind: Kind, name: str) -> Snapshot | None:
+    """The newest snapshot of a name."""
+    return next((entry for entry in reversed(all_snapshots(root, kind)) if entry.name == name), None)
+
+
+def verify(root: Path) -> list[str]:
+    """Check every entry against its file.
+
+    Returns:
+        One line per problem: missing, changed and orphaned files by name, and unreadable manifests; empty if none.
+    """
+    problems = []
+    for kind in KINDS:
+        folder = root / kind
+        try:
+            kept = all_snapshots(root, kind)
+        except DamagedManifest as error:
+            problems.append(f"damaged: {error}")
+            continue
+        newest = {entry.path: entry for entry in kept}
+        for entry in newest.values():
+            path = root / entry.path
+            if not path.is_file():
+                problems.append(f"missing: {entry.path} ({entry.name}, {entry.rows} rows)")
+            elif file_sha256(path) != entry.sha256:
+                problems.append(f"changed: {entry.path} ({entry.name}) is not the file that was kept")
+        for path in sorted([*folder.rglob("*.parquet"), *folder.rglob("*.tmp")]):
+            if path.relative_to(root).as_posix() not in newest:
+                problems.append(f"orphaned: {path.relative_to(root).as_posix()} is in no manifest")
+    return problems
+
+
+def file_sha256(path: Path) -> str:
+    """sha256 (hex) of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _write(
+    root: Path,
+    kind: Kind,
+    name: str,
+    table: pa.Table,
+    version: str,
+    source: str,
+    parents: tuple[str, ...],
+    repairs: tuple[str, ...],
+    fintx_version: str,
+) -> Snapshot:
+    relative = Path(kind) / name / f"{version[:16]}.parquet"
+    path = root / relative
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with files.replacing(path) as temporary:  # what is there without an entry is the rest of a write that was cut off
+        pq.write_table(table, temporary, compression="zstd")
+    dates = table["date"]
+    return Snapshot(
+        name=name,
+        version=version,
+        sha256=file_sha256(path),
+        path=relative.as_posix(),
+        rows=table.num_rows,
+        first_date=str(pa.compute.min(dates).as_py()),
+        last_date=str(pa.compute.max(dates).as_py()),
+        parents=parents,
+        source=source,
+        repairs=repairs,
+        columns=tuple(table.column_names),
+        created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        fintx_version=fintx_version,
+    )
+
+
+def _append_line(path: Path, line: str) -> None:
+    with path.open("a+b") as file:
+        end = file.seek(0, os.SEEK_END)
+        if end:
+            file.seek(end - 1)
+            if file.read(1) != b"\n":
+                file.seek(0)
+                file.truncate(file.read().rfind(b"\n") + 1)  # the torn line of a writer that was cut off
+        file.write(line.encode() + b"\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[Any]:
+    with (folder / ".lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield

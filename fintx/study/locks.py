@@ -1,0 +1,202 @@
+"""Who may write to a folder? One process at a time; the second learns who holds it.
+
+A study's folder is held by one coordinator per host, a trial's run folder by one worker. Both are kernel locks, gone
+with their process however it ends. A run folder can be seized: its trial has been given to another attempt, and the
+worker that still holds it (frozen, or cut off from its coordinator) may no longer write. It finds out by itself: the
+lock file at the path is not the one that it holds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import signal
+import socket
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO
+
+from fintx.errors import FintxError
+from fintx.study import records, study_file
+from fintx.study.study_file import now
+
+_ORPHAN_S = 10.0
+"""How long a worker whose coordinator died may take to save and let go of its run folder."""
+
+
+class StudyBusy(FintxError):
+    """Another process runs this study."""
+
+
+class Superseded(Exception):
+    """The run folder belongs to another attempt now: nothing may be written to it any more."""
+
+
+@contextlib.contextmanager
+def hold(study_folder: Path, *, alone: bool = False) -> Iterator[None]:
+    """Hold a study's folder against other coordinators of this host; those of other hosts join.
+
+    Args:
+        alone: against those of other hosts too, as far as they share the folder and its file system has locks.
+
+    Raises:
+        StudyBusy: another process holds it.
+        FintxError: the folder can't be made or written.
+    """
+    try:
+        study_folder.mkdir(parents=True, exist_ok=True)
+        path = study_folder / "lock" if alone else _lock_file(study_folder)
+        file = path.open("a+", encoding="utf-8")
+    except OSError as error:
+        raise FintxError(f"{study_folder}: can't be written: {error.strerror}; choose another --outputs") from error
+    with file:
+        if not _taken(file, patience_s=0.2):  # `holder` takes it too, for an instant
+            raise StudyBusy(
+                f"{study_folder}: is being run by {_holder(file)}; wait for it, or stop it: fintx stop {study_folder}"
+            )
+        _sign(file)
+        yield
+        file.truncate(0)
+
+
+def holder_of(study_folder: Path) -> str | None:
+    """Who runs a study now, in words, as far as the file system tells; none: nobody."""
+    for path in sorted(study_folder.glob("lock-*")):
+        with path.open("r", encoding="utf-8") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return file.read().strip() or "another process"
+    return None
+
+
+@contextlib.contextmanager
+def seize(run_folder: Path) -> Iterator[Callable[[], None]]:
+    """Hold a trial's run folder, taking it from an earlier attempt that still has it.
+
+    An earlier worker that lost its coordinator is given time to save; then it is killed, if it runs on this host.
+
+    Returns:
+        What to call right before anything is committed there; it raises `Superseded` if another attempt has seized
+        the folder meanwhile.
+    """
+    run_folder.mkdir(parents=True, exist_ok=True)
+    path = run_folder / "lock"
+    file = path.open("a+", encoding="utf-8")
+    if not _taken(file, patience_s=_ORPHAN_S):
+        _kill_holder(file)
+        file.close()
+        fresh = path.with_name(f".lock-{os.getpid()}")
+        file = fresh.open("w+", encoding="utf-8")
+        fcntl.flock(file, fcntl.LOCK_EX)
+        fresh.rename(path)
+    mine = os.fstat(file.fileno()).st_ino
+
+    def check() -> None:
+        try:
+            current = path.stat().st_ino
+        except FileNotFoundError:
+            current = None
+        if current != mine:
+            raise Superseded(f"{run_folder} was taken over by another attempt")
+
+    with file:
+        _sign(file)
+        yield check
+
+
+def _lock_file(study_folder: Path) -> Path:
+    return study_folder / f"lock-{socket.gethostname()}"
+
+
+def _sign(file: IO[str]) -> None:
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()} since {now()}")
+    file.flush()
+
+
+def _holder(file: IO[str]) -> str:
+    file.seek(0)
+    return file.read().strip() or "another process"
+
+
+def _kill_holder(file: IO[str]) -> None:
+    """The kernel says that the holder lives, and the holder wrote down who it is."""
+    words = _holder(file).split()
+    if words[:1] == ["process"] and words[3:4] == [socket.gethostname()] and words[1].isdigit():
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(int(words[1]), signal.SIGKILL)
+
+
+def _taken(file: IO[str], *, patience_s: float) -> bool:
+    deadline = time.monotonic() + patience_s
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.02)
+        else:
+            return True
+
+
+_STOP_FILE = "stop"
+STOP_HEARD = "asked to stop; what trains now comes to its end first"
+"""What a run says when it has seen a request."""
+
+
+def ask_to_stop(study: str, *, outputs: Path) -> str:
+    """Ask the coordinator to stop once the trials that run now are finished.
+
+    Args:
+        study: its name, or its folder.
+
+    Returns:
+        What will happen, in a line.
+
+    Raises:
+        FintxError: there is no such study, or nobody runs it.
+    """
+    folder = study_file.find_study(study, outputs=outputs)
+    holder = holder_of(folder)
+    if holder is None:
+        raise FintxError(f"{folder}: nobody is running it, so there is nothing to stop")
+    records.write_atomically(folder / _STOP_FILE, f"asked by process {os.getpid()} at {time.time_ns()}\n")
+    return f"{folder}: asked {holder} to stop; the trials that run now come to their end first"
+
+
+class Stopped(Exception):
+    """A stop was asked for while a study began; nothing of it runs."""
+
+
+class StopRequests:
+    """Those made of a run since it took its study's folder; an older one was another run's."""
+
+    def __init__(self, study_folder: Path) -> None:
+        self._file = study_folder / _STOP_FILE
+        self._before = self._latest()
+
+    def came(self) -> bool:
+        """Whether there is one. A folder that can't be read just now tells nothing: it is looked at again soon."""
+        try:
+            return self._latest() != self._before
+        except OSError:
+            return False
+
+    def heed(self, should_stop: Callable[[], bool]) -> None:
+        """Where nothing runs yet.
+
+        Raises:
+            Stopped: there is one, or the whole run is to stop.
+        """
+        if should_stop() or self.came():
+            raise Stopped
+
+    def _latest(self) -> str:
+        try:
+            return self._file.read_text(encoding="utf-8")
+        except FileNotFoundError:
+            return ""

@@ -1,0 +1,217 @@
+"""Files are edited while their studies run, or between: what may change is taken, what can't be is told at its line."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from fintx.run import requests, scheduler
+from fintx.run.search import Search
+from fintx.study import lifecycle, locks, queue, study_file
+from fintx.study.events import Event, Notice, RunContext, StudyReady
+from fintx.study.lifecycle import StudyRequest
+
+ENTRY = '\n[[queue]]\nd_model = 8\nn_layers = {}\nn_heads = 1\nd_ff = 16\nid = "{}"\n'
+MANUAL = ENTRY + 'sweep = "tiny.toml"\n'
+
+Courses = Callable[[StudyRequest], Search]
+
+
+@pytest.fixture
+def file(tiny_file: Path, tmp_path: Path) -> Path:
+    """The tiny sweep file, of a budget that takes two depths, to be edited."""
+    path = tmp_path / "tiny.toml"
+    path.write_text(tiny_file.read_text().replace('"1.2K"', '"1.5K"\ntolerance = 0.6'))
+    return path
+
+
+@pytest.fixture
+def told() -> list[str]:
+    """What the courses said."""
+    return []
+
+
+@pytest.fixture
+def begun(tmp_path: Path, data_root: Path, told: list[str]) -> Iterator[Courses]:
+    """Opens an order's study; nothing is trained. The one opened before is closed."""
+    stack = ExitStack()
+
+    def hear(event: Event) -> None:
+        if isinstance(event, Notice):
+            told.append(event.words)
+
+    def begin(order: StudyRequest) -> Search:
+        stack.close()
+        context = RunContext(tmp_path / "outputs", data_root, hear)
+        opened = stack.enter_context(lifecycle.open_study(order, context))
+        told.clear()
+        return Search(opened, order, context)
+
+    with stack:
+        yield begin
+
+
+def anything(config: object) -> int:
+    """There is room for any trial."""
+    return 0
+
+
+def line_of(path: Path, nth: int) -> int:
+    """The line of the nth queue entry's head."""
+    lines = path.read_text().splitlines()
+    return [index for index, line in enumerate(lines, start=1) if line == "[[queue]]"][nth]
+
+
+def add(path: Path, text: str) -> None:
+    path.write_text(path.read_text() + text)
+
+
+@pytest.mark.parametrize("change", ["n_layers = 3", 'n_layers = 2\n"optim.learning_rate" = 0.002'])
+def test_an_id_that_a_trial_has_is_refused_for_another_content(change, file, begun):
+    add(file, ENTRY.format(2, "deep") + '"optim.learning_rate" = 0.001\n')
+    begun(requests.of_sweep(file, ())).next_job(anything)
+    begun(requests.of_sweep(file, ()))
+    text = file.read_text()
+    file.write_text(
+        text.replace("= 0.001\n", "= 0.002\n") if "rate" in change else text.replace("n_layers = 2", change)
+    )
+    before = (file.parent / "outputs" / "tiny" / "study.json").read_bytes()
+    with pytest.raises(queue.QueueError) as caught:
+        begun(requests.of_sweep(file, ()))
+    assert str(caught.value).startswith(
+        f"{file}:{line_of(file, 0)}: queue[0]: its id deep is that of trial 0, which has"
+    )
+    assert "\n" not in str(caught.value)
+    assert (file.parent / "outputs" / "tiny" / "study.json").read_bytes() == before
+
+
+def test_and_while_the_study_runs(file, begun, told):
+    add(file, ENTRY.format(2, "deep"))
+    course = begun(requests.of_sweep(file, ()))
+    assert course.next_job(anything).entry == "deep"
+    file.write_text(file.read_text().replace("n_layers = 2\n", "n_layers = 3\n"))
+    course.tick()
+    assert any("is not taken" in words and "its id deep is that of trial 0" in words for words in told)
+    assert course.spec.queue[0].n_layers == 2
+
+
+def test_what_is_wrong_with_a_manual_files_entry_is_told_at_its_line_there(file, tmp_path):
+    manual = tmp_path / "manual.toml"
+    (tmp_path / "other.toml").write_text(file.read_text().replace('"tiny"', '"other"'))
+    manual.write_text(MANUAL.format(2, "a").replace("tiny", "other") + MANUAL.format(2, "b") + MANUAL.format(90, "c"))
+    with pytest.raises(queue.QueueError) as caught:
+        scheduler.run_studies(requests.of_manual(manual, ()), RunContext(tmp_path / "outputs", tmp_path / "data"))
+    assert str(caught.value).startswith(f"{manual}:{line_of(manual, 2)}: queue[2]: d_model 8, n_layers 90, n_heads 1")
+    assert not (tmp_path / "outputs").exists()
+
+
+def test_a_queue_in_a_base_is_told_at_its_line_there(file, tmp_path):
+    add(file, ENTRY.format(90, "a"))
+    own = tmp_path / "own.toml"
+    own.write_text('extends = "tiny.toml"\n[study]\nname = "own"\n')
+    (result,) = scheduler.run_studies([requests.of_sweep(own, ())], RunContext(tmp_path / "outputs", tmp_path / "data"))
+    assert str(result.problem).startswith(f"{file}:{line_of(file, 0)}: queue[0]: d_model 8, n_layers 90")
+
+
+def test_a_manual_file_can_be_filled_while_it_runs(file, begun, told):
+    manual = file.with_name("manual.toml")
+    manual.write_text(MANUAL.format(2, "first"))
+    (order,) = requests.of_manual(manual, ())
+    course = begun(order)
+    assert course.next_job(anything).entry == "first" and course.next_job(anything) is None
+    add(manual, MANUAL.format(3, "second"))
+    course.tick()
+    assert course.next_job(anything).entry == "second"
+    known = study_file.read_study(course.opened.folder)
+    assert known is not None and known.spec.queue == ()
+    add(manual, MANUAL.format(90, "wrong"))
+    course._look_at = 0.0
+    course.tick()
+    assert f"{manual}:{line_of(manual, 2)}: queue[2]: d_model 8, n_layers 90" in told[-1]
+
+
+def test_the_base_may_be_edited_too(file, begun):
+    own = file.with_name("own.toml")
+    own.write_text('extends = "tiny.toml"\n[study]\nname = "own"\n')
+    course = begun(requests.of_sweep(own, ()))
+    file.write_text(file.read_text().replace("n_trials = 3", "n_trials = 30"))
+    course.tick()
+    assert course.spec.study.n_trials == 30
+
+
+def test_a_manual_run_keeps_the_studys_own_queue_and_its_extremes(file, begun):
+    add(file, ENTRY.format(2, "own"))
+    file.write_text(file.read_text().replace("[data]", "queue_extremes = true\n\n[data]", 1))
+    begun(requests.of_sweep(file, ()))
+    manual = file.with_name("manual.toml")
+    manual.write_text(MANUAL.format(3, "manual"))
+    (order,) = requests.of_manual(manual, ())
+    course = begun(order)
+    assert course.next_job(anything).entry == "manual" and course.waiting == ()
+    known = study_file.read_study(course.opened.folder)
+    assert known is not None and known.spec.study.queue_extremes and [each.id for each in known.spec.queue] == ["own"]
+    again = begun(requests.of_sweep(file, ()))
+    assert len(again.waiting) > 1 and "own" in again.waiting
+
+
+def test_execution_is_taken_while_the_study_runs_and_what_waits_is_told(file, begun, told):
+    course = begun(requests.of_sweep(file, ()))
+    text = file.read_text().replace("high = 1e-2", "high = 2e-2").replace("seed = 0", "seed = 1")
+    file.write_text(text + "\n[execution]\nhang_s = 77\nstorage = 'postgresql://me@there/x'\n[mesh]\nmodel = 2\n")
+    course.tick()
+    assert course.spec.execution.hang_s == 77 and course.spec.execution.storage == "journal"
+    assert course.next_job(anything).spec.execution.hang_s == 77
+    assert course.spec.mesh.model == 1
+    (words,) = [words for words in told if "hold from the next start" in words]
+    assert all(key in words for key in ("execution.storage", "mesh.model", "space.optim.learning_rate.high"))
+    assert "hang_s" not in words
+
+
+def test_a_fork_keeps_the_bars_of_the_old_study(file, begun):
+    course = begun(requests.of_sweep(file, ()))
+    versions = course.spec.data.versions
+    assert versions
+    forked = requests.of_fork(requests.of_sweep(file, ()), "forked", outputs=course.context.study_root)
+    assert forked.spec.data.versions == versions and forked.spec.study.name == "forked"
+    add(file, ENTRY.format(2, "later"))
+    fresh = forked.reload()
+    assert fresh is not None and fresh.data.versions == versions and fresh.queue[0].id == "later"
+
+
+def test_a_study_that_a_manual_file_comes_to_name_is_run_too(file, tmp_path, data_root):
+    """Stopped once it begins: what then happens to it is as for any other."""
+    manual, other = tmp_path / "manual.toml", tmp_path / "other.toml"
+    other.write_text(file.read_text().replace('"tiny"', '"other"'))
+    manual.write_text(MANUAL.format(2, "a"))
+    made, ready = requests.of_manual(manual, ()), []
+
+    def notify(event: Event) -> None:
+        if isinstance(event, StudyReady):
+            ready.append(event.study)
+            if event.study == "tiny":
+                add(manual, MANUAL.format(3, "b").replace("tiny", "other"))
+
+    results = scheduler.run_studies(
+        made, RunContext(tmp_path / "outputs", data_root, notify, lambda: "other" in ready), workers=2,
+        also=requests.added(manual, (), made),
+    )  # fmt: skip
+    assert ready == ["tiny", "other"] and [result.spec.study.name for result in results] == ready
+    assert [entry.id for entry in results[1].spec.queue] == ["b"]
+
+
+def test_one_study_of_two_can_be_stopped_while_its_baselines_are_fitted(file, tmp_path):
+    other = tmp_path / "other.toml"
+    other.write_text(file.read_text().replace('"tiny"', '"other"'))
+    outputs = tmp_path / "outputs"
+
+    def hear(event: Event) -> None:
+        if isinstance(event, Notice) and event.study == "tiny" and "what must be beaten" in event.words:
+            locks.ask_to_stop("tiny", outputs=outputs)
+
+    made = [requests.of_sweep(path, ("study.n_trials=1",)) for path in (file, other)]
+    stopped, run = scheduler.run_studies(made, RunContext(outputs, tmp_path / "data", hear))
+    assert stopped.interrupted and stopped.records == ()
+    assert not run.interrupted and len(run.records) == 1
