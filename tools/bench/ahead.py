@@ -49,6 +49,8 @@ gpu_device_info {
 }
 """
 _NO_KERNEL = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all"}
+_ALLOCATION = 'custom_call_target="AllocateBuffer"'
+"""A custom call that launches nothing: memory that a loop will fill."""
 _COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 
 
@@ -147,7 +149,7 @@ def per_step(program: str) -> tuple[int, dict[str, int]]:
                     times = int(re.search(r"known_trip_count\W+n\W+(\d+)", line)[1])  # type: ignore[index]
                 for what, n in counted(inner[1]).items():  # type: ignore[index]
                     found[what] += n * times
-            elif kind and kind not in _NO_KERNEL and not kind.endswith("-done"):
+            elif kind and kind not in _NO_KERNEL and not kind.endswith("-done") and _ALLOCATION not in line:
                 found["kernels"] += 1
                 found[kind] += kind in _COLLECTIVES
         return found

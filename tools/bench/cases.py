@@ -48,7 +48,7 @@ class Case:
 
 
 STEPS = (
-    Case("2M", 64, 48, 2, 256, 32, steps=12),
+    Case("2M", 64, 48, 2, 256, 32, steps=16),
     Case("20M", 256, 32, 2, 512, 64, steps=2),
     Case("200M", 768, 24, 16, 3072, 32, steps=1),
 )
@@ -61,7 +61,11 @@ TRIALS = (
 """A whole trial over 8,000 windows, loader and validation included; a turn is an epoch."""
 
 POPULATION = Case("0.3M", 64, 6, 2, 256, 32, steps=64)
-POPULATIONS = (Case("3K", 8, 2, 1, 16, 32, steps=512), Case("0.1M", 48, 4, 2, 192, 32, steps=128), POPULATION)
+POPULATIONS = (
+    Case("3K", 8, 2, 1, 16, 32, n_windows=16384, steps=512),
+    Case("0.1M", 48, 4, 2, 192, 32, n_windows=4096, steps=128),
+    POPULATION,
+)
 """Eight seeds together against eight runs one after the other."""
 
 TINY = Case("tiny", 16, 2, 2, 32, 8, n_windows=256, steps=2)

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -25,11 +26,13 @@ LARGE = {
 }
 BATCHES = {"200M": (32, 64, 128, 256, 512, 1024), "2B": (32, 64, 128, 256)}
 BESIDE = (
-    cases.Case("2M", 64, 48, 2, 256, 64, steps=20),
-    cases.Case("20M", 256, 32, 2, 512, 64, steps=20),
-    replace(LARGE["200M"], name="200M"),
+    cases.Case("2M", 64, 48, 2, 256, 64, dtype="bfloat16", steps=16),
+    cases.Case("20M", 256, 32, 2, 512, 64, dtype="bfloat16", steps=16),
+    LARGE["200M"],
 )
-SHARES = {"peak": 0.04, "mfu": 0.3, "population": 0.1, "beside": 0.22, "study": 0.34}
+RIVALS = ("eager", "sdpa", "graph", "compile")
+"""The slowest to get ready last: it has what time the others leave."""
+SHARES = {"peak": 0.04, "mfu": 0.26, "population": 0.1, "beside": 0.3, "study": 0.3}
 """Of the time, for each stage; what one leaves goes to the next."""
 
 
@@ -53,32 +56,39 @@ def main() -> None:
         del ahead[stage]
         found["stages"][stage] = _stage(stage, allowed, given)
         given.out.write_text(json.dumps(found, indent=1) + "\n")
-        print(f"{stage}: {json.dumps(found['stages'][stage])[:400]}", flush=True)
+        print(f"{stage} ended: {found['stages'][stage]['ended']}", flush=True)
     found["took_s"] = time.monotonic() - began
     given.out.write_text(json.dumps(found, indent=1) + "\n")
 
 
 def _stage(stage: str, allowed_s: float, given: argparse.Namespace) -> dict[str, Any]:
-    """The stage's lines of JSON, as many as it came to; it is ended when its time is over."""
+    """The stage's lines of JSON, as many as it came to, printed as they come; it is ended when its time is over."""
     command = [sys.executable, __file__, "--stage", stage, "--seconds", str(allowed_s)]
     command += ["--dry"] * given.dry + (["--rivals", given.rivals] if given.rivals else [])
-    began = time.monotonic()
+    began, told = time.monotonic(), []
     # A session of its own, so that all it started ends with it.
-    with tempfile.TemporaryFile("w+") as lines:
-        process = subprocess.Popen(command, stdout=lines, start_new_session=True)
-        try:
-            code: int | str = process.wait(timeout=allowed_s)
-        except subprocess.TimeoutExpired:
-            code = "out of time"
-        finally:
-            try:
-                os.killpg(process.pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
-            process.wait()
-        lines.seek(0)
-        told = [json.loads(line) for line in lines.read().splitlines() if line.startswith("{")]
-    return {"ended": code, "took_s": time.monotonic() - began, "found": told}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    assert process.stdout is not None
+    timer = threading.Timer(allowed_s, _end, (process.pid,))
+    timer.start()
+    try:
+        for line in process.stdout:
+            print(f"{stage}: {line}", end="", flush=True)
+            if line.startswith("{"):
+                told.append(json.loads(line))
+        code = process.wait()
+    finally:
+        timer.cancel()
+        _end(process.pid)
+    late = time.monotonic() - began >= allowed_s
+    return {"ended": "out of time" if late else code, "took_s": time.monotonic() - began, "found": told}
+
+
+def _end(session: int) -> None:
+    try:
+        os.killpg(session, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
 
 
 def _now() -> str:
@@ -107,9 +117,11 @@ def _matmul_rate(size: int, dtype: str) -> float:
     import jax
     import jax.numpy as jnp
 
-    a = jnp.ones((size, size), dtype)
-    product = jax.jit(lambda a: jax.lax.fori_loop(0, 10, lambda _, x: (a @ x) * jnp.asarray(1 / size, dtype), a))
-    return 10 * 2 * size**3 / _best_of(lambda: product(a).block_until_ready())
+    # Random numbers: products of ones switch fewer transistors, and run a tenth faster than training's.
+    a, b = (jax.random.normal(jax.random.key(i), (size, size)).astype(dtype) for i in range(2))
+    kept = jnp.asarray(size**-0.5, dtype)  # the numbers' size, from product to product
+    product = jax.jit(lambda a, b: jax.lax.fori_loop(0, 10, lambda _, x: (a @ x) * kept, b))
+    return 10 * 2 * size**3 / _best_of(lambda: product(a, b).block_until_ready())
 
 
 def _copy_rate(n_bytes: int) -> float:
@@ -140,7 +152,7 @@ def mfu(given: argparse.Namespace) -> None:
     rate = _matmul_rate(256 if given.dry else 8192, "bfloat16")
     for name, case in LARGE.items():
         for batch_size in BATCHES[name][: 2 if given.dry else None]:
-            one = cases.tiny(case) if given.dry else replace(case, batch_size=batch_size)
+            one = cases.tiny(case) if given.dry else _of_batch(case, batch_size)
             began = time.perf_counter()
             try:
                 steps = ours.Steps(one)
@@ -157,6 +169,11 @@ def mfu(given: argparse.Namespace) -> None:
             ours.step.compile_training.cache_clear()
 
 
+def _of_batch(case: cases.Case, batch_size: int) -> cases.Case:
+    """The case at another batch, in epochs of four turns or as they were."""
+    return replace(case, batch_size=batch_size, n_windows=max(case.n_windows, 4 * case.steps * batch_size))
+
+
 def population(given: argparse.Namespace) -> None:
     """Members of one program against as many runs one after the other."""
     sys.argv[1:] = [",".join(map(str, range(os.cpu_count() or 1)))]
@@ -170,22 +187,43 @@ def population(given: argparse.Namespace) -> None:
 
 
 def beside(given: argparse.Namespace) -> None:
-    """The same step in PyTorch, in its own process, turn by turn."""
+    """The same step in PyTorch, turn by turn; who isn't ready in the case's share of the time is left out, alone."""
     if not given.rivals:
         _tell(left_out="no --rivals PYTHON")
         return
     import drive
+    from turns import Contestant
 
-    cores = range(os.cpu_count() or 1)
-    # Both hold the GPU: without this JAX takes most of its memory at once.
-    ours, rivals = drive.contestants(given.rivals, cores, environment={"XLA_PYTHON_CLIENT_PREALLOCATE": "false"})
-    for case in BESIDE:
-        for dtype in ("float32", "bfloat16"):
-            one = replace(cases.tiny(case) if given.dry else case, dtype=dtype)
-            options = argparse.Namespace(kinds=["eager", "sdpa", "compile"], rounds=3)
-            found = drive.steps(one, ours, rivals, options)
-            drive.drop(ours, rivals)
-            _tell(case=one.to_json(), **found)
+    from fintx.study import runtime
+
+    began, cores = time.monotonic(), range(os.cpu_count() or 1)
+    # All hold the GPU: without this JAX takes most of its memory at once.
+    environment = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    ours, _ = drive.contestants(None, cores, environment=environment)
+    for i, case in enumerate(BESIDE):
+        one = replace(cases.tiny(case) if given.dry else case, dtype=case.dtype)
+        # A tenth of the time is for the turns themselves.
+        until = began + 0.9 * given.seconds * (i + 1) / len(BESIDE)
+        ready = {"fintx": ours.ask("setup", case=one.to_json(), kind="fintx")}
+        turns = {"fintx": drive.Turn(ours, "turn", "fintx", one.steps)}
+        rivals = {}
+        for kind in RIVALS:
+            rivals[kind] = Contestant(
+                given.rivals, HERE / "rivals.py", cores=cores, environment=runtime.SETTINGS | environment
+            )
+            try:
+                with rivals[kind].limited(until - time.monotonic()):
+                    ready[kind] = rivals[kind].ask("setup", case=one.to_json(), kind=kind)
+            except (RuntimeError, BrokenPipeError) as error:
+                _tell(case=one.name, left_out=kind, why=str(error)[:200])
+            else:
+                _tell(case=one.name, kind=kind, **ready[kind])
+                turns[kind] = drive.Turn(rivals[kind], "turn", kind, one.steps)
+        _tell(case=one.to_json(), setup=ready, **drive.interleaved(turns, rounds=3))
+        drive.drop(ours, None)
+        for rival in rivals.values():
+            rival.close()
+    ours.close()
 
 
 def study(given: argparse.Namespace) -> None:

@@ -89,6 +89,8 @@ class Steps:
     """A trial under training, a few steps a turn."""
 
     def __init__(self, case: cases.Case):
+        # Beyond its end an epoch has no samples, and a loss over none is no number.
+        assert case.n_windows % (case.steps * case.batch_size) == 0, f"{case.name}: a turn runs past its epoch's end"
         config, data = trial(case), dataset(case)
         scale = TargetScale(mean=0.0, sd=1.0)
         self.hyper = hyperparameters(config, labels=data.train.labels, scale=scale)

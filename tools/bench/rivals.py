@@ -3,8 +3,10 @@
 Run by drive.py with the rivals' own Python (README.md); needs torch, transformers, numpy and nothing of fintx.
 
 eager: attention written out, torch.optim.AdamW as it comes. sdpa: torch's fused attention and fused AdamW.
-compile: torch.compile over the model of sdpa, fused AdamW. huggingface: PatchTSTModel; a window is handed to it as one
-channel of T × F numbers, so that its patches are ours; it has three projections for our one, and no final norm.
+compile: torch.compile over the model of sdpa, fused AdamW; on a GPU in the mode that replays the model as a CUDA graph
+("reduce-overhead"). graph: torch.compile over a block, and on a GPU the whole step as one CUDA graph, clip and AdamW
+too: the fastest that PyTorch has where kernels are many and small. huggingface: PatchTSTModel; a window is handed to it
+as one channel of T × F numbers, so that its patches are ours; it has three projections for our one, and no final norm.
 """
 
 from __future__ import annotations
@@ -121,9 +123,14 @@ class Rival:
         self.case, self.kind = case, kind
         self.model = (HuggingFace(case) if kind == "huggingface" else Model(case)).to(DEVICE).train()
         self.optimizer = torch.optim.AdamW(
-            self.model.parameters(), lr=cases.LEARNING_RATE, weight_decay=cases.WEIGHT_DECAY, fused=kind != "eager"
-        )
-        self.forward = torch.compile(self.model) if kind == "compile" else self.model
+            self.model.parameters(), lr=cases.LEARNING_RATE, weight_decay=cases.WEIGHT_DECAY, fused=kind != "eager",
+            capturable=kind == "graph" and DEVICE == "cuda",
+        )  # fmt: skip
+        mode = "reduce-overhead" if DEVICE == "cuda" else None
+        self.forward = torch.compile(self.model, mode=mode) if kind == "compile" else self.model
+        if kind == "graph":
+            for block in self.model.blocks:
+                block.compile()
         features, labels = draw(case)
         n_train = case.n_windows - case.n_validation
         x = torch.from_numpy(features).unfold(0, cases.CONTEXT, 1).transpose(1, 2)
@@ -137,8 +144,33 @@ class Rival:
         self.train = DataLoader(Windows(features[:cut], labels[:n_train]), case.batch_size, shuffle=True)
         if case.n_validation:
             self.validation = DataLoader(Windows(features[n_train:], labels[n_train:]), 256)
+        self.captured = self._capture() if kind == "graph" and DEVICE == "cuda" else None
+
+    def _capture(self) -> tuple[Any, Tensor, Tensor, Tensor]:
+        """The whole step as a CUDA graph, after steps on a stream of its own, as torch's documents ask; x, y, loss."""
+        x, y = (each.clone() for each in self.batches[0])
+        beside = torch.cuda.Stream()
+        beside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(beside):
+            for _ in range(3):
+                self._step(x, y)
+        torch.cuda.current_stream().wait_stream(beside)
+        self.optimizer.zero_grad(set_to_none=True)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            loss = self._step(x, y)
+        return graph, x, y, loss
 
     def step(self, x: Tensor, y: Tensor) -> Tensor:
+        if self.captured is None:
+            return self._step(x, y)
+        graph, held_x, held_y, loss = self.captured
+        held_x.copy_(x)
+        held_y.copy_(y)
+        graph.replay()
+        return loss
+
+    def _step(self, x: Tensor, y: Tensor) -> Tensor:
         mixed = torch.autocast(DEVICE, torch.bfloat16) if self.case.dtype == "bfloat16" else contextlib.nullcontext()
         self.optimizer.zero_grad(set_to_none=True)
         with mixed:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
+import threading
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,11 +40,23 @@ class Contestant:
             raise RuntimeError(f"{what}: {answer['error']}")
         return answer
 
+    @contextlib.contextmanager
+    def limited(self, seconds: float) -> Iterator[None]:
+        """Kill it after so long: what it is asked meanwhile then fails as `ask` says."""
+        timer = threading.Timer(max(0.0, seconds), self._process.kill)
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
+
     def close(self) -> None:
         """End it."""
-        assert self._process.stdin is not None
-        self._process.stdin.close()
+        assert self._process.stdin is not None and self._process.stdout is not None
+        with contextlib.suppress(BrokenPipeError):  # killed, with an order unread
+            self._process.stdin.close()
         self._process.wait()
+        self._process.stdout.close()
 
 
 def serve(orders: dict[str, Callable[..., dict[str, Any]]]) -> None:
