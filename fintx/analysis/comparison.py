@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from fintx.analysis import study_results
-from fintx.analysis.patterns import Agreement, depth_bucket, spearman
+from fintx.analysis.patterns import RankCorrelation, depth_bucket, spearman
 from fintx.analysis.predictions import BaselineComparison
 from fintx.analysis.study_results import StudyResults
 from fintx.config.schema import Shape
@@ -69,7 +69,7 @@ class Transfer:
 
 
 @dataclass(frozen=True)
-class Common:
+class SharedShape:
     """A shape that several studies trained."""
 
     shape: Shape
@@ -79,14 +79,14 @@ class Common:
 
 
 @dataclass(frozen=True)
-class Pair:
+class StudyPair:
     """Do two studies rank shapes alike?"""
 
     first: str
     second: str
-    shapes: Agreement
+    shapes: RankCorrelation
     """Over shapes that both trained."""
-    cells: Agreement
+    cells: RankCorrelation
     """Over cells of width and depth bucket that both trained, by mean skill."""
     difference: Estimate | None
     """Loss per row that the second's best trial saves against the first's; only of equal labels on equal rows."""
@@ -98,10 +98,10 @@ class Comparison:
 
     studies: tuple[StudyResults, ...]
     rows: tuple[StudyRow, ...]
-    common: tuple[Common, ...]
+    common: tuple[SharedShape, ...]
     """Best mean skill over all first."""
     transfers: tuple[Transfer, ...]
-    pairs: tuple[Pair, ...]
+    pairs: tuple[StudyPair, ...]
     notes: tuple[str, ...]
 
 
@@ -187,11 +187,11 @@ def _by_cell(results: StudyResults) -> dict[tuple[int, int], list[float]]:
     return skills
 
 
-def _common(studies: Sequence[StudyResults]) -> tuple[Common, ...]:
+def _common(studies: Sequence[StudyResults]) -> tuple[SharedShape, ...]:
     by_shape = [_by_shape(results) for results in studies]
     shapes = {shape for skills in by_shape for shape in skills}
     rows = [
-        Common(
+        SharedShape(
             shape,
             tuple(float(np.mean(skills[shape])) if shape in skills else None for skills in by_shape),
             tuple(len(skills.get(shape, ())) for skills in by_shape),
@@ -232,8 +232,8 @@ def _fill(shape: Shape, trained_in: StudyResults) -> str:
     return f"just queue add {file} {numbers}"
 
 
-def _pair(first: StudyResults, second: StudyResults) -> Pair:
-    return Pair(
+def _pair(first: StudyResults, second: StudyResults) -> StudyPair:
+    return StudyPair(
         first.name,
         second.name,
         shapes=_agreement(_by_shape(first), _by_shape(second)),
@@ -242,7 +242,7 @@ def _pair(first: StudyResults, second: StudyResults) -> Pair:
     )
 
 
-def _agreement(first: Mapping[Any, list[float]], second: Mapping[Any, list[float]]) -> Agreement:
+def _agreement(first: Mapping[Any, list[float]], second: Mapping[Any, list[float]]) -> RankCorrelation:
     shared = [key for key in first if key in second]
     return spearman(*(np.array([np.mean(skills[key]) for key in shared], float) for skills in (first, second)))
 

@@ -30,7 +30,7 @@ FILE = "confirmation.json"
 GroupKind = Literal["fold", "year", "vix"]
 
 
-class Group(RecordModel):
+class SubsetGain(RecordModel):
     """A candidate's gain over the best baseline on some of the rows."""
 
     kind: GroupKind
@@ -68,7 +68,7 @@ class Candidate(RecordModel):
     metrics: Metrics
     """Mean over the seeds."""
     ensemble: Ensemble | None
-    groups: tuple[Group, ...]
+    groups: tuple[SubsetGain, ...]
 
     @property
     def words(self) -> str:
@@ -83,7 +83,7 @@ class Candidate(RecordModel):
         """Standard deviation of the study's metric between the fresh seeds; none for fewer than two that succeeded."""
         return _spread([value for value in self.values if value is not None])
 
-    def of_kind(self, kind: str) -> tuple[Group, ...]:
+    def of_kind(self, kind: str) -> tuple[SubsetGain, ...]:
         """Its folds, its years, or its thirds of VIX."""
         return tuple(group for group in self.groups if group.kind == kind)
 
@@ -330,12 +330,12 @@ def _candidate(
 ) -> Candidate:  # fmt: skip
     assert record.value is not None
     too_good, ensemble = None, None
-    parts: tuple[Group, ...] = ()
+    parts: tuple[SubsetGain, ...] = ()
     if judged is not None and compared.fresh is not None:
         too_good = compared.too_good()
         ensemble = _ensemble(record, compared)
         parts = tuple(
-            Group(kind=kind, name=name, n=int(chosen.sum()), gain=gain)
+            SubsetGain(kind=kind, name=name, n=int(chosen.sum()), gain=gain)
             for kind, name, chosen in groups
             if (gain := compared.gain_among(chosen)) is not None
         )

@@ -43,7 +43,7 @@ class Evaluation:
 
 
 @dataclass(frozen=True)
-class Found:
+class TrialCheckpoints:
     """A trial's checkpoints, one per fold, and the study folder they lie in, if they still do."""
 
     folders: tuple[Path, ...]
@@ -57,7 +57,7 @@ def on_validation(path: Path, *, data_root: Path) -> Evaluation:
     Raises:
         FintxError: no checkpoint there, a damaged one, or data that are missing or differ from the trained ones.
     """
-    found = find(path)
+    found = find_checkpoints(path)
     scored = []
     for folder in found.folders:
         restored = checkpoint.load(folder)
@@ -88,7 +88,7 @@ def on_file(path: Path, file: Path, *, symbol: str | None, data_root: Path) -> E
     Raises:
         FintxError: as on_validation; or the file is missing, breaks a rule, lacks columns or is too short.
     """
-    found = find(path)
+    found = find_checkpoints(path)
     folder = found.folders[-1]
     restored = checkpoint.load(folder)
     config, meta = restored.config, restored.meta
@@ -153,7 +153,7 @@ def _baselines_on(
 # --- finding ----------------------------------------------------------------------------------------------------------
 
 
-def find(path: Path) -> Found:
+def find_checkpoints(path: Path) -> TrialCheckpoints:
     """The checkpoints that a path means: a study's best trial, a trial, a trial's checkpoint folder, or one fold.
 
     Raises:
@@ -178,7 +178,7 @@ def find(path: Path) -> Found:
             "or this is no trial's folder"
         )
     above = trial.parent.parent
-    return Found(folders, trial, above if (above / "study.json").is_file() else None)
+    return TrialCheckpoints(folders, trial, above if (above / "study.json").is_file() else None)
 
 
 def _trial_of(path: Path) -> Path:
@@ -244,7 +244,12 @@ def _check_hashes(folder: Path, meta: dict[str, Any], dataset: Dataset) -> None:
 
 
 def _evaluation(
-    rows: str, found: Found, scored: list[_Scored], *, recorded: Metrics | None, notes: tuple[str, ...] | list[str]
+    rows: str,
+    found: TrialCheckpoints,
+    scored: list[_Scored],
+    *,
+    recorded: Metrics | None,
+    notes: tuple[str, ...] | list[str],
 ) -> Evaluation:
     meta = scored[0].meta
     return Evaluation(

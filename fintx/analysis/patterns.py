@@ -47,7 +47,7 @@ _LEAST_FREEDOM = 2
 
 
 @dataclass(frozen=True)
-class Group:
+class TrialGroup:
     """Trials alike in one respect. Skills are shares: .05 is five percent of the prior's loss saved."""
 
     words: str
@@ -80,8 +80,8 @@ class Pattern:
     """As a file's stem: d_model, depth, learning_rate."""
     by: str
     """In words."""
-    groups: tuple[Group, ...]
-    trend: Agreement | None = None
+    groups: tuple[TrialGroup, ...]
+    trend: RankCorrelation | None = None
     """Rank correlation of the value with skill, where it is a number."""
 
     @property
@@ -186,7 +186,7 @@ def pattern(
                 half = factor * math.sqrt(pooled * (1 / counts[i] + 1 / counts[best]) + apart[i, best])
                 behind_bounds = behind - half, behind + half
         best_here = float(skills[index == i].max())
-        groups.append(Group(say(value), int(counts[i]), best_here, mean, *bounds, behind, *behind_bounds))
+        groups.append(TrialGroup(say(value), int(counts[i]), best_here, mean, *bounds, behind, *behind_bounds))
     return Pattern(name, by, tuple(groups))
 
 
@@ -217,7 +217,7 @@ def _over_days(results: StudyResults, trials: Sequence[TrialRecord], index: np.n
 
 
 @dataclass(frozen=True)
-class Agreement:
+class RankCorrelation:
     """A rank correlation of n pairs."""
 
     rho: float | None
@@ -227,7 +227,7 @@ class Agreement:
     n: int
 
 
-def spearman(a: Floats, b: Floats, *, level: float = 0.95) -> Agreement:
+def spearman(a: Floats, b: Floats, *, level: float = 0.95) -> RankCorrelation:
     """Spearman's ρ and its interval by Fisher's z with variance (1 + ρ²/2) / (n − 3) (Bonett & Wright 2000).
 
     Args:
@@ -235,12 +235,12 @@ def spearman(a: Floats, b: Floats, *, level: float = 0.95) -> Agreement:
     """
     n = len(a)
     if n < LEAST_PAIRS or np.ptp(a) == 0 or np.ptp(b) == 0:
-        return Agreement(None, None, None, n)
+        return RankCorrelation(None, None, None, n)
     ranks = [stats.rankdata(values) for values in (a, b)]
     rho = float(np.clip(np.corrcoef(*ranks)[0, 1], -1, 1))
     half = float(stats.norm.ppf((1 + level) / 2)) * math.sqrt((1 + rho**2 / 2) / (n - 3))
     z = math.atanh(min(max(rho, -1 + 1e-9), 1 - 1e-9))
-    return Agreement(rho, math.tanh(z - half), math.tanh(z + half), n)
+    return RankCorrelation(rho, math.tanh(z - half), math.tanh(z + half), n)
 
 
 # --- importance -------------------------------------------------------------------------------------------------------
@@ -314,7 +314,7 @@ class Outcome:
 
 
 @dataclass(frozen=True)
-class Coverage:
+class SpaceCoverage:
     """How much of the feasible set was trained, for one width."""
 
     d_model: int
@@ -339,7 +339,7 @@ class SearchSummary:
     """Trials that differ in nothing but their seed."""
     repeated_shapes: tuple[tuple[Shape, tuple[int, ...]], ...]
     """Shapes trained with several training values, most often first."""
-    coverage: tuple[Coverage, ...]
+    coverage: tuple[SpaceCoverage, ...]
     shapes: tuple[Shape, ...]
     """All feasible ones."""
     trained: int
@@ -406,14 +406,14 @@ def _repeated(trials: Sequence[TrialRecord], key: Callable[[TrialRecord], Any]) 
     return {of: numbers for of, numbers in groups.items() if len(numbers) > 1}
 
 
-def _coverage(feasible: set[Shape], trained: set[Shape]) -> tuple[Coverage, ...]:
+def _coverage(feasible: set[Shape], trained: set[Shape]) -> tuple[SpaceCoverage, ...]:
     rows = []
     for width in sorted({shape.d_model for shape in feasible}):
         here = [shape for shape in feasible if shape.d_model == width]
         seen = [shape for shape in here if shape in trained]
         buckets = {depth_bucket(shape.n_layers) for shape in here} - {depth_bucket(shape.n_layers) for shape in seen}
         rows.append(
-            Coverage(
+            SpaceCoverage(
                 d_model=width,
                 feasible=len(here),
                 trained=len(seen),

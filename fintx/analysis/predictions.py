@@ -278,7 +278,7 @@ def compare(rows: Rows, losses: Floats) -> BaselineComparison | None:
     )
 
 
-def of_trial(study_folder: Path, spec: StudySpec, trial: TrialRecord) -> BaselineComparison | None:
+def compare_trial(study_folder: Path, spec: StudySpec, trial: TrialRecord) -> BaselineComparison | None:
     """The same from the predictions kept in a study's folder.
 
     Raises:

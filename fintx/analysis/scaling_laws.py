@@ -42,7 +42,7 @@ _FRONTIER = 0.25
 _WIDEN = (0.5, 0.8, 1.0, 1.25, 2.0)
 """Exponents that a refit starts from, as multiples of the whole sample's: the best of them is descended from."""
 
-Word = Literal["scales", "flat", "can't tell"]
+ScalingVerdict = Literal["scales", "flat", "can't tell"]
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class Law:
 
 
 @dataclass(frozen=True, eq=False)
-class Reading:
+class SizeTrend:
     """What one set of trials says."""
 
     which: str
@@ -112,22 +112,22 @@ class ScalingLaws:
     difference: float
     effort: int
     """m: trials of each size that the frontier is chosen from."""
-    frontier: Reading
-    every: Reading
+    frontier: SizeTrend
+    all_trials: SizeTrend
 
     @property
-    def word(self) -> Word:
+    def verdict(self) -> ScalingVerdict:
         """The verdict on tuned models, the frontier; for "scales" the form with the least AICc must fall, too."""
-        word = verdict(self.frontier.gain, self.difference)
-        return "can't tell" if word == "scales" and self.doubted else word
+        word = gain_verdict(self.frontier.gain, self.difference)
+        return "can't tell" if word == "scales" and self.prefers_constant else word
 
     @property
     def preferred(self) -> Law | None:
         """The form with the least AICc, for the frontier, or for all trials where the frontier is too few."""
-        return self.frontier.preferred or self.every.preferred
+        return self.frontier.preferred or self.all_trials.preferred
 
     @property
-    def doubted(self) -> bool:
+    def prefers_constant(self) -> bool:
         """Whether a constant explains the trials as well as anything."""
         return self.preferred is not None and self.preferred.fit.form == "constant"
 
@@ -199,12 +199,12 @@ def fit(
         trials=trials,
         difference=difference,
         effort=effort,
-        frontier=_reading("the frontier", trials, firsts, _FRONTIER, refits=refits, seed=seed),
-        every=_reading("all trials", trials, pools, 1.0, refits=refits, seed=seed),
+        frontier=_trend("the frontier", trials, firsts, _FRONTIER, refits=refits, seed=seed),
+        all_trials=_trend("all trials", trials, pools, 1.0, refits=refits, seed=seed),
     )
 
 
-def verdict(gain: Gain, difference: float) -> Word:
+def gain_verdict(gain: Gain, difference: float) -> ScalingVerdict:
     """Flat goes before scales: a gain that is surely there and surely too small to matter is none."""
     if gain.high < difference:
         return "flat"
@@ -222,7 +222,7 @@ def envelope(flops: Floats, loss: Floats) -> tuple[Floats, Floats]:
 # --- drawing again ----------------------------------------------------------------------------------------------------
 
 
-def _reading(which: str, trials: SizedTrials, pools: list[Ints], share: float, *, refits: int, seed: int) -> Reading:
+def _trend(which: str, trials: SizedTrials, pools: list[Ints], share: float, *, refits: int, seed: int) -> SizeTrend:
     """Choose each size's best share, and see how that comes out on other days and with other runs."""
     chosen = [_best(pool, trials.loss[pool], share) for pool in pools]
     by_cell = [float(trials.loss[members].mean()) for members in chosen]
@@ -254,9 +254,9 @@ def _reading(which: str, trials: SizedTrials, pools: list[Ints], share: float, *
     grid = np.geomspace(trials.size.min(), trials.size.max(), 60)
     if len(members) < LEAST_TRIALS:
         no_law = f"{len(members)} trials are too few for a fit, wanted at least {LEAST_TRIALS}"
-        return Reading(which, members, tuple(by_cell), gain, (), no_law, None, grid)
+        return SizeTrend(which, members, tuple(by_cell), gain, (), no_law, None, grid)
     laws, band = _laws(trials, members, chosen, drawn, grid)
-    return Reading(which, members, tuple(by_cell), gain, laws, "", band, grid)
+    return SizeTrend(which, members, tuple(by_cell), gain, laws, "", band, grid)
 
 
 def _best(members: Ints, losses: Floats, share: float) -> Ints:

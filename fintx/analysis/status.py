@@ -98,7 +98,7 @@ def _comparison(study_folder: Path, spec: StudySpec, best: TrialRecord) -> tuple
     if not here.is_file() or not (study_folder / "baselines.parquet").is_file():
         return None, ""
     try:
-        return predictions.of_trial(study_folder, spec, best), ""
+        return predictions.compare_trial(study_folder, spec, best), ""
     except FintxError as error:
         return None, str(error)
 
@@ -130,7 +130,7 @@ _CSV_HEAD = (
 ).split()
 
 
-def flat(record: TrialRecord) -> dict[str, Any]:
+def trial_row(record: TrialRecord) -> dict[str, Any]:
     """A trial as one flat object: identity, shape, outcome, searched values, all metrics at the best step."""
     row: dict[str, Any] = {
         "trial_number": record.trial_number,
@@ -164,21 +164,21 @@ def flat(record: TrialRecord) -> dict[str, Any]:
     return row
 
 
-def write(study_folder: Path, found: list[TrialRecord], *, n_trials: int, metric: str, minimize: bool) -> None:
+def write_json(study_folder: Path, found: list[TrialRecord], *, n_trials: int, metric: str, minimize: bool) -> None:
     """Rewrite <study>_all_trials.json and <study>_best.json from the records.
 
     Raises:
         FintxError: a file can't be written.
     """
     name = study_folder.name
-    trials = [flat(record) for record in found]
+    trials = [trial_row(record) for record in found]
     head = {"study": name, "metric": metric, "n_trials": n_trials, "finished": len(trials)}
     records.write_atomically(
         study_folder / f"{name}_all_trials.json", json.dumps({**head, "trials": trials}, indent=1) + "\n"
     )
     best = records.best_of(found, minimize=minimize)
     if best is not None:
-        whole = {**head, **flat(best), "config": best.config.model_dump(mode="json")}
+        whole = {**head, **trial_row(best), "config": best.config.model_dump(mode="json")}
         records.write_atomically(study_folder / f"{name}_best.json", json.dumps(whole, indent=1) + "\n")
 
 
@@ -201,6 +201,6 @@ def write_csv(outputs: Path) -> list[DamagedRecord]:
         except DamagedRecord as error:
             damaged.append(error)
             continue
-        writer.writerows({**flat(record), "study": record.study} for record in found)
+        writer.writerows({**trial_row(record), "study": record.study} for record in found)
     records.write_atomically(outputs / "experiment_results.csv", text.getvalue())
     return damaged

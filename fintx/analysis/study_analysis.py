@@ -39,7 +39,7 @@ _VOLATILITY = ("volatility_", "vix_", "garch_")
 
 
 @dataclass(frozen=True)
-class Calibration:
+class CalibrationAnalysis:
     """Of the best trial and the best baseline, by name."""
 
     reliability: dict[str, tuple[ReliabilityBin, ...]]
@@ -56,7 +56,7 @@ class Calibration:
 
 
 @dataclass(frozen=True)
-class Coverage:
+class IntervalCoverage:
     """What conformal intervals of the best trial's returns promised and held, over all assets."""
 
     method: str
@@ -67,7 +67,7 @@ class Coverage:
 
 
 @dataclass(frozen=True)
-class Direction:
+class DirectionAnalysis:
     """Whether the best trial, and the best baseline that knows volatility alone, know the side of a move."""
 
     mirrors: dict[str, Mirror]
@@ -82,7 +82,7 @@ class Direction:
 
 
 @dataclass(frozen=True)
-class Backtest:
+class BacktestAnalysis:
     """What following the best trial would have earned; or why that can't be said."""
 
     performances: tuple[Performance, ...] = ()
@@ -103,10 +103,10 @@ class StudyAnalysis:
     data_missing: str
     """Why; else empty."""
     confirmation: Confirmation | None
-    calibration: Calibration | None
-    coverage: tuple[Coverage, ...]
-    direction: Direction | None
-    backtest: Backtest | None
+    calibration: CalibrationAnalysis | None
+    coverage: tuple[IntervalCoverage, ...]
+    direction: DirectionAnalysis | None
+    backtest: BacktestAnalysis | None
     shapes: tuple[Pattern, ...]
     values: tuple[Pattern, ...]
     importance: tuple[Importance, ...]
@@ -165,7 +165,7 @@ def _beside(results: StudyResults, outputs: Floats, baseline: str | None) -> dic
     return named if baseline is None else named | {baseline: results.rows.baselines[baseline]}
 
 
-def _calibration(results: StudyResults) -> Calibration | None:
+def _calibration(results: StudyResults) -> CalibrationAnalysis | None:
     rows, outputs = results.rows, results.best_outputs
     if results.spec.task.predicts != "probability" or rows is None or outputs is None:
         return None
@@ -174,7 +174,7 @@ def _calibration(results: StudyResults) -> Calibration | None:
     groups = rows.fold if by_folds else calibration.halves(rows.dates, horizon=rows.horizon)
     both = all(len(np.unique(rows.labels[part])) > 1 for part in (groups == 0, groups > 0))
     comes_and_goes = 0 < rows.labels.mean() < 1
-    return Calibration(
+    return CalibrationAnalysis(
         reliability={name: calibration.reliability(each, rows.labels) for name, each in forecasts.items()},
         brier={name: calibration.brier_parts(each, rows.labels) for name, each in forecasts.items()},
         error={name: metrics.calibration_error(each, rows.labels) for name, each in forecasts.items()},
@@ -187,7 +187,7 @@ def _calibration(results: StudyResults) -> Calibration | None:
     )
 
 
-def _coverage(results: StudyResults) -> tuple[Coverage, ...]:
+def _coverage(results: StudyResults) -> tuple[IntervalCoverage, ...]:
     """For regression: conformal intervals learnt on the older half of the days, judged on the newer, by asset."""
     rows, outputs = results.rows, results.best_outputs
     if results.spec.task.predicts != "value" or rows is None or outputs is None:
@@ -208,14 +208,14 @@ def _coverage(results: StudyResults) -> tuple[Coverage, ...]:
                     widths.append(intervals.high - intervals.low)
             if covered:
                 every, width = np.concatenate(covered), float(np.median(np.concatenate(widths)))
-                found.append(Coverage(method, level, float(every.mean()), width, len(every)))
+                found.append(IntervalCoverage(method, level, float(every.mean()), width, len(every)))
     return tuple(found)
 
 
 # --- volatility or direction ------------------------------------------------------------------------------------------
 
 
-def _direction(results: StudyResults, bars: Mapping[str, Bars]) -> Direction | None:
+def _direction(results: StudyResults, bars: Mapping[str, Bars]) -> DirectionAnalysis | None:
     rows, outputs, level = results.rows, results.best_outputs, results.spec.task.rule.level
     if level is None or rows is None or outputs is None:
         return None
@@ -232,7 +232,7 @@ def _direction(results: StudyResults, bars: Mapping[str, Bars]) -> Direction | N
         mine, other = (metrics.per_sample_loss(rows.predicts, each, rows.labels) for each in (outputs, theirs))
         gain = direction.cumulative_gain(mine, other, rows.dates)
     years = direction.by_year(outputs, rows.labels, rows.dates, prior=_priors(results), rival=theirs)
-    return Direction(mirrors, within_year, tuple(years), volatility, gain)
+    return DirectionAnalysis(mirrors, within_year, tuple(years), volatility, gain)
 
 
 def _best_volatility_baseline(results: StudyResults) -> str | None:
@@ -264,15 +264,15 @@ def _priors(results: StudyResults) -> Floats:
 # --- the backtest -----------------------------------------------------------------------------------------------------
 
 
-def _backtest(results: StudyResults, bars: Mapping[str, Bars], rules: Rules) -> Backtest | None:
+def _backtest(results: StudyResults, bars: Mapping[str, Bars], rules: Rules) -> BacktestAnalysis | None:
     """Follow the best trial, a volatility rule and the asset itself over the validation days, after costs."""
     rows, outputs, level = results.rows, results.best_outputs, results.spec.task.rule.level
     if rows is None or outputs is None or results.best is None:
         return None
     if level is None or not backtest.applies(level):
-        return Backtest(impossible="A backtest needs a threshold task whose target lies above the close.")
+        return BacktestAnalysis(impossible="A backtest needs a threshold task whose target lies above the close.")
     if not bars:
-        return Backtest(impossible="The backtest needs the study's prices: give --data-dir.")
+        return BacktestAnalysis(impossible="The backtest needs the study's prices: give --data-dir.")
     returns = {number: _follow(results, each, bars, level, rules) for number, each in results.outputs.items()}
     mine, volatility = returns[results.best.trial_number], _best_volatility_baseline(results)
     shown = {f"trial {results.best.trial_number}": mine}
@@ -281,7 +281,7 @@ def _backtest(results: StudyResults, bars: Mapping[str, Bars], rules: Rules) -> 
     shown["buy and hold"] = backtest.portfolio([backtest.buy_and_hold(each, mine, rules) for each in bars.values()])
     sharpes = [sharpe for each in returns.values() if (sharpe := backtest.sharpe(each.returns)) is not None]
     variance = float(np.var(sharpes, ddof=1)) if len(sharpes) > 1 else 0.0
-    return Backtest(
+    return BacktestAnalysis(
         performances=tuple(backtest.performance(name, each) for name, each in shown.items()),
         assumptions=tuple(backtest.assumptions(rules, level)),
         deflated=backtest.deflated_sharpe(mine.returns, n_trials=len(results.records), sharpe_variance=variance),

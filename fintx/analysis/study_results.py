@@ -204,7 +204,7 @@ def read(folder: Path) -> StudyResults:
     return StudyResults(folder, study, tuple(finished), predictions.read_baselines(folder), rows, seeds, tuple(notes))
 
 
-def find(patterns: Sequence[str], *, outputs: Path) -> list[Path]:
+def find_studies(patterns: Sequence[str], *, outputs: Path) -> list[Path]:
     """The study folders that names, folders or patterns such as 'outputs/*_h3' mean; in order, each once.
 
     Raises:

@@ -32,7 +32,7 @@ from fintx.types import Floats
 FOLDER = "test"
 
 
-class Scored(RecordModel):
+class ModelScore(RecordModel):
     """A model, or a baseline, on the test rows."""
 
     name: str
@@ -59,8 +59,8 @@ class TestOpening(RecordModel):
     """The metric that gains are in."""
     baseline: str
     """The one that was best on validation: the rival."""
-    models: tuple[Scored, ...]
-    baselines: tuple[Scored, ...]
+    models: tuple[ModelScore, ...]
+    baselines: tuple[ModelScore, ...]
     notes: tuple[str, ...]
 
 
@@ -143,7 +143,7 @@ def _members(study: Path, found: Confirmation, candidate: Candidate) -> _Model:
 
 
 def _unconfirmed(path: Path) -> tuple[tuple[_Model, ...], Path]:
-    found = evaluation.find(path)
+    found = evaluation.find_checkpoints(path)
     if found.study is None:
         raise FintxError(
             f"{path}: lies in no study's folder, so the opening can't be logged; give the path inside outputs/<study>"
@@ -249,7 +249,7 @@ class _Scorer:
         block = significance.block_length(series, horizon=spec.task.horizon)
         self.resamples = significance.resample(len(series), block)
 
-    def of_model(self, name: str, ensemble: Floats) -> tuple[Scored, ...]:
+    def of_model(self, name: str, ensemble: Floats) -> tuple[ModelScore, ...]:
         """One checkpoint; or the mean over the members, and their ensemble."""
         members = self.members[name]
         if len(members) == 1:
@@ -257,7 +257,7 @@ class _Scorer:
         each = [self.score(name, member) for member in members]
         saved = np.array([self.rival - self._losses(member) for member in members])
         gain = self._gain(saved.mean(axis=0), seeds=saved.mean(axis=1))
-        mean = Scored(
+        mean = ModelScore(
             name=f"{name}, mean of {len(members)} seeds",
             metrics=records.mean_over_seeds([member.metrics for member in each]),
             gain=gain,
@@ -268,10 +268,10 @@ class _Scorer:
         )
         return mean, self.score(f"{name}, ensemble of {len(members)}", ensemble)
 
-    def score(self, name: str, outputs: Floats) -> Scored:
+    def score(self, name: str, outputs: Floats) -> ModelScore:
         """By all metrics, and its gain over the rival."""
         labels, ids = self.part.labels, self.dataset.asset_ids[self.part.rows]
-        return Scored(
+        return ModelScore(
             name=name,
             metrics=metrics.evaluate(self.predicts, outputs, labels, prior=self.prior),
             gain=None if name == self.rival_name else self._gain(self.rival - self._losses(outputs)),

@@ -418,7 +418,7 @@ def report(
     from fintx.report import study_page
 
     rules = Rules(cost_bp=cost_bp) if backtest else None
-    for folder in study_results.find(studies, outputs=outputs):
+    for folder in study_results.find_studies(studies, outputs=outputs):
         print(study_page.write(study_analysis.read(folder, data_root=data_dir, rules=rules)))
 
 
@@ -429,7 +429,7 @@ def compare(studies: Studies, outputs: Outputs = OUTPUTS) -> None:
     from fintx.cli import display
     from fintx.report import comparison_page as page
 
-    compared = comparison.read(study_results.find(studies, outputs=outputs))
+    compared = comparison.read(study_results.find_studies(studies, outputs=outputs))
     after = [f"To fill an empty cell: {command}" for command in page.missing(compared)]
     display.print_tables(Console(), [page.sentence(compared), *compared.notes], page.tables(compared), after)
     print(page.write(compared, outputs=outputs))
@@ -449,7 +449,7 @@ def scaling(
     from fintx.cli import display
     from fintx.report import scaling_page as page
 
-    laws = scaling_laws.read(study_results.find(studies, outputs=outputs), over=over, difference=difference)
+    laws = scaling_laws.read(study_results.find_studies(studies, outputs=outputs), over=over, difference=difference)
     display.print_tables(Console(), [page.sentence(laws), *laws.trials.notes], page.tables(laws))
     print(page.write(laws, outputs=outputs))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from fintx.analysis.comparison import Comparison, StudyRow
-from fintx.analysis.patterns import LEAST_PAIRS, Agreement
+from fintx.analysis.patterns import LEAST_PAIRS, RankCorrelation
 from fintx.report import figures, page
 from fintx.report.format import (
     count,
@@ -153,7 +153,7 @@ def _ladder(comparison: Comparison) -> tuple[Block, ...]:
     return (figures.ladder([row.name for row in rows], bests, baselines),)
 
 
-def _correlation(agreement: Agreement) -> str | None:
+def _correlation(agreement: RankCorrelation) -> str | None:
     if agreement.rho is None:
         return None
     return f"{agreement.rho:.2f} ({number(agreement.low, 2)} … {number(agreement.high, 2)})"

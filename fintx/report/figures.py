@@ -287,8 +287,8 @@ def scaling(laws: ScalingLaws, *, size_words: str) -> Picture:
     trials, loss = laws.trials, laws.trials.loss
     frontier = np.zeros(len(loss), bool)
     frontier[laws.frontier.chosen] = True
-    reading = laws.frontier if laws.frontier.laws else laws.every
-    law = next((each.fit for each in reading.laws if each.fit.form == "power law"), None)
+    trend = laws.frontier if laws.frontier.laws else laws.all_trials
+    law = next((each.fit for each in trend.laws if each.fit.form == "power law"), None)
     with canvas(height=3.6, width=1.1 * WIDTH) as figure:
         left, right = figure.subplots(1, 2, sharey=True)
         for axes, x in ((left, trials.size), (right, trials.flops)):
@@ -300,9 +300,9 @@ def scaling(laws: ScalingLaws, *, size_words: str) -> Picture:
             axes.set_xscale("log")
             axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _power(value)))
             axes.minorticks_off()
-        if reading.band is not None and law is not None:
-            left.fill_between(reading.grid, *reading.band, color=VERMILLION, alpha=0.15, linewidth=0)
-            left.plot(reading.grid, law(reading.grid), color=VERMILLION, label="power law, 95 %")
+        if trend.band is not None and law is not None:
+            left.fill_between(trend.grid, *trend.band, color=VERMILLION, alpha=0.15, linewidth=0)
+            left.plot(trend.grid, law(trend.grid), color=VERMILLION, label="power law, 95 %")
         staircase = scaling_laws.envelope(trials.flops, loss)
         right.step(*staircase, where="post", color=ORANGE, label="least so far")
         pad = 0.06 * (max(*loss, 1.0) - min(*loss, 1.0))

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from fintx.analysis import scaling_laws
-from fintx.analysis.scaling_laws import Law, NotFitted, Reading, ScalingLaws
+from fintx.analysis.scaling_laws import Law, NotFitted, ScalingLaws, SizeTrend
 from fintx.evaluate.power_law import BOUND
 from fintx.report import figures, page
 from fintx.report.format import LOSSES, count, number, percent
@@ -33,7 +33,7 @@ def build(laws: ScalingLaws) -> Page:
         kicker="fintx scaling",
         question=f"Does {_loss(laws)} fall with {_sizes(laws)}, against {trials.baseline} on the same rows?",
         answer=sentence(laws),
-        tone={"scales": "good", "flat": "bad", "can't tell": "open"}[laws.word],  # type: ignore[arg-type]
+        tone={"scales": "good", "flat": "bad", "can't tell": "open"}[laws.verdict],  # type: ignore[arg-type]
         warnings=trials.notes,
         facts=(
             ("studies", str(len(trials.studies))),
@@ -105,9 +105,9 @@ def sentence(laws: ScalingLaws) -> str:
         f"{number(100 * gain.low, 2)} … {number(100 * gain.high, 2)} %)"
     )
     stated = f"the stated {percent(laws.difference)}"
-    if laws.word == "scales":
+    if laws.verdict == "scales":
         verdict = f"Scales. {change}."
-    elif laws.word == "flat":
+    elif laws.verdict == "flat":
         worse = " Bigger is worse." if gain.high < 0 else ""
         verdict = f"Flat. {change}: less than {stated}.{worse}"
     else:
@@ -118,7 +118,7 @@ def sentence(laws: ScalingLaws) -> str:
     if min(laws.frontier.by_cell) >= 1:
         verdict += f" No size beats {trials.baseline}."
     preferred = laws.preferred
-    told = laws.doubted and laws.word == "can't tell" and gain.low > 0
+    told = laws.prefers_constant and laws.verdict == "can't tell" and gain.low > 0
     if preferred is not None and preferred.weight is not None and not told:
         which = "the frontier" if laws.frontier.preferred is not None else "all trials"
         forms = {"constant": "a constant", "power law": "a power law"}
@@ -162,7 +162,7 @@ def tables(laws: ScalingLaws) -> tuple[Table, ...]:
             (_cell(name), studies, int(mine.sum()),
              f"{count(trials.size[mine].min())} … {count(trials.size[mine].max())}",
              float(np.median(trials.flops[mine])), float(trials.loss[mine].min()), laws.frontier.by_cell[i],
-             laws.every.by_cell[i], 1 - laws.frontier.by_cell[i] * trials.baseline_loss / trials.prior_loss)
+             laws.all_trials.by_cell[i], 1 - laws.frontier.by_cell[i] * trials.baseline_loss / trials.prior_loss)
         )  # fmt: skip
     by_size = make(
         "sizes", "By size",
@@ -176,17 +176,17 @@ def tables(laws: ScalingLaws) -> tuple[Table, ...]:
          ("SE from runs", "number"), "its interval says"],
         [
             (each.which, 100 * each.gain.mean, f"{100 * each.gain.low:.2f} … {100 * each.gain.high:.2f}",
-             100 * each.gain.by_days, 100 * each.gain.by_runs, scaling_laws.verdict(each.gain, laws.difference))
-            for each in (laws.frontier, laws.every)
+             100 * each.gain.by_days, 100 * each.gain.by_runs, scaling_laws.gain_verdict(each.gain, laws.difference))
+            for each in (laws.frontier, laws.all_trials)
         ],
         note="From the smallest size to the largest. Above 0 with its whole interval: scales. Below "
         f"{percent(laws.difference)} with its whole interval: flat (two one-sided tests at 5 %).",
     )  # fmt: skip
     rows: list[tuple[object, ...]] = []
-    for reading in (laws.frontier, laws.every):
-        if reading.no_law:
-            rows.append((reading.which, reading.no_law, *[None] * 7))
-        rows += [_law(reading, law) for law in reading.laws]
+    for trend in (laws.frontier, laws.all_trials):
+        if trend.no_law:
+            rows.append((trend.which, trend.no_law, *[None] * 7))
+        rows += [_law(trend, law) for law in trend.laws]
     fitted = make(
         "laws", "L(N) = E + A·N^(−α), relative losses",
         ["", "form", "E", "A", "α", "B, β", ("AICc", "number"), ("weight", "percent"),
@@ -198,7 +198,7 @@ def tables(laws: ScalingLaws) -> tuple[Table, ...]:
     return by_size, gains, fitted
 
 
-def _law(reading: Reading, law: Law) -> tuple[object, ...]:
+def _law(trend: SizeTrend, law: Law) -> tuple[object, ...]:
     fit = law.fit
     falls: tuple[str | None, str | None] = (None, None)
     rises = None
@@ -209,7 +209,7 @@ def _law(reading: Reading, law: Law) -> tuple[object, ...]:
     if len(fit.exponents) > 1:
         rises = f"{fit.coefficients[1]:.3g}, {number(fit.exponents[1], 3)}"
     return (
-        reading.which, fit.form, f"{number(fit.floor)}{_span(law.floor)}", *falls,
+        trend.which, fit.form, f"{number(fit.floor)}{_span(law.floor)}", *falls,
         rises, fit.aicc, law.weight, law.held_out,
     )  # fmt: skip
 

@@ -7,7 +7,13 @@ from pathlib import Path
 
 import numpy as np
 
-from fintx.analysis.study_analysis import Backtest, Calibration, Coverage, Direction, StudyAnalysis
+from fintx.analysis.study_analysis import (
+    BacktestAnalysis,
+    CalibrationAnalysis,
+    DirectionAnalysis,
+    IntervalCoverage,
+    StudyAnalysis,
+)
 from fintx.analysis.study_results import StudyResults
 from fintx.evaluate import significance
 from fintx.evaluate.direction import Mirror
@@ -179,7 +185,7 @@ def _confirmation(analysis: StudyAnalysis) -> Section:
 # --- volatility or direction ------------------------------------------------------------------------------------------
 
 
-def _direction(direction: Direction | None, results: StudyResults) -> Section | None:
+def _direction(direction: DirectionAnalysis | None, results: StudyResults) -> Section | None:
     """For threshold tasks: the mirror test, years, and the lead over volatility through time."""
     if direction is None or results.best is None:
         return None
@@ -222,7 +228,7 @@ def mirror_words(mirror: Mirror) -> str:
     )
 
 
-def _mirror_table(direction: Direction) -> Table:
+def _mirror_table(direction: DirectionAnalysis) -> Table:
     return make(
         "mirror", "Mirror test",
         ["", ("event AUC", "number"), ("opposite AUC", "number"), ("base rate", "percent"),
@@ -241,7 +247,7 @@ def _mirror_table(direction: Direction) -> Table:
 # --- calibration, intervals, backtest ---------------------------------------------------------------------------------
 
 
-def _calibration(calibration: Calibration | None) -> Section | None:
+def _calibration(calibration: CalibrationAnalysis | None) -> Section | None:
     """Reliability, Brier parts, recalibration judged on later rows, precision and recall, thresholds."""
     if calibration is None:
         return None
@@ -276,7 +282,7 @@ def _calibration(calibration: Calibration | None) -> Section | None:
     return Section("calibration", "Calibration and decisions", tuple(blocks))
 
 
-def _thresholds(calibration: Calibration) -> Table:
+def _thresholds(calibration: CalibrationAnalysis) -> Table:
     return make(
         "thresholds", "Thresholds",
         ["above the decile", ("probability ≥", "number"), ("calls", "whole"), ("precision", "percent"),
@@ -291,7 +297,7 @@ def _thresholds(calibration: Calibration) -> Table:
     )  # fmt: skip
 
 
-def _coverage(coverage: Sequence[Coverage]) -> Section | None:
+def _coverage(coverage: Sequence[IntervalCoverage]) -> Section | None:
     """For regression: conformal intervals."""
     if not coverage:
         return None
@@ -306,7 +312,7 @@ def _coverage(coverage: Sequence[Coverage]) -> Section | None:
     return Section("intervals", "Intervals", (Prose(words), table))
 
 
-def _backtest(backtest: Backtest | None, results: StudyResults) -> Section | None:
+def _backtest(backtest: BacktestAnalysis | None, results: StudyResults) -> Section | None:
     if backtest is None:
         return None
     if backtest.impossible:

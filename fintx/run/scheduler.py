@@ -390,7 +390,7 @@ def _summary(course: Search, *, interrupted: bool) -> StudySummary:
     comparison = None
     if best is not None and _predictions(opened.folder, best).is_file():
         with _blamed_on(course):
-            comparison = predictions.of_trial(opened.folder, course.spec, best)
+            comparison = predictions.compare_trial(opened.folder, course.spec, best)
     return StudySummary(
         folder=opened.folder,
         spec=course.spec,

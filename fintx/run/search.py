@@ -444,7 +444,7 @@ class Search:
     def write_tables(self) -> None:
         """Rewrite the derived tables from the records on disk."""
         folder, study = self.opened.folder, self.spec.study
-        status.write(
+        status.write_json(
             folder, records.read_all(folder), n_trials=study.n_trials, metric=study.metric,
             minimize=self.opened.minimize,
         )  # fmt: skip

@@ -45,23 +45,23 @@ def read(folders, **options):
 @pytest.mark.slow
 def test_a_planted_power_law_is_recovered_within_its_interval(tmp_path):
     found = read(write(tmp_path, lambda n: 12 * n**-0.5), refits=40)
-    assert found.word == "scales"
+    assert found.verdict == "scales"
     assert scaling_page.sentence(found).startswith(
         "Scales. From 2.0K to 250.0K parameters the squared error of tuned models falls"
     )
-    law = next(each for each in found.every.laws if each.fit.form == "power law")
+    law = next(each for each in found.all_trials.laws if each.fit.form == "power law")
     # Relative to the baseline's expected loss, σ² · 1.05.
     assert law.floor[0] < 1 / 1.05 < law.floor[1]
     assert law.height[0] < 12 / 1.05 < law.height[1]
     assert law.exponent[0] < 0.5 < law.exponent[1]
-    assert found.every.preferred.fit.form == "power law" and law.weight > 0.8
-    assert law.held_out < next(each for each in found.every.laws if each.fit.form == "constant").held_out
+    assert found.all_trials.preferred.fit.form == "power law" and law.weight > 0.8
+    assert law.held_out < next(each for each in found.all_trials.laws if each.fit.form == "constant").held_out
 
 
 @pytest.mark.slow
 def test_a_flat_one_is_called_flat(tmp_path):
     found = read(write(tmp_path, lambda n: 0.01, n_rows=3000), difference=0.02, refits=20)
-    assert found.word == "flat" and scaling_page.sentence(found).startswith("Flat. ")
+    assert found.verdict == "flat" and scaling_page.sentence(found).startswith("Flat. ")
     assert "less than the stated 2.0 %" in scaling_page.sentence(found)
     assert found.preferred.fit.form == "constant"
 
@@ -70,7 +70,7 @@ def test_a_flat_one_is_called_flat(tmp_path):
 def test_what_it_would_take_is_said_where_it_cant_be_told(tmp_path):
     found = read(write(tmp_path, lambda n: 0.1, n_rows=400, n_trials=4), refits=20)
     sentence = scaling_page.sentence(found)
-    assert found.word == "can't tell"
+    assert found.verdict == "can't tell"
     assert "more trials alone can't do it" in sentence and "validation rows would (there are 400" in sentence
 
 
@@ -86,7 +86,7 @@ def test_intervals_cover_the_truth_as_often_as_they_say():
     for seed in range(runs):
         made = planted.field_of(lambda n: 12 * n**-0.5, sizes_=sizes, n=8, seed=seed)
         pools = [np.flatnonzero(made.cell == i) for i in range(len(sizes))]
-        found = scaling_laws._reading("all trials", made, pools, 1.0, refits=50, seed=seed)
+        found = scaling_laws._trend("all trials", made, pools, 1.0, refits=50, seed=seed)
         law = next(each for each in found.laws if each.fit.form == "power law")
         covered["exponent"] += law.exponent[0] <= 0.5 <= law.exponent[1]
         covered["floor"] += law.floor[0] <= 1 / 1.05 <= law.floor[1]
@@ -100,7 +100,7 @@ def test_flat_fields_seldom_look_like_scaling(monkeypatch):
     words = []
     for seed in range(40):
         made = planted.field_of(lambda n: 0.05, sizes_=(1e4, 1e5, 1e6), n=8, n_days=600, seed=seed)
-        words.append(scaling_laws.fit(made, seed=seed).word)
+        words.append(scaling_laws.fit(made, seed=seed).verdict)
     # One-sided at 5 %: more than 6 of 40 would come once in 500 series.
     assert words.count("scales") <= 6
 
@@ -119,7 +119,7 @@ def test_the_frontier_gives_no_size_more_luck_than_another(monkeypatch):
     assert found.effort == 5
     assert all(fewer.number[found.frontier.chosen] < 5)
     assert np.bincount(fewer.cell[found.frontier.chosen]).tolist() == [2, 2, 2]
-    assert len(found.every.chosen) == kept.sum()
+    assert len(found.all_trials.chosen) == kept.sum()
 
 
 def test_the_staircase_falls_through_the_best_trials():
@@ -138,7 +138,7 @@ def test_the_staircase_falls_through_the_best_trials():
     ],
 )
 def test_one_interval_holds_both_tests(gain, word):
-    assert scaling_laws.verdict(scaling_laws.Gain(*gain, 0.001, 0.001), 0.01) == word
+    assert scaling_laws.gain_verdict(scaling_laws.Gain(*gain, 0.001, 0.001), 0.01) == word
 
 
 # --- refusals ---------------------------------------------------------------------------------------------------------
@@ -218,7 +218,7 @@ def test_panels_are_read_over_their_data(tmp_path):
     found = scaling_laws.fit(gather([study_results.read(each) for each in folders], over="data"), refits=20)
     assert found.trials.size.min() == 2000 and found.trials.size.max() == 8000
     assert found.trials.n_rows == 2 * n_days  # what the smallest panel has, too
-    assert found.word == "scales" and "From 2.0K to 8.0K training rows" in scaling_page.sentence(found)
+    assert found.verdict == "scales" and "From 2.0K to 8.0K training rows" in scaling_page.sentence(found)
 
 
 # --- the command ------------------------------------------------------------------------------------------------------
@@ -227,11 +227,11 @@ def test_panels_are_read_over_their_data(tmp_path):
 def test_patterns_and_names_find_studies(tmp_path):
     for name in ("2K_h3", "10K_h3", "10K_h1"):
         noise_study(tmp_path, name, budget=name.partition("_")[0], n_trials=1)
-    names = [path.name for path in study_results.find(["*_h3", "10K_h1", "10K_h3"], outputs=tmp_path)]
+    names = [path.name for path in study_results.find_studies(["*_h3", "10K_h1", "10K_h3"], outputs=tmp_path)]
     assert names == ["10K_h3", "2K_h3", "10K_h1"]
-    assert len(study_results.find([str(tmp_path / "*_h3")], outputs=tmp_path / "elsewhere")) == 2
+    assert len(study_results.find_studies([str(tmp_path / "*_h3")], outputs=tmp_path / "elsewhere")) == 2
     with pytest.raises(FintxError, match=r"nowhere: fits no study under .* \(there: 10K_h1, 10K_h3, 2K_h3\)"):
-        study_results.find(["nowhere"], outputs=tmp_path)
+        study_results.find_studies(["nowhere"], outputs=tmp_path)
 
 
 def test_options_that_mean_nothing_are_refused(tmp_path):

@@ -342,7 +342,7 @@ def test_a_trial_becomes_a_record(
     assert record is not None and record.outcome == "completed" and record.param_count == 993
     file = records.trial_folder(job.study_folder, 0) / "record.json"
     assert json.loads(file.read_text())["width"] == 16 and records.read(file) == record
-    row = status.flat(record)
+    row = status.trial_row(record)
     assert row["width"] == 16 and "d_model" not in row
     file.write_text(file.read_text().replace('"width": 16', '"width": 17'))
     with pytest.raises(records.DamagedRecord):

@@ -146,7 +146,7 @@ def test_the_losses_of_a_trial_of_several_seeds_are_their_mean(metric, tmp_path)
     np.testing.assert_allclose(losses, np.mean([rows.losses(of_seed) for of_seed in seeds], axis=0))
 
     trial = records.read_all(folder)[0]
-    assert predictions.of_trial(folder, spec, trial).trial_value == pytest.approx(np.mean(each), rel=1e-6)
+    assert predictions.compare_trial(folder, spec, trial).trial_value == pytest.approx(np.mean(each), rel=1e-6)
     with pytest.raises(FintxError, match=r"0001/replicates\.parquet: is not there"):
         predictions.trial_losses(folder, 1, rows)
     records.write_predictions(where, others[0], name="replicates.parquet")

@@ -47,7 +47,7 @@ def test_a_planted_lead_is_found_with_its_interval(case):
     signal = rng.standard_normal(4000)
     labels = (rng.random(4000) < 1 / (1 + np.exp(-signal))).astype(np.float32)
     plant(folder, best, {"model": signal, "weak": 0.2 * signal, "none": np.zeros(4000)}, labels)
-    found = predictions.of_trial(folder, spec, best)
+    found = predictions.compare_trial(folder, spec, best)
     losses = {k: metrics.per_sample_loss("probability", v, labels) for k, v in (("m", signal), ("w", 0.2 * signal))}
     difference = losses["w"] - losses["m"]
     assert found.baseline == "weak" and found.n_rows == 4000 and found.metric == "log_loss"
@@ -64,11 +64,11 @@ def test_a_lead_that_lasts_for_weeks_has_a_wider_interval(case):
     labels = (rng.random(2000) < 0.5).astype(np.float32)
     gap = (2 * labels - 1) * np.repeat(rng.standard_normal(100), 20)
     plant(folder, best, {"model": gap, "prior": np.zeros(2000)}, labels)
-    alone = predictions.of_trial(folder, spec, best)
+    alone = predictions.compare_trial(folder, spec, best)
     order = rng.permutation(2000)
     mixed_up = {"model": gap[order], "prior": np.zeros(2000)}
     plant(folder, best, mixed_up, labels[order])
-    mixed = predictions.of_trial(folder, spec, best)
+    mixed = predictions.compare_trial(folder, spec, best)
     assert alone.difference.mean == pytest.approx(mixed.difference.mean)
     assert alone.difference.se > 2.5 * mixed.difference.se  # √20 = 4.5, were the blocks endless
 
@@ -79,7 +79,7 @@ def test_equal_forecasters_have_no_lead(case):
     labels = (rng.random(2000) < 0.4).astype(np.float32)
     noise = [0.3 * rng.standard_normal(2000) for _ in range(2)]
     plant(folder, best, {"model": noise[0], "rival": noise[1]}, labels)
-    found = predictions.of_trial(folder, spec, best)
+    found = predictions.compare_trial(folder, spec, best)
     assert abs(found.difference.mean) < 3 * found.difference.se
 
 
@@ -87,7 +87,7 @@ def test_a_study_has_the_files_the_comparison_needs(tiny_study, tiny_file):
     spec = load.study(tiny_file)
     held = json.loads((tiny_study / "baselines.json").read_text())
     best = records.best_of(records.read_all(tiny_study), minimize=True)
-    found = predictions.of_trial(tiny_study, spec, best)
+    found = predictions.compare_trial(tiny_study, spec, best)
     scored = {name: rival["metrics"]["log_loss"] for name, rival in held.items()}
     assert found.baseline == min(scored, key=scored.get)
     assert found.difference.mean == pytest.approx(scored[found.baseline] - best.value, abs=1e-6)
@@ -100,5 +100,5 @@ def test_a_baseline_that_is_truly_best_is_reported_so(case):
     labels = (rng.random(2000) < 1 / (1 + np.exp(-signal))).astype(np.float32)
     noisy = signal + rng.standard_normal(2000)
     plant(folder, best, {"model": noisy, "truth": signal}, labels)
-    found = predictions.of_trial(folder, spec, best)
+    found = predictions.compare_trial(folder, spec, best)
     assert found.baseline == "truth" and found.difference.negative

@@ -166,7 +166,7 @@ def test_tables_come_from_records_alone(tmp_path):
     for record in (make(0, value=0.7), make(1, value=None), make(2, value=0.6)):
         records.append(folder, record)
     found = records.read_all(folder)
-    status.write(folder, found, n_trials=5, metric="log_loss", minimize=True)
+    status.write_json(folder, found, n_trials=5, metric="log_loss", minimize=True)
     status.write_csv(tmp_path)
 
     table = json.loads((folder / "s_all_trials.json").read_text())
