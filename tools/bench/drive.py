@@ -83,7 +83,13 @@ def contestants(
     python_path = {"PYTHONPATH": os.pathsep.join([str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")])}
     both = study_file.SETTINGS | (environment or {})
     ours = Contestant(sys.executable, HERE / "ours.py", cores=cores, environment=python_path | both)
-    return ours, Contestant(rivals, HERE / "rivals.py", cores=cores, environment=both) if rivals else None
+    return ours, rival(rivals, cores, environment=environment) if rivals else None
+
+
+def rival(python: str, cores: Sequence[int], *, environment: dict[str, str] | None = None) -> Contestant:
+    """A process of PyTorch's, by the allocator's settings that fintx's workers start with."""
+    settings = study_file.SETTINGS | (environment or {})
+    return Contestant(python, HERE / "rivals.py", cores=cores, environment=settings)
 
 
 def measured(given: argparse.Namespace, ours: Contestant, rivals: Contestant | None) -> Iterator[dict[str, Any]]:

@@ -192,9 +192,6 @@ def beside(given: argparse.Namespace) -> None:
         _tell(left_out="no --rivals PYTHON")
         return
     import drive
-    from turns import Contestant
-
-    from fintx.study import runtime
 
     began, cores = time.monotonic(), range(os.cpu_count() or 1)
     # All hold the GPU: without this JAX takes most of its memory at once.
@@ -208,9 +205,7 @@ def beside(given: argparse.Namespace) -> None:
         turns = {"fintx": drive.Turn(ours, "turn", "fintx", one.steps)}
         rivals = {}
         for kind in RIVALS:
-            rivals[kind] = Contestant(
-                given.rivals, HERE / "rivals.py", cores=cores, environment=runtime.SETTINGS | environment
-            )
+            rivals[kind] = drive.rival(given.rivals, cores, environment=environment)
             try:
                 with rivals[kind].limited(until - time.monotonic()):
                     ready[kind] = rivals[kind].ask("setup", case=one.to_json(), kind=kind)
