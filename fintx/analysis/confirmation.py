@@ -42,7 +42,7 @@ class SubsetGain(RecordModel):
 
 
 class Ensemble(RecordModel):
-    """The candidate's members as one model, by their mean probability (or mean return)."""
+    """The candidate's reruns as one model, by their mean probability (or mean return)."""
 
     metrics: Metrics
     gain: Estimate
@@ -58,11 +58,11 @@ class Candidate(RecordModel):
     search_value: float
     """The study's metric as the search found it."""
     values: tuple[float | None, ...]
-    """The same with each fresh seed; none: that member failed."""
+    """The same with each fresh seed; none: that rerun failed."""
     outcomes: tuple[str, ...]
-    """Of the members."""
+    """Of the reruns."""
     verdict: Verdict | None
-    """None: not judged, because a member failed or none is finished."""
+    """None: not judged, because a rerun failed or none is finished."""
     too_good: Estimate | None
     """By how much the search's mean loss per row lies below the fresh seeds'; none without its predictions."""
     metrics: Metrics
@@ -104,7 +104,7 @@ class Confirmation(RecordModel):
     study: str
     created: str
     complete: bool
-    """Every member is trained."""
+    """Every rerun is trained."""
     n_members: int
     n_trained: int
     seeds: tuple[int, ...]
@@ -198,21 +198,21 @@ def build(
         seeds: wanted for each; compared are those that every candidate has been trained with.
 
     Raises:
-        FintxError: the baselines' or a member's predictions are missing or damaged.
+        FintxError: the baselines' or a rerun's predictions are missing or damaged.
     """
     rows = predictions.read_rows(study_folder, spec)
-    members = {
+    reruns = {
         (record.trial_number, seed): records.read(path)
         for record in trials
         for seed in seeds
-        if (path := records.member_folder(study_folder, record.trial_number, seed) / "record.json").is_file()
+        if (path := records.rerun_folder(study_folder, record.trial_number, seed) / "record.json").is_file()
     }
-    paired = [seed for seed in seeds if all((record.trial_number, seed) in members for record in trials)]
-    again = {record.trial_number: [members[record.trial_number, seed] for seed in paired] for record in trials}
+    paired = [seed for seed in seeds if all((record.trial_number, seed) in reruns for record in trials)]
+    again = {record.trial_number: [reruns[record.trial_number, seed] for seed in paired] for record in trials}
     outputs = {
-        number: _member_outputs(study_folder, number, paired, rows)
+        number: _rerun_outputs(study_folder, number, paired, rows)
         for number, held in again.items()
-        if held and all(member.value is not None for member in held)
+        if held and all(rerun.value is not None for rerun in held)
     }
     finished = records.read_all(study_folder)
     searched, missing = _searched(study_folder, finished, rows)
@@ -228,9 +228,9 @@ def build(
     return Confirmation(
         study=spec.study.name,
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        complete=len(members) == len(trials) * len(seeds),
+        complete=len(reruns) == len(trials) * len(seeds),
         n_members=len(trials) * len(seeds),
-        n_trained=len(members),
+        n_trained=len(reruns),
         seeds=tuple(paired),
         n_seeds=len(seeds),
         n_trials=spec.study.n_trials,
@@ -260,9 +260,9 @@ def build(
     )  # fmt: skip
 
 
-def _member_outputs(study_folder: Path, number: int, seeds: Sequence[int], rows: Rows) -> Floats:
+def _rerun_outputs(study_folder: Path, number: int, seeds: Sequence[int], rows: Rows) -> Floats:
     """(N, S)."""
-    folders = [records.member_folder(study_folder, number, seed) for seed in seeds]
+    folders = [records.rerun_folder(study_folder, number, seed) for seed in seeds]
     return np.array([predictions.read_outputs(folder, rows) for folder in folders])
 
 
@@ -305,7 +305,7 @@ class _Compared:
         self.search = search
 
     def too_good(self) -> Estimate | None:
-        """By how much the search's losses lie below the members', with the error of their seeds."""
+        """By how much the search's losses lie below the reruns', with the error of their seeds."""
         if self.search is None:
             return None
         assert self.losses is not None and self.resamples is not None
@@ -313,7 +313,7 @@ class _Compared:
         return significance.estimate(self.rows.series(above.mean(axis=0)), self.resamples, seeds=above.mean(axis=1))
 
     def gain_among(self, chosen: np.ndarray) -> Estimate | None:
-        """The members' gain over the baseline on some rows; none where a ranking of them is undefined."""
+        """The reruns' gain over the baseline on some rows; none where a ranking of them is undefined."""
         assert self.fresh is not None and self.resamples is not None
         over = self.rows.losses_among(chosen, self.baseline)
         saved = np.array([over - self.rows.losses_among(chosen, outputs) for outputs in self.fresh])
@@ -344,11 +344,11 @@ def _candidate(
         shape=record.config.shape,
         param_count=record.param_count,
         search_value=record.value,
-        values=tuple(member.value for member in held),
-        outcomes=tuple(member.outcome for member in held),
+        values=tuple(rerun.value for rerun in held),
+        outcomes=tuple(rerun.outcome for rerun in held),
         verdict=judged,
         too_good=too_good,
-        metrics=records.mean_over_seeds([member.best for member in held if member.value is not None]),
+        metrics=records.mean_over_seeds([rerun.best for rerun in held if rerun.value is not None]),
         ensemble=ensemble,
         groups=parts,
     )

@@ -175,7 +175,7 @@ def read_seeds(study_folder: Path, number: int, rows: Rows) -> Floats:
 
 
 def read_outputs(folder: Path, rows: Rows) -> Floats:
-    """(S,) outputs of the model whose predictions lie in a trial's or a member's folder: of a trial, its first seed's.
+    """(S,) outputs of the model whose predictions lie in a trial's or a rerun's folder: of a trial, its first seed's.
 
     Raises:
         FintxError: they are missing, damaged, or of other rows than the baselines'.

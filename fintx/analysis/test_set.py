@@ -137,7 +137,7 @@ def _confirmed(path: Path) -> tuple[_Model, ...]:
 
 
 def _members(study: Path, found: Confirmation, candidate: Candidate) -> _Model:
-    folders = [records.member_folder(study, candidate.trial, seed) for seed in found.seeds]
+    folders = [records.rerun_folder(study, candidate.trial, seed) for seed in found.seeds]
     checkpoints = tuple(_last_fold(folder) for folder in folders)
     return _Model(f"trial {candidate.trial}", checkpoints)
 

@@ -20,8 +20,8 @@ from fintx.study.events import (
     ConfirmReady,
     EpochDone,
     Event,
-    MemberFinished,
     Notice,
+    RerunFinished,
     StudyReady,
     TrialEnded,
     TrialFinished,
@@ -93,8 +93,8 @@ class View:
                 self._finish_trial(event)
             case ConfirmReady():
                 self._open_confirmation(event)
-            case MemberFinished():
-                self._finish_member(event)
+            case RerunFinished():
+                self._finish_rerun(event)
             case Notice():
                 self._say(event.study, event.words, always=True)
 
@@ -127,7 +127,7 @@ class View:
             always=True,
         )
 
-    def _finish_member(self, event: MemberFinished) -> None:
+    def _finish_rerun(self, event: RerunFinished) -> None:
         self._close(event.study, event.number)
         shown, record = self._studies[event.study], event.record
         self._progress.update(shown.bar, completed=event.done)

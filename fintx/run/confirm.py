@@ -1,7 +1,7 @@
 """A confirmation in this process: a study's best trials, each trained again with new seeds.
 
 To the runner it is like a search: it hands out jobs and hears how they end. Its memory is its folder alone:
-a member with a record is done, one without is unfinished work that goes on from its last save. It needs no storage, and
+a rerun with a record is done, one without is unfinished work that goes on from its last save. It needs no storage, and
 runs on one machine at a time.
 """
 
@@ -24,7 +24,7 @@ from fintx.evaluate import metrics
 from fintx.run.job import Job
 from fintx.run.study_run import StudyRun
 from fintx.study import baseline_store, lifecycle, locks, records, sampler, study_file
-from fintx.study.events import ConfirmReady, MemberFinished, RunContext
+from fintx.study.events import ConfirmReady, RerunFinished, RunContext
 from fintx.study.records import TrialRecord
 from fintx.train.train_state import static_config
 
@@ -39,12 +39,12 @@ class ConfirmationSummary:
     """As far as it has come; none where it can't be told."""
     interrupted: bool
     left_aside: tuple[str, ...]
-    """Members whose attempts all crashed or hung, a line each: the next run tries them again."""
+    """Reruns whose attempts all crashed or hung, a line each: the next run tries them again."""
     problem: FintxError | None
 
 
 class ConfirmationRun:
-    """A confirmation under way in this process; members are numbered seed by seed, so that any stop leaves pairs."""
+    """A confirmation under way in this process; reruns are numbered seed by seed, so that any stop leaves pairs."""
 
     def __init__(
         self, folder: Path, run: StudyRun, trials: tuple[TrialRecord, ...], fresh: tuple[int, ...]
@@ -55,8 +55,8 @@ class ConfirmationRun:
             fresh: seeds, the same for each of them.
         """
         self.folder, self.run, self.trials, self.seeds = folder, run, trials, fresh
-        self.members = tuple((record, seed) for seed in fresh for record in trials)
-        self.done = {key for key in range(len(self.members)) if (self._where(key) / "record.json").is_file()}
+        self.reruns = tuple((record, seed) for seed in fresh for record in trials)
+        self.done = {key for key in range(len(self.reruns)) if (self._where(key) / "record.json").is_file()}
         self._attempts: dict[int, int] = {}
         run.label = self._words
 
@@ -78,7 +78,7 @@ class ConfirmationRun:
     # --- what next ---
 
     def next_job(self, fits: Callable[[TrialConfig], int | None]) -> Job | None:
-        """The next member to hand to a worker; none: nothing to do now.
+        """The next rerun to hand to a worker; none: nothing to do now.
 
         Args:
             fits: memory limit of a trial of that config if it were started now (0: the device's); none: no room yet.
@@ -94,7 +94,7 @@ class ConfirmationRun:
         return self._job(open_[0], limit or None, self.run.at_once(open_[0], config))
 
     def more_like(self, first: Job, *, beside: int) -> Job | None:
-        """Another member that may train together with one just handed out; none: no more of them."""
+        """Another rerun that may train together with one just handed out; none: no more of them."""
         if beside >= first.at_once or not self.run.goes_on:
             return None
         wanted = static_config(first.config)
@@ -107,34 +107,34 @@ class ConfirmationRun:
 
     def _open(self) -> list[int]:
         limits = self.spec.execution
-        keys = (key for key in range(len(self.members)) if key not in self.done and key not in self.run.held)
+        keys = (key for key in range(len(self.reruns)) if key not in self.done and key not in self.run.held)
         return [key for key in keys if self.run.failures.attempts_left(key, limits)]
 
     def _config(self, key: int) -> TrialConfig:
-        record, seed = self.members[key]
+        record, seed = self.reruns[key]
         return record.config.model_copy(update={"seed": seed})
 
     def _job(self, key: int, limit: int | None, at_once: int) -> Job:
-        record, config = self.members[key][0], self._config(key)
+        record, config = self.reruns[key][0], self._config(key)
         attempt = self._attempts[key] = max(self._attempts.get(key, 0), _attempts_of(self._where(key))) + 1
         job = Job(
             spec=self.spec.model_copy(update={"queue": ()}), config=config, number=record.trial_number,
             attempt=attempt, params=record.params, entry=record.entry, note=record.note, training=record.training,
             study_folder=self.folder.resolve(), data_root=self.run.context.data_root.resolve(), memory_limit=limit,
-            member=key, at_once=at_once,
+            rerun=key, at_once=at_once,
         )  # fmt: skip
         return self.run.begin(job)
 
     # --- what came of it ---
 
     def heard(self, key: int, kind: str, values: dict[str, Any], *, pid: int) -> None:
-        """Take what a worker said of a held member, or how its job ended (`workers.ENDS`)."""
+        """Take what a worker said of a held rerun, or how its job ended (`workers.ENDS`)."""
         ending = self.run.hear(key, kind, values)
         if isinstance(ending, TrialRecord):
             self.done.add(key)
-            total = len(self.members)
+            total = len(self.reruns)
             self.run.context.notify(
-                MemberFinished(self.run.name, key, self._words(key), ending, len(self.done), total)
+                RerunFinished(self.run.name, key, self._words(key), ending, len(self.done), total)
             )  # fmt: skip
 
     def tick(self) -> None:
@@ -157,11 +157,11 @@ class ConfirmationRun:
     # --- names ---
 
     def _where(self, key: int) -> Path:
-        record, seed = self.members[key]
-        return records.member_folder(self.folder, record.trial_number, seed)
+        record, seed = self.reruns[key]
+        return records.rerun_folder(self.folder, record.trial_number, seed)
 
     def _words(self, key: int) -> str:
-        record, seed = self.members[key]
+        record, seed = self.reruns[key]
         return f"trial {record.trial_number} again, seed {self.seeds.index(seed) + 1} of {len(self.seeds)}"
 
 

@@ -35,19 +35,19 @@ class Job(BaseModel):
     """Members (trials × replicates) that may train side by side, in one program."""
     on_cores: bool = False
     """Replicates may train at the same time, each by a thread of its worker's."""
-    member: int | None = None
+    rerun: int | None = None
     """Of a confirmation, which trains a trial again with another seed: its place there. None: the trial itself."""
 
     @property
     def ticket(self) -> str:
         """Names the attempt among all of a run's."""
-        member = "" if self.member is None else f"/member {self.member}"
-        return f"{self.spec.study.name}/{self.number}{member}/{self.attempt}"
+        rerun = "" if self.rerun is None else f"/rerun {self.rerun}"
+        return f"{self.spec.study.name}/{self.number}{rerun}/{self.attempt}"
 
     @property
     def replicates(self) -> tuple[TrialConfig, ...]:
         """The config with each of its seeds; a confirmation's has the one that it was given."""
-        k = self.spec.study.replicates if self.member is None else 1
+        k = self.spec.study.replicates if self.rerun is None else 1
         return tuple(
             self.config.model_copy(update={"seed": sampler.replicate_seed(self.config.seed, replicate)})
             for replicate in range(k)
@@ -61,14 +61,14 @@ class Job(BaseModel):
     @property
     def key(self) -> int:
         """What tells it from the other jobs of its course."""
-        return self.number if self.member is None else self.member
+        return self.number if self.rerun is None else self.rerun
 
     @property
     def folder(self) -> Path:
-        """The trial's, or the member's."""
-        if self.member is None:
+        """The trial's, or the rerun's."""
+        if self.rerun is None:
             return records.trial_folder(self.study_folder, self.number)
-        return records.member_folder(self.study_folder, self.number, self.config.seed)
+        return records.rerun_folder(self.study_folder, self.number, self.config.seed)
 
 
 Jobs = TypeAdapter(tuple[Job, ...])

@@ -117,7 +117,7 @@ class StudyRun:
         self.held[job.key] = job
         if step is not None:
             self._steps[job.key] = step
-        of_search = job.member is None
+        of_search = job.rerun is None
         self.context.notify(
             TrialStarted(
                 self.name,

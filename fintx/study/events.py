@@ -77,7 +77,7 @@ class TrialFinished:
 
 @dataclass(frozen=True)
 class ConfirmReady:
-    """A confirmation stands: which trials are trained again; no member of this run has begun."""
+    """A confirmation stands: which trials are trained again; no rerun of it has begun."""
 
     study: str
     spec: StudySpec
@@ -88,11 +88,11 @@ class ConfirmReady:
     searched: int
     """Records of the search."""
     finished: int
-    """Members that are trained already."""
+    """Reruns that are trained already."""
 
 
 @dataclass(frozen=True)
-class MemberFinished:
+class RerunFinished:
     """A candidate has been trained with one of the fresh seeds."""
 
     study: str
@@ -111,7 +111,7 @@ class Notice:
     words: str
 
 
-Event = StudyReady | TrialStarted | EpochDone | TrialEnded | TrialFinished | ConfirmReady | MemberFinished | Notice
+Event = StudyReady | TrialStarted | EpochDone | TrialEnded | TrialFinished | ConfirmReady | RerunFinished | Notice
 
 
 @dataclass(frozen=True)

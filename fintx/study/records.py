@@ -240,7 +240,7 @@ def trial_folder(study_folder: Path, number: int) -> Path:
     return study_folder / "trials" / f"{number:04d}"
 
 
-def member_folder(study_folder: Path, number: int, seed: int) -> Path:
+def rerun_folder(study_folder: Path, number: int, seed: int) -> Path:
     """outputs/<study>/confirm/0007/seed_42: trial 7, trained again with seed 42."""
     return study_folder / "confirm" / f"{number:04d}" / f"seed_{seed}"
 

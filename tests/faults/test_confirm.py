@@ -1,4 +1,4 @@
-"""A confirmation is killed, stopped and run by several workers: every member is trained once, to the same numbers."""
+"""A confirmation is killed, stopped and run by several workers: every rerun is trained once, to the same numbers."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ PATIENCE_S = 900
 WANTED = ("--top-k", "2", "--n-seeds", "2")
 
 
-def members(machine: Machine) -> dict[tuple[str, str], tuple]:
+def reruns(machine: Machine) -> dict[tuple[str, str], tuple]:
     """What of a confirmation must not depend on what happened to its processes."""
     return {
         (path.parent.parent.name, path.parent.name): (record.value, record.config_hash, record.folds[0].curve)
@@ -39,13 +39,13 @@ def verdict(machine: Machine) -> dict:
 
 
 def steps(machine: Machine) -> list[Path]:
-    """Training states of unfinished members."""
+    """Training states of unfinished reruns."""
     found = machine.folder.glob("confirm/*/*/run/fold_*/step_*[0-9]")
     return sorted(path for path in found if not (path.parents[2] / "record.json").exists())
 
 
 def starts(machine: Machine) -> dict[str, list[int]]:
-    """Member → the step that each of its attempts went on from."""
+    """Rerun → the step that each of its attempts went on from."""
     return {
         f"{path.parent.parent.name}/{path.parent.name}": [
             json.loads(line)["from_step"] for line in path.read_text().splitlines()
@@ -70,7 +70,7 @@ def confirming(machine, searched):
 
 @pytest.fixture(scope="module")
 def undisturbed(searched):
-    """The same where nothing happened: members, and confirmation.json."""
+    """The same where nothing happened: reruns, and confirmation.json."""
 
     def confirm(root: Path) -> None:
         shutil.copytree(searched, root)
@@ -78,40 +78,40 @@ def undisturbed(searched):
         there.start(command="confirm", options=WANTED).end(code=0, timeout_s=PATIENCE_S)
 
     there = Machine(shared.once("confirmed", confirm), Path("tiny"))
-    return members(there), verdict(there)
+    return reruns(there), verdict(there)
 
 
 def test_a_killed_confirmation_continues_to_the_same_numbers(confirming, undisturbed):
     running = confirming.start(command="confirm", options=WANTED)
-    wait_for(lambda: len(members(confirming)) == 1 and steps(confirming), running=running, timeout_s=PATIENCE_S)
+    wait_for(lambda: len(reruns(confirming)) == 1 and steps(confirming), running=running, timeout_s=PATIENCE_S)
     done = {path: path.stat().st_mtime_ns for path in confirming.folder.glob("confirm/*/*/record.json")}
     running.everyone(signal.SIGKILL)
     running.process.wait()
     assert not (confirming.folder / confirmation.FILE).exists()
     said = confirming.start(command="confirm", options=WANTED).end(code=0, timeout_s=PATIENCE_S)
     assert "1 of 4 done before" in said
-    assert (members(confirming), verdict(confirming)) == undisturbed
+    assert (reruns(confirming), verdict(confirming)) == undisturbed
     assert all(path.stat().st_mtime_ns == time for path, time in done.items()), "trained twice"
     resumed = [each for each in starts(confirming).values() if len(each) == 2]
-    assert len(resumed) == 1 and resumed[0][1] > 1, "the unfinished member went on from its last save"
+    assert len(resumed) == 1 and resumed[0][1] > 1, "the unfinished rerun went on from its last save"
 
 
-def test_a_dead_worker_costs_neither_members_nor_numbers(confirming, undisturbed):
+def test_a_dead_worker_costs_neither_reruns_nor_numbers(confirming, undisturbed):
     running = confirming.start(command="confirm", options=WANTED)
     wait_for(lambda: steps(confirming), running=running, timeout_s=PATIENCE_S)
     os.kill(running.workers()[0], signal.SIGKILL)
     said = running.end(code=0, timeout_s=PATIENCE_S)
     assert "died: killed by SIGKILL" in said and "again, seed 1 of 2, attempt 2" in said
-    assert (members(confirming), verdict(confirming)) == undisturbed
+    assert (reruns(confirming), verdict(confirming)) == undisturbed
 
 
 def test_a_request_to_stop_saves_tells_how_far_it_is_and_exits_with_75(confirming, undisturbed):
     running = confirming.start(command="confirm", options=WANTED)
-    wait_for(lambda: len(members(confirming)) == 2 and steps(confirming), running=running, timeout_s=PATIENCE_S)
+    wait_for(lambda: len(reruns(confirming)) == 2 and steps(confirming), running=running, timeout_s=PATIENCE_S)
     running.process.send_signal(signal.SIGINT)
     said = running.end(code=75, timeout_s=PATIENCE_S)
     assert "give the same command again to continue" in said and "2 of 4 trainings are done" in said
     half = confirmation.read(confirming.folder)
     assert not half.complete and len(half.seeds) == 1 and half.best is not None
     confirming.start(command="confirm", options=(*WANTED, "--workers", "2")).end(code=0, timeout_s=PATIENCE_S)
-    assert (members(confirming), verdict(confirming)) == undisturbed
+    assert (reruns(confirming), verdict(confirming)) == undisturbed

@@ -54,10 +54,10 @@ class Planted:
         records.append(self.folder, record)
         return record
 
-    def member(self, number: int, seed: int, outputs: np.ndarray | None) -> TrialRecord:
+    def rerun(self, number: int, seed: int, outputs: np.ndarray | None) -> TrialRecord:
         """A trial trained again; without outputs, one that diverged."""
         record = self._record(number, seed, outputs)
-        folder = records.member_folder(self.folder, number, seed)
+        folder = records.rerun_folder(self.folder, number, seed)
         if outputs is not None:
             records.write_predictions(folder, self.table(outputs))
         records.write_record(folder, record)

@@ -62,7 +62,7 @@ def plant(root: Path, metric: str, name: str = "planted") -> tuple[Path, StudySp
     folder = planted.write_study(root / "outputs", spec, predict, labels=labels, baselines=baselines, n_trials=TRIALS)
     for record in records.read_all(folder):
         for seed in SEEDS:
-            again = records.member_folder(folder, record.trial_number, seed)
+            again = records.rerun_folder(folder, record.trial_number, seed)
             kept = pq.read_table(records.trial_folder(folder, record.trial_number) / "predictions.parquet")
             records.write_predictions(again, kept)
             records.write_record(again, record)

@@ -56,7 +56,7 @@ def test_a_planted_signal_is_confirmed_and_its_equal_can_not_be_told_from_it(pla
     trials = [planted.trial(n, signal + sd * rng.standard_normal(DAYS)) for n, sd in noise.items()]
     for number, sd in noise.items():
         for seed in SEEDS:
-            planted.member(number, seed, signal + sd * rng.standard_normal(DAYS))
+            planted.rerun(number, seed, signal + sd * rng.standard_normal(DAYS))
     found = build(planted, spec, trials, tmp_path)
     assert found.complete and found.baseline == "weak" and found.n_compared == 3 and found.seeds == SEEDS
     assert {each.trial for each in found.confirmed} == {0, 1}
@@ -66,7 +66,7 @@ def test_a_planted_signal_is_confirmed_and_its_equal_can_not_be_told_from_it(pla
     said = confirmation_verdict(found)
     assert said.startswith(f"CONFIRMED: trial {found.best.trial} beats weak by 0.") and "95 %" in said
     assert f"Indistinguishable from the best: trial {found.alike[0].trial}." in confirmation_details(found)
-    # By Jensen's inequality an ensemble's log loss is below its members' mean; how far, their noise decides.
+    # By Jensen's inequality an ensemble's log loss is below its reruns' mean; how far, their noise decides.
     for each in found.candidates:
         assert each.ensemble.gain.mean > each.verdict.gain.mean
         assert each.verdict.gain.mean == pytest.approx(found.baseline_loss - each.mean_value, abs=1e-6)
@@ -81,7 +81,7 @@ def test_a_baseline_that_is_truly_best_is_reported_so(plant, spec, tmp_path):
     trials = [planted.trial(n, signal + rng.standard_normal(DAYS)) for n in range(2)]
     for record in trials:
         for seed in SEEDS:
-            planted.member(record.trial_number, seed, signal + rng.standard_normal(DAYS))
+            planted.rerun(record.trial_number, seed, signal + rng.standard_normal(DAYS))
     found = build(planted, spec, trials, tmp_path)
     assert found.baseline == "truth" and found.confirmed == () and found.superior_p_value > 0.5
     assert confirmation_verdict(found).startswith("NOT CONFIRMED: truth is better than every trial trained again")
@@ -94,7 +94,7 @@ def test_a_lucky_search_is_seen_through(plant, spec, tmp_path):
     lucky = 0.3 * rng.standard_normal(DAYS) + 0.6 * (2 * planted.labels - 1)
     trials = [planted.trial(0, lucky)]
     for seed in SEEDS:
-        planted.member(0, seed, 0.3 * rng.standard_normal(DAYS))
+        planted.rerun(0, seed, 0.3 * rng.standard_normal(DAYS))
     found = build(planted, spec, trials, tmp_path)
     (candidate,) = found.candidates
     assert candidate.too_good.low > 0.2
@@ -108,8 +108,8 @@ def test_a_candidate_whose_seed_fails_is_not_confirmed_and_says_why(plant, spec,
     planted.baselines({"prior": np.zeros(DAYS)})
     trials = [planted.trial(n, signal) for n in range(2)]
     for seed in SEEDS:
-        planted.member(0, seed, None if seed == 12 else signal + 0.1 * rng.standard_normal(DAYS))
-        planted.member(1, seed, signal + 0.1 * rng.standard_normal(DAYS))
+        planted.rerun(0, seed, None if seed == 12 else signal + 0.1 * rng.standard_normal(DAYS))
+        planted.rerun(1, seed, signal + 0.1 * rng.standard_normal(DAYS))
     found = build(planted, spec, trials, tmp_path)
     assert found.complete and found.candidates[0].verdict is None
     assert found.candidates[0].words == "not confirmed: 1 of 3 seeds diverged"
@@ -125,7 +125,7 @@ def test_half_a_confirmation_compares_the_seeds_that_all_have(plant, spec, tmp_p
     assert not empty.complete and empty.seeds == () and empty.best is None
     assert "nothing can be said yet" in confirmation_verdict(empty)
     for number, seed in ((0, 11), (1, 11), (0, 12), (1, 12), (0, 13)):
-        planted.member(number, seed, signal + 0.1 * rng.standard_normal(DAYS))
+        planted.rerun(number, seed, signal + 0.1 * rng.standard_normal(DAYS))
     found = build(planted, spec, trials, tmp_path)
     assert (found.n_trained, found.n_members, found.seeds) == (5, 6, (11, 12))
     assert not found.complete and all(len(each.values) == 2 for each in found.candidates)
@@ -137,7 +137,7 @@ def test_what_the_search_lacks_is_said(plant, spec, tmp_path):
     trials = [planted.trial(n, signal) for n in range(2)]
     (records.trial_folder(tmp_path, 1) / "predictions.parquet").unlink()
     for seed in SEEDS:
-        planted.member(0, seed, signal + 0.1 * rng.standard_normal(DAYS))
+        planted.rerun(0, seed, signal + 0.1 * rng.standard_normal(DAYS))
     study_file.log_opening(tmp_path, {})
     raised = spec.model_copy(update={"study": spec.study.model_copy(update={"n_trials": 9})})
     found = build(planted, raised, trials[:1], tmp_path)
@@ -152,8 +152,8 @@ def test_what_can_not_be_compared_is_one_clear_line(damage, plant, spec, tmp_pat
     planted.baselines({"prior": np.zeros(DAYS)})
     trials = [planted.trial(0, signal)]
     for seed in SEEDS:
-        planted.member(0, seed, signal)
-    path = records.member_folder(tmp_path, 0, 12) / "predictions.parquet"
+        planted.rerun(0, seed, signal)
+    path = records.rerun_folder(tmp_path, 0, 12) / "predictions.parquet"
     if damage == "no baselines":
         path = tmp_path / "baselines.parquet"
         path.unlink()
@@ -182,7 +182,7 @@ def test_folds_and_years_share_the_gain_out(plant, spec, tmp_path):
     planted.baselines({"prior": np.zeros(DAYS)})
     trials = [planted.trial(0, np.where(late, 0.05, 1) * signal)]
     for seed in SEEDS:
-        planted.member(0, seed, np.where(late, 0.05, 1) * signal + 0.02 * rng.standard_normal(DAYS))
+        planted.rerun(0, seed, np.where(late, 0.05, 1) * signal + 0.02 * rng.standard_normal(DAYS))
     found = build(planted, spec, trials, tmp_path)
     groups = {(group.kind, group.name): group for group in found.candidates[0].groups}
     first, second = groups["fold", "1"].gain, groups["fold", "2"].gain
@@ -202,7 +202,7 @@ def test_thirds_of_vix_are_told_where_vix_is_in_the_data(shared_data, plant, spe
     planted.baselines({"prior": np.zeros(DAYS)})
     trials = [planted.trial(0, signal)]
     for seed in SEEDS:
-        planted.member(0, seed, signal + 0.001 * seed)
+        planted.rerun(0, seed, signal + 0.001 * seed)
     with_vix = spec.model_copy(update={"data": spec.data.model_copy(update={"context": ("VIX",)})})
     found = build(planted, with_vix, trials, tmp_path)
     thirds = [group for group in found.candidates[0].groups if group.kind == "vix"]
@@ -220,7 +220,7 @@ def test_a_regression_is_compared_by_its_squared_error(plant, spec, tmp_path):
     planted.baselines({"zero": np.zeros(DAYS)})
     trials = [planted.trial(0, 0.01 * signal)]
     for seed in SEEDS:
-        planted.member(0, seed, 0.01 * signal + 0.001 * rng.standard_normal(DAYS))
+        planted.rerun(0, seed, 0.01 * signal + 0.001 * rng.standard_normal(DAYS))
     found = build(planted, regression, trials, tmp_path)
     assert found.loss == "mse" and found.best.words == "best, confirmed"
     assert found.best.verdict.gain.mean == pytest.approx(1e-4, rel=0.2)
@@ -263,7 +263,7 @@ def test_each_of_the_best_gets_the_same_seeds_in_turn(course, tiny_study):
     assert not {record.config.seed for record in ranked} & set(made.seeds)
 
 
-def test_a_member_that_crashes_is_tried_again_and_then_left_aside(course):
+def test_a_rerun_that_crashes_is_tried_again_and_then_left_aside(course):
     made, told = course
     for attempt in range(1, 4):
         job = made.next_job(lambda config: 0)
@@ -291,10 +291,10 @@ def test_failures_in_a_row_stop_it(course):
     assert "stopped after 4 failures in a row of the same kind, hung" in str(made.run.problem) and made.settled
 
 
-@pytest.mark.parametrize("of_members", [False, True], ids=["of a search", "of a confirmation"])
-def test_failures_of_different_kinds_in_a_row_do_not_stop_it(course, tiny_study, tiny_file, tmp_path, of_members):
+@pytest.mark.parametrize("of_reruns", [False, True], ids=["of a search", "of a confirmation"])
+def test_failures_of_different_kinds_in_a_row_do_not_stop_it(course, tiny_study, tiny_file, tmp_path, of_reruns):
     """One policy for both: what stops a study is one cause that more trials won't cure."""
-    if of_members:
+    if of_reruns:
         made, _ = course
     else:
         order = lifecycle.StudyRequest(load.study(tiny_file, overrides=["study.name='another'"]))
@@ -315,11 +315,11 @@ def test_failures_of_different_kinds_in_a_row_do_not_stop_it(course, tiny_study,
     fails("failed", "OSError: [Errno 5] Input/output error: 'c'")
     wanted = "stopped after 3 failures in a row of the same kind, failed (OSError)"
     assert wanted in str(made.run.problem) and made.next_job(lambda config: 0) is None
-    if not of_members:
+    if not of_reruns:
         stack.close()
 
 
-def test_members_that_diverge_one_after_the_other_stop_a_confirmation_as_they_stop_a_search(course):
+def test_reruns_that_diverge_one_after_the_other_stop_a_confirmation_as_they_stop_a_search(course):
     made, _ = course
     limits = made.spec.execution.model_copy(update={"max_failures": 2})
     made.run.spec = made.spec.model_copy(update={"execution": limits})
@@ -333,7 +333,7 @@ def test_members_that_diverge_one_after_the_other_stop_a_confirmation_as_they_st
     assert made.done == {0, 1} and made.run.left_aside(made.done) == ()
 
 
-def test_a_request_to_stop_is_heard_once_and_no_member_begins_after_it(course):
+def test_a_request_to_stop_is_heard_once_and_no_rerun_begins_after_it(course):
     made, told = course
     made.tick()
     locks.ask_to_stop(str(made.folder), outputs=made.folder.parent)
@@ -344,7 +344,7 @@ def test_a_request_to_stop_is_heard_once_and_no_member_begins_after_it(course):
     assert made.next_job(lambda config: 0) is None and made.result(interrupted=False).interrupted
 
 
-def test_who_asks_before_the_first_member_is_heard_too(tiny_study, tmp_path):
+def test_who_asks_before_the_first_rerun_is_heard_too(tiny_study, tmp_path):
     folder = shutil.copytree(tiny_study, tmp_path / "tiny")
     (folder / "baselines.json").unlink()  # made again: it is asked for on the way
     asked = []
