@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import importlib.metadata
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -241,7 +240,6 @@ def store_processed(prepared: PreparedData, root: Path) -> Snapshot:
         version=dataset.data_hash,
         source=f"features {', '.join(data.features)}",
         parents=parents,
-        fintx_version=importlib.metadata.version("fintx"),
     )
     return entry
 

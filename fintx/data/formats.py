@@ -1,4 +1,4 @@
-"""Which columns of a file are the date, the prices and the volume? CSV and Parquet in their usual spellings."""
+"""File formats: the dates, prices and volumes of CSV and Parquet files, whose columns are named in many ways."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.compute
 import pyarrow.parquet as pq
 
+from fintx.data.bars import Bars, make_bars
 from fintx.errors import FintxError
 from fintx.types import Floats
 
@@ -41,8 +42,17 @@ class PriceColumns:
     """(T,) datetime64[D]; NaT where the text is no date."""
     columns: dict[str, Floats]
     """open, high, low, close, and volume and adj_close where the source has them; NaN where the text is no number."""
-    lines: np.ndarray
-    """(T,) line of each row in the file."""
+    lines: np.ndarray | None = None
+    """(T,) line of each row in the file; None where the source has no lines."""
+
+    def take(self, rows: np.ndarray) -> PriceColumns:
+        """The given rows."""
+        columns = {name: column[rows] for name, column in self.columns.items()}
+        return PriceColumns(self.dates[rows], columns, None if self.lines is None else self.lines[rows])
+
+    def to_bars(self, symbol: str) -> Bars:
+        """Bars, unchecked; volume is 0 where the source has none."""
+        return make_bars(symbol, self.dates, **{"volume": np.zeros(len(self.dates))} | self.columns)
 
 
 def read(path: Path) -> PriceColumns:
@@ -52,49 +62,10 @@ def read(path: Path) -> PriceColumns:
         FintxError: it is missing, is neither, or lacks a column; says which columns were wanted and found.
     """
     if not path.is_file():
-        what = "is a folder" if path.is_dir() else "is not there"
-        raise FintxError(f"{path}: {what}; wanted a CSV or Parquet file of daily bars")
+        reason = "is a folder" if path.is_dir() else "is not there"
+        raise FintxError(f"{path}: {reason}; wanted a CSV or Parquet file of daily bars")
     if path.suffix.lower() in (".parquet", ".pq"):
         return _read_parquet(path)
-    return _read_csv(path)
-
-
-def from_frame(frame: Any, *, where: str) -> PriceColumns:
-    """Read a pandas frame as yfinance gives it: a date index, columns one level or (price, symbol)."""
-    names = [str(column[0] if isinstance(column, tuple) else column) for column in frame.columns]
-    found = _match(names, where=where, needs_date=False)
-    index = frame.index
-    naive = index.tz_localize(None) if getattr(index, "tz", None) is not None else index
-    dates = naive.to_numpy().astype("datetime64[D]")
-    values = {name: frame.iloc[:, names.index(given)].to_numpy(np.float64) for name, given in found.items()}
-    return PriceColumns(dates, values, np.arange(1, len(dates) + 1))
-
-
-def _match(names: Sequence[str], *, where: str, needs_date: bool = True) -> dict[str, str]:
-    """fintx's column name → the file's."""
-    plain: dict[str, list[str]] = {}
-    for name in names:
-        plain.setdefault(re.sub(r"[^a-z0-9]", "", name.lower()), []).append(name)
-    found = {}
-    for wanted, spellings in _SPELLINGS.items():
-        given = next((plain[spelling] for spelling in spellings if spelling in plain), [])
-        if len(given) > 1:
-            raise FintxError(
-                f"{where}: has {len(given)} columns {given[0]} (several symbols in one file?); "
-                "wanted one Date, Open, High, Low, Close: save each symbol in a file of its own"
-            )
-        if given:
-            found[wanted] = given[0]
-    missing = [name.removesuffix("s") for name in _REQUIRED if name not in found and (needs_date or name != "dates")]
-    if missing:
-        raise FintxError(
-            f"{where}: has no column {', '.join(missing)} (found: {', '.join(map(str, names)) or 'none'}); "
-            "wanted Date, Open, High, Low, Close and, if known, Adj Close, Volume"
-        )
-    return found
-
-
-def _read_csv(path: Path) -> PriceColumns:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
@@ -106,45 +77,64 @@ def _read_csv(path: Path) -> PriceColumns:
     return parse_csv(text, where=str(path))
 
 
+def from_frame(frame: Any, *, where: str) -> PriceColumns:
+    """Read a pandas frame as yfinance gives it: a date index, columns one level or (price, symbol)."""
+    names = [str(column[0] if isinstance(column, tuple) else column) for column in frame.columns]
+    matched = _match(names, where=where, needs_date=False)
+    index = frame.index
+    naive = index.tz_localize(None) if getattr(index, "tz", None) is not None else index
+    columns = {name: frame.iloc[:, names.index(column)].to_numpy(np.float64) for name, column in matched.items()}
+    return PriceColumns(naive.to_numpy().astype("datetime64[D]"), columns)
+
+
 def parse_csv(text: str, *, where: str) -> PriceColumns:
-    """The table of a CSV text.
+    """Read a CSV text.
 
     Raises:
         FintxError: it is no CSV, empty, or lacks a column.
     """
+    delimiter = max(",;\t", key=text.partition("\n")[0].count)
+    reader = csv.reader(io.StringIO(text), delimiter=delimiter)
     try:
-        rows = [(number, row) for number, row in _numbered(text) if any(cell.strip() for cell in row)]
+        rows = [(reader.line_num, row) for row in reader if any(cell.strip() for cell in row)]
     except csv.Error as error:
         raise FintxError(f"{where}: is no CSV file: {error}") from None
     if not rows:
         raise FintxError(f"{where}: is empty; wanted a header line and daily bars")
-    header, rows = _header(rows)
-    found = _match(header, where=where)
-    place = {name: header.index(given) for name, given in found.items()}
-    cells = {name: [row[i] if i < len(row) else "" for _, row in rows] for name, i in place.items()}
+    header, body = [cell.strip() for cell in rows[0][1]], rows[1:]
+    # The CSV that yfinance writes has three header lines: Price …, Ticker …, Date ….
+    if header[0] == "Price" and len(rows) > 2 and rows[1][1][0].strip() == "Ticker":
+        header, body = ["Date", *header[1:]], rows[3:]
+    place = {name: header.index(column) for name, column in _match(header, where=where).items()}
+    cells = {name: [row[i] if i < len(row) else "" for _, row in body] for name, i in place.items()}
     dates = _dates(cells.pop("dates"))
     # Where semicolons part the columns a comma may be the decimal point: such numbers are refused, not guessed.
-    commas = _delimiter(text) == ","
-    columns = {name: np.array([_number(cell, commas) for cell in column]) for name, column in cells.items()}
-    return PriceColumns(dates, columns, np.array([number for number, _ in rows], int))
+    columns = {name: np.array([_number(cell, commas=delimiter == ",") for cell in cells[name]]) for name in cells}
+    return PriceColumns(dates, columns, np.array([line for line, _ in body], int))
 
 
-def _numbered(text: str) -> list[tuple[int, list[str]]]:
-    reader = csv.reader(io.StringIO(text), delimiter=_delimiter(text))
-    return [(reader.line_num, row) for row in reader]
-
-
-def _delimiter(text: str) -> str:
-    head = text.partition("\n")[0]
-    return max(",;\t", key=head.count)
-
-
-def _header(rows: list[tuple[int, list[str]]]) -> tuple[list[str], list[tuple[int, list[str]]]]:
-    """The header line, and the rows below it. yfinance's own CSV has three: Price …, Ticker …, Date …."""
-    first = [cell.strip() for cell in rows[0][1]]
-    if first[0] == "Price" and len(rows) > 2 and rows[1][1][0].strip() == "Ticker":
-        return ["Date", *first[1:]], rows[3:]
-    return first, rows[1:]
+def _match(names: Sequence[str], *, where: str, needs_date: bool = True) -> dict[str, str]:
+    """fintx's column name → the file's."""
+    by_spelling: dict[str, list[str]] = {}
+    for name in names:
+        by_spelling.setdefault(re.sub(r"[^a-z0-9]", "", name.lower()), []).append(name)
+    matched = {}
+    for column, spellings in _SPELLINGS.items():
+        candidates = next((by_spelling[spelling] for spelling in spellings if spelling in by_spelling), [])
+        if len(candidates) > 1:
+            raise FintxError(
+                f"{where}: has {len(candidates)} columns {candidates[0]} (several symbols in one file?); "
+                "wanted one Date, Open, High, Low, Close: save each symbol in a file of its own"
+            )
+        if candidates:
+            matched[column] = candidates[0]
+    missing = [name.removesuffix("s") for name in _REQUIRED if name not in matched and (needs_date or name != "dates")]
+    if missing:
+        raise FintxError(
+            f"{where}: has no column {', '.join(missing)} (found: {', '.join(map(str, names)) or 'none'}); "
+            "wanted Date, Open, High, Low, Close and, if known, Adj Close, Volume"
+        )
+    return matched
 
 
 def _dates(texts: Sequence[str]) -> np.ndarray:
@@ -152,10 +142,10 @@ def _dates(texts: Sequence[str]) -> np.ndarray:
     slashed = [match.groups() if (match := _SLASHED.fullmatch(text.strip())) else None for text in texts]
     if not any(slashed):
         return np.array([_date(text) for text in texts], "datetime64[D]")
-    months = [max((int(parts[place]) for parts in slashed if parts), default=0) for place in (0, 1)]
-    if min(months) > 12 or max(months) <= 12:  # no month there, or no telling which: no date can be read
+    largest = [max(int(parts[place]) for parts in slashed if parts) for place in (0, 1)]
+    if min(largest) > 12 or max(largest) <= 12:  # neither number can be the month, or both can: no date can be read
         return np.full(len(texts), np.datetime64("NaT"), "datetime64[D]")
-    month = int(np.argmin(months))
+    month = int(np.argmin(largest))
     iso = [f"{p[2]}-{p[month]:0>2}-{p[1 - month]:0>2}" if p else "" for p in slashed]
     return np.array([_date(text) for text in iso], "datetime64[D]")
 
@@ -169,7 +159,7 @@ def _date(text: str) -> np.datetime64:
         return np.datetime64("NaT")
 
 
-def _number(text: str, commas: bool) -> float:
+def _number(text: str, *, commas: bool) -> float:
     """NaN where the text is no number; with `commas` 1,234,500.5 is one."""
     if commas and _THOUSANDS.fullmatch(text):
         text = text.replace(",", "")
@@ -185,17 +175,15 @@ def _read_parquet(path: Path) -> PriceColumns:
     except (OSError, pa.ArrowException) as error:
         reason = str(error).partition("\n")[0]
         raise FintxError(f"{path}: is no readable Parquet file ({reason})") from None
-    found = _match(table.column_names, where=str(path))
+    matched = _match(table.column_names, where=str(path))
+    dates = _parquet_dates(table[matched["dates"]], f"{path}: column {matched.pop('dates')}")
     columns = {}
-    for name, given in found.items():
-        if name == "dates":
-            continue
-        column = table[given]
+    for name, title in matched.items():
+        column = table[title]
         if not (pa.types.is_integer(column.type) or pa.types.is_floating(column.type)):
-            raise FintxError(f"{path}: column {given} holds {column.type}; wanted numbers")
+            raise FintxError(f"{path}: column {title} holds {column.type}; wanted numbers")
         columns[name] = column.cast(pa.float64()).fill_null(float("nan")).to_numpy()
-    dates = _parquet_dates(table[found["dates"]], f"{path}: column {found['dates']}")
-    return PriceColumns(dates, columns, np.arange(1, table.num_rows + 1))
+    return PriceColumns(dates, columns)
 
 
 def _parquet_dates(column: pa.ChunkedArray, where: str) -> np.ndarray:

@@ -1,22 +1,21 @@
-"""Which data are kept, and are they still what they were? Immutable Parquet snapshots and one manifest per kind.
+"""Snapshots: the data folder's immutable Parquet files, their manifests, and whether they are unchanged.
 
     <root>/raw/manifest.jsonl         one line per snapshot of bars, named SPY.OHLCV.daily
     <root>/raw/SPY.OHLCV.daily/<version>.parquet
     <root>/processed/…                the same for features, whose parents are raw versions
 
-A version is the hash of the content, so the same bytes are never kept twice and other bytes never replace them.
+A version is the hash of the content, so the same content is never kept twice and other content never replaces it.
 """
 
 from __future__ import annotations
 
-import contextlib
 import datetime
 import fcntl
 import hashlib
+import importlib.metadata
 import os
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import pyarrow as pa
 import pyarrow.compute
@@ -35,7 +34,7 @@ class DamagedManifest(FintxError):
 
 
 class Snapshot(BaseModel):
-    """One immutable snapshot."""
+    """A manifest's entry: one immutable snapshot."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
@@ -55,24 +54,16 @@ class Snapshot(BaseModel):
     source: str
     """Where the bars came from, or how the features were made."""
     repairs: tuple[str, ...] = ()
-    """What was mended, in words with dates."""
+    """What was fixed, with dates."""
     columns: tuple[str, ...]
     created: str
     fintx_version: str
 
 
 def store(
-    root: Path,
-    kind: Kind,
-    name: str,
-    table: pa.Table,
-    *,
-    version: str,
-    source: str,
-    parents: tuple[str, ...] = (),
-    repairs: tuple[str, ...] = (),
-    fintx_version: str,
-) -> tuple[Snapshot, bool]:
+    root: Path, kind: Kind, name: str, table: pa.Table, *, version: str, source: str,
+    parents: tuple[str, ...] = (), repairs: tuple[str, ...] = (),
+) -> tuple[Snapshot, bool]:  # fmt: skip
     """Keep a table as an immutable snapshot.
 
     Args:
@@ -80,57 +71,62 @@ def store(
         version: hash of the content.
 
     Returns:
-        The entry, and whether it was written; content that is known already and there is not written again.
+        The entry, and whether its file was written; content that is there already is not written again.
 
     Raises:
         FintxError: the disk is full or can't be written; nothing is half-written then.
     """
-    folder = root / kind
+    folder, relative = root / kind, Path(kind) / name / f"{version[:16]}.parquet"
+    path, dates = root / relative, table["date"]
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with _locked(folder):
-            kept = [known for known in all_snapshots(root, kind) if (known.name, known.version) == (name, version)]
-            if kept and (root / kept[-1].path).exists():
-                return kept[-1], False
-            entry = _write(root, kind, name, table, version, source, parents, repairs, fintx_version)
-            if kept and kept[-1].sha256 == entry.sha256:
-                return kept[-1], True  # a snapshot that went missing is back
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with (folder / ".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            stored = [entry for entry in all_snapshots(root, kind) if (entry.name, entry.version) == (name, version)]
+            if stored and (root / stored[-1].path).exists():
+                return stored[-1], False
+            with files.replacing(path) as temporary:  # a file without an entry is left from a write that was cut off
+                pq.write_table(table, temporary, compression="zstd")
+            entry = Snapshot(
+                name=name, version=version, sha256=file_sha256(path), path=relative.as_posix(), rows=table.num_rows,
+                first_date=str(pa.compute.min(dates).as_py()), last_date=str(pa.compute.max(dates).as_py()),
+                parents=parents, source=source, repairs=repairs, columns=tuple(table.column_names),
+                created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+                fintx_version=importlib.metadata.version("fintx"),
+            )  # fmt: skip
+            if stored and stored[-1].sha256 == entry.sha256:
+                return stored[-1], True  # a snapshot that went missing is back
             try:
                 _append_line(folder / "manifest.jsonl", entry.model_dump_json())
             except OSError:
-                (root / entry.path).unlink(missing_ok=True)
+                path.unlink(missing_ok=True)
                 raise
             return entry, True
     except OSError as error:
         reason = error.strerror or str(error)
-        raise FintxError(f"{folder}: {name} can't be kept: {reason}; mend that and give the command again") from error
+        raise FintxError(f"{folder}: {name} can't be kept: {reason}; fix that and run the command again") from error
 
 
 def all_snapshots(root: Path, kind: Kind) -> list[Snapshot]:
     """All snapshots of a kind, oldest first.
 
     Raises:
-        DamagedManifest: a line (but a torn last one, which is no entry yet) does not parse.
+        DamagedManifest: a line does not parse.
     """
     path = root / kind / "manifest.jsonl"
     if not path.is_file():
         return []
-    found = []
+    entries = []
     # What follows the last newline was cut off while it was written: its snapshot is not kept yet.
     for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
         try:
-            found.append(Snapshot.model_validate_json(line))
+            entries.append(Snapshot.model_validate_json(line))
         except ValidationError:
             raise DamagedManifest(
                 f"{path}:{number}: is no manifest entry; restore the file from a copy, or take the line out "
                 "and import the data again"
             ) from None
-    return found
-
-
-def latest(root: Path, kind: Kind, name: str) -> Snapshot | None:
-    """The newest snapshot of a name."""
-    return next((entry for entry in reversed(all_snapshots(root, kind)) if entry.name == name), None)
+    return entries
 
 
 def verify(root: Path) -> list[str]:
@@ -143,11 +139,10 @@ def verify(root: Path) -> list[str]:
     for kind in KINDS:
         folder = root / kind
         try:
-            kept = all_snapshots(root, kind)
+            newest = {entry.path: entry for entry in all_snapshots(root, kind)}
         except DamagedManifest as error:
             problems.append(f"damaged: {error}")
             continue
-        newest = {entry.path: entry for entry in kept}
         for entry in newest.values():
             path = root / entry.path
             if not path.is_file():
@@ -155,8 +150,9 @@ def verify(root: Path) -> list[str]:
             elif file_sha256(path) != entry.sha256:
                 problems.append(f"changed: {entry.path} ({entry.name}) is not the file that was kept")
         for path in sorted([*folder.rglob("*.parquet"), *folder.rglob("*.tmp")]):
-            if path.relative_to(root).as_posix() not in newest:
-                problems.append(f"orphaned: {path.relative_to(root).as_posix()} is in no manifest")
+            relative = path.relative_to(root).as_posix()
+            if relative not in newest:
+                problems.append(f"orphaned: {relative} is in no manifest")
     return problems
 
 
@@ -166,55 +162,12 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _write(
-    root: Path,
-    kind: Kind,
-    name: str,
-    table: pa.Table,
-    version: str,
-    source: str,
-    parents: tuple[str, ...],
-    repairs: tuple[str, ...],
-    fintx_version: str,
-) -> Snapshot:
-    relative = Path(kind) / name / f"{version[:16]}.parquet"
-    path = root / relative
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with files.replacing(path) as temporary:  # what is there without an entry is the rest of a write that was cut off
-        pq.write_table(table, temporary, compression="zstd")
-    dates = table["date"]
-    return Snapshot(
-        name=name,
-        version=version,
-        sha256=file_sha256(path),
-        path=relative.as_posix(),
-        rows=table.num_rows,
-        first_date=str(pa.compute.min(dates).as_py()),
-        last_date=str(pa.compute.max(dates).as_py()),
-        parents=parents,
-        source=source,
-        repairs=repairs,
-        columns=tuple(table.column_names),
-        created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        fintx_version=fintx_version,
-    )
-
-
 def _append_line(path: Path, line: str) -> None:
+    """Append to a file whose last line may be torn, left by a writer that was cut off: that one is removed first."""
     with path.open("a+b") as file:
-        end = file.seek(0, os.SEEK_END)
-        if end:
-            file.seek(end - 1)
-            if file.read(1) != b"\n":
-                file.seek(0)
-                file.truncate(file.read().rfind(b"\n") + 1)  # the torn line of a writer that was cut off
+        file.seek(0)
+        content = file.read()
+        file.truncate(content.rfind(b"\n") + 1)
         file.write(line.encode() + b"\n")
         file.flush()
         os.fsync(file.fileno())
-
-
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[Any]:
-    with (folder / ".lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield

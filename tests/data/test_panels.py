@@ -273,7 +273,7 @@ def test_eval_alone_opens_the_test_part_and_few_ask_for_labels():
     assert modules_that("build_test") == {"analysis/test_set.py"}
     assert modules_that("cut_labels") == modules_that("cut_opposite") == {"tasks.py"}
     # Baselines ask for labels that are known by then, of bars that end with the dataset; a page for the mirror image.
-    assert modules_that("fintx.tasks") == {"data/stack.py", "evaluate/baselines.py", "analysis/study_analysis.py"}
+    assert modules_that("fintx.tasks") == {"data/datasets.py", "evaluate/baselines.py", "analysis/study_analysis.py"}
 
 
 # --- hashes -----------------------------------------------------------------------------------------------------------

@@ -22,8 +22,7 @@ TABLE = pa.table({"date": np.array(["2024-01-02", "2024-01-03"], "datetime64[D]"
 
 
 def store(root: Path, *, version: str = "a" * 64, table: pa.Table = TABLE, **changes) -> tuple[Snapshot, bool]:
-    told = {"source": "a test", "fintx_version": "0"} | changes
-    return snapshots.store(root, "raw", "SPY.OHLCV.daily", table, version=version, **told)
+    return snapshots.store(root, "raw", "SPY.OHLCV.daily", table, version=version, **{"source": "a test"} | changes)
 
 
 def snapshot(root: Path) -> dict[str, bytes]:
@@ -54,17 +53,16 @@ def test_another_version_stands_beside_the_first_and_is_the_latest(tmp_path):
     before = snapshot(tmp_path)
     second, is_new = store(tmp_path, version="b" * 64, table=TABLE.slice(0, 1))
     after = snapshot(tmp_path)
-    assert is_new and snapshots.latest(tmp_path, "raw", "SPY.OHLCV.daily") == second
+    assert is_new and snapshots.all_snapshots(tmp_path, "raw")[-1] == second
     assert all(after[path].startswith(content) for path, content in before.items())  # the manifest grew; no more
     assert after[f"raw/SPY.OHLCV.daily/{'a' * 16}.parquet"] == before[f"raw/SPY.OHLCV.daily/{'a' * 16}.parquet"]
 
 
 def test_kinds_and_names_are_kept_apart(tmp_path):
     store(tmp_path)
-    snapshots.store(tmp_path, "processed", "SPY.a20.daily", TABLE, version="a" * 64, source="s", fintx_version="0")
+    snapshots.store(tmp_path, "processed", "SPY.a20.daily", TABLE, version="a" * 64, source="s")
     assert [e.name for e in snapshots.all_snapshots(tmp_path, "raw")] == ["SPY.OHLCV.daily"]
     assert [e.name for e in snapshots.all_snapshots(tmp_path, "processed")] == ["SPY.a20.daily"]
-    assert snapshots.latest(tmp_path, "raw", "SPY.a20.daily") is None
 
 
 def test_nothing_kept_is_nothing_wrong(tmp_path):
@@ -187,7 +185,7 @@ STORE_BIG = """
     table = pa.table({"date": np.arange(rows).astype("datetime64[D]"), "x": np.random.default_rng(0).random(rows)})
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
     try:
-        snapshots.store(root, "raw", "BIG.OHLCV.daily", table, version="f" * 64, source="s", fintx_version="0")
+        snapshots.store(root, "raw", "BIG.OHLCV.daily", table, version="f" * 64, source="s")
     except FintxError as error:
         print(error)
         sys.exit(2)
@@ -210,7 +208,7 @@ def test_a_full_disk_leaves_nothing_half_written(full_at, tmp_path):
     rows, limit = (50_000, 20_000) if full_at == "snapshot" else (10, size + 100)
     done = run(STORE_BIG, tmp_path, limit, rows)
     assert done.returncode == 2, done.stderr
-    assert re.search("BIG.OHLCV.daily can't be kept: .*File too large; mend that and give the command", done.stdout)
+    assert re.search("BIG.OHLCV.daily can't be kept: .*File too large; fix that and run the command", done.stdout)
     after = snapshot(tmp_path)
     assert after.pop("raw/manifest.jsonl").startswith(before.pop("raw/manifest.jsonl"))
     assert after == before
@@ -247,7 +245,7 @@ STORE_MANY = """
     for i in range(20):
         table = pa.table({"date": np.arange(9).astype("datetime64[D]"), "x": np.full(9, float(i))})
         version = f"{i:02d}" * 32
-        new += snapshots.store(root, "raw", "SPY.OHLCV.daily", table, version=version, source="s", fintx_version="0")[1]
+        new += snapshots.store(root, "raw", "SPY.OHLCV.daily", table, version=version, source="s")[1]
     print(new)
 """
 

@@ -197,7 +197,7 @@ def test_broken_rows_are_told_by_line_with_their_values(help, tmp_path):
         sources.import_file(tmp_path / "x.csv", "AAA", root=tmp_path / "data", today=help.today)
     first, *rows = str(raised.value).splitlines()
     assert first.endswith(
-        "x.csv: 2 of 60 rows break a rule; correct them, or mend them with --repair (and --calendar SYMBOL for its "
+        "x.csv: 2 of 60 rows break a rule; correct them, or import with --repair (and --calendar SYMBOL for its "
         "trading days)"
     )
     day = [line.split(",")[0] for line in lines]
