@@ -526,7 +526,7 @@ class LayerRange(_Config):
         return self
 
 
-Candidates = Annotated[tuple[Width, ...], Field(min_length=1, max_length=64)]
+Candidates = Annotated[tuple[Width, ...], Field(min_length=1, max_length=1000)]
 
 
 class ArchitectureConfig(_Config):
@@ -539,7 +539,7 @@ class ArchitectureConfig(_Config):
     n_heads: Candidates = (2, 4, 8, 12, 16, 24, 32)
     """Attention heads; those that divide d_model are paired with it."""
     d_ff_ratio: Annotated[
-        tuple[Annotated[float, Field(gt=0, le=64, allow_inf_nan=False)], ...], Field(min_length=1, max_length=64)
+        tuple[Annotated[float, Field(gt=0, le=64, allow_inf_nan=False)], ...], Field(min_length=1, max_length=1000)
     ] = (2.0, 4.0)
     """d_ff / d_model; the product is rounded to a whole number."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import re
+import runpy
 import time
 import tomllib
 from pathlib import Path
@@ -83,6 +84,14 @@ def test_twelve_files_differ_in_nothing_but_name_question_horizon_and_budget():
 def test_every_shipped_file_loads_and_survives_a_round_trip(name, tmp_path):
     spec = load.study(SWEEPS / name)
     assert load.study(write(tmp_path, load.dump(spec))) == spec
+
+
+def test_what_defines_the_studies_of_shipped_files_never_changes():
+    """Else studies that were begun by them could not go on; the tool says what to do."""
+    root = SWEEPS.parent
+    hashes = runpy.run_path(str(root / "tools" / "golden_definitions.py"))["hashes"]()
+    assert hashes == json.loads((root / "tests" / "golden" / "definition_hashes.json").read_text())["hashes"]
+    assert {name.partition(":")[0] for name in hashes} == {path.name for path in SWEEPS.glob("*.toml")}
 
 
 # --- every key of every shipped file, mutated -------------------------------------------------------------------------

@@ -246,7 +246,7 @@ def test_depths_for_a_width_are_the_interval_that_fits() -> None:
 def test_ten_thousand_shapes_cost_a_few_abstract_evaluations() -> None:
     architecture = ArchitectureConfig(
         d_model=tuple(range(64, 2048, 16)),
-        n_layers=LayerRange(low=1, high=512),
+        n_layers=LayerRange(low=1, high=240),
         n_heads=(1, 2, 4, 8),
         d_ff_ratio=(1.0, 2.0, 3.0, 4.0),
     )
