@@ -246,7 +246,7 @@ def build(
         baseline=name,
         baseline_loss=float(baseline.mean()),
         superior_p_value=found.superior_p_value if found else None,
-        overfitting=selection.overfitting(whole).probability if _can_split(whole) else None,
+        overfitting=selection.overfitting_probability(whole) if _can_split(whole) else None,
         luck=selection.luck_of_the_best(whole, found.resamples) if found and whole.shape[1] > 1 else None,
         candidates=tuple(
             _candidate(
@@ -385,7 +385,7 @@ def _groups(
     if features.VIX in spec.data.context:
         vix = sources.load(features.VIX, root=data_root, version=spec.data.versions.get(features.VIX))
         days, place = np.unique(rows.dates, return_inverse=True)
-        third = significance.terciles(indicators.as_of(days, vix.dates, vix.close))[place]
+        third = significance.tercile_indices(indicators.as_of(days, vix.dates, vix.close))[place]
         found += [("vix", name, third == i) for i, name in enumerate(("calm", "middling", "nervous"))]
     return [group for group in found if group[2].any()]
 

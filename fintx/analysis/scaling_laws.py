@@ -28,7 +28,7 @@ from fintx.analysis.sized_trials import LEAST_TRIALS, NotComparable, Over, Sized
 from fintx.analysis.study_results import StudyResults
 from fintx.errors import FintxError
 from fintx.evaluate import power_law
-from fintx.evaluate.power_law import FORMS, Fit
+from fintx.evaluate.power_law import FORMS, FittedLaw
 from fintx.study import study_file
 from fintx.types import Floats, Ints
 
@@ -68,7 +68,7 @@ class Gain:
 class Law:
     """One form, fitted, with 95 % intervals of its numbers; relative losses."""
 
-    fit: Fit
+    fit: FittedLaw
     weight: float | None
     """Akaike's: how probable the form is, of the three."""
     held_out: float | None
@@ -186,7 +186,7 @@ def of_siblings(results: StudyResults) -> ScalingLaws | NotFitted | None:
 def fit(
     trials: SizedTrials, *, difference: float = DIFFERENCE, refits: int = REFITS, seed: int = 0
 ) -> ScalingLaws:  # fmt: skip
-    """Fit, test and judge.
+    """FittedLaw, test and judge.
 
     Args:
         difference: the smallest gain worth the name, as a share of the best baseline's loss.

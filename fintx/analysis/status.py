@@ -86,7 +86,7 @@ def read(study_folder: Path) -> StudyStatus:
         comparison=comparison,
         eta=None if mean_s is None else datetime.timedelta(seconds=round(mean_s * to_go / max(at_work, 1))),
         confirmation=_confirmation(study_folder, len(finished)),
-        doubt=significance.too_good(best.best) if best else None,
+        doubt=significance.leakage_warning(best.best) if best else None,
         test_openings=len(study_file.openings(study_folder)),
         note="; ".join(words for words in (unasked, uncompared) if words),
     )

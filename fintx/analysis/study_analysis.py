@@ -26,9 +26,9 @@ from fintx.data.bars import Bars
 from fintx.data.datasets import PreparedData
 from fintx.errors import FintxError
 from fintx.evaluate import backtest, calibration, direction, metrics
-from fintx.evaluate.backtest import DeflatedSharpe, Performance, Returns, Rules
-from fintx.evaluate.calibration import BrierParts, PrecisionRecall, Recalibration, ReliabilityBin, ThresholdRow
-from fintx.evaluate.direction import CumulativeGain, Mirror, YearRow
+from fintx.evaluate.backtest import DeflatedSharpe, Performance, StrategyReturns, TradingRules
+from fintx.evaluate.calibration import BrierParts, PrecisionRecall, RecalibrationScore, ReliabilityBin, ThresholdRow
+from fintx.evaluate.direction import CumulativeGain, MirrorTest, YearRow
 from fintx.study import study_file
 from fintx.study.search_space import SearchSpace
 from fintx.tasks import Threshold
@@ -46,7 +46,7 @@ class CalibrationAnalysis:
     brier: dict[str, BrierParts]
     error: dict[str, float | None]
     """Calibration error."""
-    recalibrated: tuple[Recalibration, ...]
+    recalibrated: tuple[RecalibrationScore, ...]
     """The best trial's, learnt on earlier rows and judged on later ones; empty where either part has one class."""
     by_folds: bool
     """Earlier and later are folds, not halves of the days."""
@@ -70,7 +70,7 @@ class IntervalCoverage:
 class DirectionAnalysis:
     """Whether the best trial, and the best baseline that knows volatility alone, know the side of a move."""
 
-    mirrors: dict[str, Mirror]
+    mirrors: dict[str, MirrorTest]
     """By name; empty where the prices are not here."""
     within_year: dict[str, float | None]
     """AUC among days of the same year."""
@@ -118,7 +118,7 @@ class StudyAnalysis:
     """The whole sweep file."""
 
 
-def read(folder: Path, *, data_root: Path, rules: Rules | None = None) -> StudyAnalysis:
+def read(folder: Path, *, data_root: Path, rules: TradingRules | None = None) -> StudyAnalysis:
     """Analyse the study in a folder.
 
     Args:
@@ -231,7 +231,7 @@ def _direction(results: StudyResults, bars: Mapping[str, Bars]) -> DirectionAnal
     if theirs is not None:
         mine, other = (metrics.per_sample_loss(rows.predicts, each, rows.labels) for each in (outputs, theirs))
         gain = direction.cumulative_gain(mine, other, rows.dates)
-    years = direction.by_year(outputs, rows.labels, rows.dates, prior=_priors(results), rival=theirs)
+    years = direction.by_year(outputs, rows.labels, rows.dates, prior=_priors(results), baseline=theirs)
     return DirectionAnalysis(mirrors, within_year, tuple(years), volatility, gain)
 
 
@@ -264,7 +264,7 @@ def _priors(results: StudyResults) -> Floats:
 # --- the backtest -----------------------------------------------------------------------------------------------------
 
 
-def _backtest(results: StudyResults, bars: Mapping[str, Bars], rules: Rules) -> BacktestAnalysis | None:
+def _backtest(results: StudyResults, bars: Mapping[str, Bars], rules: TradingRules) -> BacktestAnalysis | None:
     """Follow the best trial, a volatility rule and the asset itself over the validation days, after costs."""
     rows, outputs, level = results.rows, results.best_outputs, results.spec.task.rule.level
     if rows is None or outputs is None or results.best is None:
@@ -289,8 +289,8 @@ def _backtest(results: StudyResults, bars: Mapping[str, Bars], rules: Rules) -> 
 
 
 def _follow(
-    results: StudyResults, outputs: Floats, bars: Mapping[str, Bars], level: Threshold, rules: Rules
-) -> Returns:
+    results: StudyResults, outputs: Floats, bars: Mapping[str, Bars], level: Threshold, rules: TradingRules
+) -> StrategyReturns:
     """A yes where the probability reaches the training base rate of its fold; a panel's assets have equal shares."""
     rows = results.rows
     assert rows is not None

@@ -76,7 +76,7 @@ def print_summary(console: Console, summary: StudySummary) -> None:
     console.rule(f"{spec.study.name}: {len(summary.records)} of {spec.study.n_trials} trials finished{outcomes}")
     if best is not None:
         lines(console, _verdict(summary))
-        if (doubt := significance.too_good(best.best)) is not None:
+        if (doubt := significance.leakage_warning(best.best)) is not None:
             lines(console, f"WARNING: {doubt}")
     if opened := study_file.openings_words(folder):
         lines(console, f"Note: {opened}.")
@@ -236,7 +236,7 @@ def print_opening(console: Console, opening: TestOpening) -> None:
     console.rule(f"{opening.study}: the sealed test part, {opening.first_date} … {opening.last_date}")
     lines(console, *(f"Note: {note}" for note in opening.notes))
     for each in opening.models:
-        if (doubt := significance.too_good(each.metrics)) is not None:
+        if (doubt := significance.leakage_warning(each.metrics)) is not None:
             lines(console, f"WARNING: {each.name}: {doubt}")
     show(console, opening_table(opening))
     last = opening.models[-1]

@@ -414,10 +414,10 @@ def report(
 ) -> None:
     """Write a study's report, as far as the study is: one HTML page, its figures and tables beside it."""
     from fintx.analysis import study_analysis, study_results
-    from fintx.evaluate.backtest import Rules
+    from fintx.evaluate.backtest import TradingRules
     from fintx.report import study_page
 
-    rules = Rules(cost_bp=cost_bp) if backtest else None
+    rules = TradingRules(cost_bp=cost_bp) if backtest else None
     for folder in study_results.find_studies(studies, outputs=outputs):
         print(study_page.write(study_analysis.read(folder, data_root=data_dir, rules=rules)))
 

@@ -20,7 +20,7 @@ _EULER = 0.5772156649015329
 
 
 @dataclass(frozen=True)
-class Rules:
+class TradingRules:
     """How a yes becomes a trade."""
 
     entry: Literal["close", "next_open"] = "next_open"
@@ -30,7 +30,7 @@ class Rules:
 
 
 @dataclass(frozen=True, eq=False)
-class Returns:
+class StrategyReturns:
     """Daily returns of one rule on one asset."""
 
     dates: np.ndarray
@@ -82,7 +82,7 @@ def applies(level: Threshold | None) -> bool:
     return level is not None and level.threshold > 0
 
 
-def assumptions(rules: Rules, task: Threshold) -> tuple[str, ...]:
+def assumptions(rules: TradingRules, task: Threshold) -> tuple[str, ...]:
     """All that the backtest takes for granted, a line each."""
     enter = (
         "at the close that the forecast was made from (kind to it: that close is an input)"
@@ -106,7 +106,9 @@ def assumptions(rules: Rules, task: Threshold) -> tuple[str, ...]:
     )
 
 
-def trade(bars: Bars, decision_days: np.ndarray, yes: np.ndarray, task: Threshold, rules: Rules) -> Returns:
+def trade(
+    bars: Bars, decision_days: np.ndarray, yes: np.ndarray, task: Threshold, rules: TradingRules
+) -> StrategyReturns:
     """Follow a rule through one asset's bars.
 
     Args:
@@ -147,7 +149,7 @@ def trade(bars: Bars, decision_days: np.ndarray, yes: np.ndarray, task: Threshol
         at_target += int(exit_price >= target)
         day = out  # its close may decide the next trade
     days = slice(first + 1, last + 1)
-    return Returns(bars.dates[days], growth[days] - 1, held[days], trades, wins, at_target)
+    return StrategyReturns(bars.dates[days], growth[days] - 1, held[days], trades, wins, at_target)
 
 
 def _exit(bars: Bars, day: int, target: float, task: Threshold) -> tuple[int, float]:
@@ -162,7 +164,7 @@ def _exit(bars: Bars, day: int, target: float, task: Threshold) -> tuple[int, fl
     return end, float(bars.close[end])
 
 
-def buy_and_hold(bars: Bars, like: Returns, rules: Rules) -> Returns:
+def buy_and_hold(bars: Bars, like: StrategyReturns, rules: TradingRules) -> StrategyReturns:
     """The asset over the very days of another ledger: bought at the close before them, costs at both ends."""
     place = np.searchsorted(bars.dates, like.dates)
     returns = bars.close[place] / bars.close[place - 1] - 1
@@ -170,10 +172,10 @@ def buy_and_hold(bars: Bars, like: Returns, rules: Rules) -> Returns:
     returns[0] = (1 + returns[0]) * (1 - cost) - 1
     returns[-1] = (1 + returns[-1]) * (1 - cost) - 1
     won = int(np.prod(1 + returns) > 1)
-    return Returns(like.dates, returns, np.ones(len(returns), bool), 1, won, 0)
+    return StrategyReturns(like.dates, returns, np.ones(len(returns), bool), 1, won, 0)
 
 
-def portfolio(ledgers: list[Returns]) -> Returns:
+def portfolio(ledgers: list[StrategyReturns]) -> StrategyReturns:
     """Equal shares of the capital in every asset, over all their days; a day without bars of an asset earns it 0."""
     days = np.unique(np.concatenate([ledger.dates for ledger in ledgers]))
     returns, held = np.zeros(len(days)), np.zeros(len(days), bool)
@@ -182,10 +184,10 @@ def portfolio(ledgers: list[Returns]) -> Returns:
         returns[place] += ledger.returns / len(ledgers)
         held[place] |= ledger.held
     counts = [sum(getattr(ledger, name) for ledger in ledgers) for name in ("trades", "wins", "at_target")]
-    return Returns(days, returns, held, *counts)
+    return StrategyReturns(days, returns, held, *counts)
 
 
-def performance(name: str, ledger: Returns) -> Performance:
+def performance(name: str, ledger: StrategyReturns) -> Performance:
     """A ledger in figures."""
     wealth = np.cumprod(1 + ledger.returns)
     n = len(wealth)

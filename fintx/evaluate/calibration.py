@@ -61,7 +61,7 @@ class BrierParts:
 
 
 @dataclass(frozen=True)
-class Recalibration:
+class RecalibrationScore:
     """A forecast before and after a scaling, on rows that the scaling never saw."""
 
     method: str
@@ -186,7 +186,9 @@ METHODS: dict[str, Callable[[Floats, Floats], Scaling]] = {
 }
 
 
-def recalibrate(logits: Floats, labels: Floats, held_logits: Floats, held_labels: Floats) -> tuple[Recalibration, ...]:
+def recalibrate(
+    logits: Floats, labels: Floats, held_logits: Floats, held_labels: Floats
+) -> tuple[RecalibrationScore, ...]:
     """Fit every scaling on some rows (validation), judge it on others (the opened test part).
 
     Returns:
@@ -197,7 +199,7 @@ def recalibrate(logits: Floats, labels: Floats, held_logits: Floats, held_labels
     return tuple(_judged(name, values, held_labels) for name, values in scaled.items())
 
 
-def recalibrate_forward(logits: Floats, labels: Floats, groups: Ints) -> tuple[Recalibration, ...]:
+def recalibrate_forward(logits: Floats, labels: Floats, groups: Ints) -> tuple[RecalibrationScore, ...]:
     """Fit every scaling on the groups before, judge it on the next one, pool what was judged; the first teaches only.
 
     Args:
@@ -226,8 +228,8 @@ def halves(dates: np.ndarray, *, horizon: int) -> Ints:
     return np.where(place >= middle, 1, np.where(place >= middle - horizon, -1, 0))
 
 
-def _judged(method: str, logits: Floats, labels: Floats) -> Recalibration:
-    return Recalibration(
+def _judged(method: str, logits: Floats, labels: Floats) -> RecalibrationScore:
+    return RecalibrationScore(
         method=method,
         log_loss=float(metrics.per_sample_loss("probability", logits, labels).mean()),
         brier=float(np.square(metrics.sigmoid(logits) - labels).mean()),

@@ -15,7 +15,7 @@ from fintx.types import Floats
 
 
 @dataclass(frozen=True)
-class Mirror:
+class MirrorTest:
     """One forecast scored against its event and against the mirror image of it."""
 
     n: int
@@ -81,7 +81,7 @@ class CumulativeGain:
         return float(max(daily[years == year].sum() for year in np.unique(years)) / self.total)
 
 
-def mirror_test(logits: Floats, labels: Floats, opposite: Floats, *, horizon: int) -> Mirror:
+def mirror_test(logits: Floats, labels: Floats, opposite: Floats, *, horizon: int) -> MirrorTest:
     """Score the same outputs against the event and against its mirror image.
 
     Args:
@@ -99,7 +99,7 @@ def mirror_test(logits: Floats, labels: Floats, opposite: Floats, *, horizon: in
     one = labels != opposite
     scored = metrics.auc(logits[one], labels[one]) if one.any() else None
     rate = float(labels[one].mean()) if one.any() else 0.0
-    return Mirror(
+    return MirrorTest(
         n=len(labels),
         base_rate=float(labels.mean()),
         opposite_rate=float(opposite.mean()),
@@ -112,14 +112,14 @@ def mirror_test(logits: Floats, labels: Floats, opposite: Floats, *, horizon: in
 
 
 def by_year(
-    logits: Floats, labels: Floats, dates: np.ndarray, *, prior: float | Floats, rival: Floats | None = None
+    logits: Floats, labels: Floats, dates: np.ndarray, *, prior: float | Floats, baseline: Floats | None = None
 ) -> tuple[YearRow, ...]:
     """Skill, AUC and lead of every calendar year that has rows, oldest first.
 
     Args:
         dates: (S,) datetime64[D].
         prior: training base rate, or (S,) of each row's own fold.
-        rival: (S,) logits of what must be beaten.
+        baseline: (S,) logits of what must be beaten.
 
     Raises:
         ValueError: as `mirror_test`; or a prior of 0 or 1.
@@ -131,7 +131,7 @@ def by_year(
     for rate in np.unique(priors):
         constant[priors == rate] = metrics.prior_output("probability", float(rate))
     prior_losses = metrics.per_sample_loss("probability", constant, labels)
-    saved = None if rival is None else metrics.per_sample_loss("probability", rival, labels) - losses
+    saved = None if baseline is None else metrics.per_sample_loss("probability", baseline, labels) - losses
     rows = []
     for year, mine in _years(dates):
         loss, prior_loss = float(losses[mine].mean()), float(prior_losses[mine].mean())

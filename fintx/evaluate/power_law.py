@@ -41,7 +41,7 @@ FORMS: dict[Form, tuple[int, ...]] = {
 
 
 @dataclass(frozen=True)
-class Fit:
+class FittedLaw:
     """A fitted form. Sizes are measured in `unit`, their geometric mean, inside; `__call__` takes plain sizes."""
 
     form: Form
@@ -76,8 +76,8 @@ class Fit:
         return self.floor + np.sum([h * relative ** (s * x) for h, s, x in terms], axis=0)
 
 
-def fit(form: Form, sizes: Floats, losses: Floats, *, starts: Sequence[tuple[float, ...]] | None = None) -> Fit:
-    """Fit one form.
+def fit(form: Form, sizes: Floats, losses: Floats, *, starts: Sequence[tuple[float, ...]] | None = None) -> FittedLaw:
+    """FittedLaw one form.
 
     Args:
         sizes: (n,) positive.
@@ -100,7 +100,7 @@ def fit(form: Form, sizes: Floats, losses: Floats, *, starts: Sequence[tuple[flo
     total, theta = best
     k = len(signs)
     scale = math.exp(float(np.mean(wanted)))
-    return Fit(
+    return FittedLaw(
         form=form,
         unit=unit,
         floor=scale * math.exp(theta[0]),
@@ -186,7 +186,7 @@ def _aicc(total: float, n: int, k: int) -> float | None:
     return 2 * float(found.fun) + 2 * k + 2 * k * (k + 1) / (n - k - 1)
 
 
-def weights(fits: Sequence[Fit]) -> tuple[float | None, ...]:
+def weights(fits: Sequence[FittedLaw]) -> tuple[float | None, ...]:
     """Akaike weights: how probable each form is, of those compared; none for a form without AICc."""
     known = [f.aicc for f in fits if f.aicc is not None]
     if not known:

@@ -23,7 +23,7 @@ from fintx.evaluate.significance import (
 from fintx.types import Floats
 
 N_BLOCKS = 16
-"""Of `overfitting`: 12,870 splits (the authors' choice)."""
+"""Of `overfitting_probability`: 12,870 splits (the authors' choice)."""
 
 
 # --- many models ------------------------------------------------------------------------------------------------------
@@ -97,17 +97,10 @@ def confidence_set(
 # --- a search's luck --------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Overfitting:
-    """How often is the best of a search below the middle on days that didn't choose it?"""
+def overfitting_probability(series: Floats, *, n_blocks: int = N_BLOCKS) -> float:
+    """How often the best of a search is below the middle on days that didn't choose it.
 
-    probability: float
-    n_models: int
-    n_splits: int
-
-
-def overfitting(series: Floats, *, n_blocks: int = N_BLOCKS) -> Overfitting:
-    """Probability of backtest overfitting by combinatorially symmetric cross-validation.
+    The probability of backtest overfitting, by combinatorially symmetric cross-validation.
 
     Bailey, Borwein, López de Prado & Zhu (2017): the days are cut into blocks; of every half of the blocks the model
     with the least loss is taken, and its relative rank ω on the other half noted. The probability is the share of
@@ -130,7 +123,7 @@ def overfitting(series: Floats, *, n_blocks: int = N_BLOCKS) -> Overfitting:
     picked = np.take_along_axis(outside, inside.argmin(axis=1)[:, None], axis=1)
     rank = (outside > picked).sum(axis=1) + ((outside == picked).sum(axis=1) + 1) / 2  # the best: n_models
     twice = 2 * rank - (n_models + 1)  # a whole number: no rounding decides what the middle is
-    return Overfitting(float(np.mean((twice < 0) + 0.5 * (twice == 0))), n_models, len(halves))
+    return float(np.mean((twice < 0) + 0.5 * (twice == 0)))
 
 
 def luck_of_the_best(series: Floats, resamples: Resamples) -> float:

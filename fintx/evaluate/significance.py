@@ -209,7 +209,7 @@ _BELIEVABLE = {"auc": 0.95, "correlation": 0.8}
 """Market data have never been predicted better."""
 
 
-def too_good(scored: Mapping[str, float | int | None]) -> str | None:
+def leakage_warning(scored: Mapping[str, float | int | None]) -> str | None:
     """Why a result is too good to be true, in a line; none: it is believable.
 
     Args:
@@ -226,7 +226,7 @@ def too_good(scored: Mapping[str, float | int | None]) -> str | None:
     return None
 
 
-def terciles(values: Floats) -> Ints:
+def tercile_indices(values: Floats) -> Ints:
     """(S,) 0, 1 or 2: the lowest, middle and highest third of the values; −1 where there is none (NaN)."""
     known = np.isfinite(values)
     found = np.full(len(values), -1)
@@ -266,7 +266,7 @@ class Power:
     """By how much the best of equal trials looks better than it is: luck × paired SE / √2."""
 
 
-def of_rows(base_rate: float, n: int, n_effective: float, *, n_trials: int, logit_gap: float = LOGIT_GAP) -> Power:
+def paired_power(base_rate: float, n: int, n_effective: float, *, n_trials: int, logit_gap: float = LOGIT_GAP) -> Power:
     """The power of a paired comparison before any model is trained.
 
     Of two forecasters whose logits differ by Δ ~ N(0, logit_gap²), both calibrated to first order, a row's losses

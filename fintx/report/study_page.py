@@ -16,7 +16,7 @@ from fintx.analysis.study_analysis import (
 )
 from fintx.analysis.study_results import StudyResults
 from fintx.evaluate import significance
-from fintx.evaluate.direction import Mirror
+from fintx.evaluate.direction import MirrorTest
 from fintx.report import figures, format, page, search_page
 from fintx.report.figures import Interval
 from fintx.report.format import number, percent, shape_words
@@ -76,7 +76,7 @@ def _warnings(results: StudyResults) -> tuple[str, ...]:
     if finished < wanted:
         unfinished = f"The study is unfinished: {finished} of {wanted} trials."
         warnings.append(f"{unfinished} Everything here is as far as it goes.")
-    if results.best is not None and (doubt := significance.too_good(results.best.best)) is not None:
+    if results.best is not None and (doubt := significance.leakage_warning(results.best.best)) is not None:
         warnings.append(doubt)
     return (*warnings, *results.notes)
 
@@ -213,7 +213,7 @@ def _direction(direction: DirectionAnalysis | None, results: StudyResults) -> Se
     return Section("direction", "Volatility or direction", tuple(blocks))
 
 
-def mirror_words(mirror: Mirror) -> str:
+def mirror_words(mirror: MirrorTest) -> str:
     """Whether probabilities know the side of a move, or only its size."""
     if mirror.auc is None or mirror.opposite_auc is None or mirror.direction_auc is None:
         return "One of the two events never came: nothing can be said of direction."

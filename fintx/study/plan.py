@@ -184,10 +184,10 @@ def _power(spec: StudySpec, prepared: datasets.PreparedData) -> tuple[tuple[str,
             n, n_positive, effective = n + part.n, n_positive + part.n * part.base_rate, effective + part.n_effective
             if 0 < part.base_rate < 1:
                 found.append(
-                    (part.part, significance.of_rows(part.base_rate, part.n, part.n_effective, n_trials=n_trials))
+                    (part.part, significance.paired_power(part.base_rate, part.n, part.n_effective, n_trials=n_trials))
                 )
     if len(found) > 1:
-        found.append(("all", significance.of_rows(n_positive / n, int(n), effective, n_trials=n_trials)))
+        found.append(("all", significance.paired_power(n_positive / n, int(n), effective, n_trials=n_trials)))
     return tuple(found)
 
 

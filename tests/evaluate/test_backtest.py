@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 from fintx.data import bars as bars_module
 from fintx.data.bars import Bars
 from fintx.evaluate import backtest
-from fintx.evaluate.backtest import Rules
+from fintx.evaluate.backtest import TradingRules
 from fintx.tasks import Threshold
 
 TASK = Threshold(price="high", threshold=0.01, horizon=2)
-FREE = Rules(cost_bp=0.0)
+FREE = TradingRules(cost_bp=0.0)
 
 
 def make(open_, high, low, close) -> Bars:
@@ -33,7 +33,7 @@ def walk(n: int, seed: int) -> Bars:
     return make(open_, np.maximum(open_, close) * reach, np.minimum(open_, close) / reach, close)
 
 
-def trade(bars: Bars, says: list[int], task: Threshold = TASK, rules: Rules = FREE) -> backtest.Returns:
+def trade(bars: Bars, says: list[int], task: Threshold = TASK, rules: TradingRules = FREE) -> backtest.StrategyReturns:
     days = bars.dates[: len(bars) - task.horizon]
     return backtest.trade(bars, days, np.isin(np.arange(len(days)), says), task, rules)
 
@@ -67,14 +67,16 @@ def test_entry_at_the_close_earns_the_night_and_entry_at_the_open_does_not():
     bars = make(
         [100, 100.8, 100, 100, 100, 100], [100.5, 100.9] + [100.9] * 4, [99] * 6, [100, 100.5, 100, 100, 100, 100]
     )
-    close, open_ = (np.prod(1 + trade(bars, [0], rules=Rules(entry, 0.0)).returns) for entry in ("close", "next_open"))
+    close, open_ = (
+        np.prod(1 + trade(bars, [0], rules=TradingRules(entry, 0.0)).returns) for entry in ("close", "next_open")
+    )
     assert close == pytest.approx(1.0) and open_ == pytest.approx(100 / 100.8)
 
 
 def test_an_open_beyond_the_target_is_no_trade():
     bars = make([100, 101.5, 100, 100, 100, 100], [100.5, 102] + [100.5] * 4, FLAT["low"], FLAT["close"])
     assert trade(bars, [0]).trades == 0
-    assert trade(bars, [0], rules=Rules("close", 0.0)).returns[0] == pytest.approx(0.015)
+    assert trade(bars, [0], rules=TradingRules("close", 0.0)).returns[0] == pytest.approx(0.015)
 
 
 def test_a_close_task_has_no_limit_order():
@@ -85,8 +87,8 @@ def test_a_close_task_has_no_limit_order():
 
 def test_costs_are_paid_on_both_sides():
     bars = make(**FLAT)
-    assert np.prod(1 + trade(bars, [0], rules=Rules("close", 10.0)).returns) == pytest.approx(0.999**2)
-    assert trade(bars, [0], rules=Rules("close", 10.0)).wins == 0
+    assert np.prod(1 + trade(bars, [0], rules=TradingRules("close", 10.0)).returns) == pytest.approx(0.999**2)
+    assert trade(bars, [0], rules=TradingRules("close", 10.0)).wins == 0
 
 
 def test_one_position_at_a_time():
@@ -100,7 +102,7 @@ def test_the_future_changes_no_day_before_it(seed, cut, entry):
     bars, other = walk(60, seed), walk(60, seed + 1)
     mixed = make(*(np.where(np.arange(60) <= cut, getattr(bars, n), getattr(other, n)) for n in bars_module.PRICES))
     yes = np.random.default_rng(seed).random(58) < 0.5
-    before, after = (backtest.trade(b, b.dates[:58], yes, TASK, Rules(entry)) for b in (bars, mixed))
+    before, after = (backtest.trade(b, b.dates[:58], yes, TASK, TradingRules(entry)) for b in (bars, mixed))
     np.testing.assert_allclose(before.returns[:cut], after.returns[:cut], atol=1e-12)
 
 
@@ -109,7 +111,7 @@ def test_daily_returns_multiply_to_the_trades(seed):
     """Another book-keeping: each trade's whole gain, by exit price over entry price."""
     bars = walk(80, seed)
     yes = np.random.default_rng(seed).random(78) < 0.4
-    found, day, wealth = backtest.trade(bars, bars.dates[:78], yes, TASK, Rules("close", 7.0)), 0, 1.0
+    found, day, wealth = backtest.trade(bars, bars.dates[:78], yes, TASK, TradingRules("close", 7.0)), 0, 1.0
     while day < 78:
         if not yes[day]:
             day += 1
@@ -130,7 +132,7 @@ def test_a_driftless_price_earns_nothing_before_costs_and_loses_them_after():
     flat = make(close, close, close, close)
     task = Threshold(price="close", threshold=0.01, horizon=3)
     for cost, expected in ((0.0, 0.0), (20.0, -2 * 20e-4)):
-        found = trade(flat, list(range(0, 19_990, 4)), task, Rules("close", cost))
+        found = trade(flat, list(range(0, 19_990, 4)), task, TradingRules("close", cost))
         per_trade = np.log1p(found.returns).sum() / found.trades
         assert per_trade == pytest.approx(expected, abs=3 * 0.01 * np.sqrt(3 / found.trades))
 
@@ -150,32 +152,34 @@ def test_tasks_without_a_target_above_are_refused():
 def test_buy_and_hold_is_the_price_less_costs():
     bars = walk(60, 3)
     like = trade(bars, [5])
-    held = backtest.buy_and_hold(bars, like, Rules(cost_bp=10.0))
+    held = backtest.buy_and_hold(bars, like, TradingRules(cost_bp=10.0))
     assert np.prod(1 + held.returns) == pytest.approx(bars.close[-1] / bars.close[0] * 0.999**2)
 
 
 def test_performance_by_hand():
     days = np.datetime64("2020-01-01") + np.arange(4)
-    ledger = backtest.Returns(days, np.array([0.1, -0.2, 0.0, 0.1]), np.array([True, True, False, True]), 2, 1, 1)
+    ledger = backtest.StrategyReturns(
+        days, np.array([0.1, -0.2, 0.0, 0.1]), np.array([True, True, False, True]), 2, 1, 1
+    )
     found = backtest.performance("x", ledger)
     assert found.total_return == pytest.approx(1.1 * 0.8 * 1.1 - 1)
     assert found.max_drawdown == pytest.approx(0.2)
     assert (found.win_rate, found.exposure, found.days) == (0.5, 0.75, 4)
     assert found.sharpe == pytest.approx(0.0, abs=1e-12)
-    still = backtest.performance("cash", backtest.Returns(days, np.zeros(4), np.zeros(4, bool), 0, 0, 0))
+    still = backtest.performance("cash", backtest.StrategyReturns(days, np.zeros(4), np.zeros(4, bool), 0, 0, 0))
     assert still.sharpe is None and still.win_rate is None and still.max_drawdown == 0.0
 
 
 def test_a_fall_from_the_start_is_a_drawdown():
     days = np.datetime64("2020-01-01") + np.arange(2)
-    ledger = backtest.Returns(days, np.array([-0.5, 0.0]), np.ones(2, bool), 1, 0, 0)
+    ledger = backtest.StrategyReturns(days, np.array([-0.5, 0.0]), np.ones(2, bool), 1, 0, 0)
     assert backtest.performance("x", ledger).max_drawdown == pytest.approx(0.5)
 
 
 def test_a_portfolio_gives_every_asset_its_share():
     days = np.datetime64("2020-01-01") + np.arange(3)
-    one = backtest.Returns(days, np.array([0.1, 0.0, 0.2]), np.array([True, False, True]), 2, 2, 1)
-    two = backtest.Returns(days[1:], np.array([0.3, 0.0]), np.array([True, False]), 1, 1, 1)
+    one = backtest.StrategyReturns(days, np.array([0.1, 0.0, 0.2]), np.array([True, False, True]), 2, 2, 1)
+    two = backtest.StrategyReturns(days[1:], np.array([0.3, 0.0]), np.array([True, False]), 1, 1, 1)
     found = backtest.portfolio([one, two])
     np.testing.assert_allclose(found.returns, [0.05, 0.15, 0.1])
     assert (found.trades, found.wins, found.at_target, found.held.tolist()) == (3, 3, 2, [True, True, True])
@@ -209,7 +213,7 @@ def test_cash_has_no_deflated_sharpe_ratio():
 
 
 def test_assumptions_name_entry_target_and_costs():
-    said = " ".join(backtest.assumptions(Rules("next_open", 5.0), TASK))
+    said = " ".join(backtest.assumptions(TradingRules("next_open", 5.0), TASK))
     assert all(words in said for words in ("next day's open", "1.01 ×", "5 basis points", "training base rate"))
-    close = " ".join(backtest.assumptions(Rules("close"), Threshold(price="close", threshold=0.01, horizon=3)))
+    close = " ".join(backtest.assumptions(TradingRules("close"), Threshold(price="close", threshold=0.01, horizon=3)))
     assert "an input" in close and "high reaches" not in close

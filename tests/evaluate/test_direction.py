@@ -99,7 +99,7 @@ def rows():
 
 def test_years_add_up_to_the_whole(rows):
     logits, truth, dates = rows
-    found = direction.by_year(logits, truth, dates, prior=0.3, rival=np.zeros(900))
+    found = direction.by_year(logits, truth, dates, prior=0.3, baseline=np.zeros(900))
     assert [row.year for row in found] == [2018, 2019, 2020]
     assert sum(row.n for row in found) == 900
     whole = metrics.evaluate("probability", logits, truth, prior=0.3)

@@ -158,6 +158,6 @@ def test_a_planted_leak_is_too_good_to_be_true():
     rng = np.random.default_rng(6)
     labels = (rng.random(1000) < 0.3).astype(float)
     leaked = metrics.evaluate("probability", 4 * labels - 2 + rng.standard_normal(1000), labels, prior=0.3)
-    assert leaked["auc"] > 0.95 and "too good to be true" in significance.too_good(leaked)
+    assert leaked["auc"] > 0.95 and "too good to be true" in significance.leakage_warning(leaked)
     honest = metrics.evaluate("probability", 2 * labels - 2 + rng.standard_normal(1000), labels, prior=0.3)
-    assert 0.85 < honest["auc"] < 0.95 and significance.too_good(honest) is None
+    assert 0.85 < honest["auc"] < 0.95 and significance.leakage_warning(honest) is None

@@ -15,7 +15,7 @@ import pytest
 from fintx.analysis import study_analysis, study_results
 from fintx.errors import FintxError
 from fintx.evaluate import direction
-from fintx.evaluate.backtest import Rules
+from fintx.evaluate.backtest import TradingRules
 from fintx.report import figures, format, page, study_page, table
 from fintx.report.page import Page, Prose, Section, Text
 from fintx.study import records, study_file
@@ -263,7 +263,7 @@ def test_the_door_is_shut_to_scripts(tiny_study):
 
 def test_a_backtest_is_off_until_asked_for_and_prints_its_assumptions(tiny_study):
     data = tiny_study.parents[1] / "data"
-    asked = report(tiny_study, data_root=data, rules=Rules(cost_bp=7)).read_text()
+    asked = report(tiny_study, data_root=data, rules=TradingRules(cost_bp=7)).read_text()
     for words in (
         'id="backtest"',
         "Costs are 7 basis points per side",
