@@ -40,7 +40,7 @@ DOORS = {
     "yfinance": ("fintx/data/sources.py",),
 }
 
-ENVIRONMENT = ("fintx/train/multihost.py", "fintx/study/study_file.py")
+ENVIRONMENT = ("fintx/train/multihost.py", "fintx/study/environment.py")
 """Where the environment is read: that of a launcher of several processes; and what a worker inherits."""
 
 NO_JAX = (

@@ -393,7 +393,7 @@ def _groups(
 def _notes(
     study_folder: Path, spec: StudySpec, finished: Sequence[TrialRecord], missing: Sequence[str]
 ) -> tuple[str, ...]:  # fmt: skip
-    found = [opened] if (opened := study_file.openings_words(study_folder)) else []
+    found = [opened] if (opened := study_file.openings_note(study_folder)) else []
     if len(finished) < spec.study.n_trials:
         found.append(f"the study is unfinished: its best of {len(finished)} trials so far, of {spec.study.n_trials}")
     if failed := sum(record.value is None for record in finished):

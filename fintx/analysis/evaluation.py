@@ -67,7 +67,7 @@ def on_validation(path: Path, *, data_root: Path) -> Evaluation:
         _check_hashes(folder, meta, dataset)
         scored.append(_score(restored, dataset.features, dataset.validation, dataset))
     recorded = records.mean_metrics([s.meta["best"] for s in scored])
-    opened = study_file.openings_words(found.study) if found.study else ""
+    opened = study_file.openings_note(found.study) if found.study else ""
     notes = [opened] if opened else []
     trained_on = Layout(**scored[0].meta.get("layout", {}))
     if _layout(trained_on) != trained_on:

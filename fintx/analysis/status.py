@@ -67,9 +67,9 @@ def read(study_folder: Path) -> StudyStatus:
     spec = study.spec
     finished = records.read_all(study_folder)
     numbers = {record.trial_number for record in finished}
-    held, unasked = _claims(study_folder, spec)
-    claims = {claim.number: claim for claim in held if claim.number not in numbers}
-    at_work = sum(claim.state == "running" and claim.step > 0 for claim in claims.values())
+    held, unasked = _leases(study_folder, spec)
+    leases = {lease.number: lease for lease in held if lease.number not in numbers}
+    at_work = sum(lease.state == "running" and lease.step > 0 for lease in leases.values())
     to_go = max(spec.study.n_trials - len(finished), 0)
     best = records.best_of(finished, minimize=metrics.MINIMIZE[spec.study.metric])
     comparison, uncompared = (None, "") if best is None else _comparison(study_folder, spec, best)
@@ -80,7 +80,7 @@ def read(study_folder: Path) -> StudyStatus:
         n_trials=spec.study.n_trials,
         holder=locks.holder_of(study_folder),
         failed=dict(Counter(record.outcome for record in finished if record.outcome not in records.SUCCESSES)),
-        unfinished=tuple(claims[number] for number in sorted(claims)),
+        unfinished=tuple(leases[number] for number in sorted(leases)),
         metric=spec.study.metric,
         best=best,
         comparison=comparison,
@@ -113,7 +113,7 @@ def _confirmation(study_folder: Path, finished: int) -> str:
     return words if found.n_finished == finished else f"{words} (after {found.n_finished} trials)"
 
 
-def _claims(study_folder: Path, spec: StudySpec) -> tuple[tuple[Lease, ...], str]:
+def _leases(study_folder: Path, spec: StudySpec) -> tuple[tuple[Lease, ...], str]:
     """What the storage says, or why it says nothing: what the records say is there all the same."""
     url = spec.execution.storage
     if "***" in url:

@@ -29,8 +29,8 @@ if TYPE_CHECKING:  # what is printed has been made by then; to import its makers
     from fintx.data.standardize import Drift
     from fintx.run.confirm import ConfirmationSummary
     from fintx.run.scheduler import StudyFailure, StudySummary
-    from fintx.study.plan import DepthsAnswer, MemoryRow, ShapeAnswer, StudyPlan
-    from fintx.study.queuefile import Edit, Listing
+    from fintx.study.plan import FittingDepths, MemoryRow, ShapeCount, StudyPlan
+    from fintx.study.queuefile import QueueEdit, QueueListing
     from fintx.study.trial_table import Lease
 
 
@@ -78,7 +78,7 @@ def print_summary(console: Console, summary: StudySummary) -> None:
         lines(console, _verdict(summary))
         if (doubt := significance.leakage_warning(best.best)) is not None:
             lines(console, f"WARNING: {doubt}")
-    if opened := study_file.openings_words(folder):
+    if opened := study_file.openings_note(folder):
         lines(console, f"Note: {opened}.")
     if spec.study.question:
         lines(console, spec.study.question)
@@ -173,7 +173,7 @@ def print_status(console: Console, statuses: Sequence[StudyStatus]) -> None:
     """One line per study, and below one per trial that is under way or was left unfinished."""
     rows = []
     for status in statuses:
-        best, crashed = status.best, sum(claim.failures for claim in status.unfinished)
+        best, crashed = status.best, sum(lease.failures for lease in status.unfinished)
         failed = {**status.failed, **({"crashed or hung": crashed} if crashed else {})}
         done = status.finished >= status.n_trials
         rows.append(
@@ -196,20 +196,20 @@ def print_status(console: Console, statuses: Sequence[StudyStatus]) -> None:
         if status.note:
             lines(console, f"Note: {status.name}: {status.note}.")
     unfinished = [
-        (status.name, str(claim.number), _claim_state(status, claim), claim.step, claim.attempt,
-         f"{claim.host}, process {claim.pid}" if claim.pid else claim.host, shape_words(claim.shape), claim.detail)
+        (status.name, str(lease.number), _lease_state(status, lease), lease.step, lease.attempt,
+         f"{lease.host}, process {lease.pid}" if lease.pid else lease.host, shape_words(lease.shape), lease.detail)
         for status in statuses
-        for claim in status.unfinished
+        for lease in status.unfinished
     ]  # fmt: skip
     if unfinished:
         columns = ["study", "trial", "state", ("step", "whole"), ("attempt", "whole"), "on", "shape", "note"]
         show(console, make("unfinished", "Unfinished trials", columns, unfinished))
 
 
-def _claim_state(status: StudyStatus, claim: Lease) -> str:
+def _lease_state(status: StudyStatus, lease: Lease) -> str:
     """A lease that says running, of a study that nobody runs here, was cut off: the next run takes it up."""
-    here = claim.host == socket.gethostname()
-    return "cut off" if claim.state == "running" and here and not status.running else claim.state
+    here = lease.host == socket.gethostname()
+    return "cut off" if lease.state == "running" and here and not status.running else lease.state
 
 
 def print_evaluation(console: Console, result: Evaluation) -> None:
@@ -267,12 +267,12 @@ def print_data(console: Console, raw: Sequence[Snapshot], processed: Sequence[Sn
             lines(console, f"{title}: none")
 
 
-def print_params(console: Console, answer: ShapeAnswer | DepthsAnswer) -> None:
+def print_params(console: Console, answer: ShapeCount | FittingDepths) -> None:
     """Counts of one shape, or the depths that fit a budget."""
-    from fintx.study.plan import DepthsAnswer
+    from fintx.study.plan import FittingDepths
 
     budget = answer.budget
-    if isinstance(answer, DepthsAnswer):
+    if isinstance(answer, FittingDepths):
         title = f"Depths inside {answer.budget.low:,} … {answer.budget.high:,} parameters"
         columns: list[Column] = ["d_model", "d_ff / d_model", "d_ff", "n_layers", "parameters", "heads"]
         rows = [
@@ -418,7 +418,7 @@ def _memory_table(memory: Sequence[MemoryRow]) -> Table:
 # --- the queue --------------------------------------------------------------------------------------------------------
 
 
-def print_queue(console: Console, listings: Sequence[Listing]) -> None:
+def print_queue(console: Console, listings: Sequence[QueueListing]) -> None:
     """Every entry of every study's queue: how far it is, on which trial, and with which training values."""
     for listing in listings:
         if not listing.rows:
@@ -449,7 +449,7 @@ def print_queue(console: Console, listings: Sequence[Listing]) -> None:
         show(console, make("queue", title, columns, rows))
 
 
-def print_edit(console: Console, edit: Edit, verb: str) -> None:
+def print_edit(console: Console, edit: QueueEdit, verb: str) -> None:
     """What was added to a file's queue, or cancelled in it."""
     lines(console, f"{verb} {edit.identity} of {edit.study}: {shape_words(edit.entry.shape)}")
 

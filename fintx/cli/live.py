@@ -88,7 +88,7 @@ class View:
             case TrialEnded():
                 self._close(event.study, event.number)
                 name = self._names.get((event.study, event.number), f"trial {event.number}")
-                self._say(event.study, f"{name}: {event.words}", always=True)
+                self._say(event.study, f"{name}: {event.text}", always=True)
             case TrialFinished():
                 self._finish_trial(event)
             case ConfirmReady():
@@ -96,7 +96,7 @@ class View:
             case RerunFinished():
                 self._finish_rerun(event)
             case Notice():
-                self._say(event.study, event.words, always=True)
+                self._say(event.study, event.text, always=True)
 
     def _say(self, study: str, line: str, *, always: bool = False) -> None:
         """A line where there is no live table; what must not scroll away in one is printed above it too."""

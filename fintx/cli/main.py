@@ -484,7 +484,7 @@ def params(
     from fintx.cli import display
     from fintx.study import plan as planning
 
-    question = planning.params_question(
+    question = planning.shape_or_depths(
         d_model=d_model, n_layers=n_layers, n_heads=n_heads, d_ff=d_ff, budget=budget, tolerance=tolerance,
         n_features=n_features, context_length=context_length, patch_length=patch_length, stride=stride,
     )  # fmt: skip

@@ -35,13 +35,13 @@ def of_fork(order: StudyRequest, name: str, *, outputs: Path) -> StudyRequest:
     old = outputs / order.spec.study.name
 
     def forked(spec: StudySpec) -> StudySpec:
-        return lifecycle.renamed(lifecycle.pinned(spec, old), name)
+        return lifecycle.renamed(lifecycle.pin_versions(spec, old), name)
 
     def reload() -> StudySpec | None:
         fresh = order.reload()
         return None if fresh is None else forked(fresh)
 
-    return dataclasses.replace(order, spec=forked(order.spec), reload=reload, take_over=lifecycle.taking_over(old))
+    return dataclasses.replace(order, spec=forked(order.spec), reload=reload, take_over=lifecycle.take_over_from(old))
 
 
 def of_manual(path: Path, overrides: Sequence[str]) -> list[StudyRequest]:

@@ -16,7 +16,7 @@ from fintx.config.schema import StudySpec, config_hash
 from fintx.data.datasets import Dataset
 from fintx.evaluate import metrics
 from fintx.run.job import Job
-from fintx.study import records, study_file
+from fintx.study import environment, records
 from fintx.study.records import FoldRecord, Replicate, TrialRecord, prediction_table
 from fintx.train import checkpoint, compilation
 from fintx.train.progress import FitResult, Timing
@@ -102,13 +102,13 @@ def _record(training: Trained, folds: tuple[Dataset, ...]) -> TrialRecord:
             Replicate(seed=other.seed, folds=of_seed)
             for other, of_seed in zip(job.replicates[1:], seeds_of_folds[1:], strict=True)
         ),
-        libraries=study_file.libraries(),
-        settings=study_file.allocator_report()
+        libraries=environment.libraries(),
+        settings=environment.process_settings()
         | {name: str(value) for name, value in compilation.compiler_options(config.model, config.shape).items()},
-        device=study_file.device(),
-        git_commit=study_file.git_commit(),
+        device=environment.device(),
+        git_commit=environment.git_commit(),
         started=training.started,
-        finished=study_file.now(),
+        finished=environment.now(),
         **dataclasses.asdict(sum((fit.timing for fit in fits), Timing())),
         wait_s=training.wait_s,
     )

@@ -44,14 +44,14 @@ class Search:
     context: RunContext
     run: StudyRun = field(init=False)
     finished: dict[int, TrialRecord] = field(init=False)
-    claims: dict[int, Lease] = field(default_factory=dict)
+    leases: dict[int, Lease] = field(default_factory=dict)
     """Of the trials that workers train for this process."""
     over: bool = False
     """Nothing is left to do, here or elsewhere."""
 
     def __post_init__(self) -> None:
         opened = self.opened
-        self.run = StudyRun(opened.spec, self.context, opened.requests, len(opened.prepared.folds))
+        self.run = StudyRun(opened.spec, self.context, opened.stop_requests, len(opened.prepared.folds))
         self.finished = {record.trial_number: record for record in records.read_all(opened.folder)}
         self._pids: dict[int, int] = {}
         self._progressed: set[int] = set()
@@ -84,7 +84,7 @@ class Search:
     # --- what next ---
 
     def next_job(self, fits: Callable[[TrialConfig], int | None]) -> Job | None:
-        """The next trial to hand to a worker, claimed; none: nothing to do now.
+        """The next trial to hand to a worker, acquired; none: nothing to do now.
 
         Args:
             fits: memory limit of a trial of that config if it were started now (0: the device's); none: no room yet.
@@ -100,20 +100,20 @@ class Search:
             return limit is not None
 
         try:
-            claimed = self._claim(suits)
+            acquired = self._acquire(suits)
         except sampler.SpaceExhausted as error:
             if not self.run.held:  # else what runs comes to its end first
                 self.run.fail(error)
                 return None
-            claimed = None
-        if claimed is None:
+            acquired = None
+        if acquired is None:
             self._idle_until = time.monotonic() + _IDLE_S
             return None
-        (claim, config), self.over = claimed, False
-        return self._job(claim, config, limits[0] or None, self.run.at_once(claim.number, config))
+        (lease, config), self.over = acquired, False
+        return self._job(lease, config, limits[0] or None, self.run.at_once(lease.number, config))
 
     def more_like(self, first: Job, *, beside: int) -> Job | None:
-        """Another trial that may train together with one just handed out, claimed; none: no more of them.
+        """Another trial that may train together with one just handed out, acquired; none: no more of them.
 
         Args:
             beside: trials that are to train together so far, the first included.
@@ -136,15 +136,15 @@ class Search:
             return entry.training == "defaults"
 
         try:
-            claimed = self._claim(suits, ahead=setting != "auto")
+            acquired = self._acquire(suits, ahead=setting != "auto")
         except sampler.SpaceExhausted:
             return None
-        return None if claimed is None else self._job(*claimed, first.memory_limit, first.at_once)
+        return None if acquired is None else self._job(*acquired, first.memory_limit, first.at_once)
 
-    def _claim(
+    def _acquire(
         self, suits: Callable[[Lease | Proposal, TrialConfig], bool], *, ahead: bool = True
     ) -> tuple[Lease, TrialConfig] | None:
-        """Claim the next trial, if it suits.
+        """Take the next trial, if it suits.
 
         Args:
             ahead: ask the sampler for more than its random start too.
@@ -154,10 +154,10 @@ class Search:
         """
         configs: list[TrialConfig] = []
 
-        def choose(claims: tuple[Lease, ...]) -> Choice:
+        def choose(leases: tuple[Lease, ...]) -> Choice:
             configs.clear()
             random = len(self._trials()) < self.spec.study.n_startup_trials
-            choice = self._choose(claims, propose=ahead or random)
+            choice = self._choose(leases, propose=ahead or random)
             if choice is None or isinstance(choice, SameTrial | Withdrawal):
                 return choice
             number = choice.number if isinstance(choice, Lease) else len(self._trials())
@@ -167,76 +167,76 @@ class Search:
             configs.append(config)
             return choice
 
-        claim = self._reach(lambda: self.opened.ledger.claim(choose))
-        return None if claim is None else (claim, configs[0])
+        lease = self._reach(lambda: self.opened.trial_table.acquire(choose))
+        return None if lease is None else (lease, configs[0])
 
-    def _job(self, claim: Lease, config: TrialConfig, limit: int | None, at_once: int) -> Job:
+    def _job(self, lease: Lease, config: TrialConfig, limit: int | None, at_once: int) -> Job:
         population, on_gpu = self.spec.execution.population, self.context.on_gpu
-        self.claims[claim.number] = claim
+        self.leases[lease.number] = lease
         job = Job(
-            spec=self.spec.model_copy(update={"queue": ()}), config=config, number=claim.number, attempt=claim.attempt,
-            params=claim.params, entry=claim.entry, note=claim.note, training=claim.training,
+            spec=self.spec.model_copy(update={"queue": ()}), config=config, number=lease.number, attempt=lease.attempt,
+            params=lease.params, entry=lease.entry, note=lease.note, training=lease.training,
             study_folder=self.opened.folder.resolve(), data_root=self.context.data_root.resolve(), memory_limit=limit,
             at_once=at_once, on_cores=not self.context.hosts and memory.on_cores(config, population, on_gpu=on_gpu),
         )  # fmt: skip
-        return self.run.begin(job, step=claim.step)
+        return self.run.begin(job, step=lease.step)
 
-    def _choose(self, claims: tuple[Lease, ...], *, propose: bool = True) -> Choice:
+    def _choose(self, leases: tuple[Lease, ...], *, propose: bool = True) -> Choice:
         """Own unfinished trials, then the queue, then the sampler, then what other machines have left behind.
 
         Args:
             propose: ask the sampler too.
         """
-        open_claims = list({claim.number: claim for claim in claims if not claim.finished}.values())
+        open_leases = list({lease.number: lease for lease in leases if not lease.finished}.values())
         cancelled = {queue.entry_id(entry) for entry in self.spec.queue if entry.cancelled}
-        for claim in open_claims:
-            if claim.entry in cancelled and claim.number not in self.run.held and self._is_loose(claim):
-                return Withdrawal(claim.number)
-        at_work = [claim for claim in open_claims if claim.number in self.run.held or not self._is_loose(claim)]
-        total, finished = len({claim.number for claim in claims}), len({c.number for c in claims if c.finished})
+        for lease in open_leases:
+            if lease.entry in cancelled and lease.number not in self.run.held and self._is_loose(lease):
+                return Withdrawal(lease.number)
+        at_work = [lease for lease in open_leases if lease.number in self.run.held or not self._is_loose(lease)]
+        total, finished = len({lease.number for lease in leases}), len({c.number for c in leases if c.finished})
         if self.order.queue_only or finished + len(at_work) < self.spec.study.n_trials:
             limits, failures = self.spec.execution, self.run.failures
             loose = [
-                claim
-                for claim in open_claims
-                if claim not in at_work and self._is_ours(claim) and failures.attempts_left(claim.number, limits)
+                lease
+                for lease in open_leases
+                if lease not in at_work and self._is_ours(lease) and failures.attempts_left(lease.number, limits)
             ]
-            mine = [claim for claim in loose if claim.owner == self.opened.ledger.owner]
+            mine = [lease for lease in loose if lease.owner == self.opened.trial_table.owner]
             if mine:
                 return mine[0]
             if (self.order.queue_only or total < self.spec.study.n_trials) and (
-                new := self._new(claims, propose)
+                new := self._new(leases, propose)
             ) is not None:
                 return new
             if loose:
                 return loose[0]
-        awaited = [claim for claim in at_work if self._is_ours(claim)]
-        for claim in awaited:
-            if claim.number not in self.run.held:
-                self._say_once(f"waiting for trial {claim.number}, which runs on {claim.host}")
+        awaited = [lease for lease in at_work if self._is_ours(lease)]
+        for lease in awaited:
+            if lease.number not in self.run.held:
+                self._say_once(f"waiting for trial {lease.number}, which runs on {lease.host}")
         self.over = not awaited
         return None
 
-    def _is_ours(self, claim: Lease) -> bool:
+    def _is_ours(self, lease: Lease) -> bool:
         """Whether this run is about it: any trial of the study, or the queue's alone."""
-        return not self.order.queue_only or claim.entry in {queue.entry_id(entry) for entry in self._entries()}
+        return not self.order.queue_only or lease.entry in {queue.entry_id(entry) for entry in self._entries()}
 
-    def _is_loose(self, claim: Lease) -> bool:
+    def _is_loose(self, lease: Lease) -> bool:
         """Nobody works on it: it was given back, its coordinator is gone, or its lease hasn't been renewed."""
-        return claim.state != "running" or claim.owner == self.opened.ledger.owner or self._is_stale(claim)
+        return lease.state != "running" or lease.owner == self.opened.trial_table.owner or self._is_stale(lease)
 
-    def _is_stale(self, claim: Lease) -> bool:
+    def _is_stale(self, lease: Lease) -> bool:
         """Judged by this machine's clock alone: the lease hasn't changed for too long."""
-        now, mark = time.monotonic(), (claim.token, claim.beat, claim.state)
-        before, since = self._seen.get(claim.number, (None, now))
+        now, mark = time.monotonic(), (lease.token, lease.beat, lease.state)
+        before, since = self._seen.get(lease.number, (None, now))
         if before != mark:
-            self._seen[claim.number] = (mark, now)
+            self._seen[lease.number] = (mark, now)
             return False
         return now - since > self.spec.execution.hang_s + 2 * self._renew_s
 
-    def _new(self, claims: tuple[Lease, ...], propose: bool) -> Proposal | SameTrial | None:
-        trained = {sampler.trial_identity(self._config(claim, 0)): claim.number for claim in claims}
-        taken = {claim.entry for claim in claims}
+    def _new(self, leases: tuple[Lease, ...], propose: bool) -> Proposal | SameTrial | None:
+        trained = {sampler.trial_identity(self._config(lease, 0)): lease.number for lease in leases}
+        taken = {lease.entry for lease in leases}
         for entry in self._entries():
             identity = queue.entry_id(entry)
             if identity not in taken:
@@ -268,7 +268,7 @@ class Search:
         )
 
     def _trials(self) -> list[Any]:
-        return self.opened.ledger.storage.study.get_trials(deepcopy=False)
+        return self.opened.trial_table.storage.study.get_trials(deepcopy=False)
 
     def _proposal(self, params: dict[str, Any], shape: Any, **entry: str) -> Proposal:
         known = {"entry": None, "note": "", "training": "", **entry}
@@ -288,32 +288,32 @@ class Search:
         ending = self.run.hear(number, kind, values)
         if ending is None:
             return
-        claim = self.claims.pop(number)
+        lease = self.leases.pop(number)
         if isinstance(ending, TrialRecord):
-            self._finish(claim, ending)
-        elif ending.state != "superseded":  # then whoever took it has released the claim
+            self._finish(lease, ending)
+        elif ending.state != "superseded":  # then whoever took it has released the lease
             state, detail, step = ending.state, ending.detail, self.run.step(number)
-            self._todo.append(lambda: self.opened.ledger.release(claim, state, detail, step=step))
+            self._todo.append(lambda: self.opened.trial_table.release(lease, state, detail, step=step))
             self._catch_up()
 
-    def _finish(self, claim: Lease, record: TrialRecord) -> None:
-        self.finished[claim.number] = record
-        self._todo.append(lambda: self._tell(claim, record))
+    def _finish(self, lease: Lease, record: TrialRecord) -> None:
+        self.finished[lease.number] = record
+        self._todo.append(lambda: self._tell(lease, record))
         self._catch_up()
-        if claim.number in self.finished:
+        if lease.number in self.finished:
             self._tell_finished(record)
             ranked = records.ranked(list(self.finished.values()), minimize=self.opened.minimize)
             for other in ranked[self.spec.study.keep_checkpoints :]:
                 trial.drop_checkpoint(self.opened.folder, other.trial_number)
             self.write_tables()
 
-    def _tell(self, claim: Lease, record: TrialRecord) -> None:
-        if self.opened.ledger.tell(claim, record, minimize=self.opened.minimize):
+    def _tell(self, lease: Lease, record: TrialRecord) -> None:
+        if self.opened.trial_table.tell(lease, record, minimize=self.opened.minimize):
             return
-        where = records.trial_folder(self.opened.folder, claim.number)
-        (where / "record.json").rename(where / f"record.superseded-{claim.attempt}.json")
-        self.finished.pop(claim.number, None)
-        self._notice(f"trial {claim.number} had been given to another machine; the result that came late is set aside")
+        where = records.trial_folder(self.opened.folder, lease.number)
+        (where / "record.json").rename(where / f"record.superseded-{lease.attempt}.json")
+        self.finished.pop(lease.number, None)
+        self._notice(f"trial {lease.number} had been given to another machine; the result that came late is set aside")
 
     def _tell_finished(self, record: TrialRecord) -> None:
         self.context.notify(TrialFinished(self.run.name, record, tuple(self.finished.values()), self.total))
@@ -343,18 +343,18 @@ class Search:
         return min(_RENEW_S, self.spec.execution.hang_s / 4)
 
     def _renew(self, number: int) -> None:
-        claim = self.claims[number]
+        lease = self.leases[number]
         step, pid = self.run.step(number), self._pids[number]
         gone = object()
-        renewed = self._reach(lambda: self.opened.ledger.renew(claim, step=step, pid=pid) or gone)
+        renewed = self._reach(lambda: self.opened.trial_table.renew(lease, step=step, pid=pid) or gone)
         if renewed is gone:
             self.run.superseded.add(number)
         elif renewed is not None:
-            self.claims[number] = renewed
+            self.leases[number] = renewed
 
     def learn(self) -> None:
         """Trials that other machines finished: through the storage, or from the shared folder."""
-        for text in self._reach(lambda: self.opened.ledger.foreign_records(self.finished)) or ():
+        for text in self._reach(lambda: self.opened.trial_table.foreign_records(self.finished)) or ():
             record = TrialRecord.model_validate_json(text)
             path = records.trial_folder(self.opened.folder, record.trial_number) / "record.json"
             if not path.is_file():
@@ -369,15 +369,15 @@ class Search:
         """What may change freely is taken while the study runs, all else waits for the next start."""
         try:
             fresh = self._edit = self.order.reload() or self._edit
-            if fresh is None or (claims := self._reach(self.opened.ledger.claims)) is None:
+            if fresh is None or (leases := self._reach(self.opened.trial_table.leases)) is None:
                 return
             self._edit = None
             spec, n_features = _edited(self.spec, fresh), len(self.spec.data.features)
             if misfit := next(validate.cross_checks(spec, counted=False), None):
                 raise FintxError(f"{self.order.where(misfit[0])}: {misfit[1]}")
             queue.validate(spec, n_features=n_features, where=self.order.where)
-            queue.check_begun(
-                spec, self.opened.space, claims, counted=not self.order.queue_only, where=self.order.where
+            queue.check_against_trials(
+                spec, self.opened.space, leases, counted=not self.order.queue_only, where=self.order.where
             )
         except FintxError as error:
             self._notice(f"the edited sweep file is not taken: {error}")
@@ -437,8 +437,8 @@ class Search:
     @property
     def waiting(self) -> tuple[str, ...]:
         """Queue entries that n_trials leaves no room for."""
-        claims = self._reach(self.opened.ledger.claims) or ()
-        taken = {claim.entry for claim in claims}
+        leases = self._reach(self.opened.trial_table.leases) or ()
+        taken = {lease.entry for lease in leases}
         return tuple(i for i in map(queue.entry_id, self._entries()) if i not in taken)
 
     def write_tables(self) -> None:

@@ -177,7 +177,7 @@ class StudyRun:
 
     def hear_stop(self) -> None:
         """Look for a request to stop."""
-        if not self.stop_asked and self.requests.came():
+        if not self.stop_asked and self.requests.pending():
             self.stop_asked = True
             self.context.notice(self.name, locks.STOP_HEARD)
 

@@ -26,7 +26,7 @@ from fintx.errors import FintxError
 from fintx.run import results
 from fintx.run.job import Job
 from fintx.run.results import Trained
-from fintx.study import locks, records, study_file
+from fintx.study import environment, locks, records
 from fintx.study.records import TrialRecord
 from fintx.train import compilation, multihost, progress, resume, trainer
 from fintx.train.member_run import Member
@@ -152,7 +152,7 @@ class _Trial:
     idle_since: float | None
     beside: int
     """Trials that are trained together, this one included."""
-    started: str = field(default_factory=study_file.now)
+    started: str = field(default_factory=environment.now)
     check: Callable[[], None] = lambda: None
     fits: list[list[FitResult]] = field(default_factory=list)
     """By fold, then by replicate."""
@@ -270,7 +270,7 @@ class _FoldHooks:
             self.begun = True
             line = {
                 "attempt": self.job.attempt, "fold": self.fold, "from_step": step, "host": socket.gethostname(),
-                "pid": os.getpid(), "at": study_file.now(),
+                "pid": os.getpid(), "at": environment.now(),
             }  # fmt: skip
             if len(self.job.replicates) > 1:
                 line["replicate"] = self.replicate

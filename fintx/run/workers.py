@@ -24,7 +24,7 @@ from fintx.data import features
 from fintx.model import param_count
 from fintx.run.job import STOP
 from fintx.run.worker import LEAVE, RECALL
-from fintx.study import study_file
+from fintx.study import environment
 from fintx.train import memory
 
 _FREEZE_S = 5.0
@@ -202,7 +202,7 @@ class Pool:
         # A session of its own: Ctrl-C on the terminal reaches the coordinator alone.
         worker.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=worker.log, start_new_session=True,
-            pipesize=_PIPE, env=study_file.worker_environment(),
+            pipesize=_PIPE, env=environment.worker_environment(),
         )  # fmt: skip
         assert worker.process.stdout is not None
         os.set_blocking(worker.process.stdout.fileno(), False)
@@ -300,7 +300,7 @@ def gpus() -> tuple[int, ...]:
     lines = done.stdout.split("\n") if done.returncode == 0 else []
     # A GPU that shares the host's memory tells none.
     every = tuple(2**20 * int(line) if line.strip().isdigit() else 0 for line in lines if line.strip())
-    names = study_file.visible_gpus()
+    names = environment.visible_gpus()
     if names is None or not every:
         return every
     by_index = {str(index): n_bytes for index, n_bytes in enumerate(every)}

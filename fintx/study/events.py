@@ -61,7 +61,7 @@ class TrialEnded:
 
     study: str
     number: int
-    words: str
+    text: str
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ class Notice:
     """Something that its user should know, in a line."""
 
     study: str
-    words: str
+    text: str
 
 
 Event = StudyReady | TrialStarted | EpochDone | TrialEnded | TrialFinished | ConfirmReady | RerunFinished | Notice

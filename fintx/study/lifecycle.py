@@ -21,7 +21,7 @@ from fintx.config.validate import Where, spelled
 from fintx.data import datasets
 from fintx.errors import FintxError
 from fintx.evaluate import metrics
-from fintx.study import baseline_store, locks, queue, records, storage, study_file, trial_table
+from fintx.study import baseline_store, environment, locks, queue, records, storage, study_file, trial_table
 from fintx.study.events import RunContext
 from fintx.study.records import TrialRecord
 from fintx.study.search_space import SearchSpace
@@ -63,9 +63,9 @@ class OpenStudy:
     folder: Path
     space: SearchSpace
     prepared: datasets.PreparedData
-    ledger: TrialTable
+    trial_table: TrialTable
     baselines: dict[str, Any]
-    requests: locks.StopRequests
+    stop_requests: locks.StopRequests
     """To stop."""
 
     @property
@@ -74,7 +74,7 @@ class OpenStudy:
         return metrics.MINIMIZE[self.spec.study.metric]
 
 
-def pinned(spec: StudySpec, folder: Path) -> StudySpec:
+def pin_versions(spec: StudySpec, folder: Path) -> StudySpec:
     """The spec on the bars that the study of a folder began with, where it names no others itself."""
     known = study_file.read_study(folder)
     if known is None:
@@ -90,7 +90,7 @@ def resolve_data(spec: StudySpec, *, folder: Path, data_root: Path) -> tuple[Stu
 
     A study keeps the bars it began with, however many newer snapshots have come since.
     """
-    spec = pinned(spec, folder)
+    spec = pin_versions(spec, folder)
     prepared = datasets.build(spec, data_root)
     return spec.model_copy(update={"data": prepared.data}), prepared
 
@@ -138,7 +138,7 @@ def open_study(order: StudyRequest, context: RunContext) -> Iterator[OpenStudy]:
                 storage.open_storage(spec.execution.storage, folder, spec.study.name, minimize=minimize, warn=warn)
             )
             book = TrialTable(opened, trial_table.owner_of(folder, shared=opened.shared))
-            queue.check_begun(spec, space, book.claims(), counted=counted, where=where)
+            queue.check_against_trials(spec, space, book.leases(), counted=counted, where=where)
             check_same(folder, book.definition(mine), mine, where=opened.words)
             pending = folder / "fork-pending"  # stands until every old trial has come over
             if known is None and take_over is not None:
@@ -151,7 +151,9 @@ def open_study(order: StudyRequest, context: RunContext) -> Iterator[OpenStudy]:
                 pending.unlink()
             book.restore(records.read_all(folder), space.distributions, minimize=minimize)
             _check_records(folder, book)
-            queue.check_begun(spec, space, book.claims(), counted=counted, where=where)  # of a journal made again too
+            queue.check_against_trials(
+                spec, space, book.leases(), counted=counted, where=where
+            )  # of a journal made again too
         except storage.StorageAway as error:
             raise FintxError(
                 f"{spec.study.name}: {error}; is the database running, and is its address right?"
@@ -169,7 +171,7 @@ def _check_records(folder: Path, book: TrialTable) -> None:
         FintxError: with the trials whose records are gone.
     """
     there = {record.trial_number for record in records.read_all(folder)}
-    gone = sorted({claim.number for claim in book.claims() if claim.finished} - there)
+    gone = sorted({lease.number for lease in book.leases() if lease.finished} - there)
     if gone and not book.storage.shared:
         raise FintxError(
             f"{folder}: the records of trials {', '.join(map(str, gone))} are gone, which the journal calls finished; "
@@ -214,9 +216,9 @@ def write_definition(folder: Path, spec: StudySpec, defined: dict[str, Any], kno
         spec=spec,
         definition=defined,
         definition_hash=study_file.definition_hash(defined),
-        created=known.created if known else study_file.now(),
+        created=known.created if known else environment.now(),
         fintx_version=known.fintx_version if known else fintx.__version__,
-        git_commit=known.git_commit if known else study_file.git_commit(),
+        git_commit=known.git_commit if known else environment.git_commit(),
     )
     if fresh != known:
         study_file.write_study(folder, fresh)
@@ -252,7 +254,7 @@ def renamed(spec: StudySpec, name: str) -> StudySpec:
     return spec.model_copy(update={"study": study})
 
 
-def taking_over(old: Path) -> TakeOver:
+def take_over_from(old: Path) -> TakeOver:
     """What brings the trials of a study in the folder `old` into a new one: `lifecycle.open_study` calls it.
 
     Raises:

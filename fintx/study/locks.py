@@ -20,7 +20,7 @@ from typing import IO
 
 from fintx.errors import FintxError
 from fintx.study import records, study_file
-from fintx.study.study_file import now
+from fintx.study.environment import now
 
 _ORPHAN_S = 10.0
 """How long a worker whose coordinator died may take to save and let go of its run folder."""
@@ -179,7 +179,7 @@ class StopRequests:
         self._file = study_folder / _STOP_FILE
         self._before = self._latest()
 
-    def came(self) -> bool:
+    def pending(self) -> bool:
         """Whether there is one. A folder that can't be read just now tells nothing: it is looked at again soon."""
         try:
             return self._latest() != self._before
@@ -192,7 +192,7 @@ class StopRequests:
         Raises:
             Stopped: there is one, or the whole run is to stop.
         """
-        if should_stop() or self.came():
+        if should_stop() or self.pending():
             raise Stopped
 
     def _latest(self) -> str:

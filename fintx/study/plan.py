@@ -266,7 +266,7 @@ def _matmul_rate(dtype: str) -> float:
 
 
 @dataclass(frozen=True)
-class ShapeAnswer:
+class ShapeCount:
     """One shape, counted."""
 
     shape: Shape
@@ -279,7 +279,7 @@ class ShapeAnswer:
 
 
 @dataclass(frozen=True)
-class DepthsAnswer:
+class FittingDepths:
     """Which depths fit a budget, per width and d_ff ratio."""
 
     budget: BudgetConfig
@@ -288,10 +288,10 @@ class DepthsAnswer:
     head_counts: dict[int, tuple[int, ...]]
 
 
-def params_question(
+def shape_or_depths(
     *, d_model: int | None, n_layers: int | None, n_heads: int | None, d_ff: int | None, budget: str | None,
     tolerance: float, n_features: int, context_length: int, patch_length: int, stride: int,
-) -> ShapeAnswer | DepthsAnswer:  # fmt: skip
+) -> ShapeCount | FittingDepths:  # fmt: skip
     """Answer `fintx params`: a whole shape is counted; a budget without one lists the depths that fit.
 
     Raises:
@@ -308,7 +308,7 @@ def params_question(
     except ValueError as error:
         raise FintxError(_plain(error)) from None
     if not missing:
-        return ShapeAnswer(
+        return ShapeCount(
             shape=shape,
             count=param_count.count_params(model, shape, n_features),
             flops=param_count.flops(model, shape, n_features),
@@ -323,7 +323,7 @@ def params_question(
     return _depths(model, wanted, d_model, n_features)
 
 
-def _depths(model: ModelConfig, budget: BudgetConfig, d_model: int | None, n_features: int) -> DepthsAnswer:
+def _depths(model: ModelConfig, budget: BudgetConfig, d_model: int | None, n_features: int) -> FittingDepths:
     candidates = ArchitectureConfig()
     widths = candidates.d_model if d_model is None else (d_model,)
     rows = []
@@ -340,7 +340,7 @@ def _depths(model: ModelConfig, budget: BudgetConfig, d_model: int | None, n_fea
             f"params: no depth of d_model {', '.join(map(str, widths))} holds {budget.low:,} … {budget.high:,} "
             "parameters; try another --d-model, --budget or --tolerance"
         )
-    return DepthsAnswer(budget, tuple(rows), {width: encoder.head_counts(width) for width in {row[0] for row in rows}})
+    return FittingDepths(budget, tuple(rows), {width: encoder.head_counts(width) for width in {row[0] for row in rows}})
 
 
 def _plain(error: ValueError) -> str:

@@ -123,8 +123,8 @@ def validate(spec: StudySpec, *, n_features: int, where: Where = spelled) -> Non
         raise QueueError("\n".join(problems))
 
 
-def check_begun(
-    spec: StudySpec, space: SearchSpace, claims: Sequence[Lease], *, counted: bool, where: Where = spelled
+def check_against_trials(
+    spec: StudySpec, space: SearchSpace, leases: Sequence[Lease], *, counted: bool, where: Where = spelled
 ) -> None:
     """Check the entries against the trials that the study has.
 
@@ -134,16 +134,16 @@ def check_begun(
     Raises:
         QueueError: an entry whose `id` is that of a trial of another content; more entries than trials.
     """
-    problems, held = [], _latest(claims)
+    problems, held = [], _latest(leases)
     listed = [(index, entry, held.get(entry_id(entry))) for index, entry in enumerate(spec.queue)]
-    listed = [(index, entry, claim) for index, entry, claim in listed if not entry.cancelled]
-    for index, entry, claim in listed:
-        if claim is not None and not _is_of(claim, entry, space):
+    listed = [(index, entry, lease) for index, entry, lease in listed if not entry.cancelled]
+    for index, entry, lease in listed:
+        if lease is not None and not _is_of(lease, entry, space):
             problems.append(
-                f"{where(('queue', index))}: its id {entry.id} is that of trial {claim.number}, which has another "
+                f"{where(('queue', index))}: its id {entry.id} is that of trial {lease.number}, which has another "
                 "shape or other values; give the entry another id"
             )
-    waiting = sum(claim is None or not claim.finished for _, _, claim in listed)
+    waiting = sum(lease is None or not lease.finished for _, _, lease in listed)
     if counted and waiting > spec.study.n_trials:
         problems.append(
             f"{where(('study', 'n_trials'))}: {spec.study.n_trials} is fewer than the {waiting} queue entries to run, "
@@ -153,15 +153,15 @@ def check_begun(
         raise QueueError("\n".join(problems))
 
 
-def _is_of(claim: Lease, entry: QueueEntry, space: SearchSpace) -> bool:
+def _is_of(lease: Lease, entry: QueueEntry, space: SearchSpace) -> bool:
     """Whether a trial is what the entry of its identity asks for now."""
     asked = {path: _told(space, path, value) for path, value in entry.values.items()}
-    return claim.shape == entry.shape and all(claim.params.get(path) == value for path, value in asked.items())
+    return lease.shape == entry.shape and all(lease.params.get(path) == value for path, value in asked.items())
 
 
-def _latest(claims: Sequence[Lease]) -> dict[str | None, Lease]:
+def _latest(leases: Sequence[Lease]) -> dict[str | None, Lease]:
     """Identity → the trial that counts: of several the latest."""
-    return {claim.entry: claim for claim in sorted(claims, key=lambda claim: claim.number)}
+    return {lease.entry: lease for lease in sorted(leases, key=lambda lease: lease.number)}
 
 
 def _outside(spec: StudySpec, entry: QueueEntry, n_features: int) -> list[str]:
@@ -221,26 +221,26 @@ def _inside(distribution: BaseDistribution, value: Any) -> Any:
 # --- how far an entry is ----------------------------------------------------------------------------------------------
 
 
-def states(entries: Sequence[QueueEntry], claims: Sequence[Lease]) -> tuple[QueueState, ...]:
+def states(entries: Sequence[QueueEntry], leases: Sequence[Lease]) -> tuple[QueueState, ...]:
     """The state of each entry, in order.
 
     Args:
         entries: cancelled ones included.
-        claims: of the study, from its storage.
+        leases: of the study, from its storage.
     """
-    held = _latest(claims)
+    held = _latest(leases)
     return tuple(_state(entry, held.get(entry_id(entry))) for entry in entries)
 
 
-def _state(entry: QueueEntry, claim: Lease | None) -> QueueState:
-    words: str = "queued" if claim is None else claim.state
-    if claim is not None and claim.shape != entry.shape and not entry.cancelled:
+def _state(entry: QueueEntry, lease: Lease | None) -> QueueState:
+    words: str = "queued" if lease is None else lease.state
+    if lease is not None and lease.shape != entry.shape and not entry.cancelled:
         words = "clash"
-    elif claim is not None and claim.finished:
+    elif lease is not None and lease.finished:
         words = "done"
     elif entry.cancelled and words != "running":  # what is at work goes on; what isn't is not taken up again
         words = "cancelled"
-    elif claim is not None and words == "failed":
-        words = f"failed {claim.failures}"
-    number, training = (None, "") if claim is None else (claim.number, claim.training)
+    elif lease is not None and words == "failed":
+        words = f"failed {lease.failures}"
+    number, training = (None, "") if lease is None else (lease.number, lease.training)
     return QueueState(entry, entry_id(entry), words, number, training)

@@ -41,7 +41,7 @@ class QueueFileError(FintxError):
 
 
 @dataclass(frozen=True)
-class Row:
+class ListedEntry:
     """An entry, how far it is, and its exact size."""
 
     state: QueueState
@@ -56,16 +56,16 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Listing:
+class QueueListing:
     """The queue of one study."""
 
     study: str
     n_trials: int
-    rows: tuple[Row, ...]
+    rows: tuple[ListedEntry, ...]
 
 
 @dataclass(frozen=True)
-class Edit:
+class QueueEdit:
     """What was added or cancelled."""
 
     study: str
@@ -76,7 +76,7 @@ class Edit:
 # --- showing ----------------------------------------------------------------------------------------------------------
 
 
-def listings(path: Path, *, outputs: Path, data_root: Path) -> tuple[Listing, ...]:
+def listings(path: Path, *, outputs: Path, data_root: Path) -> tuple[QueueListing, ...]:
     """The queue of every study of a file, extremes included where the study asks for them.
 
     Raises:
@@ -86,19 +86,19 @@ def listings(path: Path, *, outputs: Path, data_root: Path) -> tuple[Listing, ..
     return tuple(_listing(spec, outputs / spec.study.name, data_root) for spec in studies.values())
 
 
-def _listing(spec: StudySpec, folder: Path, data_root: Path) -> Listing:
+def _listing(spec: StudySpec, folder: Path, data_root: Path) -> QueueListing:
     n_features = _n_features(spec, data_root)
     kept = records.read_all(folder)
     outcomes = {record.trial_number: record.outcome for record in kept}
     rows = [
-        Row(
+        ListedEntry(
             state=state,
             outcome=outcomes.get(state.number, "") if state.number is not None else "",
             param_count=param_count.count_params(spec.model, state.entry.shape, n_features).total,
         )
         for state in _states((*spec.queue, *_extremes(spec, n_features)), folder, kept, url=spec.execution.storage)
     ]
-    return Listing(spec.study.name, spec.study.n_trials, tuple(rows))
+    return QueueListing(spec.study.name, spec.study.n_trials, tuple(rows))
 
 
 def _states(
@@ -131,7 +131,7 @@ def _n_features(spec: StudySpec, data_root: Path) -> int:
 # --- adding -----------------------------------------------------------------------------------------------------------
 
 
-def add(path: Path, fields: Mapping[str, Any], *, data_root: Path) -> Edit:
+def add(path: Path, fields: Mapping[str, Any], *, data_root: Path) -> QueueEdit:
     """Append a [[queue]] block.
 
     Args:
@@ -169,7 +169,7 @@ def value_of(text: str) -> tuple[str, bool | int | float | str]:
     return name, value
 
 
-def _with_entry(path: Path, text: str, fields: Mapping[str, Any], data_root: Path) -> tuple[str, Edit]:
+def _with_entry(path: Path, text: str, fields: Mapping[str, Any], data_root: Path) -> tuple[str, QueueEdit]:
     changed = appended(text, ["[[queue]]", *toml.pairs(fields)])
     _refuse_surrogates(changed)
     first_line = toml.plain(changed).count("\n") - len(fields)
@@ -192,7 +192,7 @@ def _with_entry(path: Path, text: str, fields: Mapping[str, Any], data_root: Pat
         n_features=_n_features(spec, data_root),
         where=lambda key_path: "the new entry" if key_path == last else there(key_path),
     )
-    return changed, Edit(spec.study.name, identity, entry)
+    return changed, QueueEdit(spec.study.name, identity, entry)
 
 
 def appended(text: str, lines: Sequence[str]) -> str:
@@ -246,7 +246,7 @@ class _Found:
     """Among all blocks of the file; none: an extreme, which has no block."""
 
 
-def cancel(path: Path, identity: str, *, sweep: str | None = None, outputs: Path, data_root: Path) -> Edit:
+def cancel(path: Path, identity: str, *, sweep: str | None = None, outputs: Path, data_root: Path) -> QueueEdit:
     """Write `cancelled = true` into an entry's block; an extreme of the study gets a block for that.
 
     Args:
@@ -266,7 +266,7 @@ def cancel(path: Path, identity: str, *, sweep: str | None = None, outputs: Path
         else:
             changed = with_cancelled(path, text, found.index)
         _replace(real, changed)
-    return Edit(found.spec.study.name, identity, found.entry)
+    return QueueEdit(found.spec.study.name, identity, found.entry)
 
 
 def _find(path: Path, identity: str, sweep: str | None, data_root: Path) -> _Found:

@@ -1,15 +1,10 @@
-"""What a trial ran on: versions, device, commit and time. Kept in the record, and never an input of a result."""
+"""Study file: study.json, the definition that a study keeps; studies by name; openings of the sealed test part."""
 
 from __future__ import annotations
 
-import datetime
-import functools
 import hashlib
-import importlib.metadata
 import json
 import os
-import platform
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,78 +13,8 @@ from pydantic import ValidationError
 
 from fintx.config.schema import StudySpec
 from fintx.errors import FintxError
-from fintx.study.records import (
-    DamagedRecord,
-    RecordModel,
-    write_atomically,
-)
-
-_LIBRARIES = "fintx jax jaxlib flax optax orbax-checkpoint optuna numpy scikit-learn TA-Lib".split()
-
-
-@functools.cache
-def libraries() -> dict[str, str]:
-    """Installed version of Python and of each library that can change a number."""
-    return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in _LIBRARIES}}
-
-
-@functools.cache
-def device() -> str:
-    """Kind and count of the devices that JAX uses, such as "cpu × 1 (x86_64)"."""
-    import jax
-
-    devices = jax.devices()
-    return f"{devices[0].device_kind} × {len(devices)} ({platform.machine()})"
-
-
-@functools.cache
-def git_commit() -> str | None:
-    """Commit of the running code, "+dirty" when the checkout differs from it; none outside a checkout."""
-    root = Path(__file__).resolve().parents[2]
-    if not (root / ".git").exists():
-        return None
-
-    def git(*arguments: str) -> str | None:
-        try:
-            done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, timeout=10)
-        except (OSError, subprocess.TimeoutExpired):
-            return None
-        return done.stdout.strip() if done.returncode == 0 else None
-
-    commit = git("rev-parse", "HEAD")
-    if commit is None:
-        return None
-    return f"{commit}+dirty" if git("status", "--porcelain", "--untracked-files=no") else commit
-
-
-def now() -> str:
-    """The time, UTC, ISO 8601 to the second."""
-    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-
-
-SETTINGS = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
-"""docs/performance.md holds what they bring."""
-_ALLOCATOR_VARIABLE = (
-    "GLIBC_TUNABLES", "LD_PRELOAD", "XLA_FLAGS", "LIBTPU_INIT_ARGS", "OMP_NUM_THREADS", "NVIDIA_TF32_OVERRIDE",
-    "JAX_DEFAULT_MATMUL_PRECISION",
-)  # fmt: skip
-
-
-def worker_environment() -> dict[str, str]:
-    """A worker's environment: this process's, and the settings that it doesn't hold yet."""
-    return {**SETTINGS, **os.environ}
-
-
-def visible_gpus() -> list[str] | None:
-    """What CUDA was told to show of the machine's GPUs, by index or by name; none: all of them."""
-    told = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return None if told is None else [name.strip() for name in told.split(",") if name.strip()]
-
-
-def allocator_report() -> dict[str, str]:
-    """What of this process's environment can change a trial's speed or the last digits of its numbers."""
-    return {name: os.environ[name] for name in _ALLOCATOR_VARIABLE if os.environ.get(name)}
-
+from fintx.study import environment
+from fintx.study.records import DamagedRecord, RecordModel, write_atomically
 
 # --- the study's own file ---------------------------------------------------------------------------------------------
 
@@ -146,7 +71,7 @@ def definition(spec: StudySpec) -> dict[str, Any]:
     tree["study"] = {key: value for key, value in tree["study"].items() if key not in FREE_TO_CHANGE}
     if spec.study.replicates == 1:  # as studies that began before there were any say it
         del tree["study"]["replicates"]
-    tree["software"] = {name: libraries()[name] for name in _SOFTWARE}
+    tree["software"] = {name: environment.libraries()[name] for name in _SOFTWARE}
     return dict(_flatten(tree))
 
 
@@ -211,10 +136,9 @@ def log_opening(study_folder: Path, entry: dict[str, Any]) -> int:
         FintxError: the log can't be written; then nothing may be opened.
     """
     path = study_folder / "openings.jsonl"
-    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     try:
         with path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"opened": now, **entry}) + "\n")
+            file.write(json.dumps({"opened": environment.now(), **entry}) + "\n")
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
@@ -222,7 +146,7 @@ def log_opening(study_folder: Path, entry: dict[str, Any]) -> int:
     return len(openings(study_folder))
 
 
-def openings_words(study_folder: Path) -> str:
+def openings_note(study_folder: Path) -> str:
     """What every later result says of earlier openings; empty: there were none."""
     n = len(openings(study_folder))
     times = "once" if n == 1 else f"{n} times"

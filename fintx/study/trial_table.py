@@ -68,7 +68,7 @@ class Lease:
     """Why the last attempt ended, in a line; empty while all is well."""
 
 
-_LEASE_KEY = ("state", "token", "attempt", "failures", "owner", "host", "pid", "step", "beat", "detail")
+_LEASE_FIELDS = ("state", "token", "attempt", "failures", "owner", "host", "pid", "step", "beat", "detail")
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ def owner_of(study_folder: Path, *, shared: bool) -> str:
 
 
 def read(study_folder: Path, *, url: str = storage.JOURNAL) -> tuple[Lease, ...]:
-    """The claims of a study, read without holding anything up; empty where there are none.
+    """The leases of a study, read without holding anything up; empty where there are none.
 
     Raises:
         FintxError: the database does not answer.
@@ -124,7 +124,7 @@ def read(study_folder: Path, *, url: str = storage.JOURNAL) -> tuple[Lease, ...]
 def leases_of(study: optuna.Study) -> tuple[Lease, ...]:
     """Every trial by number; one that answers more than one queue entry stands once for each."""
     found = [_lease(frozen) for frozen in study.get_trials(deepcopy=False) if _is_real(frozen)]
-    by_number = {claim.number: claim for claim in found}
+    by_number = {lease.number: lease for lease in found}
     answered = [
         dataclasses.replace(by_number[number], entry=key.removeprefix(_ANSWERED))
         for key, number in study.user_attrs.items()
@@ -153,24 +153,24 @@ def _lease(frozen: FrozenTrial) -> Lease:
 
 @dataclass(frozen=True)
 class TrialTable:
-    """The claims of one study, read and changed by one coordinator. Every method may raise `StorageAway`."""
+    """The leases of one study, read and changed by one coordinator. Every method may raise `StorageAway`."""
 
     storage: Storage
     owner: str
 
-    def claims(self) -> tuple[Lease, ...]:
-        """As `claims_of`, up to date."""
+    def leases(self) -> tuple[Lease, ...]:
+        """As `leases_of`, up to date."""
         with self.storage.exclusive():
             return leases_of(self.storage.study)
 
-    def claim(self, choose: Callable[[tuple[Lease, ...]], Choice]) -> Lease | None:
-        """Look at all claims, choose, and take what was chosen, alone over all machines.
+    def acquire(self, choose: Callable[[tuple[Lease, ...]], Choice]) -> Lease | None:
+        """Look at all leases, choose, and take what was chosen, alone over all machines.
 
         Args:
             choose: pure; may be called again if the database is lost in between.
 
         Returns:
-            The claim with a token of its own, or none if there was nothing to choose.
+            The lease with a token of its own, or none if there was nothing to choose.
         """
         with self.storage.exclusive() as check:
             while isinstance(chosen := choose(leases_of(self.storage.study)), SameTrial | Withdrawal):
@@ -187,22 +187,22 @@ class TrialTable:
             token = secrets.token_hex(8)
             self.storage.study.add_trial(self._new(chosen, token))
             # Found by its token: what was created, if an earlier try was lost after its commit.
-            return next(claim for claim in leases_of(self.storage.study) if claim.token == token)
+            return next(lease for lease in leases_of(self.storage.study) if lease.token == token)
 
-    def renew(self, claim: Lease, *, step: int, pid: int) -> Lease | None:
+    def renew(self, lease: Lease, *, step: int, pid: int) -> Lease | None:
         """Say that the holder trains on; none if it is superseded."""
-        return self._change(claim, step=step, pid=pid, beat=claim.beat + 1)
+        return self._change(lease, step=step, pid=pid, beat=lease.beat + 1)
 
-    def release(self, claim: Lease, state: State, detail: str, *, step: int) -> Lease | None:
+    def release(self, lease: Lease, state: State, detail: str, *, step: int) -> Lease | None:
         """Give an unfinished trial back: interrupted, or failed, which counts; none if it is superseded."""
-        failures = claim.failures + (state == "failed")
-        return self._change(claim, state=state, detail=detail, step=step, failures=failures, pid=0)
+        failures = lease.failures + (state == "failed")
+        return self._change(lease, state=state, detail=detail, step=step, failures=failures, pid=0)
 
-    def tell(self, claim: Lease, record: TrialRecord, *, minimize: bool) -> bool:
+    def tell(self, lease: Lease, record: TrialRecord, *, minimize: bool) -> bool:
         """Finish a trial with its record; false if the holder is superseded, whose record then doesn't count."""
         with self.storage.exclusive() as check:
-            current = self._current(claim.number)
-            if current is None or current.token != claim.token:
+            current = self._current(lease.number)
+            if current is None or current.token != lease.token:
                 return False
             if not current.finished:
                 check()
@@ -245,26 +245,26 @@ class TrialTable:
     # --- within the lock ---
 
     def _current(self, number: int) -> Lease | None:
-        return next((claim for claim in leases_of(self.storage.study) if claim.number == number), None)
+        return next((lease for lease in leases_of(self.storage.study) if lease.number == number), None)
 
-    def _change(self, claim: Lease, **changes: Any) -> Lease | None:
+    def _change(self, lease: Lease, **changes: Any) -> Lease | None:
         with self.storage.exclusive() as check:
-            current = self._current(claim.number)
-            if current is None or current.finished or current.token != claim.token:
+            current = self._current(lease.number)
+            if current is None or current.finished or current.token != lease.token:
                 return None
             check()
             return self._write(dataclasses.replace(current, **changes))
 
-    def _taken(self, claim: Lease) -> Lease:
+    def _taken(self, lease: Lease) -> Lease:
         return dataclasses.replace(
-            claim, state="running", token=secrets.token_hex(8), attempt=claim.attempt + 1, beat=0, pid=0, detail="",
+            lease, state="running", token=secrets.token_hex(8), attempt=lease.attempt + 1, beat=0, pid=0, detail="",
             owner=self.owner, host=socket.gethostname(),
         )  # fmt: skip
 
-    def _write(self, claim: Lease) -> Lease:
-        lease = {name: getattr(claim, name) for name in _LEASE_KEY}
-        self.storage.backend.set_trial_user_attr(self._trial_id(claim.number), "lease", lease)
-        return claim
+    def _write(self, lease: Lease) -> Lease:
+        fields = {name: getattr(lease, name) for name in _LEASE_FIELDS}
+        self.storage.backend.set_trial_user_attr(self._trial_id(lease.number), "lease", fields)
+        return lease
 
     def _new(self, proposal: Proposal, token: str) -> FrozenTrial:
         lease = {

@@ -64,7 +64,7 @@ def test_a_torn_journal_tail_is_mended_between_runs_and_while_a_study_runs(machi
     whole = journal.read_bytes()
     journal.write_bytes(whole + TORN)
     running = here.start(*MEDIUM[2:], *SHORT, TWO)
-    wait_for(lambda: here.claims().get(1), running=running)
+    wait_for(lambda: here.leases().get(1), running=running)
     with journal.open("ab") as file:  # as another machine that shares the folder, and is killed
         file.write(TORN)
     said = running.end(code=0)
@@ -72,7 +72,7 @@ def test_a_torn_journal_tail_is_mended_between_runs_and_while_a_study_runs(machi
     assert journal.read_bytes().startswith(whole)
     assert all(isinstance(json.loads(line), dict) for line in journal.read_text().splitlines())
     assert len(list(here.folder.glob("journal.torn-*"))) == 2
-    assert [claim.finished for claim in here.claims().values()] == [True, True]
+    assert [lease.finished for lease in here.leases().values()] == [True, True]
 
 
 def test_a_journal_damaged_in_the_middle_is_said_and_made_again_from_the_records(machine, finished):
@@ -87,7 +87,7 @@ def test_a_journal_damaged_in_the_middle_is_said_and_made_again_from_the_records
     before = here.numbers()
     said = here.run(*SHORT, "study.n_trials=4")
     assert here.numbers()[:3] == before and "trial 0 (" not in said and "trial 3 (" in said
-    assert [claim.finished for claim in here.claims().values()] == [True] * 4
+    assert [lease.finished for lease in here.leases().values()] == [True] * 4
     assert len({record.config_hash for record in here.records()}) == 4
 
 
@@ -100,9 +100,9 @@ def test_a_record_that_was_never_told_is_told(machine, finished):
     told = [index for index, line in enumerate(lines) if json.loads(line).get("values")]
     journal.write_text("".join(lines[: told[-1]]))
     before = here.numbers()
-    assert not here.claims()[2].finished
+    assert not here.leases()[2].finished
     assert "trial 2 (" not in here.run(*SHORT, "study.n_trials=3")
-    assert here.numbers() == before and here.claims()[2].finished
+    assert here.numbers() == before and here.leases()[2].finished
 
 
 def test_a_full_disk_in_the_middle_of_training_is_one_line_and_costs_nothing(machine, undisturbed):
@@ -114,7 +114,7 @@ def test_a_full_disk_in_the_middle_of_training_is_one_line_and_costs_nothing(mac
         resource.prlimit(pid, resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
     said = running.end(code=2)
     assert "could not save" in said and "File too large" in said and "mend that" in said
-    assert here.claims()[0].failures == 0
+    assert here.leases()[0].failures == 0
     here.run(*MEDIUM, ONE)
     assert here.numbers() == undisturbed[:1]
 
@@ -137,7 +137,7 @@ def test_a_full_disk_under_the_journal_loses_neither_record_nor_journal(machine,
         assert len(running.said.split("fintx: ")) == 2
     here.run(*MEDIUM, TWO)
     assert here.numbers() == undisturbed
-    assert [claim.finished for claim in here.claims().values()] == [True, True]
+    assert [lease.finished for lease in here.leases().values()] == [True, True]
 
 
 def test_a_really_full_disk(machine, undisturbed, tmp_path):

@@ -112,21 +112,21 @@ def test_a_request_to_stop_saves_and_says_how_to_go_on(number, machine, undistur
     else:
         running.process.send_signal(number)
     assert "give the same command again to continue" in running.end(code=75)
-    claim = here.claims()[0]
-    assert claim.state == "interrupted" and claim.failures == 0
-    assert claim.step == int(here.steps()[-1].name.removeprefix("step_"))
+    lease = here.leases()[0]
+    assert lease.state == "interrupted" and lease.failures == 0
+    assert lease.step == int(here.steps()[-1].name.removeprefix("step_"))
     here.run(*MEDIUM, ONE)
     assert here.numbers() == undisturbed[:1]
-    assert here.first_steps()[1] > claim.step
+    assert here.first_steps()[1] > lease.step
 
 
 def test_a_request_to_stop_before_the_worker_has_begun_counts_as_no_failure(machine):
     here = machine()
     running = here.start(*LONG, ONE)
-    wait_for(here.claims, running=running)  # handed to a worker that still starts
+    wait_for(here.leases, running=running)  # handed to a worker that still starts
     running.process.send_signal(signal.SIGINT)
     running.end(code=75)
-    assert here.claims()[0].state == "interrupted" and here.claims()[0].failures == 0
+    assert here.leases()[0].state == "interrupted" and here.leases()[0].failures == 0
     assert here.first_steps() == [], "the request came too late for this test"
 
 
@@ -137,7 +137,7 @@ def test_a_request_to_stop_is_heeded_while_the_baselines_are_fitted(machine):
     wait_for(lambda: "fitting what must be beaten" in running.said, running=running)
     running.process.send_signal(signal.SIGINT)
     assert "give the same command again" in running.end(code=75)
-    assert not (here.folder / "baselines.json").exists() and here.claims() == {}
+    assert not (here.folder / "baselines.json").exists() and here.leases() == {}
     assert "1 of 1 trials finished" in here.run(*SHORT, "study.n_trials=1")
 
 
@@ -177,7 +177,7 @@ def test_a_terminal_that_is_closed_is_a_request_to_stop(machine):
     wait_for(trains, running=running)
     os.close(ours)
     assert process.wait(timeout=60) == 75
-    assert here.claims()[0].state == "interrupted" and here.steps()
+    assert here.leases()[0].state == "interrupted" and here.steps()
 
 
 def test_stop_lets_the_running_trial_finish(machine, undisturbed):
@@ -185,7 +185,7 @@ def test_stop_lets_the_running_trial_finish(machine, undisturbed):
     running, _ = under_way(here, *MEDIUM, TWO)
     assert "to stop" in here.stop(running)
     assert "continue" in running.end(code=75)
-    assert here.numbers() == undisturbed[:1] and list(here.claims()) == [0]
+    assert here.numbers() == undisturbed[:1] and list(here.leases()) == [0]
     again = subprocess.run([FINTX, "stop", here.folder], env=ENVIRONMENT, capture_output=True, text=True)
     assert again.returncode == 2 and "nobody is running it" in again.stderr.replace("\n", " ")
     here.run(*MEDIUM, TWO)
@@ -198,10 +198,10 @@ def test_a_request_to_stop_is_heeded_while_the_study_still_begins(machine):
     wait_for(lambda: (here.folder / "study.json").is_file(), running=running)
     running.process.send_signal(signal.SIGSTOP)
     locks.ask_to_stop(str(here.folder), outputs=here.folder.parent)
-    assert here.claims() == {}, "the request came too late for this test"
+    assert here.leases() == {}, "the request came too late for this test"
     running.process.send_signal(signal.SIGCONT)
     running.end(code=75, timeout_s=60)
-    assert here.claims() == {}
+    assert here.leases() == {}
 
 
 def test_a_hung_worker_is_stopped_and_its_trial_taken_up_again(machine, undisturbed):
@@ -234,10 +234,10 @@ def test_a_worker_that_dies_again_and_again_leaves_its_trial_aside_for_the_next_
         wait_for(lambda attempt=attempt: len(here.first_steps()) == attempt, running=running)
         os.kill(running.workers()[0], signal.SIGKILL)
     assert "left aside" in running.end(code=1)
-    assert here.claims()[0].state == "failed" and here.claims()[0].failures == 2
+    assert here.leases()[0].state == "failed" and here.leases()[0].failures == 2
     running = here.start(*LONG, ONE, "execution.max_attempts=2")
     wait_for(lambda: len(here.first_steps()) == 3, running=running)
-    assert here.claims()[0].attempt == 3
+    assert here.leases()[0].attempt == 3
 
 
 @pytest.mark.long
@@ -264,8 +264,8 @@ def test_killed_at_random_until_it_is_finished(machine):
     found = here.records()
     assert [record.trial_number for record in found] == list(range(5))
     assert len({record.config_hash for record in found}) == 5
-    claims = here.claims()
-    assert sorted(claims) == list(range(5)) and all(claim.finished for claim in claims.values())
+    leases = here.leases()
+    assert sorted(leases) == list(range(5)) and all(lease.finished for lease in leases.values())
     for number in range(5):
         began = here.first_steps(number)
         assert began == sorted(began) and began[: len(steps[number])] == steps[number]

@@ -36,7 +36,7 @@ def under_way(machine: Machine) -> tuple[Running, int]:
 def one_waits(machine: Machine, *changes: str) -> Running:
     """A study whose second trial waits behind the first, which trains."""
     running = machine.start(*changes, *BEHIND)
-    wait_for(lambda: len(machine.claims()) == 2 and machine.steps(), running=running)
+    wait_for(lambda: len(machine.leases()) == 2 and machine.steps(), running=running)
     return running
 
 
@@ -58,12 +58,12 @@ def test_an_interrupted_population_goes_on_to_the_same_numbers(machine, undistur
     running, _ = under_way(here)
     running.process.send_signal(signal.SIGINT)
     running.end(code=75)
-    claims = here.claims()
-    assert [(claims[n].state, claims[n].failures) for n in range(3)] == [("interrupted", 0)] * 3
-    assert len({claims[n].step for n in range(3)}) == 1 and claims[0].step > 0
+    leases = here.leases()
+    assert [(leases[n].state, leases[n].failures) for n in range(3)] == [("interrupted", 0)] * 3
+    assert len({leases[n].step for n in range(3)}) == 1 and leases[0].step > 0
     here.run(*MEDIUM, *THREE)
     assert here.numbers() == undisturbed_three
-    assert all(here.first_steps(n)[1] > claims[n].step for n in range(3))
+    assert all(here.first_steps(n)[1] > leases[n].step for n in range(3))
 
 
 def test_one_member_diverges_and_the_others_come_to_their_end(machine, tmp_path, fault_file):
@@ -88,9 +88,9 @@ def test_a_trial_that_waits_is_given_back_by_a_request_to_stop(machine, undistur
     running = one_waits(here, *MEDIUM)
     running.process.send_signal(signal.SIGINT)
     running.end(code=75)
-    claims = here.claims()
-    assert [(claims[n].state, claims[n].failures) for n in (0, 1)] == [("interrupted", 0)] * 2
-    assert claims[0].step > 0 and claims[1].step == 0 and here.first_steps(1) == []
+    leases = here.leases()
+    assert [(leases[n].state, leases[n].failures) for n in (0, 1)] == [("interrupted", 0)] * 2
+    assert leases[0].step > 0 and leases[1].step == 0 and here.first_steps(1) == []
     here.run(*MEDIUM, *BEHIND)
     assert [record.trial_number for record in here.records()] == [0, 1, 2]
     assert here.numbers()[0] == undisturbed[0]
@@ -101,8 +101,8 @@ def test_a_trial_that_waits_is_not_blamed_for_its_workers_death(machine):
     running = one_waits(here, *LONG)
     os.kill(running.workers()[0], signal.SIGKILL)
     wait_for(lambda: len(here.first_steps()) == 2, running=running)
-    claims = here.claims()
-    assert [claims[n].failures for n in (0, 1)] == [1, 0]
+    leases = here.leases()
+    assert [leases[n].failures for n in (0, 1)] == [1, 0]
     assert "its worker died before its turn" in running.said.replace("\n", " ")
 
 
@@ -112,4 +112,4 @@ def test_stop_lets_the_running_trial_finish_and_not_the_one_behind_it(machine, u
     here.stop(running)
     running.end(code=75)
     assert here.numbers() == undisturbed[:1]
-    assert here.claims()[1].state == "interrupted" and here.first_steps(1) == []
+    assert here.leases()[1].state == "interrupted" and here.first_steps(1) == []

@@ -25,7 +25,7 @@ def sharing(url: str) -> tuple[str, ...]:
 
 
 def held(url: str, folder: Path) -> dict[int, Lease]:
-    return {claim.number: claim for claim in trial_table.read(folder, url=url)}
+    return {lease.number: lease for lease in trial_table.read(folder, url=url)}
 
 
 def leaks(folder: Path) -> list[str]:
@@ -44,7 +44,7 @@ def test_two_machines_share_a_study_and_know_all_its_records(machine, url, tmp_p
     assert len({record.config_hash for record in here.records()}) == 5
     trained = [len(list(each.folder.glob("trials/*/predictions.parquet"))) for each in (here, there)]
     assert sum(trained) == 5
-    assert all(claim.finished for claim in held(url, here.folder).values())
+    assert all(lease.finished for lease in held(url, here.folder).values())
     assert leaks(tmp_path) == []
 
 
@@ -110,7 +110,7 @@ def test_a_result_earned_while_the_database_is_away_is_told_when_it_is_back(mach
     said = here.run("study.n_trials=2", "train.max_epochs=400", "train.patience=400", options=sharing(url))
     assert "trial 0 (" not in said and "trial 1 (" in said
     assert (here.folder / "trials" / "0000" / "record.json").read_bytes() == before
-    assert [claim.finished for claim in held(url, here.folder).values()] == [True, True]
+    assert [lease.finished for lease in held(url, here.folder).values()] == [True, True]
 
 
 def test_a_database_that_is_restarted_three_times_costs_nothing_but_time(machine, server, url):
@@ -128,7 +128,7 @@ def test_a_database_that_is_restarted_three_times_costs_nothing_but_time(machine
     assert "6 of 6 trials finished" in running.end(code=0)
     assert [record.trial_number for record in here.records()] == list(range(6))
     assert all(record.attempt == 1 for record in here.records())
-    assert [claim.finished for claim in held(url, here.folder).values()] == [True] * 6
+    assert [lease.finished for lease in held(url, here.folder).values()] == [True] * 6
 
 
 @pytest.mark.long

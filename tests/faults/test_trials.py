@@ -24,7 +24,7 @@ def test_a_loss_of_nan_is_an_outcome_and_many_in_a_row_stop_the_study(machine):
     assert [record.outcome for record in found] == ["diverged"] * 3
     assert all(record.value is None for record in found)
     assert len({record.config_hash for record in found}) == 3
-    assert [claim.finished for claim in here.claims().values()] == [True] * 3
+    assert [lease.finished for lease in here.leases().values()] == [True] * 3
     json.loads((here.folder / "tiny_all_trials.json").read_text(), parse_constant=_no_nan)
 
 
@@ -51,7 +51,7 @@ def test_an_exception_inside_a_trial_is_retried_and_then_left_aside(machine, tmp
     assert said.count("ImportError: broken by hand") >= 2 and "left aside" in said
     logs = sorted((here.folder / "trials" / "0000" / "run").glob("attempt-*.log"))
     assert len(logs) == 2 and all("Traceback" in log.read_text() and str(log) in said for log in logs)
-    assert here.records() == [] and here.claims()[0].failures == 2
+    assert here.records() == [] and here.leases()[0].failures == 2
     here.run(*SHORT, ONE, "execution.max_attempts=2")
     assert here.records()[0].attempt == 3
 
@@ -64,7 +64,7 @@ def test_crashes_of_one_kind_in_a_row_stop_the_study(machine, tmp_path):
     limits = ("study.n_trials=50", "execution.max_attempts=1", "execution.max_failures=3")
     said = here.run(*SHORT, *limits, code=2, environment=broken)
     assert "stopped after 3 failures in a row of the same kind" in said.replace("\n", " ")
-    assert sorted(here.claims()) == [0, 1, 2]
+    assert sorted(here.leases()) == [0, 1, 2]
 
 
 def test_two_trials_that_are_too_big_together_run_one_after_the_other(machine, finished):
@@ -73,7 +73,7 @@ def test_two_trials_that_are_too_big_together_run_one_after_the_other(machine, f
     budget = memory.upper_guess(finished.records()[0].config) * 3 // 2
     running = here.start(*LONG, "study.n_trials=2", f"execution.memory={budget}", options=("--workers", "2"))
     wait_for(here.first_steps, running=running)
-    assert list(here.claims()) == [0] and len(running.workers()) == 1
+    assert list(here.leases()) == [0] and len(running.workers()) == 1
 
 
 def test_a_worker_that_is_asked_to_stop_with_its_first_job_gives_the_trial_back(finished, tmp_path):

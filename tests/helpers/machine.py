@@ -121,9 +121,9 @@ class Machine:
         os.kill(worker, signal.SIGCONT)
         return done.stdout
 
-    def claims(self) -> dict[int, Lease]:
-        """Trial number → claim, from the journal."""
-        return {claim.number: claim for claim in trial_table.read(self.folder)} if self.folder.is_dir() else {}
+    def leases(self) -> dict[int, Lease]:
+        """Trial number → lease, from the journal."""
+        return {lease.number: lease for lease in trial_table.read(self.folder)} if self.folder.is_dir() else {}
 
     def records(self) -> list[TrialRecord]:
         """Those in its folder."""

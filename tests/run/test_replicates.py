@@ -151,7 +151,7 @@ def test_a_fork_takes_over_trials_of_as_many_seeds_alone(one_by_one: Path, tiny_
         said: list[str] = []
         folder = tmp_path / study.name
         space = SearchSpace.build(spec, n_features=len(spec.data.features))
-        lifecycle.taking_over(one_by_one)(folder, spec, space, said.append)
+        lifecycle.take_over_from(one_by_one)(folder, spec, space, said.append)
         assert len(records.read_all(folder)) == taken
         assert ("they have 3" in said[0]) == (taken == 0)
         assert (folder / "trials" / "0000" / "replicates.parquet").is_file() == (taken == 1)

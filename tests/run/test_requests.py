@@ -41,7 +41,7 @@ def begun(tmp_path: Path, data_root: Path, told: list[str]) -> Iterator[Courses]
 
     def hear(event: Event) -> None:
         if isinstance(event, Notice):
-            told.append(event.words)
+            told.append(event.text)
 
     def begin(order: StudyRequest) -> Search:
         stack.close()
@@ -208,7 +208,7 @@ def test_one_study_of_two_can_be_stopped_while_its_baselines_are_fitted(file, tm
     outputs = tmp_path / "outputs"
 
     def hear(event: Event) -> None:
-        if isinstance(event, Notice) and event.study == "tiny" and "what must be beaten" in event.words:
+        if isinstance(event, Notice) and event.study == "tiny" and "what must be beaten" in event.text:
             locks.ask_to_stop("tiny", outputs=outputs)
 
     made = [requests.of_sweep(path, ("study.n_trials=1",)) for path in (file, other)]

@@ -1,4 +1,4 @@
-"""Which trials are handed out together: claims are made and looked at, nothing is trained."""
+"""Which trials are handed out together: leases are made and looked at, nothing is trained."""
 
 from __future__ import annotations
 
@@ -136,8 +136,8 @@ def test_what_never_began_is_given_back_without_blame(course: Courses) -> None:
     search = course("study.n_startup_trials=2", "study.n_trials=2")
     for job in handed(search):
         search.heard(job.number, "returned", {"text": "its worker died before its turn"}, pid=1)
-    claims = {claim.number: claim for claim in search.opened.ledger.claims()}
-    assert [(claims[n].state, claims[n].failures) for n in (0, 1)] == [("interrupted", 0)] * 2
+    leases = {lease.number: lease for lease in search.opened.trial_table.leases()}
+    assert [(leases[n].state, leases[n].failures) for n in (0, 1)] == [("interrupted", 0)] * 2
     assert [job.at_once for job in handed(search)] == [16, 16]
 
 
@@ -149,7 +149,7 @@ def test_a_request_to_stop_is_heard_at_once_and_once(course: Courses) -> None:
     locks.ask_to_stop(str(study.opened.folder), outputs=study.context.study_root)
     study.tick()
     study.tick()
-    assert [event.words for event in told[-1:]] == [locks.STOP_HEARD]
+    assert [event.text for event in told[-1:]] == [locks.STOP_HEARD]
     assert study.run.stop_asked and handed(study) == []
 
 

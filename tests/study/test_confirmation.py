@@ -272,7 +272,7 @@ def test_a_rerun_that_crashes_is_tried_again_and_then_left_aside(course):
     assert made.run.left_aside(made.done) == (
         f"trial {made.trials[0].trial_number} again, seed 1 of 3 died: killed by SIGSEGV",
     )
-    assert "2 attempts left" in told[2].words and "left aside; the next run tries it again" in told[-1].words
+    assert "2 attempts left" in told[2].text and "left aside; the next run tries it again" in told[-1].words
     assert made.next_job(lambda config: 0).key == 1
     assert made.next_job(lambda config: None) is None, "no memory for it now"
     made.heard(1, "mistake", {"text": "No space left on device"}, pid=1)
@@ -340,7 +340,7 @@ def test_a_request_to_stop_is_heard_once_and_no_rerun_begins_after_it(course):
     before = len(told)
     made.tick()
     made.tick()
-    assert [event.words for event in told[before:]] == [locks.STOP_HEARD]
+    assert [event.text for event in told[before:]] == [locks.STOP_HEARD]
     assert made.next_job(lambda config: 0) is None and made.result(interrupted=False).interrupted
 
 

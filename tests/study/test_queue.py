@@ -218,7 +218,7 @@ def test_a_cancelled_entry_is_not_among_those_to_run(space):
 # --- states -----------------------------------------------------------------------------------------------------------
 
 
-def claim(entry: QueueEntry, number: int = 3, **changes) -> Lease:
+def lease(entry: QueueEntry, number: int = 3, **changes) -> Lease:
     plain = Lease(
         number=number, params={}, shape=entry.shape, entry=queue.entry_id(entry), note="", training="trial 1",
         finished=False, state="running", token="t", attempt=1, failures=0, owner="h:o", host="h", pid=1, step=0,
@@ -245,17 +245,17 @@ def claim(entry: QueueEntry, number: int = 3, **changes) -> Lease:
 )
 def test_an_entrys_state_is_that_of_its_trial(changes, cancelled, wanted):
     entry = ENTRY.model_copy(update={"cancelled": cancelled})
-    stranger = claim(ENTRY.model_copy(update={"n_heads": 10}), number=9)
-    claims = [stranger, dataclasses.replace(stranger, number=10, entry=None)]
-    claims += [] if changes is None else [claim(entry, **changes)]
-    (found,) = queue.states([entry], claims)
+    stranger = lease(ENTRY.model_copy(update={"n_heads": 10}), number=9)
+    leases = [stranger, dataclasses.replace(stranger, number=10, entry=None)]
+    leases += [] if changes is None else [lease(entry, **changes)]
+    (found,) = queue.states([entry], leases)
     assert (found.state, found.identity, found.entry) == (wanted, queue.entry_id(ENTRY), entry)
     assert (found.number, found.training) == ((None, "") if changes is None else (3, "trial 1"))
 
 
 def test_of_two_trials_of_an_entry_the_later_one_counts():
-    claims = [claim(ENTRY, number=8), claim(ENTRY, number=2, state="failed", failures=3)]
-    assert queue.states([ENTRY], claims)[0].state == "running"
+    leases = [lease(ENTRY, number=8), lease(ENTRY, number=2, state="failed", failures=3)]
+    assert queue.states([ENTRY], leases)[0].state == "running"
 
 
 # --- identity ---------------------------------------------------------------------------------------------------------
@@ -350,21 +350,21 @@ def test_two_entries_of_one_identity_are_refused():
 def test_the_total_may_fall_below_a_queue_that_is_done(space):
     others = [ENTRY.model_copy(update={"id": name}) for name in "abc"]
     spec = make_spec(*others, study={"name": "s", "n_trials": 1})
-    done = [claim(entry, number, finished=True, params=entry_params(space)) for number, entry in enumerate(others)]
-    queue.check_begun(spec, space, done, counted=True)
-    queue.check_begun(spec, space, done[:2], counted=True)
+    done = [lease(entry, number, finished=True, params=entry_params(space)) for number, entry in enumerate(others)]
+    queue.check_against_trials(spec, space, done, counted=True)
+    queue.check_against_trials(spec, space, done[:2], counted=True)
     with pytest.raises(queue.QueueError, match=r"study.n_trials: 1 is fewer than the 2 queue entries to run"):
-        queue.check_begun(spec, space, done[:1], counted=True)
-    queue.check_begun(spec, space, done[:1], counted=False)
+        queue.check_against_trials(spec, space, done[:1], counted=True)
+    queue.check_against_trials(spec, space, done[:1], counted=False)
 
 
 def test_an_id_of_another_shape_is_no_state_of_the_entry(space):
     named = ENTRY.model_copy(update={"id": "deep"})
     other = named.model_copy(update={"n_heads": 10})
-    (found,) = queue.states([other], [claim(named, finished=True)])
+    (found,) = queue.states([other], [lease(named, finished=True)])
     assert found.state == "clash" and found.number == 3
     with pytest.raises(queue.QueueError, match=r"^queue\[0\]: its id deep is that of trial 3, which has another shape"):
-        queue.check_begun(make_spec(other), space, [claim(named, params=entry_params(space))], counted=True)
+        queue.check_against_trials(make_spec(other), space, [lease(named, params=entry_params(space))], counted=True)
 
 
 def entry_params(space) -> dict:

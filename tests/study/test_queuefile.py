@@ -68,11 +68,11 @@ def write(folder: Path, text: str, name: str = "small.toml") -> Path:
     return path
 
 
-def add(path: Path, fields: dict | None = None, **changes) -> queuefile.Edit:
+def add(path: Path, fields: dict | None = None, **changes) -> queuefile.QueueEdit:
     return queuefile.add(path, {**(SHAPE if fields is None else fields), **changes}, data_root=path.parent / "data")
 
 
-def cancel(path: Path, identity: str, **arguments) -> queuefile.Edit:
+def cancel(path: Path, identity: str, **arguments) -> queuefile.QueueEdit:
     folder = path.parent
     return queuefile.cancel(path, identity, outputs=folder / "outputs", data_root=folder / "data", **arguments)
 
@@ -114,7 +114,7 @@ def test_an_entry_is_added_behind_all_there_is(text, end, tmp_path):
     spec = load.study(path)
     entry = spec.queue[-1]
     assert (entry.shape.model_dump(), entry.values) == (SHAPE, {"optim.learning_rate": 3e-4})
-    assert entry.note == 'say "why"\n\x7f' and edit == queuefile.Edit("small", queue.entry_id(entry), entry)
+    assert entry.note == 'say "why"\n\x7f' and edit == queuefile.QueueEdit("small", queue.entry_id(entry), entry)
     assert f"{end}{end}[[queue]]{end}d_model".encode() in after
 
 
@@ -288,7 +288,7 @@ def test_an_identity_of_two_studies_needs_the_sweep_file(tmp_path):
     assert "has no queue entry" in refused(path, cancel, identity, sweep="third.toml")
 
 
-def claim(entry, **changes) -> Lease:
+def lease(entry, **changes) -> Lease:
     plain = Lease(
         number=3, params={}, shape=entry.shape, entry=queue.entry_id(entry), note="", training="trial 1",
         finished=False, state="running", token="t", attempt=1, failures=0, owner="h:o", host="h", pid=1, step=0,
@@ -310,7 +310,7 @@ def claim(entry, **changes) -> Lease:
 def test_what_runs_or_is_done_is_not_cancelled(changes, words, tmp_path, monkeypatch):
     path = write(tmp_path, HEAD + FIRST)
     (entry,) = load.study(path).queue
-    held = {tmp_path / "outputs" / "small": (claim(entry, **changes),)}
+    held = {tmp_path / "outputs" / "small": (lease(entry, **changes),)}
     monkeypatch.setattr(trial_table, "read", lambda folder, url: held[folder])
     if words is None:
         cancel(path, queue.entry_id(entry))
@@ -409,11 +409,11 @@ def test_a_listing_shows_state_trial_outcome_and_training(tmp_path, monkeypatch)
     for name in ("second", "third"):
         add(path, id=name)
     first, second, third = load.study(path).queue
-    claims = (
-        claim(first, training="defaults", finished=True, number=0),
-        claim(second, state="failed", failures=2, number=4),
+    leases = (
+        lease(first, training="defaults", finished=True, number=0),
+        lease(second, state="failed", failures=2, number=4),
     )
-    monkeypatch.setattr(trial_table, "read", lambda _, url: claims)
+    monkeypatch.setattr(trial_table, "read", lambda _, url: leases)
     trained = TrialConfig.model_construct(shape=third.shape)
     kept = [
         TrialRecord.model_construct(trial_number=0, entry=None, outcome="diverged"),
@@ -423,7 +423,7 @@ def test_a_listing_shows_state_trial_outcome_and_training(tmp_path, monkeypatch)
     ]
     monkeypatch.setattr(records, "read_all", lambda _: kept)
     shown = fintx("list", path, "--outputs", tmp_path / "outputs", "--data-dir", tmp_path / "data")
-    title, _, *lines = shown.splitlines()
+    title, _, *lines = shown.lstrip().splitlines()
     assert title.strip() == "small: 2 done, 1 failed"
     assert re.match(
         rf"{queue.entry_id(first)} +done \(diverged\) +0 +d_model 32 · 3 layers · 4 heads · d_ff 64 +[\d,]+ +"

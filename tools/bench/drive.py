@@ -31,7 +31,7 @@ import overhead
 import tables
 from turns import Contestant
 
-from fintx.study import study_file
+from fintx.study.environment import WORKER_SETTINGS
 
 HERE = Path(__file__).resolve().parent
 RIVALS = ("eager", "sdpa", "compile", "huggingface")
@@ -81,14 +81,14 @@ def contestants(
 ) -> tuple[Contestant, Contestant | None]:
     """Both sides, on the same cores, with the same allocator's settings."""
     python_path = {"PYTHONPATH": os.pathsep.join([str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")])}
-    both = study_file.SETTINGS | (environment or {})
+    both = WORKER_SETTINGS | (environment or {})
     ours = Contestant(sys.executable, HERE / "ours.py", cores=cores, environment=python_path | both)
     return ours, rival(rivals, cores, environment=environment) if rivals else None
 
 
 def rival(python: str, cores: Sequence[int], *, environment: dict[str, str] | None = None) -> Contestant:
     """A process of PyTorch's, by the allocator's settings that fintx's workers start with."""
-    settings = study_file.SETTINGS | (environment or {})
+    settings = WORKER_SETTINGS | (environment or {})
     return Contestant(python, HERE / "rivals.py", cores=cores, environment=settings)
 
 

@@ -27,7 +27,7 @@ from fintx.config.schema import (
 )
 from fintx.data.datasets import Dataset, Part
 from fintx.data.standardize import Standardizer
-from fintx.study import study_file
+from fintx.study import environment
 from fintx.train import train_step, trainer
 from fintx.train.compilation import compile_lowered
 from fintx.train.train_state import TargetScale, hyperparameters, static_config
@@ -228,10 +228,10 @@ class Ours:
 
     def about(self) -> dict[str, Any]:
         return {
-            "versions": study_file.libraries(),
+            "versions": environment.libraries(),
             "threads": N_THREADS,
-            "device": study_file.device(),
-            "commit": study_file.git_commit(),
+            "device": environment.device(),
+            "commit": environment.git_commit(),
         }
 
 
