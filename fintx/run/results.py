@@ -94,8 +94,8 @@ def _record(training: Trained, folds: tuple[Dataset, ...]) -> TrialRecord:
         attempt=job.attempt,
         host=socket.gethostname(),
         micro_batch=fits[-1].micro_batch,
-        remat=fits[-1].arrangement.remat,
-        layout=dataclasses.asdict(fits[-1].arrangement.layout),
+        remat=fits[-1].batch_layout.remat,
+        layout=dataclasses.asdict(fits[-1].batch_layout.layout),
         memory_bytes=max(estimates, default=None),
         folds=seeds_of_folds[0],
         replicates=tuple(

@@ -236,8 +236,8 @@ def _memory_row(spec: StudySpec, pair: tuple[Shape, int], n_features: int, machi
     )  # fmt: skip
     plain = BatchLayout(batch_size, layout=layout)
 
-    def held(arrangement: BatchLayout) -> Footprint:
-        return memory.footprint(spec.model, shape, n_features, arrangement)
+    def held(batch_layout: BatchLayout) -> Footprint:
+        return memory.footprint(spec.model, shape, n_features, batch_layout)
 
     fitting: BatchLayout | None = plain
     while fitting is not None and held(fitting).total > machine.usable_bytes:

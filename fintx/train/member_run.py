@@ -39,7 +39,7 @@ class MemberRun:
 
     member: Member
     question: FitInputs
-    arrangement: BatchLayout
+    batch_layout: BatchLayout
     progress: Progress = field(default_factory=Progress)
     step: int = 0
     tally: EpochSums = field(default_factory=empty_sums)
@@ -89,7 +89,7 @@ class MemberRun:
     def adopt(self, saved: TrainingState) -> None:
         """Go on from what an earlier attempt saved, with the relief that it had, on the devices that there are now."""
         self.progress, self.step, self.resumed_step, self.tally = saved.progress, saved.step, saved.step, saved.tally
-        self.arrangement = replace(saved.arrangement, layout=self.arrangement.layout)
+        self.batch_layout = replace(saved.batch_layout, layout=self.batch_layout.layout)
         self.timing = saved.timing
 
     def save(self, state: TrainState) -> None:
@@ -104,7 +104,7 @@ class MemberRun:
                 state=state,
                 tally=self.tally,
                 progress=self.progress,
-                arrangement=self.arrangement,
+                batch_layout=self.batch_layout,
                 timing=self.timing,
             )
         )
@@ -150,7 +150,7 @@ class MemberRun:
             timing=self.timing,
             warnings=tuple(self.warnings),
             resumed_step=self.resumed_step,
-            arrangement=self.arrangement,
+            batch_layout=self.batch_layout,
             memory_bytes=self.memory_bytes,
         )
 

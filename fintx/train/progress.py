@@ -240,7 +240,7 @@ class FitResult:
     """One line each: what was wrong with saved states."""
     resumed_step: int
     """Where an earlier attempt's state was taken up; 0: at the beginning."""
-    arrangement: BatchLayout
+    batch_layout: BatchLayout
     """Micro-batch, remat and devices, as memory asked for; below train.batch_size, a step is several passes."""
     memory_bytes: int | None
     """Estimated peak, over the trial's devices of this host; none: failed before it was known."""
@@ -248,4 +248,4 @@ class FitResult:
     @property
     def micro_batch(self) -> int:
         """Samples in a pass."""
-        return self.arrangement.micro_batch
+        return self.batch_layout.micro_batch

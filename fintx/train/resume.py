@@ -66,7 +66,7 @@ class TrainingState:
     state: TrainState
     tally: EpochSums
     progress: Progress
-    arrangement: BatchLayout
+    batch_layout: BatchLayout
     timing: Timing
 
     @property
@@ -138,7 +138,7 @@ class CheckpointManager:
             "trial": self._identity(),
             "step": training.step,
             "progress": progress.to_json(),
-            "arrangement": dataclasses.asdict(training.arrangement),
+            "arrangement": dataclasses.asdict(training.batch_layout),
             **dataclasses.asdict(training.timing),
         }
         folder = self._folder(training.step)
@@ -232,12 +232,12 @@ class CheckpointManager:
             state=state,
             tally=tally,
             progress=Progress(**meta["progress"], **best),
-            arrangement=_arrangement(**meta["arrangement"]),
+            batch_layout=_batch_layout(**meta["arrangement"]),
             timing=Timing(**{of.name: meta[of.name] for of in dataclasses.fields(Timing)}),
         )
 
 
-def _arrangement(layout: dict[str, Any], **rest: Any) -> BatchLayout:
+def _batch_layout(layout: dict[str, Any], **rest: Any) -> BatchLayout:
     return BatchLayout(layout=Layout(**layout), **rest)
 
 

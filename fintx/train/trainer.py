@@ -117,8 +117,10 @@ def compile_ahead(
         )
         for part in (dataset.train, dataset.validation)
     )
-    arrangement = BatchLayout(config.train.batch_size, layout=layout)
-    memory.plan_memory(config, train, validation, limit=limit, arrangement=arrangement, saves=True, n_members=n_members)
+    batch_layout = BatchLayout(config.train.batch_size, layout=layout)
+    memory.plan_memory(
+        config, train, validation, limit=limit, batch_layout=batch_layout, saves=True, n_members=n_members
+    )
 
 
 def _layout(config: TrialConfig, dataset: Dataset, mesh: MeshConfig | None) -> Layout:
@@ -146,7 +148,7 @@ def _run(attempts: list[MemberRun], watch: SharedClock, *, limit: int, should_st
         with attempt.own():
             saved = _begin(attempt, limit=limit)
             if attempt.ended is None:
-                begun.setdefault(attempt.arrangement, []).append((attempt, saved))
+                begun.setdefault(attempt.batch_layout, []).append((attempt, saved))
     watch.charge(attempts)
     waiting = list(begun.values())  # more than one only where memory was once too short for some of them
     some_began = False
@@ -172,7 +174,7 @@ def _run(attempts: list[MemberRun], watch: SharedClock, *, limit: int, should_st
 def _begin(attempt: MemberRun, *, limit: int) -> TrainingState | None:
     """What an earlier attempt has left; this one may be at its end already."""
     config, saves = attempt.question.config, attempt.member.saves
-    if too_big := memory.too_big(config, limit=limit, layout=attempt.arrangement.layout):
+    if too_big := memory.too_big(config, limit=limit, layout=attempt.batch_layout.layout):
         attempt.memory_bytes = too_big.n_bytes
         attempt.ended = End("out_of_memory", str(too_big))
         return None
@@ -218,7 +220,7 @@ class _Loaded:
 def _load(begun: list[_Begun], watch: SharedClock, *, limit: int) -> _Loaded | memory.OutOfMemory:
     attempts = [attempt for attempt, _ in begun]
     config, dataset = attempts[0].question.config, attempts[0].question.dataset
-    labels, layout = dataset.train.labels, attempts[0].arrangement.layout
+    labels, layout = dataset.train.labels, attempts[0].batch_layout.layout
     scale = target_scale(config.task, labels)
     train = train_step.place(dataset.features, dataset.train.rows, scale.apply(labels), layout=layout)
     validation = train_step.place(dataset.features, dataset.validation.rows, layout=layout)
@@ -228,7 +230,7 @@ def _load(begun: list[_Begun], watch: SharedClock, *, limit: int) -> _Loaded | m
             train,
             validation,
             limit=limit,
-            arrangement=attempts[0].arrangement,
+            batch_layout=attempts[0].batch_layout,
             saves=any(attempt.keeper is not None for attempt in attempts),
             n_members=len(begun),
         )
@@ -239,11 +241,11 @@ def _load(begun: list[_Begun], watch: SharedClock, *, limit: int) -> _Loaded | m
     if isinstance(plan, memory.OutOfMemory):
         return plan
     for slot, (attempt, saved) in enumerate(begun):
-        attempt.slot, attempt.arrangement = slot, plan.arrangement
-        if saved is not None and plan.arrangement != saved.arrangement:
-            masks = config.model.dropout > 0 and plan.arrangement.micro_batch != saved.arrangement.micro_batch
+        attempt.slot, attempt.batch_layout = slot, plan.batch_layout
+        if saved is not None and plan.batch_layout != saved.batch_layout:
+            masks = config.model.dropout > 0 and plan.batch_layout.micro_batch != saved.batch_layout.micro_batch
             attempt.warn(
-                f"began in {saved.arrangement}, goes on in {plan.arrangement}: its numbers change "
+                f"began in {saved.batch_layout}, goes on in {plan.batch_layout}: its numbers change "
                 f"{'with their dropout masks' if masks else 'in their last digits'}"
             )
     values = [hyperparameters(attempt.question.config, labels=labels, scale=scale) for attempt in attempts]

@@ -372,7 +372,7 @@ def test_it_lies_on_a_mesh_and_trains_to_the_same_numbers(
     """Losses of two epochs of sums in another order; an eps that keeps Adam from turning roundings into steps."""
     trial = trial.model_copy(update={"optim": trial.optim.model_copy(update={"eps": 1e-3})})
     alone, spread = (trainer.fit(trial, dataset, metric="log_loss", mesh=each) for each in (None, mesh))
-    assert spread.arrangement.layout == layout
+    assert spread.batch_layout.layout == layout
     for got, wanted in zip(spread.curve, alone.curve, strict=True):
         assert got == pytest.approx(wanted, rel=1e-4)
     specs = sharding.specs(MLP, layout, MLP.abstract_params(trial.model, trial.shape, 3))

@@ -20,11 +20,11 @@ PRODUCT = re.compile(
 )
 
 
-def lowered(dtype: str, *, n_members: int = 1, **arrangement) -> str:
+def lowered(dtype: str, *, n_members: int = 1, **batch_layout) -> str:
     """The program of a segment, for CUDA."""
     static = StaticConfig(
         model=static_model(ModelConfig(compute_dtype=dtype)), shape=SHAPE, batch_size=8, loss="bce", schedule="cosine",
-        stochastic=True, **{"micro_batch": 8, **arrangement},
+        stochastic=True, **{"micro_batch": 8, **batch_layout},
     )  # fmt: skip
     values = (
         train_state.abstract_hyperparameters(),
@@ -58,8 +58,8 @@ def test_in_float32_nothing_is_bfloat16():
     assert "bf16" not in lowered("float32")
 
 
-@pytest.mark.parametrize("arrangement", [{}, {"n_members": N_MEMBERS}, {"micro_batch": 2}, {"remat": True}], ids=str)
+@pytest.mark.parametrize("batch_layout", [{}, {"n_members": N_MEMBERS}, {"micro_batch": 2}, {"remat": True}], ids=str)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_nothing_is_left_to_a_library_of_the_cpus(dtype, arrangement):
+def test_nothing_is_left_to_a_library_of_the_cpus(dtype, batch_layout):
     """Such as LAPACK: a call that no GPU knows shows when a trial starts there, and not before."""
-    assert "custom_call" not in lowered(dtype, **arrangement)
+    assert "custom_call" not in lowered(dtype, **batch_layout)

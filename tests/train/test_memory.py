@@ -102,13 +102,13 @@ def test_relief_comes_only_where_memory_asks_for_it(make_trial: Trials, make_dat
     """
     config, data = make_trial(LARGE_BATCH | {"model.dropout": 1e-9, "optim.eps": 1e-3}), make_dataset()
     free = trainer.fit(config, data, metric="log_loss")
-    assert (free.arrangement, free.memory_bytes) == (BatchLayout(1024), pytest.approx(needs(config, 1024), rel=0.05))
+    assert (free.batch_layout, free.memory_bytes) == (BatchLayout(1024), pytest.approx(needs(config, 1024), rel=0.05))
     steps = [needs(config, 1024), needs(config, 1024, remat=True), needs(config, 512, remat=True)]
     assert steps == sorted(steps, reverse=True)
     for (more, less), wanted in zip(pairwise(steps), (BatchLayout(1024, True), BatchLayout(512, True)), strict=True):
         limit = (more + less) // 2
         tight = trainer.fit(config, data, metric="log_loss", memory_limit=limit)
-        assert (tight.outcome, tight.arrangement, tight.epochs) == ("completed", wanted, 3)
+        assert (tight.outcome, tight.batch_layout, tight.epochs) == ("completed", wanted, 3)
         assert tight.memory_bytes is not None and tight.memory_bytes <= limit
         for got, free_entry in zip(tight.curve, free.curve, strict=True):
             assert got == pytest.approx(free_entry, rel=1e-5)

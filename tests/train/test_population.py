@@ -244,7 +244,7 @@ def test_a_population_on_a_mesh_comes_to_the_same(
     members = [Member(config, saves=saves(tmp_path / str(i))) for i, config in enumerate(configs[:2])]
     noisy = [Member(configs[0], on_progress=taken.append, saves=members[0].saves), members[1]]
     stopped = together(noisy, data, mesh=mesh, should_stop=lambda: taken[-1] >= 7)
-    assert [str(result.arrangement.layout) for result in stopped] == ["data 4 × model 2, fsdp"] * 2
+    assert [str(result.batch_layout.layout) for result in stopped] == ["data 4 × model 2, fsdp"] * 2
     for result, reference in zip(together(members, data, mesh=mesh), alone, strict=False):
         assert result.resumed_step == 7
         assert_close(result, reference)

@@ -20,7 +20,7 @@ def shaped(make_trial: Trials, d_model: int, n_layers: int, **changes: object) -
 
 @pytest.mark.parametrize(("d_model", "n_layers"), [(8, 2), (64, 6), (768, 28)])
 def test_on_a_cpu_each_trial_is_alone(make_trial: Trials, d_model: int, n_layers: int) -> None:
-    assert memory.pays(shaped(make_trial, d_model, n_layers), on_gpu=False) == 1
+    assert memory.population_size(shaped(make_trial, d_model, n_layers), "auto", on_gpu=False) == 1
 
 
 @pytest.mark.parametrize(
@@ -31,12 +31,12 @@ def test_on_a_cpu_each_trial_is_alone(make_trial: Trials, d_model: int, n_layers
 def test_on_a_gpu_as_many_as_the_launches_leave_time_for(
     make_trial: Trials, d_model: int, n_layers: int, wanted: int
 ) -> None:
-    assert memory.pays(shaped(make_trial, d_model, n_layers), on_gpu=True) == wanted
+    assert memory.population_size(shaped(make_trial, d_model, n_layers), "auto", on_gpu=True) == wanted
 
 
 def test_a_larger_batch_leaves_less_room(make_trial: Trials) -> None:
     found = [
-        memory.pays(shaped(make_trial, 128, 10, **{"train.batch_size": size}), on_gpu=True)
+        memory.population_size(shaped(make_trial, 128, 10, **{"train.batch_size": size}), "auto", on_gpu=True)
         for size in (8, 32, 128, 512)
     ]
     assert found == sorted(found, reverse=True) and found[0] > found[-1] == 1

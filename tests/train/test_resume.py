@@ -426,7 +426,7 @@ def training_state(step: int) -> TrainingState:
         state=TrainState(step=np.int32(step), params={}, optimizer=()),
         tally=empty_sums(),
         progress=Progress(),
-        arrangement=BatchLayout(16),
+        batch_layout=BatchLayout(16),
         timing=Timing(),
     )
 

@@ -35,7 +35,7 @@ def filled(config: TrialConfig, step: int) -> TrainingState:
         state=jax.tree.map(lambda leaf: np.full(leaf.shape, step, leaf.dtype), abstract),
         tally=empty_sums(),
         progress=Progress(),
-        arrangement=BatchLayout(16),
+        batch_layout=BatchLayout(16),
         timing=Timing(),
     )
 

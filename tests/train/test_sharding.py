@@ -322,18 +322,18 @@ def test_a_state_saved_on_eight_devices_restores_on_one_and_on_four_and_back(
     wanted = state
     for index, layout in enumerate((LAYOUTS[name], ONE, Layout(data=4, fsdp=True), LAYOUTS[name])):
         saves = CheckpointPolicy(tmp_path / str(index), 1e9, lambda: None)
-        arrangement = BatchLayout(16, layout=layout)
+        batch_layout = BatchLayout(16, layout=layout)
         CheckpointManager(saves, question).save(
             TrainingState(
                 sharding.to_host(placed(layout, state)),
                 train_step.empty_sums(),
                 Progress(),
-                arrangement,
+                batch_layout,
                 timing=Timing(),
             )  # fmt: skip
         )
         found = CheckpointManager(saves, question).newest(pytest.fail)
-        assert found is not None and found.arrangement == arrangement
+        assert found is not None and found.batch_layout == batch_layout
         state = found.state
         jax.tree.map(np.testing.assert_array_equal, state, wanted)
 
@@ -362,13 +362,13 @@ def test_a_trial_on_a_mesh_is_the_trial(make_trial: Trials, make_dataset: Datase
     data = make_dataset(kind="regression")
     alone = trainer.fit(config, data, metric="mse")
     spread = trainer.fit(config, data, metric="mse", mesh=MeshConfig(data=4, model=2, fsdp=True))
-    assert spread.arrangement == BatchLayout(12, layout=Layout(data=4, model=2, fsdp=True))
-    assert alone.arrangement == BatchLayout(12)
+    assert spread.batch_layout == BatchLayout(12, layout=Layout(data=4, model=2, fsdp=True))
+    assert alone.batch_layout == BatchLayout(12)
     for got, wanted in zip(spread.curve, alone.curve, strict=True):
         assert got == pytest.approx(wanted, rel=1e-4)
     assert spread.params is not None and spread.outputs is not None
     features, rows = data.features, data.validation.rows
-    same = trainer.predict(config, spread.params, features, rows, layout=spread.arrangement.layout)
+    same = trainer.predict(config, spread.params, features, rows, layout=spread.batch_layout.layout)
     np.testing.assert_array_equal(same, spread.outputs)
     np.testing.assert_allclose(trainer.predict(config, spread.params, features, rows), same, rtol=1e-4, atol=1e-6)
 
@@ -384,9 +384,9 @@ def test_a_trial_goes_on_where_there_are_fewer_devices(
         config, data, metric="log_loss", saves=saves, mesh=MeshConfig(fsdp=True),
         on_progress=taken.append, should_stop=lambda: taken[-1] >= 9,
     )  # fmt: skip
-    assert (stopped.outcome, stopped.arrangement.layout) == ("interrupted", Layout(data=8, fsdp=True))
+    assert (stopped.outcome, stopped.batch_layout.layout) == ("interrupted", Layout(data=8, fsdp=True))
     result = trainer.fit(config, data, metric="log_loss", saves=saves)
-    assert (result.outcome, result.resumed_step, result.arrangement) == ("completed", 9, BatchLayout(12))
+    assert (result.outcome, result.resumed_step, result.batch_layout) == ("completed", 9, BatchLayout(12))
     assert ["data 8 × model 1, fsdp" in line and "last digits" in line for line in result.warnings] == [True]
     alone = trainer.fit(config, data, metric="log_loss")
     for got, wanted in zip(result.curve, alone.curve, strict=True):
