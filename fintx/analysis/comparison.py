@@ -131,7 +131,7 @@ def read(folders: Sequence[Path]) -> Comparison:
 
 
 def _row(results: StudyResults) -> StudyRow:
-    best, comparison, prior = results.best, results.comparison, results.baseline_series.get("prior")
+    best, comparison, prior = results.best, results.comparison, results.daily_losses.get("prior")
     assert best is not None
     share = None
     if comparison is not None and prior is not None:
@@ -251,7 +251,7 @@ def _difference(first: StudyResults, second: StudyResults) -> Estimate | None:
     """Of the two best trials, on the same days of the same rows."""
     if first.rows is None or second.rows is None or first.best is None or second.best is None:
         return None
-    a, b = first.series.get(first.best.trial_number), second.series.get(second.best.trial_number)
+    a, b = first.daily_losses.get(first.best.trial_number), second.daily_losses.get(second.best.trial_number)
     if a is None or b is None or first.metric != second.metric or not first.rows.key.equals(second.rows.key):
         return None
     block = significance.block_length(a - b, horizon=first.spec.task.horizon)

@@ -1,13 +1,13 @@
-"""What came of training a study's best trials again? Compared row by row with the baselines and the whole search.
+"""Confirmation: a study's best trials, trained again, against the baselines and the whole search, row by row.
 
-outputs/<study>/confirmation.json holds it: written at the end of every run of a confirmation, as far as that got
-(comparison makes it).
+outputs/<study>/confirmation.json holds it, rewritten at the end of every run of a confirmation as far as that got.
 """
 
 from __future__ import annotations
 
 import datetime
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -20,7 +20,7 @@ from fintx.config.schema import Shape, StudySpec
 from fintx.data import features, indicators, sources
 from fintx.errors import FintxError
 from fintx.evaluate import metrics, selection, significance
-from fintx.evaluate.selection import Judgement, Verdict
+from fintx.evaluate.selection import Verdict
 from fintx.evaluate.significance import LEVEL, REPS, Estimate, Resamples
 from fintx.study import records, study_file
 from fintx.study.records import Metrics, RecordModel, TrialRecord
@@ -42,7 +42,7 @@ class SubsetGain(RecordModel):
 
 
 class Ensemble(RecordModel):
-    """The candidate's reruns as one model, by their mean probability (or mean return)."""
+    """A candidate's reruns as one model: their mean probability, or mean return."""
 
     metrics: Metrics
     gain: Estimate
@@ -50,7 +50,7 @@ class Ensemble(RecordModel):
 
 
 class Candidate(RecordModel):
-    """One of the search's best, trained again."""
+    """One of the search's best trials, trained again."""
 
     trial: int
     shape: Shape
@@ -60,11 +60,10 @@ class Candidate(RecordModel):
     values: tuple[float | None, ...]
     """The same with each fresh seed; none: that rerun failed."""
     outcomes: tuple[str, ...]
-    """Of the reruns."""
     verdict: Verdict | None
     """None: not judged, because a rerun failed or none is finished."""
     too_good: Estimate | None
-    """By how much the search's mean loss per row lies below the fresh seeds'; none without its predictions."""
+    """By how much the search's loss lies below the fresh seeds'; none without the search's predictions."""
     metrics: Metrics
     """Mean over the seeds."""
     ensemble: Ensemble | None
@@ -72,7 +71,7 @@ class Candidate(RecordModel):
 
     @property
     def words(self) -> str:
-        """The result in words."""
+        """The verdict, or why there is none."""
         if self.verdict is not None:
             return self.verdict.words
         failed = [outcome for outcome in self.outcomes if outcome not in records.SUCCESSES]
@@ -84,18 +83,18 @@ class Candidate(RecordModel):
         return _spread([value for value in self.values if value is not None])
 
     def of_kind(self, kind: str) -> tuple[SubsetGain, ...]:
-        """Its folds, its years, or its thirds of VIX."""
+        """Its gains by fold, by year, or by third of VIX."""
         return tuple(group for group in self.groups if group.kind == kind)
 
     def spread_of_gains(self, kind: str) -> float | None:
-        """Standard deviation of its gain between those groups."""
+        """Standard deviation of those gains."""
         return _spread([group.gain.mean for group in self.of_kind(kind)])
 
     @property
     def mean_value(self) -> float | None:
         """The study's metric, mean over the fresh seeds that succeeded."""
-        known = [value for value in self.values if value is not None]
-        return float(np.mean(known)) if known else None
+        values = [value for value in self.values if value is not None]
+        return float(np.mean(values)) if values else None
 
 
 class Confirmation(RecordModel):
@@ -110,13 +109,13 @@ class Confirmation(RecordModel):
     seeds: tuple[int, ...]
     """Those with which every candidate has been trained: what is compared."""
     n_seeds: int
-    """Wanted."""
+    """Asked for."""
     n_trials: int
-    """Of the study, wanted."""
+    """Asked for, of the search."""
     n_finished: int
-    """Of the search when this was written; fewer: the study was, or is, unfinished."""
+    """Of the search, when this was written."""
     n_compared: int
-    """Trials in the tests over the whole search: the successful ones whose predictions lie here."""
+    """Trials in the tests over the whole search: the successful ones with predictions in the folder."""
     metric: str
     loss: str
     """The metric that gains are in: the study's; log_loss in older ones of a ranking."""
@@ -147,31 +146,37 @@ class Confirmation(RecordModel):
     @property
     def confirmed(self) -> tuple[Candidate, ...]:
         """Those that beat the best baseline with confidence, the best first."""
-        found = [each for each in self.candidates if each.verdict is not None and each.verdict.confirmed]
-        return tuple(sorted(found, key=lambda each: each.verdict.loss.mean))  # type: ignore[union-attr]
+        ranked = [
+            (each.verdict.loss.mean, i)
+            for i, each in enumerate(self.candidates)
+            if each.verdict and each.verdict.confirmed
+        ]
+        return tuple(self.candidates[i] for _, i in sorted(ranked))
 
     @property
     def alike(self) -> tuple[Candidate, ...]:
         """Those that can't be told from the best, itself left out."""
-        judged = [each for each in self.candidates if each.verdict is not None and not each.verdict.best]
-        return tuple(each for each in judged if each.verdict is not None and each.verdict.indistinguishable)
+        return tuple(
+            each for each in self.candidates
+            if each.verdict is not None and not each.verdict.best and each.verdict.indistinguishable
+        )  # fmt: skip
 
 
 def _spread(values: Sequence[float]) -> float | None:
     return float(np.std(values, ddof=1)) if len(values) > 1 else None
 
 
-def write(study_folder: Path, found: Confirmation) -> None:
+def write(study_folder: Path, confirmation: Confirmation) -> None:
     """Write confirmation.json, whole or not at all.
 
     Raises:
         FintxError: it can't be written.
     """
-    records.write_atomically(study_folder / FILE, found.model_dump_json(indent=1) + "\n")
+    records.write_atomically(study_folder / FILE, confirmation.model_dump_json(indent=1) + "\n")
 
 
 def read(study_folder: Path) -> Confirmation | None:
-    """The confirmation of the study in a folder; none: there has been none.
+    """The confirmation of the study in a folder; none if there has been none.
 
     Raises:
         DamagedRecord: the file is there but is not fintx's.
@@ -191,213 +196,195 @@ def read(study_folder: Path) -> Confirmation | None:
 def build(
     study_folder: Path, spec: StudySpec, trials: Sequence[TrialRecord], seeds: Sequence[int], *, data_root: Path
 ) -> Confirmation:
-    """Compare what lies in the folder.
+    """Compare the reruns in a study's folder.
 
     Args:
         trials: the candidates, in the search's order.
-        seeds: wanted for each; compared are those that every candidate has been trained with.
+        seeds: asked for; compared are those that every candidate has been trained with.
 
     Raises:
         FintxError: the baselines' or a rerun's predictions are missing or damaged.
     """
     rows = predictions.read_rows(study_folder, spec)
+    best = predictions.best_baseline(rows)
+    if best is None:
+        raise FintxError(f"{study_folder}: no baseline has a {rows.metric} on its validation rows to compare with")
     reruns = {
         (record.trial_number, seed): records.read(path)
         for record in trials
         for seed in seeds
         if (path := records.rerun_folder(study_folder, record.trial_number, seed) / "record.json").is_file()
     }
-    paired = [seed for seed in seeds if all((record.trial_number, seed) in reruns for record in trials)]
-    again = {record.trial_number: [reruns[record.trial_number, seed] for seed in paired] for record in trials}
+    shared = [seed for seed in seeds if all((record.trial_number, seed) in reruns for record in trials)]
+    reruns_of = {record.trial_number: [reruns[record.trial_number, seed] for seed in shared] for record in trials}
     outputs = {
-        number: _rerun_outputs(study_folder, number, paired, rows)
-        for number, held in again.items()
-        if held and all(rerun.value is not None for rerun in held)
-    }
+        number: np.array([
+            predictions.read_outputs(records.rerun_folder(study_folder, number, seed), rows) for seed in shared
+        ])
+        for number, own in reruns_of.items()
+        if own and all(rerun.value is not None for rerun in own)
+    }  # fmt: skip
     finished = records.read_all(study_folder)
-    searched, missing = _searched(study_folder, finished, rows)
-    best = predictions.best_baseline(rows)
-    if best is None:
-        raise FintxError(f"{study_folder}: no baseline has a {rows.metric} on its validation rows to compare with")
-    name = best[0]
-    baseline = rows.losses(rows.baselines[name])
-    found = _judge(outputs, rows, rows.series(baseline), searched)
-    whole = predictions.series_of(searched, rows)
-    judged = dict(zip(outputs, found.verdicts, strict=True)) if found else {}
-    groups = _groups(rows, spec, data_root)
+    search_losses, missing = _search_losses(study_folder, finished, rows)
+    baseline_losses, search_days = rows.losses(rows.baselines[best[0]]), _by_day(rows, search_losses)
+    judgement, verdicts, against = None, {}, None
+    if outputs:
+        fresh_days = np.array([[rows.by_day(rows.losses(of_seed)) for of_seed in own] for own in outputs.values()])
+        others = {number: losses for number, losses in search_losses.items() if number not in outputs}
+        judgement = selection.judge(
+            fresh_days, rows.by_day(baseline_losses), _by_day(rows, others), horizon=rows.horizon
+        )  # fmt: skip
+        verdicts = dict(zip(outputs, judgement.verdicts, strict=True))
+        against = _Against(rows, rows.baselines[best[0]], judgement.resamples, _subsets(rows, spec, data_root))
+    several, can_split = search_days.shape[1] > 1, len(search_days) >= selection.N_BLOCKS
     return Confirmation(
         study=spec.study.name,
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         complete=len(reruns) == len(trials) * len(seeds),
         n_members=len(trials) * len(seeds),
         n_trained=len(reruns),
-        seeds=tuple(paired),
+        seeds=tuple(shared),
         n_seeds=len(seeds),
         n_trials=spec.study.n_trials,
         n_finished=len(finished),
-        n_compared=len(searched),
+        n_compared=len(search_losses),
         metric=spec.study.metric,
         loss=rows.metric,
         level=LEVEL,
         reps=REPS,
-        block=found.resamples.block if found else None,
+        block=judgement.resamples.block if judgement else None,
         n_rows=len(rows.labels),
-        n_days=len(whole),
-        baseline=name,
-        baseline_loss=float(baseline.mean()),
-        superior_p_value=found.superior_p_value if found else None,
-        overfitting=selection.overfitting_probability(whole) if _can_split(whole) else None,
-        luck=selection.luck_of_the_best(whole, found.resamples) if found and whole.shape[1] > 1 else None,
+        n_days=len(search_days),
+        baseline=best[0],
+        baseline_loss=float(baseline_losses.mean()),
+        superior_p_value=judgement.superior_p_value if judgement else None,
+        overfitting=selection.overfitting_probability(search_days) if several and can_split else None,
+        luck=selection.luck_of_the_best(search_days, judgement.resamples) if judgement and several else None,
         candidates=tuple(
             _candidate(
-                record, again[record.trial_number], judged.get(record.trial_number),
-                _Compared(rows, name, found, outputs.get(record.trial_number), searched.get(record.trial_number)),
-                groups,
+                record,
+                reruns_of[number],
+                verdicts.get(number),
+                outputs.get(number),
+                search_losses.get(number),
+                against,
             )
             for record in trials
+            for number in [record.trial_number]
         ),
         notes=_notes(study_folder, spec, finished, missing),
-    )  # fmt: skip
+    )
 
 
-def _rerun_outputs(study_folder: Path, number: int, seeds: Sequence[int], rows: Rows) -> Floats:
-    """(N, S)."""
-    folders = [records.rerun_folder(study_folder, number, seed) for seed in seeds]
-    return np.array([predictions.read_outputs(folder, rows) for folder in folders])
-
-
-def _searched(
+def _search_losses(
     study_folder: Path, finished: Sequence[TrialRecord], rows: Rows
 ) -> tuple[dict[int, Floats], list[str]]:  # fmt: skip
-    """The search's successful trials: number → losses; and why the rest can't be compared."""
-    found, missing = {}, []
+    """The search's successful trials, number → (S,) losses; and why the others can't be compared."""
+    losses, missing = {}, []
     for record in finished:
-        if record.value is None:
-            continue
-        try:
-            found[record.trial_number] = predictions.trial_losses(study_folder, record.trial_number, rows)
-        except FintxError as error:  # told in the notes
-            missing.append(str(error))
-    return found, missing
+        if record.value is not None:
+            try:
+                losses[record.trial_number] = predictions.trial_losses(study_folder, record.trial_number, rows)
+            except FintxError as error:
+                missing.append(str(error))
+    return losses, missing
 
 
-def _judge(
-    outputs: dict[int, Floats], rows: Rows, baseline: Floats, searched: dict[int, Floats]
-) -> Judgement | None:  # fmt: skip
-    if not outputs:
-        return None
-    fresh = np.array([[rows.series(rows.losses(each)) for each in held] for held in outputs.values()])
-    others = {number: each for number, each in searched.items() if number not in outputs}
-    return selection.judge(fresh, baseline, predictions.series_of(others, rows), horizon=rows.horizon)
+def _by_day(rows: Rows, losses: dict[int, Floats]) -> Floats:
+    """(D, M) losses by day, a column per model; (D, 0) of none."""
+    columns = [rows.by_day(of_model) for of_model in losses.values()]
+    return np.column_stack(columns) if columns else np.zeros((len(np.unique(rows.dates)), 0))
 
 
-def _can_split(whole: Floats) -> bool:
-    return whole.shape[1] > 1 and len(whole) >= selection.N_BLOCKS
+@dataclass(frozen=True, eq=False)
+class _Against:
+    """What candidates are compared with."""
 
+    rows: Rows
+    baseline: Floats
+    """(S,) outputs."""
+    resamples: Resamples
+    subsets: dict[tuple[GroupKind, str], np.ndarray]
+    """(kind, name) → (S,) bool."""
 
-class _Compared:
-    """What a candidate is compared with."""
+    def too_good(self, fresh: Floats, search_losses: Floats) -> Estimate:
+        """By how much the search's losses lie below those of (N, S) fresh outputs."""
+        above = np.array([self.rows.losses(of_seed) for of_seed in fresh]) - search_losses
+        return significance.estimate(self.rows.by_day(above.mean(axis=0)), self.resamples, seeds=above.mean(axis=1))
 
-    def __init__(self, rows: Rows, baseline: str, found: Judgement | None, fresh: Floats | None, search: Floats | None):
-        self.rows, self.baseline, self.fresh = rows, rows.baselines[baseline], fresh
-        self.resamples: Resamples | None = found.resamples if found else None
-        self.losses = None if fresh is None else np.array([rows.losses(each) for each in fresh])  # (N, S)
-        self.search = search
-
-    def too_good(self) -> Estimate | None:
-        """By how much the search's losses lie below the reruns', with the error of their seeds."""
-        if self.search is None:
-            return None
-        assert self.losses is not None and self.resamples is not None
-        above = self.losses - self.search
-        return significance.estimate(self.rows.series(above.mean(axis=0)), self.resamples, seeds=above.mean(axis=1))
-
-    def gain_among(self, chosen: np.ndarray) -> Estimate | None:
-        """The reruns' gain over the baseline on some rows; none where a ranking of them is undefined."""
-        assert self.fresh is not None and self.resamples is not None
+    def gain_among(self, chosen: np.ndarray, fresh: Floats) -> Estimate | None:
+        """The gain of (N, S) fresh outputs over the baseline on some rows; none where a ranking is undefined."""
         over = self.rows.losses_among(chosen, self.baseline)
-        saved = np.array([over - self.rows.losses_among(chosen, outputs) for outputs in self.fresh])
-        defined = np.isfinite(saved[0])
+        gains = np.array([over - self.rows.losses_among(chosen, of_seed) for of_seed in fresh])
+        defined = np.isfinite(gains[0])
         if not defined.any():
             return None
-        series = self.rows.series(np.nan_to_num(saved.mean(axis=0)), chosen=defined)
-        return significance.estimate(series, self.resamples, seeds=saved[:, defined].mean(axis=1))
+        series = self.rows.by_day(np.nan_to_num(gains.mean(axis=0)), chosen=defined)
+        return significance.estimate(series, self.resamples, seeds=gains[:, defined].mean(axis=1))
+
+    def ensemble(self, fresh: Floats, record: TrialRecord) -> Ensemble:
+        """Of (N, S) fresh outputs; the record says each fold's training prior."""
+        rows, outputs = self.rows, metrics.ensemble(self.rows.predicts, fresh)
+        priors = [float(fold.best["prior"]) for fold in record.folds if fold.best["prior"] is not None]
+        scored = [
+            metrics.evaluate(rows.predicts, outputs[rows.fold == fold], rows.labels[rows.fold == fold], prior=prior)
+            for fold, prior in enumerate(priors)
+        ]
+        gains = rows.by_day(rows.losses(self.baseline) - rows.losses(outputs))
+        return Ensemble(metrics=records.mean_metrics(scored), gain=significance.estimate(gains, self.resamples))
 
 
 def _candidate(
-    record: TrialRecord, held: Sequence[TrialRecord], judged: Verdict | None, compared: _Compared,
-    groups: Sequence[tuple[GroupKind, str, np.ndarray]],
+    record: TrialRecord, reruns: Sequence[TrialRecord], verdict: Verdict | None, fresh: Floats | None,
+    search_losses: Floats | None, against: _Against | None,
 ) -> Candidate:  # fmt: skip
     assert record.value is not None
-    too_good, ensemble = None, None
-    parts: tuple[SubsetGain, ...] = ()
-    if judged is not None and compared.fresh is not None:
-        too_good = compared.too_good()
-        ensemble = _ensemble(record, compared)
-        parts = tuple(
-            SubsetGain(kind=kind, name=name, n=int(chosen.sum()), gain=gain)
-            for kind, name, chosen in groups
-            if (gain := compared.gain_among(chosen)) is not None
-        )
+    too_good, ensemble, groups = None, None, []
+    if against is not None and fresh is not None:
+        too_good = None if search_losses is None else against.too_good(fresh, search_losses)
+        ensemble = against.ensemble(fresh, record)
+        for (kind, name), chosen in against.subsets.items():
+            if (gain := against.gain_among(chosen, fresh)) is not None:
+                groups.append(SubsetGain(kind=kind, name=name, n=int(chosen.sum()), gain=gain))
     return Candidate(
         trial=record.trial_number,
         shape=record.config.shape,
         param_count=record.param_count,
         search_value=record.value,
-        values=tuple(rerun.value for rerun in held),
-        outcomes=tuple(rerun.outcome for rerun in held),
-        verdict=judged,
+        values=tuple(rerun.value for rerun in reruns),
+        outcomes=tuple(rerun.outcome for rerun in reruns),
+        verdict=verdict,
         too_good=too_good,
-        metrics=records.mean_over_seeds([rerun.best for rerun in held if rerun.value is not None]),
+        metrics=records.mean_over_seeds([rerun.best for rerun in reruns if rerun.value is not None]),
         ensemble=ensemble,
-        groups=parts,
+        groups=tuple(groups),
     )
 
 
-def _ensemble(record: TrialRecord, compared: _Compared) -> Ensemble:
-    rows = compared.rows
-    assert compared.fresh is not None and compared.resamples is not None
-    outputs = metrics.ensemble(rows.predicts, compared.fresh)
-    saved = rows.series(rows.losses(compared.baseline) - rows.losses(outputs))
-    scored = [
-        metrics.evaluate(rows.predicts, outputs[rows.fold == fold], rows.labels[rows.fold == fold], prior=prior)
-        for fold, prior in enumerate(_priors(record))
-    ]
-    return Ensemble(
-        metrics=records.mean_metrics(scored), gain=significance.estimate(saved, compared.resamples)
-    )  # fmt: skip
-
-
-def _priors(record: TrialRecord) -> list[float]:
-    return [float(fold.best["prior"]) for fold in record.folds if fold.best["prior"] is not None]
-
-
-def _groups(
-    rows: Rows, spec: StudySpec, data_root: Path
-) -> list[tuple[GroupKind, str, np.ndarray]]:  # fmt: skip
-    """(kind, name, which rows) of every fold where there are several, every year, and every third of VIX."""
-    found: list[tuple[GroupKind, str, np.ndarray]] = []
+def _subsets(rows: Rows, spec: StudySpec, data_root: Path) -> dict[tuple[GroupKind, str], np.ndarray]:
+    """Every fold where there are several, every year, and every third of VIX: (kind, name) → (S,) bool."""
+    subsets: dict[tuple[GroupKind, str], np.ndarray] = {}
     folds = np.unique(rows.fold)
     if len(folds) > 1:
-        found += [("fold", str(int(fold) + 1), rows.fold == fold) for fold in folds]
+        subsets |= {("fold", str(int(fold) + 1)): rows.fold == fold for fold in folds}
     years = rows.dates.astype("datetime64[Y]")
-    found += [("year", str(year), years == year) for year in np.unique(years)]
+    subsets |= {("year", str(year)): years == year for year in np.unique(years)}
     if features.VIX in spec.data.context:
         vix = sources.load(features.VIX, root=data_root, version=spec.data.versions.get(features.VIX))
         days, place = np.unique(rows.dates, return_inverse=True)
         third = significance.tercile_indices(indicators.as_of(days, vix.dates, vix.close))[place]
-        found += [("vix", name, third == i) for i, name in enumerate(("calm", "middling", "nervous"))]
-    return [group for group in found if group[2].any()]
+        subsets |= {("vix", name): third == i for i, name in enumerate(("calm", "middling", "nervous"))}
+    return {key: chosen for key, chosen in subsets.items() if chosen.any()}
 
 
 def _notes(
     study_folder: Path, spec: StudySpec, finished: Sequence[TrialRecord], missing: Sequence[str]
 ) -> tuple[str, ...]:  # fmt: skip
-    found = [opened] if (opened := study_file.openings_note(study_folder)) else []
+    notes = [opened] if (opened := study_file.openings_note(study_folder)) else []
     if len(finished) < spec.study.n_trials:
-        found.append(f"the study is unfinished: its best of {len(finished)} trials so far, of {spec.study.n_trials}")
+        notes.append(f"the study is unfinished: its best of {len(finished)} trials so far, of {spec.study.n_trials}")
     if failed := sum(record.value is None for record in finished):
-        found.append(f"{failed} trials of the search failed; they can't have won, and are in no test")
+        notes.append(f"{failed} trials of the search failed; they can't have won, and are in no test")
     if missing:
-        found.append(f"{len(missing)} trials are in no test over the whole search: {missing[0]}")
-    return tuple(found)
+        notes.append(f"{len(missing)} trials are in no test over the whole search: {missing[0]}")
+    return tuple(notes)

@@ -202,9 +202,9 @@ def _over_days(results: StudyResults, trials: Sequence[TrialRecord], index: np.n
     Zero where no predictions are here: then the trials alone speak.
     """
     k = int(index.max()) + 1
-    resamples, prior = results.resamples, results.prior_skill_series
+    resamples, prior = results.resamples, results.skill_daily_losses.get("prior")
     members = [[r.trial_number for r, i in zip(trials, index, strict=True) if i == g] for g in range(k)]
-    known = [[results.skill_series[n] for n in numbers if n in results.skill_series] for numbers in members]
+    known = [[results.skill_daily_losses[n] for n in numbers if n in results.skill_daily_losses] for numbers in members]
     if resamples is None or prior is None or not all(known):
         return np.zeros(k), np.zeros((k, k))
     losses = np.stack([np.mean(each, axis=0) for each in known])

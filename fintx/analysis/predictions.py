@@ -1,10 +1,13 @@
-"""Kept predictions: what every model said on the same validation rows, and its loss on each of them."""
+"""Kept predictions: every model's outputs on the same validation rows, its loss on each, and the best baseline.
+
+The best baseline is named here alone: the terminal, the pages, a confirmation and the test part all follow it.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -28,7 +31,7 @@ _KEY = ("fold", "date", "asset", "label")
 
 @dataclass(frozen=True, eq=False)
 class Rows:
-    """The validation rows of a study, and what its baselines said of them."""
+    """The validation rows of a study, and its baselines' outputs on them."""
 
     predicts: Prediction
     metric: str
@@ -53,43 +56,47 @@ class Rows:
         return np.asarray(self.key["asset"].to_pylist())
 
     def losses(self, outputs: Floats, *, metric: str | None = None) -> Floats:
-        """(S,) whose mean is the metric as records hold it (1 − it for a ranking): mean over folds, and over seeds.
+        """(S,) losses whose mean is the metric (1 − it for a ranking) as records hold it: over folds, and over seeds.
 
-        A ranking orders the rows of a fold alone: each fold has a model of its own.
+        A ranking orders the rows of one fold at a time: each fold has a model of its own.
 
         Args:
             outputs: (S,) of one model, or (N, S) of a trial's seeds.
-            metric: another one than the study's.
+            metric: none: the study's.
 
         Returns:
             NaN for all rows where a ranking is undefined in a fold.
         """
         if outputs.ndim == 2:
             return np.mean([self.losses(of_seed, metric=metric) for of_seed in outputs], axis=0)
-        name, folds = metric or self.metric, np.unique(self.fold)
-        found = np.empty(len(self.labels))
-        means = []
+        folds, losses, means = np.unique(self.fold), np.empty(len(self.labels)), []
         for fold in folds:
             inside = self.fold == fold
-            losses = significance.row_losses(self.predicts, name, outputs[inside], self.labels[inside])
-            means.append(losses.mean())
+            of_fold = significance.row_losses(
+                self.predicts, metric or self.metric, outputs[inside], self.labels[inside]
+            )
+            means.append(of_fold.mean())
             # A fold counts as one, however many rows it has: its deviations are weighted; the mean is moved below.
-            found[inside] = means[-1] + (losses - means[-1]) * len(found) / (len(folds) * len(losses))
-        return found + (np.mean(means) - found.mean())
+            losses[inside] = means[-1] + (of_fold - means[-1]) * len(losses) / (len(folds) * len(of_fold))
+        return losses + (np.mean(means) - losses.mean())
 
     def losses_among(self, chosen: np.ndarray, outputs: Floats) -> Floats:
-        """(S,) losses of one model scored on some rows alone, a plain mean over them; NaN on the others.
+        """(S,) losses of one model scored on the chosen rows alone, a plain mean over them; NaN on the others.
 
-        NaN too in a fold in which those rows are of one class, where a ranking is undefined.
+        NaN too in a fold whose chosen rows are of one class, where a ranking is undefined.
         """
-        found = np.full(len(self.labels), np.nan)
+        losses = np.full(len(self.labels), np.nan)
         for fold in np.unique(self.fold[chosen]):
             inside = chosen & (self.fold == fold)
-            found[inside] = significance.row_losses(self.predicts, self.metric, outputs[inside], self.labels[inside])
-        return found
+            losses[inside] = significance.row_losses(self.predicts, self.metric, outputs[inside], self.labels[inside])
+        return losses
+
+    def by_day(self, losses: Floats, *, chosen: np.ndarray | None = None) -> Floats:
+        """(S, …) losses as a series of days, (D, …)."""
+        return significance.by_day(losses, self.dates, chosen=chosen)
 
     def take(self, places: Ints) -> Rows:
-        """Some of the rows, in that order."""
+        """The rows at these places, in that order."""
         return dataclasses.replace(
             self,
             fold=self.fold[places],
@@ -99,13 +106,12 @@ class Rows:
             key=self.key.take(places),
         )
 
-    def series(self, losses: Floats, *, chosen: np.ndarray | None = None) -> Floats:
-        """(S, …) losses as a series of days."""
-        return significance.by_day(losses, self.dates, chosen=chosen)
+
+# --- reading ----------------------------------------------------------------------------------------------------------
 
 
 def read_baselines(study_folder: Path) -> dict[str, Any]:
-    """What baselines.json holds: name → {"words", "metrics", "folds"}; empty where it is not there yet.
+    """baselines.json: name → {"words", "metrics", "folds"}; empty if it isn't there yet.
 
     Raises:
         DamagedRecord: it is not what fintx wrote.
@@ -120,20 +126,18 @@ def read_baselines(study_folder: Path) -> dict[str, Any]:
 
 
 def read_rows(study_folder: Path, spec: StudySpec) -> Rows:
-    """The rows that baselines.parquet holds.
+    """The rows of baselines.parquet.
 
     Raises:
         FintxError: the file is missing or isn't what fintx wrote.
     """
     path = study_folder / "baselines.parquet"
-    table = _read(path, (*_KEY, "output", "baseline"))
+    table = _read(path, "output", "baseline")
     names = list(dict.fromkeys(table["baseline"].to_pylist()))
     if not names:
         raise FintxError(f"{path}: holds no baseline; move it and baselines.json away, and run the study again")
-    each = {name: table.filter(pc.equal(table["baseline"], name)) for name in names}
-    key = each[names[0]].select(_KEY)
-    for name, part in each.items():
-        _check_same(path, part, key, name)
+    parts = {name: table.filter(pc.equal(table["baseline"], name)) for name in names}
+    key = parts[names[0]].select(_KEY)
     return Rows(
         predicts=spec.task.predicts,
         metric=spec.study.metric,
@@ -142,18 +146,19 @@ def read_rows(study_folder: Path, spec: StudySpec) -> Rows:
         fold=key["fold"].to_numpy(),
         dates=key["date"].to_numpy().astype("datetime64[D]"),
         labels=key["label"].to_numpy(),
-        baselines={name: part["output"].to_numpy() for name, part in each.items()},
+        baselines={name: _outputs(path, part, key, name) for name, part in parts.items()},
         key=key,
     )
 
 
-def trial_losses(study_folder: Path, number: int, rows: Rows) -> Floats:
-    """(S,) losses of a trial of the search, mean over its seeds: what every comparison of trials is made of.
+def read_outputs(folder: Path, rows: Rows) -> Floats:
+    """(S,) outputs of the model in a trial's folder (its first seed's) or in a rerun's.
 
     Raises:
-        FintxError: as `read_seeds`.
+        FintxError: they are missing, damaged, or of other rows than the baselines'.
     """
-    return rows.losses(read_seeds(study_folder, number, rows))
+    path = folder / "predictions.parquet"
+    return _outputs(path, _read(path, "output"), rows.key, "its model")
 
 
 def read_seeds(study_folder: Path, number: int, rows: Rows) -> Floats:
@@ -166,29 +171,25 @@ def read_seeds(study_folder: Path, number: int, rows: Rows) -> Floats:
     outputs = [read_outputs(folder, rows)]
     if rows.n_seeds > 1:
         path = folder / "replicates.parquet"
-        table = _read(path, (*_KEY, "output", "replicate"))
+        table = _read(path, "output", "replicate")
         for replicate in range(1, rows.n_seeds):
             part = table.filter(pc.equal(table["replicate"], replicate))
-            _check_same(path, part, rows.key, f"its model of seed {replicate + 1}")
-            outputs.append(part["output"].to_numpy())
+            outputs.append(_outputs(path, part, rows.key, f"its model of seed {replicate + 1}"))
     return np.array(outputs)
 
 
-def read_outputs(folder: Path, rows: Rows) -> Floats:
-    """(S,) outputs of the model whose predictions lie in a trial's or a rerun's folder: of a trial, its first seed's.
+def trial_losses(study_folder: Path, number: int, rows: Rows) -> Floats:
+    """(S,) losses of a trial of the search, mean over its seeds: what every comparison of trials is made of.
 
     Raises:
-        FintxError: they are missing, damaged, or of other rows than the baselines'.
+        FintxError: as `read_seeds`.
     """
-    path = folder / "predictions.parquet"
-    table = _read(path, (*_KEY, "output"))
-    _check_same(path, table, rows.key, "its model")
-    return table["output"].to_numpy()
+    return rows.losses(read_seeds(study_folder, number, rows))
 
 
-def _read(path: Path, columns: tuple[str, ...]) -> pa.Table:
+def _read(path: Path, *columns: str) -> pa.Table:
     try:
-        return pq.read_table(path, columns=list(columns))
+        return pq.read_table(path, columns=[*_KEY, *columns])
     except FileNotFoundError:
         raise FintxError(f"{path}: is not there; were its predictions made on another machine, or deleted?") from None
     except (OSError, pa.ArrowInvalid, pa.ArrowKeyError) as error:
@@ -196,19 +197,17 @@ def _read(path: Path, columns: tuple[str, ...]) -> pa.Table:
         raise FintxError(f"{path}: holds no predictions of fintx ({first}); restore it from a copy") from None
 
 
-def _check_same(path: Path, table: pa.Table, key: pa.Table, who: str) -> None:
+def _outputs(path: Path, table: pa.Table, key: pa.Table, model: str) -> Floats:
+    """A table's outputs; its rows must be the baselines'."""
     if table.num_rows != key.num_rows or not all(table[column].equals(key[column]) for column in _KEY):
         raise FintxError(
-            f"{path}: {who} was scored on other rows than the baselines ({table.num_rows:,} against "
+            f"{path}: {model} was scored on other rows than the baselines ({table.num_rows:,} against "
             f"{key.num_rows:,}), so their losses can't be compared"
         )
+    return table["output"].to_numpy()
 
 
-def series_of(losses: Mapping[Any, Floats], rows: Rows) -> Floats:
-    """(D, M) losses by day, a column per model; (D, 0) of none."""
-    columns = [rows.series(of_model) for of_model in losses.values()]
-    return np.column_stack(columns) if columns else np.zeros((len(np.unique(rows.dates)), 0))
-
+# --- the best baseline ------------------------------------------------------------------------------------------------
 
 Standing = Literal["ahead", "can't be told apart", "behind"]
 
@@ -234,52 +233,50 @@ class BaselineComparison:
 
 
 def standing(difference: Estimate) -> Standing:
-    """The verdict in words: on which side of zero the whole interval lies, if on one."""
+    """The side of zero on which the whole interval lies, if on one."""
     return "ahead" if difference.positive else "behind" if difference.negative else "can't be told apart"
 
 
 def best_baseline(rows: Rows, *, among: Iterable[str] | None = None) -> tuple[str, float] | None:
-    """The baseline that is best in the study's metric on these rows, and its value; none where none has one.
+    """The baseline that is best in the study's metric on these rows, and its value; none if none has one.
 
     Args:
         among: names to choose from; none: all.
     """
-    names = rows.baselines if among is None else among
-    means = {name: float(rows.losses(rows.baselines[name]).mean()) for name in names}
-    defined = {name: mean for name, mean in means.items() if mean == mean}  # NaN: one class alone in a fold
+    means = {name: rows.losses(rows.baselines[name]).mean() for name in (rows.baselines if among is None else among)}
+    defined = [name for name, mean in means.items() if not np.isnan(mean)]  # NaN: one class alone in a fold
     if not defined:
         return None
-    name = min(defined, key=lambda each: defined[each])
-    return name, _value(rows.metric, defined[name])
+    best = min(defined, key=lambda name: means[name])
+    return best, _value(rows.metric, means[best])
 
 
 def compare(rows: Rows, losses: Floats) -> BaselineComparison | None:
-    """A trial against the best baseline; none where no baseline has the study's metric.
+    """A trial against the best baseline; none if no baseline has the study's metric.
 
-    The best of many trials was chosen on these very rows: that luck is not in the interval (`study.confirmation`).
+    The best of many trials was chosen on these very rows: that luck is not in the interval (`confirmation` counts it).
 
     Args:
-        losses: (S,) of the trial, as `predictions.trial_losses` reads them.
+        losses: (S,) of the trial, from `trial_losses`.
     """
     best = best_baseline(rows)
     if best is None:
         return None
-    name, value = best
-    saved = rows.series(rows.losses(rows.baselines[name]) - losses)
-    block = significance.block_length(saved, horizon=rows.horizon)
-    difference = significance.estimate(saved, significance.resample(len(saved), block))
+    baseline, value = best
+    gains = rows.by_day(rows.losses(rows.baselines[baseline]) - losses)
+    block = significance.block_length(gains, horizon=rows.horizon)
     return BaselineComparison(
         metric=rows.metric,
-        baseline=name,
+        baseline=baseline,
         baseline_value=value,
-        trial_value=_value(rows.metric, float(losses.mean())),
-        difference=difference,
+        trial_value=_value(rows.metric, losses.mean()),
+        difference=significance.estimate(gains, significance.resample(len(gains), block)),
         n_rows=len(rows.labels),
     )
 
 
 def compare_trial(study_folder: Path, spec: StudySpec, trial: TrialRecord) -> BaselineComparison | None:
-    """The same from the predictions kept in a study's folder.
+    """The same from the predictions in a study's folder.
 
     Raises:
         FintxError: predictions that are missing, damaged or of other rows.
@@ -289,4 +286,4 @@ def compare_trial(study_folder: Path, spec: StudySpec, trial: TrialRecord) -> Ba
 
 
 def _value(metric: str, loss: float) -> float:
-    return 1 - loss if metric in metrics.RANKINGS else loss
+    return float(1 - loss if metric in metrics.RANKINGS else loss)

@@ -86,10 +86,10 @@ def gather(studies: Sequence[StudyResults], *, over: Over = "parameters") -> Siz
     baseline = best[0]
     baseline_days, prior_days = (_days(rows, rows.baselines[name]) for name in (baseline, "prior"))
     members = [
-        (index, record, _days(shared[index], results.seeds[record.trial_number][:, chosen[index]]))
+        (index, record, _days(shared[index], results.seed_outputs[record.trial_number][:, chosen[index]]))
         for index, results in enumerate(ordered)
         for record in results.records
-        if record.trial_number in results.seeds
+        if record.trial_number in results.seed_outputs
     ]
     study = np.array([index for index, _, _ in members], int)
     named = [results.spec.budget.parameters if over == "parameters" else results.name for results in ordered]
@@ -135,7 +135,7 @@ def _size(record: TrialRecord, over: Over) -> float:
 
 def _days(rows: Rows, outputs: Floats) -> Floats:
     """(D,) losses by day on the shared rows, of a model's outputs or those of a trial's seeds."""
-    return rows.series(rows.losses(outputs))
+    return rows.by_day(rows.losses(outputs))
 
 
 def _differences(studies: Sequence[StudyResults], over: Over) -> list[str]:
@@ -183,7 +183,7 @@ def hash_of(results: StudyResults, name: str) -> str:
 def _missing(studies: Sequence[StudyResults]) -> list[str]:
     lines = []
     for results in studies:
-        if not results.seeds:
+        if not results.seed_outputs:
             why = "; ".join(results.notes) or "it has no successful trial"
             lines.append(f"no fit: {results.name}: {why}")
     return lines

@@ -273,7 +273,7 @@ def _backtest(results: StudyResults, bars: Mapping[str, Bars], rules: TradingRul
         return BacktestAnalysis(impossible="A backtest needs a threshold task whose target lies above the close.")
     if not bars:
         return BacktestAnalysis(impossible="The backtest needs the study's prices: give --data-dir.")
-    returns = {number: _follow(results, each, bars, level, rules) for number, each in results.outputs.items()}
+    returns = {n: _follow(results, of_seeds[0], bars, level, rules) for n, of_seeds in results.seed_outputs.items()}
     mine, volatility = returns[results.best.trial_number], _best_volatility_baseline(results)
     shown = {f"trial {results.best.trial_number}": mine}
     if volatility is not None:
