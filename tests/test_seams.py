@@ -16,7 +16,6 @@ from fintx.analysis import comparison, study_analysis
 from fintx.config import load
 from fintx.config.schema import StudySpec
 from fintx.data import datasets, features, sources
-from fintx.data import indicators as ind
 from fintx.data.bars import Bars
 from fintx.data.features import Feature
 from fintx.errors import FintxError
@@ -207,7 +206,7 @@ def _outputs(folder: Path) -> dict[str, np.ndarray]:
 
 def _week_range(bars: Bars, _: Floats) -> Floats:
     """ln(highest high / lowest low) of five days."""
-    return np.log(ind.rolling(bars.high, 5).max(axis=1) / ind.rolling(bars.low, 5).min(axis=1))
+    return np.log(features.rolling(bars.high, 5).max(axis=1) / features.rolling(bars.low, 5).min(axis=1))
 
 
 def test_a_feature_from_outside_is_an_input_like_any_other_and_joins_no_set(tmp_path, monkeypatch):

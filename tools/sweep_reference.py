@@ -181,7 +181,7 @@ def _features() -> str:
     rows = ["| feature | meaning | in sets |", "|---|---|---|"]
     for name, feature in FEATURES.items():
         sets = ", ".join(f"`{each}`" for each, members in SETS.items() if name in members)
-        rows.append(f"| `{name}` | {feature.words} | {sets} |")
+        rows.append(f"| `{name}` | {feature.description} | {sets} |")
     return (
         "## Features\n\n`data.features` lists features or sets, in order. `SYM:feature` computes a feature on the bars "
         "of a context symbol, as known on each of the asset's days. `stationary` takes `stationary_vix` along where "

@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from fintx.analysis import predictions
 from fintx.analysis.predictions import Rows
 from fintx.config.schema import Shape, StudySpec
-from fintx.data import features, indicators, sources
+from fintx.data import features, sources
 from fintx.errors import FintxError
 from fintx.evaluate import metrics, selection, significance
 from fintx.evaluate.selection import Verdict
@@ -372,7 +372,7 @@ def _subsets(rows: Rows, spec: StudySpec, data_root: Path) -> dict[tuple[GroupKi
     if features.VIX in spec.data.context:
         vix = sources.load(features.VIX, root=data_root, version=spec.data.versions.get(features.VIX))
         days, place = np.unique(rows.dates, return_inverse=True)
-        third = significance.tercile_indices(indicators.as_of(days, vix.dates, vix.close))[place]
+        third = significance.tercile_indices(features.as_of(days, vix.dates, vix.close))[place]
         subsets |= {("vix", name): third == i for i, name in enumerate(("calm", "middling", "nervous"))}
     return {key: chosen for key, chosen in subsets.items() if chosen.any()}
 

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 
 from fintx.data import features, sources
-from fintx.data import indicators as ind
 from fintx.data.bars import Bars
 from fintx.data.features import FEATURES, SETS, Feature, UnknownFeature
 from fintx.types import Floats
@@ -125,7 +124,7 @@ def _days_to_the_next_bar(bars: Bars, _: Floats) -> Floats:
 
 def _backward_filled(bars: Bars, _: Floats) -> Floats:
     """Leaks in the warm-up alone: its rows hold the first value known."""
-    values = ind.rolling_mean(bars.close, 50)
+    values = features.rolling_mean(bars.close, 50)
     return np.where(np.isnan(values), values[49] if len(values) > 49 else bars.close[-1], values)
 
 
@@ -259,7 +258,7 @@ def test_every_set_holds_features_alone():
 
 @pytest.mark.parametrize("name", FEATURES)
 def test_every_feature_is_described(name):
-    assert FEATURES[name].words.strip()
+    assert FEATURES[name].description.strip()
 
 
 def test_stationary_brings_its_vix_part_only_where_vix_is():
@@ -343,11 +342,13 @@ def test_a_context_feature_is_that_feature_of_the_context_joined_as_of_each_day(
 def test_as_of_takes_the_newest_value_but_no_stale_one():
     days = np.array(["2024-01-05", "2024-01-08", "2024-01-10", "2024-01-11"], "datetime64[D]")
     source = np.array(["2024-01-05", "2024-01-09"], "datetime64[D]")
-    assert ind.as_of(days, source, np.array([1.0, 2.0])).tolist() == [1.0, 1.0, 2.0, 2.0]
+    assert features.as_of(days, source, np.array([1.0, 2.0])).tolist() == [1.0, 1.0, 2.0, 2.0]
     late = source + 30
-    np.testing.assert_array_equal(ind.as_of(late + ind.MAX_AGE_DAYS, source + 30, np.array([1.0, 2.0]))[1:], [2.0])
-    assert np.isnan(ind.as_of(source[1:] + ind.MAX_AGE_DAYS + 1, source, np.array([1.0, 2.0]))).all()
-    assert np.isnan(ind.as_of(source[:1] - 1, source, np.array([1.0, 2.0]))).all()
+    np.testing.assert_array_equal(
+        features.as_of(late + features.MAX_AGE_DAYS, source + 30, np.array([1.0, 2.0]))[1:], [2.0]
+    )
+    assert np.isnan(features.as_of(source[1:] + features.MAX_AGE_DAYS + 1, source, np.array([1.0, 2.0]))).all()
+    assert np.isnan(features.as_of(source[:1] - 1, source, np.array([1.0, 2.0]))).all()
 
 
 def test_a_weekly_value_is_of_the_last_week_that_is_over_also_across_holidays():
@@ -356,7 +357,7 @@ def test_a_weekly_value_is_of_the_last_week_that_is_over_also_across_holidays():
         ["2023-12-28", "2023-12-29", "2024-01-02", "2024-01-05", "2024-01-16", "2024-01-19"], "datetime64[D]"
     )
     close = np.array([1.0, 2.0, 3.0, 4.0, 5.0, 6.0])
-    np.testing.assert_array_equal(ind.weekly(days, close, lambda x: x), [np.nan, np.nan, 2.0, 2.0, 4.0, 4.0])
+    np.testing.assert_array_equal(features.weekly(days, close, lambda x: x), [np.nan, np.nan, 2.0, 2.0, 4.0, 4.0])
 
 
 # --- golden numbers ---------------------------------------------------------------------------------------------------
