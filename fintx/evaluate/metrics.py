@@ -1,7 +1,7 @@
-"""Metrics: all that fit what is predicted at once, a probability or a value; NumPy in, plain numbers out.
+"""Metrics of predicted probabilities and of predicted values; NumPy in, plain numbers out.
 
-The ranking metrics are written out rather than taken from scikit-learn: every command imports this module, and that
-import alone takes seconds. Tests hold them equal to scikit-learn's.
+The ranking metrics are written out rather than taken from scikit-learn: every command imports this module, and
+importing scikit-learn takes seconds. Tests compare them with scikit-learn's.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ MINIMIZE: dict[str, bool] = {
     "mse": True,
     "mae": True,
 }
-"""What a study may decide by, and whether less is better."""
+"""Metrics that a study may optimise, and whether lower is better."""
 
 RANKINGS = ("auc", "average_precision")
-"""Metrics of an order of rows: no mean over rows. As a loss each is 1 − its value."""
+"""Metrics of the order of rows, which are no mean over rows. As a loss each is 1 − its value."""
 
 SKILLS: dict[str, str] = {"log_loss": "skill", "brier": "brier_skill", "mse": "skill", "mae": "mae_skill"}
 """Loss → the key of its skill, 1 − loss / loss of the training prior."""
@@ -42,7 +42,7 @@ def evaluate(predicts: Prediction, outputs: Floats, targets: Floats, *, prior: f
     Args:
         outputs: (S,) logits of probabilities, or predicted values.
         targets: (S,) 0 or 1, or values.
-        prior: mean training label: what a forecaster without inputs would say. Skill is measured against it.
+        prior: mean training label, the forecast of a model without inputs. Skill is measured against it.
 
     Returns:
         Name → number; None where a metric is undefined (AUC with one class), never NaN.
@@ -51,13 +51,13 @@ def evaluate(predicts: Prediction, outputs: Floats, targets: Floats, *, prior: f
         ValueError: no samples, different lengths, outputs or targets that are not finite, classes other than 0 and 1,
             or a base rate of 0 or 1 as the prior.
     """
-    return _SCORES[predicts].evaluate(*_checked(predicts, outputs, targets), prior)
+    return _SCORINGS[predicts].evaluate(*_checked(predicts, outputs, targets), prior)
 
 
 def per_asset(
     predicts: Prediction, outputs: Floats, targets: Floats, asset_ids: Ints, assets: Sequence[str], *, prior: float
 ) -> dict[str, Metrics]:
-    """`evaluate` of each asset's own samples, against the one pooled prior; assets without any are left out.
+    """`evaluate` of each asset's own samples, against the one pooled prior; assets without samples are left out.
 
     Args:
         asset_ids: (S,) index into assets.
@@ -71,32 +71,30 @@ def per_asset(
 
 
 def per_sample_loss(predicts: Prediction, outputs: Floats, targets: Floats) -> Floats:
-    """(S,) float64, whose mean is log_loss, or mse of values.
-
-    Log loss in nats is ln(1 + e^(∓logit)), computed so for any logit and never clamped.
+    """(S,) float64, whose mean is log_loss (nats) of probabilities, mse of values.
 
     Raises:
         ValueError: as `evaluate`, for outputs and targets.
     """
-    return _SCORES[predicts].loss(*_checked(predicts, outputs, targets))
+    return _SCORINGS[predicts].loss(*_checked(predicts, outputs, targets))
 
 
 def ensemble(predicts: Prediction, outputs: Floats) -> Floats:
-    """(S,) output of several models that speak as one: the logit of their mean probability, or their mean value.
+    """(S,) output of an ensemble: the logit of the members' mean probability, or their mean value.
 
     Args:
         outputs: (N, S) logits, or values.
     """
-    return _SCORES[predicts].ensemble(np.asarray(outputs, np.float64))
+    return _SCORINGS[predicts].ensemble(np.asarray(outputs, np.float64))
 
 
 def prior_output(predicts: Prediction, prior: float) -> np.float32:
-    """What a model that knows the training prior alone puts out for every row; float32, as every model's output is.
+    """The constant output of a model that knows the training prior alone; float32, as every model's output is.
 
     Raises:
         ValueError: a base rate that is not strictly between 0 and 1, or a mean that is not finite.
     """
-    return _SCORES[predicts].prior_output(prior)
+    return _SCORINGS[predicts].prior_output(prior)
 
 
 def better(metric: str, a: float | None, b: float | None) -> bool:
@@ -109,14 +107,14 @@ def better(metric: str, a: float | None, b: float | None) -> bool:
 # --- probabilities ----------------------------------------------------------------------------------------------------
 
 
-def _of_probabilities(logits: Floats, targets: Floats, prior: float) -> Metrics:
+def _evaluate_probabilities(logits: Floats, targets: Floats, prior: float) -> Metrics:
     # The prior is scored as the constant output it is, rounding included: its own skill is exactly 0.
     constant = np.full(len(targets), _prior_logit(prior), np.float64)
     p, prior_p = sigmoid(logits), sigmoid(constant)
     log_loss = float(_log_loss(logits, targets).mean())
     prior_log_loss = float(_log_loss(constant, targets).mean())
     brier, prior_brier = float(np.square(p - targets).mean()), float(np.square(prior_p - targets).mean())
-    truth, n, positives = targets > 0.5, len(targets), int(targets.sum())
+    is_positive, positives = targets > 0.5, int(targets.sum())
     return {
         "log_loss": log_loss,
         "skill": _skill(log_loss, prior_log_loss),
@@ -125,23 +123,24 @@ def _of_probabilities(logits: Floats, targets: Floats, prior: float) -> Metrics:
         "auc": auc(logits, targets),
         "average_precision": average_precision(logits, targets),
         "calibration_error": calibration_error(logits, targets),
-        **_decisions(logits >= 0, truth, "half"),
-        **_decisions(logits >= constant, truth, "base_rate"),
+        **_confusion(logits >= 0, is_positive, "half"),
+        **_confusion(logits >= constant, is_positive, "base_rate"),
         **_spread(p),
-        "base_rate": positives / n,
+        "base_rate": positives / len(targets),
         "prior": float(prior),
         "prior_log_loss": prior_log_loss,
         "prior_brier": prior_brier,
         "positives": positives,
-        "n": n,
+        "n": len(targets),
     }
 
 
 def _log_loss(logits: Floats, targets: Floats) -> Floats:
+    """ln(1 + e^(∓logit)), which needs no clipping of probabilities."""
     return np.logaddexp(0.0, (1 - 2 * targets) * logits)
 
 
-def _mean_probability(logits: Floats) -> Floats:
+def _logit_of_mean_probability(logits: Floats) -> Floats:
     # ln Σp − ln Σ(1 − p), each summed as logarithms: no probability is rounded to 0 or 1 on the way.
     return np.logaddexp.reduce(-np.logaddexp(0.0, -logits), axis=0) - np.logaddexp.reduce(
         -np.logaddexp(0.0, logits), axis=0
@@ -154,119 +153,114 @@ def _prior_logit(prior: float) -> np.float32:
     return np.float32(np.log(prior) - np.log1p(-prior))
 
 
-def _decisions(said: np.ndarray, truth: np.ndarray, at: str) -> Metrics:
-    """Confusion counts, precision and recall of saying yes."""
-    tp, fp = int((said & truth).sum()), int((said & ~truth).sum())
-    fn, tn = int((~said & truth).sum()), int((~said & ~truth).sum())
+def _confusion(is_predicted: np.ndarray, is_positive: np.ndarray, threshold: str) -> Metrics:
+    tp, fp = int((is_predicted & is_positive).sum()), int((is_predicted & ~is_positive).sum())
+    fn, tn = int((~is_predicted & is_positive).sum()), int((~is_predicted & ~is_positive).sum())
     return {
-        f"precision_at_{at}": tp / (tp + fp) if tp + fp else None,
-        f"recall_at_{at}": tp / (tp + fn) if tp + fn else None,
-        f"tp_at_{at}": tp,
-        f"fp_at_{at}": fp,
-        f"fn_at_{at}": fn,
-        f"tn_at_{at}": tn,
+        f"precision_at_{threshold}": tp / (tp + fp) if tp + fp else None,
+        f"recall_at_{threshold}": tp / (tp + fn) if tp + fn else None,
+        f"tp_at_{threshold}": tp,
+        f"fp_at_{threshold}": fp,
+        f"fn_at_{threshold}": fn,
+        f"tn_at_{threshold}": tn,
     }
 
 
 def auc(scores: Floats, targets: Floats) -> float | None:
-    """Area under the ROC curve: P(score of a positive > of a negative) + ½ P(equal); none where a class is missing.
+    """Area under the ROC curve: P(score of a positive > of a negative) + ½ P(equal); None where a class is missing.
 
     The Mann–Whitney statistic (Hanley & McNeil 1982), counted in whole numbers.
     """
-    ranked = _Ranking.of(scores, targets)
-    if ranked.positives == 0 or ranked.positives == len(scores):
+    hits, misses = _hits_and_misses(scores, targets)
+    if hits[-1] == 0 or misses[-1] == 0:
         return None
-    # Hits at a score beat the misses below it and draw with its own.
-    wins = np.sum(np.diff(ranked.misses, prepend=0) * (2 * ranked.hits - np.diff(ranked.hits, prepend=0)))
-    return int(wins) / (2 * ranked.positives * (len(scores) - ranked.positives))
+    # A hit at a score beats the misses below it and ties with those at it.
+    twice_wins = np.sum(np.diff(misses, prepend=0) * (2 * hits - np.diff(hits, prepend=0)))
+    return int(twice_wins) / (2 * int(hits[-1]) * int(misses[-1]))
 
 
 def average_precision(scores: Floats, targets: Floats) -> float | None:
-    """Σ (recall step) × precision over the distinct scores, highest first; none without positives."""
-    ranked = _Ranking.of(scores, targets)
-    if ranked.positives == 0:
+    """Σ (recall step) × precision over the distinct scores, highest first; None without positives."""
+    hits, misses = _hits_and_misses(scores, targets)
+    if hits[-1] == 0:
         return None
-    recall_steps = np.diff(ranked.hits, prepend=0) / ranked.positives
-    return float(np.sum(recall_steps * ranked.hits / (ranked.hits + ranked.misses)))
+    return float(np.sum(np.diff(hits, prepend=0) / hits[-1] * hits / (hits + misses)))
 
 
 def row_shares(metric: str, scores: Floats, targets: Floats) -> Floats | None:
-    """(S,) whose mean is a ranking metric and whose resampled means have its error; none where it is undefined.
+    """(S,) whose mean is a ranking metric and whose resampled means have its error; None where it is undefined.
 
     A row's share is the metric plus n times what the metric moves by as the row's weight grows (its influence
     function): for the AUC the components of DeLong, DeLong & Clarke-Pearson 1988, for the average precision the
     derivative of E[y · precision] / E[y], through the hits and through the counts at every lower score.
     """
-    ranked, n = _Ranking.of(scores, targets), len(scores)
     value = auc(scores, targets) if metric == "auc" else average_precision(scores, targets)
     if value is None:
         return None
-    is_hit, place = targets > 0.5, np.unique(-scores, return_inverse=True)[1]
-    own_hits = np.diff(ranked.hits, prepend=0)
+    hits, misses = _hits_and_misses(scores, targets)
+    own_hits, positives, negatives, n = np.diff(hits, prepend=0), hits[-1], misses[-1], len(scores)
+    is_positive, place = targets > 0.5, np.unique(-scores, return_inverse=True)[1]
     if metric == "auc":
-        negatives = n - ranked.positives
-        beaten = (negatives - ranked.misses + np.diff(ranked.misses, prepend=0) / 2) / negatives
-        beaten_by = (ranked.hits - own_hits / 2) / ranked.positives
+        beaten = (negatives - misses + np.diff(misses, prepend=0) / 2) / negatives
+        beaten_by = (hits - own_hits / 2) / positives
         influence = np.where(
-            is_hit, (beaten[place] - value) * n / ranked.positives, (beaten_by[place] - value) * n / negatives
+            is_positive, (beaten[place] - value) * n / positives, (beaten_by[place] - value) * n / negatives
         )
     else:
-        counted = ranked.hits + ranked.misses
-        precision = ranked.hits / counted
-        by_hits = np.cumsum((own_hits / counted)[::-1])[::-1]
-        by_counts = np.cumsum((own_hits * precision / counted)[::-1])[::-1]
-        moved = is_hit * (precision - value + by_hits)[place] - by_counts[place]
-        influence = moved * n / ranked.positives
+        counts = hits + misses
+        precision = hits / counts
+        by_hits = np.cumsum((own_hits / counts)[::-1])[::-1]
+        by_counts = np.cumsum((own_hits * precision / counts)[::-1])[::-1]
+        influence = (is_positive * (precision - value + by_hits)[place] - by_counts[place]) * n / positives
     return value + influence
 
 
-@dataclass(frozen=True, eq=False)
-class _Ranking:
-    """Per distinct score, highest first: positives and negatives that score it or more."""
-
-    hits: Ints
-    misses: Ints
-    positives: int
-
-    @staticmethod
-    def of(scores: Floats, targets: Floats) -> _Ranking:
-        order = np.argsort(-scores, kind="stable")
-        hits = np.cumsum(targets[order] > 0.5)
-        last_of_its_score = np.append(scores[order][1:] != scores[order][:-1], True)
-        misses = np.arange(1, len(scores) + 1) - hits
-        return _Ranking(hits[last_of_its_score], misses[last_of_its_score], int(hits[-1]))
+def _hits_and_misses(scores: Floats, targets: Floats) -> tuple[Ints, Ints]:
+    """Per distinct score, highest first: the positives, and the negatives, with that score or more."""
+    order = np.argsort(-scores, kind="stable")
+    hits = np.cumsum(targets[order] > 0.5)
+    misses = np.arange(1, len(scores) + 1) - hits
+    is_last_of_score = np.append(scores[order][1:] != scores[order][:-1], True)
+    return hits[is_last_of_score], misses[is_last_of_score]
 
 
 def calibration_error(logits: Floats, targets: Floats) -> float:
-    """Expected calibration error: |share of positives − mean probability| over 10 bins of equal mass, weighted by size.
+    """Expected calibration error: |share of positives − mean probability| per bin, weighted by the bin's size.
+
+    Of a constant prediction it is |base rate − p|. Of calibrated predictions that differ it is not 0 but, by chance
+    alone, about √(2 · bins · p(1 − p) / (π n)); on this bias see Roelofs et al. 2022.
+    """
+    gaps = np.bincount(equal_mass_bins(logits), weights=targets - sigmoid(logits), minlength=CALIBRATION_BINS)
+    return float(np.abs(gaps).sum() / len(logits))
+
+
+def equal_mass_bins(logits: Floats, n_bins: int = CALIBRATION_BINS) -> Ints:
+    """(S,) bin of each row, in bins of equal mass from low to high.
 
     Equal mass rather than equal width (Nguyen & O'Connor 2015): rare outcomes crowd into few equal-width bins. Rows
-    with equal logits share a bin, the one of their mean rank: the result does not depend on the order of rows, and of
-    a constant prediction it is |base rate − p|. Of calibrated predictions that differ it is not 0 but, by chance alone,
-    about √(2 · bins · p(1 − p) / (π n)); on this bias see Roelofs et al. 2022.
+    with equal logits share a bin, the one of their mean rank: the order of rows doesn't matter.
     """
-    p, n = sigmoid(logits), len(logits)
     _, place, counts = np.unique(logits, return_inverse=True, return_counts=True)
     middle = np.cumsum(counts) - counts / 2
-    bins = (middle * CALIBRATION_BINS / n).astype(int)[place]
-    gaps = np.bincount(bins, weights=targets - p, minlength=CALIBRATION_BINS)
-    return float(np.abs(gaps).sum() / n)
+    return (middle * n_bins / len(logits)).astype(int)[place]
 
 
 # --- values -----------------------------------------------------------------------------------------------------------
 
 
-def _of_values(predicted: Floats, targets: Floats, prior: float) -> Metrics:
+def _evaluate_values(predicted: Floats, targets: Floats, prior: float) -> Metrics:
     constant = float(_prior_value(prior))
     mse, prior_mse = float(np.square(predicted - targets).mean()), float(np.square(constant - targets).mean())
     mae, prior_mae = float(np.abs(predicted - targets).mean()), float(np.abs(constant - targets).mean())
+    has_sign = (predicted != 0) & (targets != 0)
+    same_sign = ((predicted > 0) == (targets > 0))[has_sign]
     return {
         "mse": mse,
         "skill": _skill(mse, prior_mse),
         "mae": mae,
         "mae_skill": _skill(mae, prior_mae),
         "correlation": correlation(predicted, targets),
-        "sign_accuracy": _sign_accuracy(predicted, targets),
+        "sign_accuracy": float(same_sign.mean()) if has_sign.any() else None,
         **_spread(predicted),
         "target_spread": float(targets.std()),
         "prior": float(prior),
@@ -283,22 +277,16 @@ def _prior_value(prior: float) -> np.float32:
 
 
 def correlation(predicted: Floats, targets: Floats) -> float | None:
-    """Pearson's; none where either is constant."""
+    """Pearson's; None where either is constant."""
     centred = []
     for values in (np.asarray(predicted, np.float64), np.asarray(targets, np.float64)):
         # Rounding leaves the SD of a constant at 1e-17 or so, not at 0: ask whether it varies beyond that.
         if np.ptp(values) <= 1e-12 * np.abs(values).max():
             return None
-        moved = values - values.mean()
-        centred.append(moved / np.abs(moved).max())
+        deviations = values - values.mean()
+        centred.append(deviations / np.abs(deviations).max())
     a, b = centred
     return float(np.clip(np.dot(a, b) / np.sqrt(np.dot(a, a) * np.dot(b, b)), -1, 1))
-
-
-def _sign_accuracy(predicted: Floats, targets: Floats) -> float | None:
-    """Share of right signs where both have one; none where there are no such rows."""
-    signed = (predicted != 0) & (targets != 0)
-    return float(((predicted > 0) == (targets > 0))[signed].mean()) if signed.any() else None
 
 
 # --- shared -----------------------------------------------------------------------------------------------------------
@@ -308,12 +296,13 @@ def _checked(predicts: Prediction, outputs: Floats, targets: Floats) -> tuple[Fl
     outputs, targets = np.asarray(outputs, np.float64), np.asarray(targets, np.float64)
     if outputs.shape != targets.shape or outputs.ndim != 1 or len(outputs) == 0:
         raise ValueError(
-            f"wanted (S,) outputs and as many targets, S > 0; got shapes {outputs.shape} and {targets.shape}"
+            f"metrics need (S,) outputs and as many targets, S > 0; got shapes {outputs.shape} and {targets.shape}"
         )
     for name, values in (("outputs", outputs), ("targets", targets)):
         if bad := int((~np.isfinite(values)).sum()):
             raise ValueError(f"{name} must be finite; {bad} of {len(values)} are not")
-    if predicts == "probability" and not np.isin(targets, (0.0, 1.0)).all():
+    classes = _SCORINGS[predicts].classes
+    if classes and not np.isin(targets, classes).all():
         raise ValueError(f"targets of probabilities must be 0 or 1, got {targets.min():g} … {targets.max():g}")
     return outputs, targets
 
@@ -329,7 +318,6 @@ def _skill(loss: float, prior_loss: float) -> float | None:
 
 
 def _spread(predictions: Floats) -> Metrics:
-    """Extent of probabilities, or of predicted values; spread is their SD."""
     return {
         "prediction_min": float(predictions.min()),
         "prediction_max": float(predictions.max()),
@@ -339,22 +327,22 @@ def _spread(predictions: Floats) -> Metrics:
 
 
 @dataclass(frozen=True)
-class _Scores:
+class _Scoring:
     """How one kind of prediction is scored."""
 
     evaluate: Callable[[Floats, Floats, float], Metrics]
     """(outputs, targets, prior) → metrics."""
     loss: Callable[[Floats, Floats], Floats]
+    """(outputs, targets) → (S,)."""
     ensemble: Callable[[Floats], Floats]
     prior_output: Callable[[float], np.float32]
+    classes: tuple[float, ...] = ()
+    """The values that targets may have; empty: any."""
 
 
-_SCORES: dict[Prediction, _Scores] = {
-    "probability": _Scores(_of_probabilities, _log_loss, _mean_probability, _prior_logit),
-    "value": _Scores(
-        _of_values,
-        lambda outputs, targets: np.square(outputs - targets),
-        lambda outputs: outputs.mean(axis=0),
-        _prior_value,
+_SCORINGS: dict[Prediction, _Scoring] = {
+    "probability": _Scoring(
+        _evaluate_probabilities, _log_loss, _logit_of_mean_probability, _prior_logit, classes=(0.0, 1.0)
     ),
+    "value": _Scoring(_evaluate_values, lambda y, t: np.square(y - t), lambda y: y.mean(axis=0), _prior_value),
 }
