@@ -108,7 +108,7 @@ def test_a_task_from_outside_is_trained_scored_and_kept(toy, tmp_path):
     space = SearchSpace.build(spec, n_features=3)
     shape = min(space.shapes, key=lambda shape: shape.n_layers * shape.d_model)
     config = space.trial_config(
-        spec, space.encode(shape) | {"optim.learning_rate": 3e-3, "model.dropout": 0.0}, shape, seed=0
+        space.encode(shape) | {"optim.learning_rate": 3e-3, "model.dropout": 0.0}, shape, seed=0
     )
     assert json.loads(config.model_dump_json())["task"]["kind"] == spec.task.kind
     assert type(config).model_validate_json(config.model_dump_json()) == config

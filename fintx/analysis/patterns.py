@@ -31,7 +31,7 @@ from scipy import stats
 from fintx.analysis.study_results import StudyResults
 from fintx.config.schema import Choices, Shape
 from fintx.evaluate import metrics
-from fintx.study import sampler, trial_table
+from fintx.study import search_space, trial_table
 from fintx.study.records import TrialRecord
 from fintx.study.search_space import SearchSpace
 from fintx.types import Floats
@@ -369,7 +369,7 @@ def summarize(results: StudyResults, space: SearchSpace) -> SearchSummary:
         outcomes=_outcomes(trials),
         finished=len(trials),
         wanted=results.spec.study.n_trials,
-        repeated_configs=tuple(_repeated(trials, lambda record: sampler.trial_identity(record.config)).values()),
+        repeated_configs=tuple(_repeated(trials, lambda record: search_space.trial_identity(record.config)).values()),
         repeated_shapes=tuple(sorted(repeated_shapes.items(), key=lambda pair: -len(pair[1]))),
         coverage=_coverage(feasible, trained),
         shapes=space.shapes,

@@ -30,7 +30,7 @@ if TYPE_CHECKING:  # what is printed has been made by then; to import its makers
     from fintx.run.confirm import ConfirmationSummary
     from fintx.run.scheduler import StudyFailure, StudySummary
     from fintx.study.plan import FittingDepths, MemoryRow, ShapeCount, StudyPlan
-    from fintx.study.queuefile import QueueEdit, QueueListing
+    from fintx.study.queue_file import QueueEdit, QueueListing
     from fintx.study.trial_table import Lease
 
 

@@ -498,9 +498,9 @@ QueueFile = Annotated[Path, typer.Argument(help="A sweep file, or a manual file.
 def list_queue(file: QueueFile, outputs: Outputs = OUTPUTS, data_dir: DataDir = DATA) -> None:
     """List every entry with its state, trial, exact size, training values and note."""
     from fintx.cli import display
-    from fintx.study import queuefile
+    from fintx.study import queue_file
 
-    display.print_queue(Console(), queuefile.listings(file, outputs=outputs, data_root=data_dir))
+    display.print_queue(Console(), queue_file.listings(file, outputs=outputs, data_root=data_dir))
 
 
 @queue_app.command(name="add")
@@ -519,12 +519,12 @@ def add_to_queue(
 ) -> None:
     """Add an entry at the file's end, if the file is right with it; a study that runs takes it up."""
     from fintx.cli import display
-    from fintx.study import queuefile
+    from fintx.study import queue_file
 
     shape = {"d_model": d_model, "n_layers": n_layers, "n_heads": n_heads, "d_ff": d_ff}
     words = {"sweep": sweep, "id": name, "training": training, "note": note}
     given = {key: text for key, text in words.items() if text is not None}
-    edit = queuefile.add(file, {**shape, **given, **dict(map(queuefile.value_of, values))}, data_root=data_dir)
+    edit = queue_file.add(file, {**shape, **given, **dict(map(queue_file.value_of, values))}, data_root=data_dir)
     display.print_edit(Console(), edit, "added")
 
 
@@ -538,9 +538,9 @@ def cancel_in_queue(
 ) -> None:
     """Mark an entry as never to be run; one that runs or is done can't be cancelled."""
     from fintx.cli import display
-    from fintx.study import queuefile
+    from fintx.study import queue_file
 
-    edit = queuefile.cancel(file, identity, sweep=sweep, outputs=outputs, data_root=data_dir)
+    edit = queue_file.cancel(file, identity, sweep=sweep, outputs=outputs, data_root=data_dir)
     display.print_edit(Console(), edit, "cancelled")
 
 

@@ -23,7 +23,7 @@ from fintx.errors import FintxError
 from fintx.evaluate import metrics
 from fintx.run.job import Job
 from fintx.run.study_run import StudyRun
-from fintx.study import baseline_store, lifecycle, locks, records, sampler, study_file
+from fintx.study import baseline_store, lifecycle, locks, records, search_space, study_file
 from fintx.study.events import ConfirmReady, RerunFinished, RunContext
 from fintx.study.records import TrialRecord
 from fintx.train.train_state import static_config
@@ -211,7 +211,7 @@ def fresh_seeds(seed: int, n: int, *, used: set[int]) -> tuple[int, ...]:
     found: list[int] = []
     number = 0
     while len(found) < n:
-        fresh = sampler.derive_seed(seed, sampler.CONFIRM, number)
+        fresh = search_space.derive_seed(seed, search_space.CONFIRM, number)
         if fresh not in used and fresh not in found:
             found.append(fresh)
         number += 1

@@ -8,7 +8,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, TypeAdapter
 
 from fintx.config.schema import StudySpec, TrialConfig
-from fintx.study import records, sampler
+from fintx.study import records, search_space
 
 STOP = "stop"
 
@@ -49,7 +49,7 @@ class Job(BaseModel):
         """The config with each of its seeds; a confirmation's has the one that it was given."""
         k = self.spec.study.replicates if self.rerun is None else 1
         return tuple(
-            self.config.model_copy(update={"seed": sampler.replicate_seed(self.config.seed, replicate)})
+            self.config.model_copy(update={"seed": search_space.replicate_seed(self.config.seed, replicate)})
             for replicate in range(k)
         )
 

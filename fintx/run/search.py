@@ -18,7 +18,7 @@ from fintx.errors import FintxError
 from fintx.run import trial
 from fintx.run.job import Job
 from fintx.run.study_run import StudyRun
-from fintx.study import queue, records, sampler, study_file
+from fintx.study import queue, records, search_space, study_file
 from fintx.study.events import RunContext, TrialFinished
 from fintx.study.lifecycle import OpenStudy, StudyRequest, kept_spec, write_definition
 from fintx.study.records import TrialRecord
@@ -101,7 +101,7 @@ class Search:
 
         try:
             acquired = self._acquire(suits)
-        except sampler.SpaceExhausted as error:
+        except search_space.SpaceExhausted as error:
             if not self.run.held:  # else what runs comes to its end first
                 self.run.fail(error)
                 return None
@@ -137,7 +137,7 @@ class Search:
 
         try:
             acquired = self._acquire(suits, ahead=setting != "auto")
-        except sampler.SpaceExhausted:
+        except search_space.SpaceExhausted:
             return None
         return None if acquired is None else self._job(*acquired, first.memory_limit, first.at_once)
 
@@ -235,7 +235,7 @@ class Search:
         return now - since > self.spec.execution.hang_s + 2 * self._renew_s
 
     def _new(self, leases: tuple[Lease, ...], propose: bool) -> Proposal | SameTrial | None:
-        trained = {sampler.trial_identity(self._config(lease, 0)): lease.number for lease in leases}
+        trained = {search_space.trial_identity(self._config(lease, 0)): lease.number for lease in leases}
         taken = {lease.entry for lease in leases}
         for entry in self._entries():
             identity = queue.entry_id(entry)
@@ -250,12 +250,12 @@ class Search:
         return queue.entries(self.spec, self.opened.space)
 
     def _queued(self, entry: Any, identity: str, trained: dict[str, int]) -> Proposal | SameTrial:
-        settled = queue.settle(entry, self.spec, self.opened.space, best=self.best)
+        settled = queue.settle(entry, self.opened.space, best=self.best)
         params = settled.params
         if settled.training == "sampler":
             params = self._proposed(params, settled.shape, trained)
         proposal = self._proposal(params, settled.shape, entry=identity, note=entry.note, training=settled.training)
-        same = trained.get(sampler.trial_identity(self._config(proposal, 0)))
+        same = trained.get(search_space.trial_identity(self._config(proposal, 0)))
         if same is None:
             return proposal
         self._say_once(f"queue entry {identity} asks for what trial {same} is already: not trained again")
@@ -263,7 +263,7 @@ class Search:
 
     def _proposed(self, fixed: dict[str, Any], shape: Any, trained: dict[str, int]) -> dict[str, Any]:
         trials = self._trials()
-        return sampler.propose(
+        return search_space.propose(
             self.spec, self.opened.space, trials, number=len(trials), fixed=fixed, shape=shape, trained=trained
         )
 
@@ -275,8 +275,8 @@ class Search:
         return Proposal(params, self.opened.space.distributions, shape, **known)  # type: ignore[arg-type]
 
     def _config(self, trial_: Lease | Proposal, number: int) -> TrialConfig:
-        seed = sampler.derive_seed(self.spec.study.seed, sampler.TRIAL, number)
-        return self.opened.space.trial_config(self.spec, trial_.params, trial_.shape, seed=seed)
+        seed = search_space.derive_seed(self.spec.study.seed, search_space.TRIAL, number)
+        return self.opened.space.trial_config(trial_.params, trial_.shape, seed=seed)
 
     # --- what came of it ---
 

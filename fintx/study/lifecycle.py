@@ -297,7 +297,7 @@ def _misfit(record: TrialRecord, before: dict[str, Any], spec: StudySpec, space:
         section, _, key = name.partition(".")
         if not _contains(distribution, getattr(getattr(record.config, section), key)):
             return f"their {name} lies outside its range"
-    again = space.trial_config(spec, _params(record, space), record.config.shape, seed=record.config.seed)
+    again = space.trial_config(_params(record, space), record.config.shape, seed=record.config.seed)
     ours, theirs = again.model_dump(), record.config.model_dump()
     for section in ours:
         if ours[section] != theirs[section]:

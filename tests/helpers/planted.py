@@ -146,7 +146,7 @@ def write_study(
         shape = space.shapes[int(rng.integers(len(space.shapes)))]
         params = {**space.encode(shape), "optim.learning_rate": float(np.exp(rng.uniform(np.log(1e-3), np.log(1e-2)))),
                   "model.dropout": float(rng.uniform(0, 0.5))}  # fmt: skip
-        config = space.trial_config(spec, params, shape, seed=int(rng.integers(2**31)))
+        config = space.trial_config(params, shape, seed=int(rng.integers(2**31)))
         total = param_count.count_params(config.model, shape, len(FEATURES)).total
         bad = number in failed
         outputs_ = np.zeros(len(labels)) if bad else predict(number, total)

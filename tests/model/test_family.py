@@ -199,7 +199,7 @@ def spec(tmp_path: Path, prepared: datasets.PreparedData) -> StudySpec:
 @pytest.fixture
 def trial(spec: StudySpec) -> TrialConfig:
     space = SearchSpace.build(spec, n_features=3)
-    return space.trial_config(spec, {"optim.learning_rate": 3e-3}, Shape(width=16), seed=1)
+    return space.trial_config({"optim.learning_rate": 3e-3}, Shape(width=16), seed=1)
 
 
 @pytest.fixture
@@ -319,7 +319,7 @@ def test_shapes_are_queued_by_its_names(tmp_path: Path, prepared: datasets.Prepa
     assert [entry.shape for entry in spec.queue] == [Shape(width=20)]
     assert loaded(tmp_path, load.dump(spec)) == spec
     space = SearchSpace.build(spec, n_features=3)
-    assert queue.settle(spec.queue[0], spec, space, best=None).shape == Shape(width=20)
+    assert queue.settle(spec.queue[0], space, best=None).shape == Shape(width=20)
     extremes = [(entry.note, entry.shape.width) for entry in queue.unlisted_extremes(spec, space)]
     assert extremes == [("smallest width", 16), ("largest width", 24)]
     queue.validate(spec, n_features=3)

@@ -14,7 +14,7 @@ from fintx.analysis import evaluation
 from fintx.config import load
 from fintx.config.schema import StudySpec
 from fintx.run import scheduler
-from fintx.study import lifecycle, records, sampler, study_file
+from fintx.study import lifecycle, records, search_space, study_file
 from fintx.study.events import RunContext
 from fintx.study.records import TrialRecord
 from fintx.study.search_space import SearchSpace
@@ -79,7 +79,7 @@ def test_the_first_seed_is_the_trial_that_it_was_without_replicates(one_by_one: 
 def test_every_seed_is_another(one_by_one: Path) -> None:
     record = only(one_by_one)
     drawn = [record.config.seed, *(replicate.seed for replicate in record.replicates)]
-    assert drawn == [sampler.replicate_seed(record.config.seed, number) for number in range(3)]
+    assert drawn == [search_space.replicate_seed(record.config.seed, number) for number in range(3)]
     assert len(set(drawn)) == 3
 
 

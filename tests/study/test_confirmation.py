@@ -17,7 +17,7 @@ from fintx.evaluate import metrics
 from fintx.report.format import confirmation_details, confirmation_verdict
 from fintx.run import confirm
 from fintx.run.search import Search
-from fintx.study import lifecycle, locks, records, sampler, study_file
+from fintx.study import lifecycle, locks, records, search_space, study_file
 from fintx.study.events import RunContext
 from tests.helpers.planted_predictions import Planted
 
@@ -232,7 +232,7 @@ def test_a_regression_is_compared_by_its_squared_error(plant, spec, tmp_path):
 def test_fresh_seeds_are_the_same_for_ever_and_none_of_the_searchs():
     few, many = confirm.fresh_seeds(0, 3, used=set()), confirm.fresh_seeds(0, 20, used=set())
     assert many[:3] == few and len(set(many)) == 20
-    search = {sampler.derive_seed(0, sampler.TRIAL, number) for number in range(200)}
+    search = {search_space.derive_seed(0, search_space.TRIAL, number) for number in range(200)}
     assert not search & set(many)
     assert confirm.fresh_seeds(0, 2, used={few[0]}) == many[1:3]
     assert confirm.fresh_seeds(1, 3, used=set()) != few

@@ -71,10 +71,10 @@ def record(params: dict, number: int = 7) -> TrialRecord:
 
 def test_a_queued_shape_and_its_values_are_what_runs_in_their_own_types(space):
     study = optuna.create_study()
-    settled = queue.settle(ENTRY, space.spec, space, best=None)
+    settled = queue.settle(ENTRY, space, best=None)
     study.enqueue_trial(settled.params)
     trial = study.ask(space.distributions)
-    config = space.trial_config(space.spec, trial.params, settled.shape, seed=0)
+    config = space.trial_config(trial.params, settled.shape, seed=0)
     assert config.shape == ENTRY.shape
     found = (config.train.batch_size, config.train.patience, config.optim.learning_rate, config.model.revin)
     assert found == (64, 4, 1.0, True)
@@ -87,7 +87,7 @@ def test_what_an_entry_leaves_open_comes_from_the_best_trial(space):
     searched = {"optim.learning_rate": 0.02, "train.batch_size": 32, "train.patience": 9, "model.revin": True}
     best = record({"shape.aspect": 0.0, "shape.heads": 99.0, **searched})
     entry = ENTRY.model_copy(update={"values": {"train.patience": 4.0}})
-    settled = queue.settle(entry, space.spec, space, best=best)
+    settled = queue.settle(entry, space, best=best)
     assert settled.params == {**space.encode(entry.shape), **searched, "train.patience": 4}
     assert settled.training == "trial 7"
 
@@ -107,7 +107,7 @@ def test_or_from_the_files_defaults_brought_into_the_searched_range(training, be
     )
     space = SearchSpace.build(spec, n_features=N_FEATURES)
     entry = ENTRY.model_copy(update={"values": {}, "training": training})
-    settled = queue.settle(entry, spec, space, best=best)
+    settled = queue.settle(entry, space, best=best)
     found = {path: settled.params[path] for path in spec.space}
     assert found == {
         "optim.learning_rate": 3e-4, "optim.weight_decay": 0.25, "train.batch_size": 32, "train.patience": 9,
@@ -119,7 +119,7 @@ def test_or_from_the_files_defaults_brought_into_the_searched_range(training, be
 
 def test_or_is_left_to_the_sampler(space):
     entry = ENTRY.model_copy(update={"values": {"train.patience": 4}, "training": "sampler"})
-    settled = queue.settle(entry, space.spec, space, best=record({"optim.learning_rate": 0.5}))
+    settled = queue.settle(entry, space, best=record({"optim.learning_rate": 0.5}))
     assert settled.params == {**space.encode(entry.shape), "train.patience": 4}
     assert settled.training == "sampler"
     study = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=1))
@@ -147,12 +147,12 @@ queued = st.builds(
 
 @given(queued, st.none() | values)
 def test_what_is_settled_trains_the_entrys_very_shape_and_values(space, entry, known):
-    settled = queue.settle(entry, space.spec, space, best=None if known is None else record(known))
+    settled = queue.settle(entry, space, best=None if known is None else record(known))
     assert settled.params.keys() == space.distributions.keys()
     for name, value in settled.params.items():
         held = space.distributions[name]
         assert held._contains(held.to_internal_repr(value))
-    config = space.trial_config(space.spec, settled.params, settled.shape, seed=0)
+    config = space.trial_config(settled.params, settled.shape, seed=0)
     assert config.shape == entry.shape
     for path, value in entry.values.items():
         section, _, key = path.partition(".")
@@ -368,7 +368,7 @@ def test_an_id_of_another_shape_is_no_state_of_the_entry(space):
 
 
 def entry_params(space) -> dict:
-    return queue.settle(ENTRY, space.spec, space, best=None).params
+    return queue.settle(ENTRY, space, best=None).params
 
 
 def test_an_entry_must_fit_the_budget_with_every_geometry_that_it_may_run_with():

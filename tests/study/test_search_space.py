@@ -100,11 +100,11 @@ def test_searched_values_reach_the_config_in_their_own_type(space):
     params = {
         **space.encode(space.shapes[7]), "optim.learning_rate": 5e-4, "train.batch_size": 64, "train.patience": 4
     }  # fmt: skip
-    config = space.trial_config(space.spec, params, space.shapes[7], seed=11)
+    config = space.trial_config(params, space.shapes[7], seed=11)
     assert (config.optim.learning_rate, config.train.batch_size, config.train.patience) == (5e-4, 64, 4)
     assert config.shape == space.shapes[7] and config.seed == 11
     assert isinstance(space.distributions["train.patience"], optuna.distributions.IntDistribution)
-    assert config == space.trial_config(space.spec, dict(reversed(params.items())), space.shapes[7], seed=11)
+    assert config == space.trial_config(dict(reversed(params.items())), space.shapes[7], seed=11)
 
 
 def test_a_searched_geometry_keeps_every_combination_inside_the_budget():
@@ -125,7 +125,7 @@ def test_the_sampler_can_drive_it(space):
     study = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=0, n_startup_trials=5))
     for _ in range(12):
         trial = study.ask(space.distributions)
-        config = space.trial_config(space.spec, trial.params, space.decode(trial.params), seed=0)
+        config = space.trial_config(trial.params, space.decode(trial.params), seed=0)
         study.tell(trial, float(np.log2(config.shape.d_model)))
     assert len({tuple(trial.params.items()) for trial in study.trials}) == 12
 
@@ -175,7 +175,7 @@ def test_a_whole_number_for_a_number_is_the_same_config():
     spec = make_spec(space={"model.dropout": Choices(choices=(0, 0.5)), "optim.clip_norm": FloatRange(low=1, high=2)})
     space = SearchSpace.build(spec, n_features=N_FEATURES)
     configs = [
-        space.trial_config(spec, {"model.dropout": zero, "optim.clip_norm": one}, space.shapes[0], seed=0)
+        space.trial_config({"model.dropout": zero, "optim.clip_norm": one}, space.shapes[0], seed=0)
         for zero, one in ((0, 1), (0.0, 1.0))
     ]
     assert config_hash(configs[0]) == config_hash(configs[1])

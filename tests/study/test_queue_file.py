@@ -20,7 +20,7 @@ from fintx.cli import main
 from fintx.config import load
 from fintx.config.schema import TrialConfig
 from fintx.errors import FintxError
-from fintx.study import queue, queuefile, records, trial_table
+from fintx.study import queue, queue_file, records, trial_table
 from fintx.study.records import TrialRecord
 from fintx.study.trial_table import Lease
 
@@ -68,13 +68,13 @@ def write(folder: Path, text: str, name: str = "small.toml") -> Path:
     return path
 
 
-def add(path: Path, fields: dict | None = None, **changes) -> queuefile.QueueEdit:
-    return queuefile.add(path, {**(SHAPE if fields is None else fields), **changes}, data_root=path.parent / "data")
+def add(path: Path, fields: dict | None = None, **changes) -> queue_file.QueueEdit:
+    return queue_file.add(path, {**(SHAPE if fields is None else fields), **changes}, data_root=path.parent / "data")
 
 
-def cancel(path: Path, identity: str, **arguments) -> queuefile.QueueEdit:
+def cancel(path: Path, identity: str, **arguments) -> queue_file.QueueEdit:
     folder = path.parent
-    return queuefile.cancel(path, identity, outputs=folder / "outputs", data_root=folder / "data", **arguments)
+    return queue_file.cancel(path, identity, outputs=folder / "outputs", data_root=folder / "data", **arguments)
 
 
 def refused(path: Path, act, *arguments, **named) -> str:
@@ -114,7 +114,7 @@ def test_an_entry_is_added_behind_all_there_is(text, end, tmp_path):
     spec = load.study(path)
     entry = spec.queue[-1]
     assert (entry.shape.model_dump(), entry.values) == (SHAPE, {"optim.learning_rate": 3e-4})
-    assert entry.note == 'say "why"\n\x7f' and edit == queuefile.QueueEdit("small", queue.entry_id(entry), entry)
+    assert entry.note == 'say "why"\n\x7f' and edit == queue_file.QueueEdit("small", queue.entry_id(entry), entry)
     assert f"{end}{end}[[queue]]{end}d_model".encode() in after
 
 
@@ -158,7 +158,7 @@ def test_a_queue_that_would_outgrow_the_total_is_refused_where_the_total_stands(
 def test_a_total_below_a_queue_that_may_be_done_hides_no_queue(tmp_path):
     two = FIRST + FIRST.replace("n_layers = 3", "n_layers = 2")
     path = write(tmp_path, HEAD.replace("n_trials = 9", "n_trials = 1") + two)
-    (listing,) = queuefile.listings(path, outputs=tmp_path / "outputs", data_root=tmp_path / "data")
+    (listing,) = queue_file.listings(path, outputs=tmp_path / "outputs", data_root=tmp_path / "data")
     assert (listing.n_trials, len(listing.rows)) == (1, 2)
 
 
@@ -321,12 +321,12 @@ def test_what_runs_or_is_done_is_not_cancelled(changes, words, tmp_path, monkeyp
 
 def test_an_extreme_is_cancelled_by_a_block_of_its_own(tmp_path):
     path = write(tmp_path, HEAD.replace("n_trials = 9", "n_trials = 9\nqueue_extremes = true"))
-    (listing,) = queuefile.listings(path, outputs=tmp_path / "outputs", data_root=tmp_path / "data")
+    (listing,) = queue_file.listings(path, outputs=tmp_path / "outputs", data_root=tmp_path / "data")
     rows = {row.state.entry.note: row.state for row in listing.rows}
     first = next(state for note, state in rows.items() if "smallest d_model" in note)
     cancel(path, first.identity)
     assert refused(path, cancel, first.identity) == f"{path}: {first.identity} is cancelled already"
-    (again,) = queuefile.listings(path, outputs=tmp_path / "outputs", data_root=tmp_path / "data")
+    (again,) = queue_file.listings(path, outputs=tmp_path / "outputs", data_root=tmp_path / "data")
     states = {row.state.identity: row.state.state for row in again.rows}
     assert states == {state.identity: "queued" for state in rows.values()} | {first.identity: "cancelled"}
 
@@ -366,7 +366,7 @@ def tree(text: str) -> dict:
 
 @given(_texts)
 def test_appending_keeps_every_byte_and_adds_one_entry(text):
-    changed = queuefile.appended(text, ["[[queue]]", "d_model = 8"])
+    changed = queue_file.appended(text, ["[[queue]]", "d_model = 8"])
     assert changed.startswith(text)
     before = tree(text)
     assert tree(changed) == {**before, "queue": [*before.get("queue", []), {"d_model": 8}]}
@@ -377,7 +377,7 @@ def test_appending_keeps_every_byte_and_adds_one_entry(text):
 def test_cancelling_changes_one_entry_by_one_line(text, data):
     wanted = tree(text)
     index = data.draw(st.integers(0, len(wanted["queue"]) - 1))
-    changed = queuefile.with_cancelled(Path("x.toml"), text, index)
+    changed = queue_file.with_cancelled(Path("x.toml"), text, index)
     wanted["queue"][index]["cancelled"] = True
     assert tree(changed) == wanted
     lines, more = text.split("\n"), changed.split("\n")
