@@ -102,7 +102,7 @@ def test_a_task_from_outside_is_trained_scored_and_kept(toy, tmp_path):
         fold.validation.labels,
         tasks.labels(rule, SPX.between(spec.data.start, None))[fold.validation.rows].astype("f4"),
     )
-    assert prepared.label_words == rule.describe()
+    assert prepared.label_description == rule.describe()
     assert (prepared.parts[0].positives is None) == (rule.predicts == "value")
 
     space = SearchSpace.build(spec, n_features=3)

@@ -325,7 +325,7 @@ def show_data(console: Console, prepared: PreparedData) -> None:
     show(console, ranges)
     dropped = "; ".join(f"{n:,} {reason}" for reason, n in prepared.dropped.items())
     lines(console, f"{len(prepared.data.features)} features per bar; dropped rows: {dropped}\n")
-    lines(console, f"Label: {prepared.label_words}")
+    lines(console, f"Label: {prepared.label_description}")
     show(console, split)
 
 

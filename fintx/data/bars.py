@@ -59,6 +59,10 @@ class Bars:
             keep &= self.dates <= np.datetime64(end)
         return self.take(np.flatnonzero(keep))
 
+    def before(self, day: np.datetime64 | None) -> Bars:
+        """The bars before a day; None: all."""
+        return self if day is None else self.take(np.flatnonzero(self.dates < day))
+
     def take(self, rows: np.ndarray) -> Bars:
         """The bars of the given rows."""
         return replace(self, dates=self.dates[rows], **{name: array[rows] for name, array in self.columns.items()})
@@ -81,24 +85,15 @@ def make_bars(
 # --- rules ------------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Problem:
-    """A row that breaks a rule."""
-
-    row: int
-    """Index into the bars, from 0."""
-    message: str
-
-
-def bar_problems(bars: Bars) -> list[Problem]:
-    """Every row that breaks a rule: dates increasing and unique; prices finite and above 0;
+def bar_problems(bars: Bars) -> list[tuple[int, str]]:
+    """(row, message) of every row that breaks a rule: dates increasing and unique; prices finite and above 0;
     High ≥ max(Open, Close) ≥ min(Open, Close) ≥ Low; volume finite and not negative."""
-    problems: list[Problem] = []
+    problems: list[tuple[int, str]] = []
 
     def add(broken: np.ndarray, message: str, *shown: str) -> None:
         for row in np.flatnonzero(broken):
             values = ", ".join(f"{name} {getattr(bars, name)[row]:g}" for name in shown)
-            problems.append(Problem(int(row), f"{message} ({values})" if values else message))
+            problems.append((int(row), f"{message} ({values})" if values else message))
 
     add(np.isnat(bars.dates), "has no date")
     add(np.append(False, bars.dates[1:] <= bars.dates[:-1]), "does not come after the row before")
@@ -113,7 +108,7 @@ def bar_problems(bars: Bars) -> list[Problem]:
         add(~np.isfinite(bars.adj_close) | (bars.adj_close <= 0), "adj_close is missing or not above 0")
     add(usable & (bars.high < np.maximum(bars.open, bars.close)), "high is below open or close", *PRICES)
     add(usable & (bars.low > np.minimum(bars.open, bars.close)), "low is above open or close", *PRICES)
-    return sorted(problems, key=lambda problem: problem.row)
+    return sorted(problems, key=lambda problem: problem[0])
 
 
 def check_bars(
@@ -130,17 +125,14 @@ def check_bars(
     Raises:
         BadBars: lists the rows that break one.
     """
-    problems = [problem for problem in bar_problems(bars) if rows is None or rows[problem.row]]
+    problems = [(row, message) for row, message in bar_problems(bars) if rows is None or rows[row]]
     if not problems:
         return
-    shown = [
-        f"  {'row' if lines is None else 'line'} {problem.row + 1 if lines is None else lines[problem.row]}, "
-        f"{bars.dates[problem.row]}: {problem.message}"
-        for problem in problems[:_MAX_PROBLEMS_SHOWN]
-    ]
+    place = [f"row {row + 1}" for row in range(len(bars))] if lines is None else [f"line {line}" for line in lines]
+    shown = [f"  {place[row]}, {bars.dates[row]}: {message}" for row, message in problems[:_MAX_PROBLEMS_SHOWN]]
     if len(problems) > len(shown):
         shown.append(f"  … and {len(problems) - len(shown)} more")
-    n_rows = len({problem.row for problem in problems})
+    n_rows = len({row for row, _ in problems})
     raise BadBars("\n".join([f"{where}: {n_rows} of {len(bars)} rows break a rule; {advice}", *shown]))
 
 

@@ -1,8 +1,10 @@
-"""Which days train, validate, test? By date across all assets at once, purged by the horizon; what can that show?"""
+"""Splits: the days that train, validate and test across all assets, purged by the horizon; what a part can show."""
 
 from __future__ import annotations
 
 import datetime
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -81,46 +83,39 @@ def split_days(split: SplitConfig, *, horizon: int, dates: np.ndarray) -> Split:
             f"task.horizon = {horizon} needs more than {horizon + 1} trading days, the data have {len(dates)}; "
             "shorten the horizon or widen data.start/end"
         )
-    if split.kind == "walk_forward":
-        return _walk_forward(split, dates)
+    edges, test = _edges(split, dates)
+    sealed_from = _NEVER if test is None else _embargoed(dates, test, split.embargo)
+    folds = []
+    for first, after in itertools.pairwise(edges):
+        if first >= after:
+            raise BadSplit(f"split.n_folds = {split.n_folds}: a fold has no trading day; lower it")
+        oldest = first - edges[0] if split.window == "rolling" else 0
+        end = _NEVER if after == len(dates) else dates[after]
+        folds.append(Fold(dates[oldest], _embargoed(dates, first, split.embargo), dates[first], end, sealed_from))
+    return Split(tuple(folds), None if test is None else dates[test])
+
+
+def _edges(split: SplitConfig, dates: np.ndarray) -> tuple[list[int], int | None]:
+    """Where each validation part begins and the last one ends, and where the test part begins, in `dates`."""
     if split.kind == "fractions":
         assert split.train is not None and split.validation is not None
-        validation = round(split.train * len(dates))
+        first = round(split.train * len(dates))
         test = round((split.train + split.validation) * len(dates))
-        if not 0 < validation < test < len(dates):
+        if not 0 < first < test < len(dates):
             raise BadSplit(
                 f"split.train = {split.train}, split.validation = {split.validation} leave a part of the "
                 f"{len(dates)} trading days empty; change them or widen data.start/end"
             )
-    else:
-        validation = _place(split.validation_start, dates, "split.validation_start")
-        test = _place(split.test_start, dates, "split.test_start")
-        if test <= validation:
-            raise BadSplit(f"no trading day lies in [{split.validation_start}, {split.test_start}); move them apart")
-    bound = _embargoed(dates, test, split.embargo)
-    fold = Fold(dates[0], _embargoed(dates, validation, split.embargo), dates[validation], dates[test], bound)
-    return Split((fold,), dates[test])
-
-
-def _walk_forward(split: SplitConfig, dates: np.ndarray) -> Split:
-    assert split.n_folds is not None
-    begin = _place(split.validation_start, dates, "split.validation_start")
-    test = None if split.test_start is None else _place(split.test_start, dates, "split.test_start")
-    last_day = dates[-1] + 1 if test is None else dates[test]
-    if begin >= (len(dates) if test is None else test):
+        return [first, test], test
+    first = _place(split.validation_start, dates, "split.validation_start")
+    sealed = None if split.test_start is None else _place(split.test_start, dates, "split.test_start")
+    end = len(dates) if sealed is None else sealed
+    if first >= end:
         raise BadSplit(f"no trading day lies in [{split.validation_start}, {split.test_start}); move them apart")
-    span = (last_day - dates[begin]).astype(int)
-    edges = [dates[begin] + np.timedelta64(round(span * k / split.n_folds), "D") for k in range(split.n_folds)]
-    places = [int(np.searchsorted(dates, edge)) for edge in edges] + [len(dates) if test is None else test]
-    sealed_from = _NEVER if test is None else _embargoed(dates, test, split.embargo)
-    folds = []
-    for first, after in zip(places[:-1], places[1:], strict=True):
-        if first >= after:
-            raise BadSplit(f"split.n_folds = {split.n_folds}: a fold has no trading day; lower it")
-        oldest = 0 if split.window == "expanding" else first - begin
-        end = _NEVER if after == len(dates) else dates[after]
-        folds.append(Fold(dates[oldest], _embargoed(dates, first, split.embargo), dates[first], end, sealed_from))
-    return Split(tuple(folds), None if test is None else dates[test])
+    n_folds = split.n_folds or 1  # a split by dates has one
+    span = ((dates[-1] + 1 if sealed is None else dates[sealed]) - dates[first]).astype(int)
+    starts = [dates[first] + np.timedelta64(round(span * k / n_folds), "D") for k in range(n_folds)]
+    return [*(int(place) for place in np.searchsorted(dates, starts)), end], sealed
 
 
 def _place(day: datetime.date | None, dates: np.ndarray, key: str) -> int:
@@ -189,25 +184,28 @@ def se_log_loss(base_rate: float, n: float) -> float | None:
 
 
 def describe_part(
-    part: str, task: TaskConfig, *, dates: np.ndarray, labels: Floats | None, n_effective: float
+    part: str, task: TaskConfig, *, dates: np.ndarray, labels: Floats | None, bars: Sequence[Ints]
 ) -> PartRow:
     """A line of the split table.
 
     Args:
-        labels: none for the sealed test part.
+        labels: None for the sealed test part.
+        bars: for each asset, the indices of the part's samples among its bars.
     """
-    classes = task.predicts == "probability" and labels is not None
-    rate = None if labels is None or len(labels) == 0 else float(np.mean(labels, dtype=np.float64))
+    n_effective = sum(effective_n(own, horizon=task.horizon) for own in bars)
+    base_rate = None if labels is None or len(labels) == 0 else float(np.mean(labels, dtype=np.float64))
+    classes = labels is not None and task.predicts == "probability"
+    class_rate = base_rate if classes else None
     return PartRow(
         part=part,
         first=str(dates.min()) if len(dates) else "–",
         last=str(dates.max()) if len(dates) else "–",
         n=len(dates),
         positives=int(np.sum(labels)) if classes else None,  # type: ignore[arg-type]
-        base_rate=rate,
+        base_rate=base_rate,
         n_effective=n_effective,
-        se_log_loss=se_log_loss(rate, n_effective) if classes and rate is not None else None,
-        se_auc=se_auc(rate, n_effective) if classes and rate is not None else None,
+        se_log_loss=None if class_rate is None else se_log_loss(class_rate, n_effective),
+        se_auc=None if class_rate is None else se_auc(class_rate, n_effective),
     )
 
 
@@ -217,31 +215,28 @@ def check(split: SplitConfig, task: TaskConfig, rows: tuple[PartRow, ...]) -> No
     Raises:
         TooFewSamples: with the numbers and what to change.
     """
-    complaints = []
     validation = [row for row in rows if row.part.startswith("validation")]
-    for row in rows:
-        if row.part.startswith("train"):
-            complaints += _class_complaints(split, task, row.part, row.n, row.positives)
-    n = sum(row.n for row in validation)
+    n, effective = sum(row.n for row in validation), sum(row.n_effective for row in validation)
     positives = None if task.predicts == "value" else sum(row.positives or 0 for row in validation)
-    complaints += _class_complaints(split, task, "validation", n, positives)
-    effective = sum(row.n_effective for row in validation)
+    parts = [(row.part, row.n, row.positives) for row in rows if row.part.startswith("train")]
+    complaints = []
+    for part, n_samples, n_positives in [*parts, ("validation", n, positives)]:
+        counts = {f"{n_samples} samples": n_samples}
+        if n_positives is not None:
+            classes = {"positives": n_positives, "negatives": n_samples - n_positives}
+            counts = {f"{count} {name} among {n_samples} samples": count for name, count in classes.items()}
+        complaints += [
+            f"{part} has {words}, below split.min_positives = {split.min_positives}"
+            for words, count in counts.items()
+            if count < split.min_positives
+        ]
     if effective < split.min_effective:
         complaints.append(
             f"validation has an effective sample size of {effective:.0f} ({n} labels that overlap over "
             f"{task.horizon} days), below split.min_effective = {split.min_effective}"
         )
     if complaints:
-        mend = "give the part more days (split.*), use more data, shorten task.horizon, or lower that minimum knowingly"
-        raise TooFewSamples(f"{'; '.join(complaints)}: {mend}")
-
-
-def _class_complaints(split: SplitConfig, task: TaskConfig, part: str, n: int, positives: int | None) -> list[str]:
-    if positives is None:
-        few = n < split.min_positives
-        return [f"{part} has {n} samples, below split.min_positives = {split.min_positives}"] if few else []
-    return [
-        f"{part} has {count} {name} among {n} samples, below split.min_positives = {split.min_positives}"
-        for name, count in (("positives", positives), ("negatives", n - positives))
-        if count < split.min_positives
-    ]
+        advice = (
+            "give the part more days (split.*), use more data, shorten task.horizon, or knowingly lower that minimum"
+        )
+        raise TooFewSamples(f"{'; '.join(complaints)}: {advice}")

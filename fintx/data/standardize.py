@@ -1,4 +1,4 @@
-"""On what scale does a model see its inputs, and have they left it since? Fitted on training rows, asset by asset."""
+"""Standardization: the scale of a model's inputs, fitted per asset on training rows; and their drift since."""
 
 from __future__ import annotations
 
@@ -29,10 +29,7 @@ class Standardizer:
     """(F,) over all training rows: for a symbol that was not trained on."""
 
     def apply(self, features: Floats, asset_ids: Ints, assets: Sequence[str]) -> Floats:
-        """Scale (rows, F) raw features to float32; rows with a missing feature become zeros, which no window touches.
-
-        The SDs of a symbol unknown here are the pooled ones.
-        """
+        """Scale (rows, F) raw features to float32; rows that lack a feature become 0: no window touches them."""
         mean = np.stack([self.mean.get(symbol, self.pooled_mean) for symbol in assets])
         std = np.stack([self.std.get(symbol, self.pooled_std) for symbol in assets])
         scaled = (features - mean[asset_ids]) / std[asset_ids]
@@ -42,21 +39,17 @@ class Standardizer:
     def to_json(self) -> dict[str, Any]:
         """As plain lists; `from_json` gives equal numbers back."""
         return {
-            "mean": {symbol: list(map(float, values)) for symbol, values in self.mean.items()},
-            "std": {symbol: list(map(float, values)) for symbol, values in self.std.items()},
-            "pooled_mean": list(map(float, self.pooled_mean)),
-            "pooled_std": list(map(float, self.pooled_std)),
+            "mean": {symbol: values.tolist() for symbol, values in self.mean.items()},
+            "std": {symbol: values.tolist() for symbol, values in self.std.items()},
+            "pooled_mean": self.pooled_mean.tolist(),
+            "pooled_std": self.pooled_std.tolist(),
         }
 
     @staticmethod
-    def from_json(held: dict[str, Any]) -> Standardizer:
+    def from_json(fields: dict[str, Any]) -> Standardizer:
         """The inverse of `to_json`."""
-        return Standardizer(
-            mean={symbol: np.asarray(values) for symbol, values in held["mean"].items()},
-            std={symbol: np.asarray(values) for symbol, values in held["std"].items()},
-            pooled_mean=np.asarray(held["pooled_mean"]),
-            pooled_std=np.asarray(held["pooled_std"]),
-        )
+        mean, std = ({symbol: np.asarray(v) for symbol, v in fields[name].items()} for name in ("mean", "std"))
+        return Standardizer(mean, std, np.asarray(fields["pooled_mean"]), np.asarray(fields["pooled_std"]))
 
 
 def fit_standardizer(
@@ -68,17 +61,15 @@ def fit_standardizer(
         features: (all rows, F) float64, raw.
         rows: the training rows; an asset with fewer than MIN_ROWS of them takes the pooled figures.
     """
-    n_features = features.shape[1]
     if kind == "none" or len(rows) == 0:
-        nothing, one = np.zeros(n_features), np.ones(n_features)
-        return Standardizer({s: nothing for s in assets}, {s: one for s in assets}, nothing, one)
+        zero, one = np.zeros(features.shape[1]), np.ones(features.shape[1])
+        return Standardizer(dict.fromkeys(assets, zero), dict.fromkeys(assets, one), zero, one)
     mean, std = {}, {}
     for i, symbol in enumerate(assets):
         own = rows[asset_ids[rows] == i]
         if len(own) >= min(MIN_ROWS, len(rows)):
             mean[symbol], std[symbol] = _moments(features[own])
-    pooled_mean, pooled_std = _moments(features[rows])
-    return Standardizer(mean, std, pooled_mean, pooled_std)
+    return Standardizer(mean, std, *_moments(features[rows]))
 
 
 def _moments(values: Floats) -> tuple[Floats, Floats]:
@@ -104,25 +95,23 @@ class Drift:
 
     @property
     def left_the_range(self) -> bool:
-        """Whether a model sees inputs here that training did not show it."""
+        """Whether validation inputs lie where training had none or few."""
         return self.outside > OUTSIDE_SHARE or abs(self.shift) > SHIFT
 
 
-def drift(
+def measure_drift(
     features: Floats, asset_ids: Ints, *, train: Ints, validation: Ints, names: Sequence[str]
 ) -> tuple[Drift, ...]:
     """Compare raw features of the train and the validation rows, within each asset."""
     if len(train) == 0 or len(validation) == 0:
         return ()
-    shift = np.zeros(features.shape[1])
-    outside = np.zeros(features.shape[1])
+    shift, outside = np.zeros((2, features.shape[1]))
     for i in np.unique(asset_ids):
-        a, b = (features[rows[asset_ids[rows] == i]] for rows in (train, validation))
-        if len(a) == 0 or len(b) == 0:
-            continue
-        mean, std = _moments(a)
-        shift += (b.mean(axis=0) - mean) / std * len(b) / len(validation)
-        outside += ((b < a.min(axis=0)) | (b > a.max(axis=0))).sum(axis=0) / len(validation)
+        before, after = (features[rows[asset_ids[rows] == i]] for rows in (train, validation))
+        if len(before) and len(after):
+            mean, std = _moments(before)
+            shift += (after.mean(axis=0) - mean) / std * len(after) / len(validation)
+            outside += ((after < before.min(axis=0)) | (after > before.max(axis=0))).sum(axis=0) / len(validation)
     before, after = features[train], features[validation]
     return tuple(
         Drift(

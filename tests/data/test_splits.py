@@ -243,11 +243,11 @@ def test_regression_counts_samples():
 
 def test_a_line_of_the_split_table_holds_the_part():
     labels = np.array([1, 0, 0, 1, 0], np.float32)
-    line = splits.describe_part("train", TASK, dates=DAYS[:5], labels=labels, n_effective=1.0)
+    line = splits.describe_part("train", TASK, dates=DAYS[:5], labels=labels, bars=[np.arange(5)])
     assert (line.first, line.last, line.n, line.positives) == (str(DAYS[0]), str(DAYS[4]), 5, 2)
     assert line.base_rate == pytest.approx(0.4)
 
 
 def test_a_sealed_line_tells_no_base_rate():
-    line = splits.describe_part("test", TASK, dates=DAYS[:5], labels=None, n_effective=1.0)
+    line = splits.describe_part("test", TASK, dates=DAYS[:5], labels=None, bars=[np.arange(5)])
     assert (line.n, line.positives, line.base_rate, line.se_auc) == (5, None, None, None)

@@ -83,7 +83,7 @@ def test_json_gives_equal_numbers_back():
 
 
 def drift_of(features, *, validation=VALIDATION) -> dict[str, standardize.Drift]:
-    lines = standardize.drift(features, IDS, train=TRAIN, validation=validation, names=("a", "b", "c"))
+    lines = standardize.measure_drift(features, IDS, train=TRAIN, validation=validation, names=("a", "b", "c"))
     return {line.feature: line for line in lines}
 
 
