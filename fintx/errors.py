@@ -48,7 +48,7 @@ def as_fintx_error(error: Exception, *, of: str = "") -> FintxError:
     who = f"{of}: " if of else ""
     if isinstance(error, OSError) and error.errno in DISK_ERRORS:
         where = f"{error.filename}: " if error.filename else ""
-        return FintxError(f"{who}{where}{os.strerror(error.errno)}; mend that, and the same command continues")
+        return FintxError(f"{who}{where}{os.strerror(error.errno)}; fix that, and the same command continues")
     with tempfile.NamedTemporaryFile("w", prefix="fintx-", suffix=".traceback.txt", delete=False) as file:
         file.write(without_passwords("".join(traceback.format_exception(error))))
     what = next(iter(str(error).splitlines()), "")

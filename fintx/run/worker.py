@@ -237,7 +237,7 @@ def _tell_ending(channel: _Channel, job: Any, ending: Any, *, beside: bool = Fal
             channel.tell("mistake", ticket=job.ticket, text=str(ending))
         case OSError() if ending.errno in DISK_ERRORS:
             where = f"{ending.filename}: " if ending.filename else ""
-            words = f"{where}{os.strerror(ending.errno or 0)}; mend that, and the same command continues"
+            words = f"{where}{os.strerror(ending.errno or 0)}; fix that, and the same command continues"
             channel.tell("mistake", ticket=job.ticket, text=words)
         case Exception():
             traceback.print_exception(ending)

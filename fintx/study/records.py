@@ -264,7 +264,7 @@ def write_atomically(path: Path, text: str, *, once: bool = False) -> None:
     except FileExistsError:
         raise FintxError(f"{path}: is written already; fintx never overwrites a record") from None
     except OSError as error:
-        raise FintxError(f"{path}: can't be written: {error.strerror}; mend that and run the command again") from error
+        raise FintxError(f"{path}: can't be written: {error.strerror}; fix that and run the command again") from error
 
 
 def append(study_folder: Path, record: TrialRecord) -> None:
@@ -293,7 +293,7 @@ def write_predictions(folder: Path, table: pa.Table, *, name: str = "predictions
         with files.replacing(path) as temporary:
             pq.write_table(table, temporary, compression="zstd")
     except OSError as error:
-        raise FintxError(f"{path}: can't be written: {error.strerror or error}; mend that and run again") from error
+        raise FintxError(f"{path}: can't be written: {error.strerror or error}; fix that and run again") from error
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------

@@ -145,7 +145,7 @@ def _translated(words: str) -> Iterator[None]:
         raise StorageAway(f"{words} does not answer") from error
     except OSError as error:
         raise FintxError(
-            f"{words}: can't be written: {error.strerror}; mend that, and the same command continues"
+            f"{words}: can't be written: {error.strerror}; fix that, and the same command continues"
         ) from error
 
 

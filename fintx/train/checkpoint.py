@@ -1,13 +1,13 @@
-"""How do arrays reach the disk, and come back as exactly what they were, or not at all?
+"""Checkpoints: arrays on disk that come back exactly as they were saved, or not at all.
 
     <folder>/<item>/           Orbax's own files; a trained model has one item, params
     <folder>/checkpoint.json   format, the whole resolved config, and what the caller adds (hashes, metrics, …)
     <folder>/SHA256SUMS        sha256 of every other file, and of itself; `sha256sum -c` reads it too
 
-Orbax commits atomically but does not checksum arrays: a flipped bit loads as wrong weights without a word. So a folder
-is a checkpoint once SHA256SUMS stands in it, and reading verifies all of it before it believes any. Writing is
-prepared in a hidden folder beside its place and renamed at the end. A trained model (`save`, `load`) and the state of
-a training under way (`resume`) are folders of the same kind with other items.
+Orbax commits atomically but does not checksum arrays: a flipped bit loads as wrong weights without a warning. So a
+folder is a checkpoint once it holds SHA256SUMS, and all of it is verified before any of it is used. It is written in a
+hidden folder beside its place and renamed at the end. A trained model (`save`, `load`) and the state of a training
+under way (`resume`) are folders of the same kind with other items.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _SUMS, _DESCRIPTION, _PARAMS = "SHA256SUMS", "checkpoint.json", "params"
 _Leaf = tuple[tuple[int, ...], str]
 """Shape and dtype."""
 _WRITING = threading.Lock()
-"""Orbax is made for one thread; trials may train on several."""
+"""Orbax saves from one thread at a time; trials may train on several."""
 _FULL = ("no space left", "disk quota exceeded", "file too large")
 
 
@@ -72,11 +72,11 @@ class Described:
 
 
 def save(folder: Path, params: Params, *, config: TrialConfig, meta: dict[str, Any]) -> None:
-    """Write a trained model, replacing one that stands there; the folder appears whole or not at all.
+    """Write a trained model, replacing an existing one; the folder appears whole or not at all.
 
     Args:
         params: the tree of the family's `abstract_params` for the config and its resolved features.
-        meta: anything JSON can say; NaN it can't.
+        meta: any JSON; NaN is none.
 
     Raises:
         FintxError: the disk is full or can't be written; the parameters are not those of the config.
@@ -93,9 +93,9 @@ def load(folder: Path) -> Restored:
         NotACheckpoint: nothing there, something else, a save that did not finish, or another format.
         CheckpointDamaged: a file is missing or changed.
     """
-    found = describe(folder)
-    params = read(found, {_PARAMS: _abstract(found.config)})[_PARAMS]
-    return Restored(params=params, config=found.config, meta=found.meta)
+    described = describe(folder)
+    params = read(described, {_PARAMS: _abstract(described.config)})[_PARAMS]
+    return Restored(params=params, config=described.config, meta=described.meta)
 
 
 def write(
@@ -106,19 +106,20 @@ def write(
     meta: dict[str, Any],
     guard: Callable[[], None] = lambda: None,
 ) -> None:
-    """Write named trees of arrays, replacing what stands there; the folder appears whole or not at all.
+    """Write named trees of arrays, replacing existing ones; the folder appears whole or not at all.
 
     Args:
         items: nested dicts of arrays by name.
-        meta: anything JSON can say; NaN it can't.
+        meta: any JSON; NaN is none.
         guard: called right before the folder appears; what it raises passes through, and nothing appears.
 
     Raises:
         FintxError: the disk is full or can't be written.
     """
     folder = Path(folder).absolute()
-    text = json.dumps(_description(config, meta), indent=1, allow_nan=False)
-    # Two workers of two containers may share a process id, and for a moment a trial.
+    description = {"format": FORMAT, "config": config.model_dump(mode="json"), "meta": meta}
+    text = json.dumps(description, indent=1, allow_nan=False)
+    # Workers in two containers may share a process id and, for a moment, a trial.
     staging = folder.with_name(f".{folder.name}.partial-{os.getpid()}-{secrets.token_hex(4)}")
     try:
         with _disk_errors(folder):
@@ -128,7 +129,7 @@ def write(
                 _write_arrays(staging, items=items)
             (staging / _DESCRIPTION).write_text(text, encoding="utf-8")
             (staging / _SUMS).write_text(_sums(staging), encoding="utf-8")
-            for path in [*staging.rglob("*"), staging]:  # a power cut after the rename finds them there
+            for path in [*staging.rglob("*"), staging]:  # so that a power cut after the rename loses nothing
                 files.sync(path)
         guard()
         with _disk_errors(folder):
@@ -138,7 +139,7 @@ def write(
 
 
 def describe(folder: Path) -> Described:
-    """Verify a folder, and say what it holds.
+    """Verify a folder, and read what it holds but its arrays.
 
     Raises:
         NotACheckpoint, CheckpointDamaged: as `load`.
@@ -149,41 +150,37 @@ def describe(folder: Path) -> Described:
     return Described(folder=folder, config=config, meta=meta)
 
 
-def read(found: Described, items: dict[str, Params]) -> dict[str, Params]:
+def read(described: Described, items: dict[str, Params]) -> dict[str, Params]:
     """The named trees of a folder, as host arrays, the saved bits.
 
     Args:
-        items: name → the tree of abstract shapes that is wanted of it.
+        items: name → the tree of abstract shapes that it must have.
 
     Raises:
         NotACheckpoint: an item is not there.
         CheckpointDamaged: an item is another tree.
     """
     for name, abstract in items.items():
-        if not (found.folder / name).is_dir():
-            raise NotACheckpoint(f"{found.folder} holds no {name}: it is another kind of checkpoint")
-        if problem := _misfit(_stored_shapes(found.folder / name), _shapes(abstract)):
-            raise CheckpointDamaged(f"{found.folder}: the {name} don't fit the config saved with them: {problem}")
-    return {name: _read_arrays(found.folder / name, abstract) for name, abstract in items.items()}
-
-
-def _description(config: TrialConfig, meta: dict[str, Any]) -> dict[str, Any]:
-    return {"format": FORMAT, "config": config.model_dump(mode="json"), "meta": meta}
+        if not (described.folder / name).is_dir():
+            raise NotACheckpoint(f"{described.folder} holds no {name}: it is another kind of checkpoint")
+        if problem := _misfit(_stored_shapes(described.folder / name), _shapes(abstract)):
+            raise CheckpointDamaged(f"{described.folder}: the {name} don't fit the config saved with them: {problem}")
+    return {name: _read_arrays(described.folder / name, abstract) for name, abstract in items.items()}
 
 
 @contextlib.contextmanager
 def _disk_errors(folder: Path) -> Iterator[None]:
-    """The file system's complaints, from however deep, as one line."""
+    """File system errors, however deep, as one line."""
     try:
         yield
     except Exception as error:
         if reason := _disk_trouble(error):
-            raise FintxError(f"could not save the checkpoint {folder}: {reason}; mend that and run again") from error
+            raise FintxError(f"could not save the checkpoint {folder}: {reason}; fix that and run again") from error
         raise
 
 
 def _reserve(staging: Path, n_bytes: int) -> None:
-    """Fail here, with an OSError, if the disk has no room: from Orbax's threads it comes with pages of tracebacks."""
+    """Fail early, by an OSError, if the disk is too full: from Orbax's threads it comes with pages of tracebacks."""
     needed = n_bytes + 2**20
     if not hasattr(os, "posix_fallocate"):
         if shutil.disk_usage(staging).free < needed:
@@ -240,22 +237,22 @@ def _shapes(tree: Params) -> dict[str, _Leaf]:
     }
 
 
-def _misfit(found: dict[str, _Leaf], wanted: dict[str, _Leaf]) -> str:
-    """The first difference; empty: none. Orbax casts a wrong dtype in silence."""
-    for path in sorted(wanted.keys() | found.keys()):
-        if wanted.get(path) != found.get(path):
-            return f"{path}: wanted {_words(wanted.get(path))}, got {_words(found.get(path))}"
+def _misfit(stored: dict[str, _Leaf], expected: dict[str, _Leaf]) -> str:
+    """The first difference; empty: none. Orbax casts a wrong dtype silently."""
+
+    def in_words(leaf: _Leaf | None) -> str:
+        return "nothing" if leaf is None else f"{leaf[1]}{list(leaf[0])}"
+
+    for path in sorted(expected.keys() | stored.keys()):
+        if expected.get(path) != stored.get(path):
+            return f"{path}: wanted {in_words(expected.get(path))}, got {in_words(stored.get(path))}"
     return ""
 
 
-def _words(leaf: _Leaf | None) -> str:
-    return "nothing" if leaf is None else f"{leaf[1]}{list(leaf[0])}"
-
-
 def _sums(staging: Path) -> str:
-    """Lines of `sha256sum`, then a comment that holds the sum of the lines above it."""
-    lines = [f"{_sha256(path)}  {path.relative_to(staging).as_posix()}\n" for path in _files(staging)]
-    body = "".join(lines)
+    """Lines as of `sha256sum`, then a comment that holds the sum of the lines above it."""
+    paths = sorted(path for path in staging.rglob("*") if path.is_file())
+    body = "".join(f"{_sha256(path)}  {path.relative_to(staging).as_posix()}\n" for path in paths)
     return f"{body}# {hashlib.sha256(body.encode()).hexdigest()}\n"
 
 
@@ -265,11 +262,11 @@ def _verify(folder: Path) -> None:
         raise NotACheckpoint(f"{folder} is {what}; wanted the folder of a checkpoint")
     if not (folder / _SUMS).is_file():
         raise NotACheckpoint(f"{folder} holds no {_SUMS}: it is no checkpoint of fintx, or its save did not finish")
-    for name, wanted in _read_sums(folder).items():
+    for name, digest in _read_sums(folder).items():
         path = folder / name
         if not path.is_file():
             raise CheckpointDamaged(f"{folder}: {name} is missing; restore it from a copy, or train the trial again")
-        if _sha256(path) != wanted:
+        if _sha256(path) != digest:
             raise CheckpointDamaged(f"{folder}: {name} has changed since it was saved; train the trial again")
 
 
@@ -295,10 +292,6 @@ def _read_description(folder: Path) -> tuple[TrialConfig, dict[str, Any]]:
         raise NotACheckpoint(f"{folder}: this fintx can't read its {_DESCRIPTION}: {problem}") from error
 
 
-def _files(folder: Path) -> Iterator[Path]:
-    return iter(sorted(path for path in folder.rglob("*") if path.is_file()))
-
-
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
@@ -314,14 +307,15 @@ def _put_in_place(staging: Path, folder: Path) -> None:
 
 
 def _disk_trouble(error: BaseException | None) -> str:
-    """The file system's complaint behind an error or its causes, in words; empty: it is about something else.
+    """The file system's message behind an error or its causes; empty: the error is about something else.
 
     Orbax and tensorstore wrap it, so that the text may be all there is.
     """
     while error is not None:
         if isinstance(error, OSError) and error.errno is not None:
             return os.strerror(error.errno)
-        if found := [text for text in _FULL if text in str(error).lower()]:
-            return found[0]
+        for text in _FULL:
+            if text in str(error).lower():
+                return text
         error = error.__cause__ or error.__context__
     return ""

@@ -1,7 +1,7 @@
-"""The processes of several hosts in step through a trial: the first decides, the others do as it does.
+"""Several hosts, one trial: this process's place among those of a launch, and numbers that all of them agree on.
 
-All of them run the same compiled programs, each on its own devices; whatever hangs on a clock, a disk or free memory is
-therefore asked of one and told to all. With a single process, as usual, every function is the identity.
+All run the same compiled programs in step, each on its own devices. Whatever depends on a clock, a disk or free memory
+is therefore asked of the first process and sent to all. With a single process every function is the identity.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ def agree(*values: int) -> tuple[int, ...]:
     """The first process's numbers, on every process; all must call, with as many."""
     if jax.process_count() == 1:
         return values
-    # As halves: without x64 JAX knows no longer integers.
-    told = multihost_utils.broadcast_one_to_all(np.array(values, np.int64).view(np.uint32))
-    return tuple(int(value) for value in np.asarray(told, np.uint32).view(np.int64))
+    # As halves: without x64 JAX has no 64-bit integers.
+    halves = multihost_utils.broadcast_one_to_all(np.array(values, np.int64).view(np.uint32))
+    return tuple(int(value) for value in np.asarray(halves, np.uint32).view(np.int64))
 
 
 def least(value: int) -> int:
@@ -51,21 +51,19 @@ def _all(value: int) -> list[int]:
         return [value]
     clipped = np.array([min(max(value, _LEAST), _MOST)], np.int64)
     gathered = np.asarray(multihost_utils.process_allgather(clipped.view(np.uint32)), np.uint32)
-    return [int(each) for each in np.ascontiguousarray(gathered).reshape(-1, 2).view(np.int64)[:, 0]]
+    return [int(number) for number in np.ascontiguousarray(gathered).reshape(-1, 2).view(np.int64)[:, 0]]
 
 
 def broadcast(text: str | None) -> str:
-    """The first process's text, on every process: it gives one, the others none; all must call."""
+    """The first process's text, on every process; the others pass none. All must call."""
     if jax.process_count() == 1:
         assert text is not None
         return text
-    given = np.frombuffer((text or "").encode(), np.uint8)
-    (length,) = agree(len(given))
-    buffer = np.zeros(length, np.uint8)
-    if is_first():
-        buffer[:] = given
-    told = multihost_utils.broadcast_one_to_all(buffer) if length else buffer
-    return np.asarray(told, np.uint8).tobytes().decode()
+    characters = np.frombuffer((text or "").encode(), np.uint8)
+    (length,) = agree(len(characters))
+    buffer = characters if is_first() else np.zeros(length, np.uint8)
+    received = multihost_utils.broadcast_one_to_all(buffer) if length else buffer
+    return np.asarray(received, np.uint8).tobytes().decode()
 
 
 def initialize(
@@ -78,7 +76,7 @@ def initialize(
         bind: what it binds there; none: all interfaces.
         local_device: the one GPU to use, of those that this process sees; none: all.
     """
-    # It would take SIGTERM over, which asks a worker to save.
+    # It would handle SIGTERM, which asks a worker to save.
     jax.config.update("jax_enable_preemption_service", False)
     visible = {name: jax.config.read(name) for name in ("jax_cuda_visible_devices", "jax_rocm_visible_devices")}
     jax.distributed.initialize(
@@ -94,9 +92,11 @@ def initialize(
             jax.config.update(name, value)
 
 
+# --- who is who in a launch -------------------------------------------------------------------------------------------
+
 _ADDRESS, _BIND = "JAX_COORDINATOR_ADDRESS", "JAX_COORDINATOR_BIND_ADDRESS"
 _FIRST_PORT, _N_PORTS = 61_440, 4_096
-"""Above what Linux gives out by itself; a job's name picks one, so that two jobs on a host seldom meet."""
+"""Above the ports that Linux assigns; a hash of the job's name picks one, so that two jobs on a host seldom collide."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ class ProcessPlace:
     address: str | None
     """HOST:PORT where the first of them listens; none: JAX finds it."""
     bind: str | None
-    """HOST:PORT that it binds: that interface alone where that is known to be one, else all; none: JAX's choice."""
+    """HOST:PORT that it binds: one interface where the address is known to be one's, else all; none: JAX's choice."""
     local_device: int | None
     """The one GPU of its own, where several processes share a host; none: all that it sees."""
 
@@ -119,7 +119,7 @@ class ProcessPlace:
 
 @dataclass(frozen=True)
 class _Names:
-    """Under which names a launcher says who is who; empty where it doesn't."""
+    """The environment variables in which a launcher says who is who; empty where it doesn't."""
 
     launcher: str
     index: str
@@ -128,9 +128,9 @@ class _Names:
     local_count: str = ""
     needs: tuple[str, ...] = ()
     job: tuple[str, ...] = ()
-    """What tells one launch from another."""
+    """Variables that differ between launches."""
     found_by_jax: str = ""
-    """Where this is set, JAX finds the first process."""
+    """Where this is set, JAX finds the first process itself."""
 
 
 _LAUNCHERS = (
@@ -159,59 +159,57 @@ def find_place(environment: Mapping[str, str] | None = None) -> ProcessPlace | N
     Raises:
         FintxError: there are several processes, and nothing says where the first of them is.
     """
-    known = os.environ if environment is None else environment
+    variables = os.environ if environment is None else environment
     for names in _LAUNCHERS:
-        if all(name in known for name in (names.index, names.count, *names.needs)):
-            index, count = _whole(known, names.index), _whole(known, names.count)
+        if all(name in variables for name in (names.index, names.count, *names.needs)):
+            index, count = _number(variables, names.index), _number(variables, names.count)
             if count > 1:
-                n_here = _n_here(names, known, count)
-                address = known.get(_ADDRESS) or _address(names, known, one_host=n_here == count)
+                n_here = _n_on_this_host(names, variables, count)
+                address = variables.get(_ADDRESS) or _address(names, variables, one_host=n_here == count)
+                own_device = n_here > 1 and names.local_index in variables
                 return ProcessPlace(
                     launcher=names.launcher,
                     index=index,
                     n_processes=count,
                     address=address,
-                    bind=known.get(_BIND) or (_interface(address, one_host=n_here == count) if address else None),
-                    local_device=_whole(known, names.local_index)
-                    if n_here > 1 and names.local_index in known
-                    else None,
+                    bind=variables.get(_BIND) or (_interface(address, one_host=n_here == count) if address else None),
+                    local_device=_number(variables, names.local_index) if own_device else None,
                 )
     return None
 
 
-def _whole(known: Mapping[str, str], name: str) -> int:
-    if not known[name].isdigit():
-        raise FintxError(f"{name}={known[name]!r} in the environment: wanted a whole number")
-    return int(known[name])
+def _number(variables: Mapping[str, str], name: str) -> int:
+    if not variables[name].isdigit():
+        raise FintxError(f"{name}={variables[name]!r} in the environment: wanted a whole number")
+    return int(variables[name])
 
 
-def _n_here(names: _Names, known: Mapping[str, str], count: int) -> int:
-    """How many processes of the launch share this host."""
+def _n_on_this_host(names: _Names, variables: Mapping[str, str], count: int) -> int:
     if names.launcher == "SLURM":
-        return -(-count // int(known.get("SLURM_STEP_NUM_NODES", count)))
-    return int(known.get(names.local_count, 1))
+        return -(-count // int(variables.get("SLURM_STEP_NUM_NODES", count)))
+    return int(variables.get(names.local_count, 1))
 
 
-def _address(names: _Names, known: Mapping[str, str], *, one_host: bool) -> str | None:
-    """Where the first process is; none: JAX finds it."""
+def _address(names: _Names, variables: Mapping[str, str], *, one_host: bool) -> str | None:
+    """Where the first process listens; none: JAX finds it."""
     if one_host:
-        port = _FIRST_PORT + zlib.crc32(" ".join(known.get(name, "") for name in names.job).encode()) % _N_PORTS
-        return f"127.0.0.1:{port}"
-    if names.found_by_jax in known:
+        job = " ".join(variables.get(name, "") for name in names.job)
+        return f"127.0.0.1:{_FIRST_PORT + zlib.crc32(job.encode()) % _N_PORTS}"
+    if names.found_by_jax in variables:
         return None
     raise FintxError(
-        f"{names.launcher} started {known[names.count]} processes and doesn't say where the first is; set {_ADDRESS}="
-        "HOST:PORT, or [mesh] hosts = false to let each of them be a machine of its own"
+        f"{names.launcher} started {variables[names.count]} processes and doesn't say where the first is; set "
+        f"{_ADDRESS}=HOST:PORT, or [mesh] hosts = false to let each of them be a machine of its own"
     )
 
 
 def _interface(address: str, *, one_host: bool) -> str:
-    """What the first process binds: the interface that its address means, unless no other host could reach that."""
+    """What the first process binds: the interface of its address, or all where no other host could reach that one."""
     host, _, port = address.rpartition(":")
     try:
-        found = ipaddress.ip_address(socket.gethostbyname(host))
-    except (OSError, ValueError):  # a name that only others know, such as a service of Kubernetes
+        interface = ipaddress.ip_address(socket.gethostbyname(host))
+    except (OSError, ValueError):  # a name that only others can resolve, such as a service of Kubernetes
         return f"[::]:{port}"
-    # Debian lets a host's own name mean its loopback; whoever writes 127.0.0.1 himself means it.
-    misleading = found.is_loopback and host != str(found) and not one_host
-    return f"[::]:{port}" if misleading else f"{found}:{port}"
+    # Debian resolves a host's own name to its loopback; 127.0.0.1 written out is meant.
+    misleading = interface.is_loopback and host != str(interface) and not one_host
+    return f"[::]:{port}" if misleading else f"{interface}:{port}"

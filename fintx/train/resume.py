@@ -1,13 +1,13 @@
-"""How does an interrupted trial go on where it stopped?
+"""Resuming: the states of a training under way on disk, and the newest whole one of them back.
 
     <folder>/step_00000120/           a training state: a checkpoint of the items `training` and, after an epoch, `best`
-    <folder>/step_00000120.damaged/   one that is not what was saved; `.foreign`: one of another trial
-    <folder>/.step_…                  what a killed process leaves; the next one removes it
+    <folder>/step_00000120.damaged/   a state that is not what was saved; `.foreign`: one of another trial
+    <folder>/.step_…                  a save that a killed process left half done; the next process removes it
 
 A state is taken between two segments, mid-epoch or after an epoch is evaluated, and holds all that the rest of the
-trial depends on: random numbers and batches follow from seed and step. The newest two are kept, for the newest may be
-damaged. Nothing is committed, set aside or swept before `Saves.guard` agrees, so that of two workers that believe in
-having a trial only its owner does it.
+trial depends on: random numbers and batches follow from seed and step. The newest two are kept, since the newest may be
+damaged. Nothing is committed, set aside or removed before `CheckpointPolicy.guard` agrees, so that of two workers that
+believe they hold a trial only its owner changes it.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ from fintx.types import Params
 
 KEPT = 2
 USUAL_S = 60.0
-"""Seconds between saves that cost little: a crash loses a minute."""
+"""Seconds between cheap saves: a crash loses a minute."""
 COST = 50
-"""A save that lasts a second is followed by this many seconds without one: at most 2 % of the time goes into them."""
+"""Seconds without a save after one that took a second: saves take at most 2 % of the time."""
 
 _FORMAT = 2
 _TRAINING, _BEST = "training", "best"
@@ -52,16 +52,16 @@ class CheckpointPolicy:
     folder: Path
     """Of this trial and fold alone; made when needed, removed by the caller."""
     every_s: float | None
-    """Seconds between saves; none: 60, or 50 times as long as the last save took where that is longer."""
+    """Seconds between saves; none: 60, or 50 times what the last save took if that is longer."""
     guard: Callable[[], None]
     """Called right before anything is committed; raises if another worker has taken the trial over."""
     at_end: bool = False
-    """Save the end too: of a fold that others follow, so that an interruption of theirs doesn't train it again."""
+    """Save the end too: of a fold that others follow, so that an interruption there doesn't train it again."""
 
 
 @dataclass(frozen=True, eq=False)
 class TrainingState:
-    """A trial between two segments, as host arrays: whole, on however many devices they lay."""
+    """A trial between two segments, as whole host arrays, on however many devices they lay."""
 
     state: TrainState
     tally: EpochSums
@@ -76,11 +76,11 @@ class TrainingState:
 
 
 class CheckpointManager:
-    """One trial's states on the disk, while it runs. Of several hosts the first alone changes what lies there."""
+    """One trial's states on the disk, while it runs. Of several hosts only the first changes them."""
 
-    def __init__(self, saves: CheckpointPolicy, question: FitInputs):
-        self._saves = saves
-        self._question = question
+    def __init__(self, policy: CheckpointPolicy, inputs: FitInputs):
+        self._policy = policy
+        self._inputs = inputs
         self._since = time.perf_counter()
         self._cost_s = 0.0
         self.saved_step: int | None = None
@@ -92,32 +92,32 @@ class CheckpointManager:
         Raises:
             FintxError: the folder can't be changed.
         """
-        found = self._newest(warn) if multihost.is_first() else None
-        (step,) = multihost.agree(-1 if found is None else found.step)
+        state = self._newest(warn) if multihost.is_first() else None
+        (step,) = multihost.agree(-1 if state is None else state.step)
         if step >= 0 and not multihost.is_first():
-            found = self._read(checkpoint.describe(self._folder(step)))
-        return found
+            state = self._read(checkpoint.describe(self._folder(step)))
+        return state
 
     def _newest(self, warn: Callable[[str], None]) -> TrainingState | None:
         try:
-            self._sweep()
-            found, problems = self._search()
+            self._remove_leftovers()
+            state, problems = self._newest_whole()
         except OSError as error:
             raise FintxError(
-                f"could not tidy up {self._saves.folder}: {error.strerror}; mend that and run again"
+                f"{self._policy.folder}: could not be tidied up: {error.strerror}; fix that and run again"
             ) from error
-        self.saved_step = None if found is None else found.step
+        self.saved_step = None if state is None else state.step
         for problem in problems:
-            warn(f"{problem}; training goes on from step {0 if found is None else found.step}")
-        return found
+            warn(f"{problem}; training goes on from step {0 if state is None else state.step}")
+        return state
 
     def start_clock(self) -> None:
-        """Training begins now; the time before it, compiling, counts towards no save."""
+        """Training begins now: time spent compiling counts towards no save."""
         self._since = time.perf_counter()
 
     def is_due(self) -> bool:
-        """Is it time for another save?"""
-        every_s = max(USUAL_S, COST * self._cost_s) if self._saves.every_s is None else self._saves.every_s
+        """Whether it is time for another save."""
+        every_s = max(USUAL_S, COST * self._cost_s) if self._policy.every_s is None else self._policy.every_s
         return time.perf_counter() - self._since >= every_s
 
     def save(self, training: TrainingState) -> None:
@@ -143,9 +143,9 @@ class CheckpointManager:
         }
         folder = self._folder(training.step)
         try:
-            checkpoint.write(folder, items, config=self._question.config, meta=meta, guard=self._saves.guard)
+            checkpoint.write(folder, items, config=self._inputs.config, meta=meta, guard=self._policy.guard)
         except FintxError:
-            self._saves.guard()  # the trial's new owner may have swept this save away: then the disk is not to blame
+            self._policy.guard()  # the trial's new owner may have removed this save: then the disk is not to blame
             raise
         self.saved_step = training.step
         for old in self._steps()[KEPT:]:
@@ -154,18 +154,18 @@ class CheckpointManager:
         self._cost_s = self._since - began
 
     def saved_beside_others(self, cost_s: float) -> None:
-        """A round of saves is over, which took so many seconds for all members of a population."""
+        """All members of a population were saved, which took `cost_s` seconds."""
         self._since, self._cost_s = time.perf_counter(), cost_s
 
     def _folder(self, step: int) -> Path:
-        return self._saves.folder / f"step_{step:08d}"
+        return self._policy.folder / f"step_{step:08d}"
 
     def _identity(self) -> dict[str, Any]:
-        """What must be equal for a state to be this trial's, beside its config."""
-        dataset = self._question.dataset
+        """What must be equal, beside the config, for a state to be this trial's."""
+        dataset = self._inputs.dataset
         return {
             "format": _FORMAT,
-            "metric": self._question.metric,
+            "metric": self._inputs.metric,
             "data_hash": dataset.data_hash,
             "label_hash": dataset.label_hash,
             "split_hash": dataset.split_hash,
@@ -173,42 +173,42 @@ class CheckpointManager:
 
     def _steps(self) -> list[Path]:
         """Folders named like a state, newest first."""
-        if not self._saves.folder.is_dir():
+        if not self._policy.folder.is_dir():
             return []
-        found = [path for path in self._saves.folder.iterdir() if _STEP.fullmatch(path.name)]
-        return sorted(found, key=lambda path: int(path.name.removeprefix("step_")), reverse=True)
+        folders = [path for path in self._policy.folder.iterdir() if _STEP.fullmatch(path.name)]
+        return sorted(folders, key=lambda path: int(path.name.removeprefix("step_")), reverse=True)
 
-    def _sweep(self) -> None:
-        """Remove what killed processes left."""
-        left = list(self._saves.folder.glob(".step_*")) if self._saves.folder.is_dir() else []
-        if left:
-            self._saves.guard()
-        for path in left:
+    def _remove_leftovers(self) -> None:
+        """Remove half-done saves of killed processes."""
+        leftovers = list(self._policy.folder.glob(".step_*")) if self._policy.folder.is_dir() else []
+        if leftovers:
+            self._policy.guard()
+        for path in leftovers:
             shutil.rmtree(path, ignore_errors=True)
 
-    def _search(self) -> tuple[TrainingState | None, list[str]]:
+    def _newest_whole(self) -> tuple[TrainingState | None, list[str]]:
         problems = []
         for folder in self._steps():
             try:
-                found = checkpoint.describe(folder)
-                if difference := self._difference(found):
+                described = checkpoint.describe(folder)
+                if difference := self._difference(described):
                     problems.append(self._set_aside(folder, "foreign", f"it is of {difference}"))
                     continue
-                return self._read(found), problems
+                return self._read(described), problems
             except (NotACheckpoint, CheckpointDamaged) as error:
                 reason = str(error).removeprefix(f"{folder.absolute()}").lstrip(": ").partition(";")[0]
                 problems.append(self._set_aside(folder, "damaged", reason))
         return None, problems
 
-    def _difference(self, found: Described) -> str:
-        """In what a state is not this trial's; empty: it is."""
-        if found.config != self._question.config:
+    def _difference(self, described: Described) -> str:
+        """What makes a state another trial's; empty: it is this trial's."""
+        if described.config != self._inputs.config:
             return "another config"
-        theirs, ours = found.meta.get("trial", {}), self._identity()
+        theirs, ours = described.meta.get("trial", {}), self._identity()
         return ", ".join(f"another {name}" for name in ours if theirs.get(name) != ours[name])
 
     def _set_aside(self, folder: Path, why: str, reason: str) -> str:
-        self._saves.guard()
+        self._policy.guard()
         aside, n = folder.with_name(f"{folder.name}.{why}"), 1
         while aside.exists():
             n += 1
@@ -216,40 +216,36 @@ class CheckpointManager:
         folder.rename(aside)
         return f"{folder}: this training state can't be used: {reason}; set aside as {aside.name}"
 
-    def _read(self, found: Described) -> TrainingState:
-        config, meta = found.config, found.meta
+    def _read(self, described: Described) -> TrainingState:
+        config, meta = described.config, described.meta
         n_features = len(config.data.features)
-        wanted = (abstract_state(static_config(config), n_features=n_features), jax.eval_shape(empty_sums))
-        items = {_TRAINING: _as_dicts(wanted)}
+        abstract = (abstract_state(static_config(config), n_features=n_features), jax.eval_shape(empty_sums))
+        items = {_TRAINING: _as_dicts(abstract)}
         if meta["progress"]["best_epoch"] > 0:
-            outputs = jax.ShapeDtypeStruct((len(self._question.dataset.validation.rows),), np.float32)
+            outputs = jax.ShapeDtypeStruct((len(self._inputs.dataset.validation.rows),), np.float32)
             params = family.of(config.model).abstract_params(config.model, config.shape, n_features)
             items[_BEST] = {"params": params, "outputs": outputs}
-        arrays = checkpoint.read(found, items)
-        state, tally = _from_dicts(arrays[_TRAINING], wanted)
+        arrays = checkpoint.read(described, items)
+        state, tally = _from_dicts(arrays[_TRAINING], abstract)
         best = arrays.get(_BEST, {"params": None, "outputs": None})
         return TrainingState(
             state=state,
             tally=tally,
             progress=Progress(**meta["progress"], **best),
-            batch_layout=_batch_layout(**meta["arrangement"]),
-            timing=Timing(**{of.name: meta[of.name] for of in dataclasses.fields(Timing)}),
+            batch_layout=BatchLayout(**{**meta["arrangement"], "layout": Layout(**meta["arrangement"]["layout"])}),
+            timing=Timing(**{field.name: meta[field.name] for field in dataclasses.fields(Timing)}),
         )
 
 
-def _batch_layout(layout: dict[str, Any], **rest: Any) -> BatchLayout:
-    return BatchLayout(layout=Layout(**layout), **rest)
-
-
 def _remove(folder: Path) -> None:
-    """Out of sight first: a removal cut short must not look like a damaged state."""
+    """Hidden first: a removal cut short must not look like a damaged state."""
     hidden = folder.with_name(f".{folder.name}.removed")
     folder.rename(hidden)
     shutil.rmtree(hidden, ignore_errors=True)
 
 
 def _as_dicts(tree: Any) -> Params:
-    """Any pytree as nested dicts by the names on the way to each leaf: the files name what they hold."""
+    """Any pytree as nested dicts by the names on each leaf's path, so that the files name what they hold."""
     nested: Params = {}
     for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
         *parents, name = _names(path)

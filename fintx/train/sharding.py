@@ -1,10 +1,9 @@
-"""Sharding: a mesh of devices, where each parameter is cut over it by its family's rules, and arrays put there.
+"""Sharding: a mesh of devices, how each parameter is cut over it by its family's rules, and arrays put there.
 
 The mesh has two axes. `data` shares out a step's windows and, with fsdp, each matrix (Rajbhandari et al. 2020, ZeRO,
-https://arxiv.org/abs/1910.02054): a layer's weights are brought together when the layer is reached, and let go after
-it. `model` shares out heads and the feed-forward width (Shoeybi et al. 2019, Megatron-LM,
-https://arxiv.org/abs/1909.08053). The rest is XLA's: jit with NamedSharding over Auto axes, no collective by hand. What
-one device computes alone is untouched by all this: no mesh is made for it.
+https://arxiv.org/abs/1910.02054): a layer's weights are gathered when the layer is reached, and freed after it. `model`
+shares out heads and the feed-forward width (Shoeybi et al. 2019, Megatron-LM, https://arxiv.org/abs/1909.08053). The
+rest is XLA's: jit with NamedSharding over Auto axes, no collective by hand. On one device no mesh is made.
 
 A layout changes results by the rounding of sums taken in another order (losses by 1e-6), and by nothing else: initial
 parameters, batches and dropout masks are functions of keys and positions.
@@ -36,11 +35,11 @@ class Layout:
     """Over how many devices a trial is spread, and how."""
 
     data: int = 1
-    """Devices that share out a step's windows …"""
+    """Devices that share a step's windows …"""
     model: int = 1
-    """… times devices that share out heads and feed-forward width."""
+    """… times devices that share heads and feed-forward width."""
     fsdp: bool = False
-    """Along `data` each device keeps a part of every matrix, instead of all of it."""
+    """Each device of `data` keeps a part of every matrix instead of all of it."""
 
     @property
     def n_devices(self) -> int:
@@ -186,45 +185,45 @@ def over_data(layout: Layout, tree: Any) -> Any:
 
 
 def before_pass(family: Family, layout: Layout, params: Params, batch: Any) -> tuple[Params, Any]:
-    """What a pass over a batch works on: each device has its share of the windows, and all weights but stacked ones."""
+    """Inputs of a pass over a batch: each device has its share of the windows, and all weights but stacked ones."""
     if layout.n_devices == 1:
         return params, batch
     stacked = {name: leaf for name, leaf in params.items() if name == family.stacked}
     rest = {name: leaf for name, leaf in params.items() if name not in stacked}
-    return {**_brought_together(family, layout, rest), **stacked}, over_data(layout, batch)
+    return {**_gathered_weights(family, layout, rest), **stacked}, over_data(layout, batch)
 
 
 def before_layer(family: Family, layout: Layout, hidden_BND: Array, block: Params) -> tuple[Array, Params]:
-    """What a family works on in a stacked layer: each device keeps its windows, and the layer's weights come to it.
+    """Inputs of a stacked layer: each device keeps its windows, and gathers the layer's weights.
 
-    Left to itself, XLA may cut the residual stream along D like the weights are, and add up every product.
+    Left to itself, XLA may cut the residual stream along D as the weights are, and all-reduce every product.
     """
     if layout.n_devices == 1:
         return hidden_BND, block
-    return over_data(layout, hidden_BND), _brought_together(family, layout, block, stacked=True)
+    return over_data(layout, hidden_BND), _gathered_weights(family, layout, block, stacked=True)
 
 
-def _brought_together(family: Family, layout: Layout, params: Params, *, stacked: bool = False) -> Params:
-    """Parameters as without fsdp; their gradients are cut again at once, not first added up whole everywhere.
+def _gathered_weights(family: Family, layout: Layout, params: Params, *, stacked: bool = False) -> Params:
+    """Parameters as without fsdp; their gradients are reduce-scattered, not all-reduced.
 
     Args:
-        stacked: they are one layer's, out of those that are stacked.
+        stacked: they are one layer's of the stacked ones.
     """
     if not layout.fsdp:
         return params
     mesh, axes = mesh_of(layout), (1,) if stacked else ()
     above = (family.stacked,) if stacked and family.stacked else ()
 
-    def gathered(path: tuple[Any, ...], leaf: Array) -> Array:
+    def gather(path: tuple[Any, ...], leaf: Array) -> Array:
         cut, whole = (
             NamedSharding(
-                mesh, PartitionSpec(*spec_of(family, each, above + _keys(path), axes + leaf.shape)[len(axes) :])
+                mesh, PartitionSpec(*spec_of(family, target, above + _keys(path), axes + leaf.shape)[len(axes) :])
             )
-            for each in (layout, dataclasses.replace(layout, fsdp=False))
+            for target in (layout, dataclasses.replace(layout, fsdp=False))
         )
         return leaf if cut == whole else _cast(cut, whole, leaf)
 
-    return jax.tree_util.tree_map_with_path(gathered, params)
+    return jax.tree_util.tree_map_with_path(gather, params)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -243,15 +242,15 @@ def _cast_backward(cut: NamedSharding, whole: NamedSharding, _: None, gradient: 
 _cast.defvjp(_cast_forward, _cast_backward)
 
 
-# --- counted, not made ------------------------------------------------------------------------------------------------
+# --- sizes, without devices -------------------------------------------------------------------------------------------
 
 
 def part_bytes(family: Family, layout: Layout, tree: Any, *, leading: int = 0) -> int:
     """Bytes of a tree's leaves (abstract ones will do) that each device holds; needs no device."""
     sizes = {DATA: layout.data, MODEL: layout.model, None: 1}
 
-    def held(path: tuple[Any, ...], leaf: Any) -> int:
+    def n_bytes(path: tuple[Any, ...], leaf: Any) -> int:
         spec = spec_of(family, layout, _keys(path), tuple(leaf.shape), leading=leading)
         return math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize // math.prod(sizes[axis] for axis in spec)
 
-    return sum(jax.tree.leaves(jax.tree_util.tree_map_with_path(held, tree)))
+    return sum(jax.tree.leaves(jax.tree_util.tree_map_with_path(n_bytes, tree)))

@@ -113,7 +113,7 @@ def test_a_full_disk_in_the_middle_of_training_is_one_line_and_costs_nothing(mac
     for pid in running.workers():
         resource.prlimit(pid, resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
     said = running.end(code=2)
-    assert "could not save" in said and "File too large" in said and "mend that" in said
+    assert "could not save" in said and "File too large" in said and "fix that" in said
     assert here.leases()[0].failures == 0
     here.run(*MEDIUM, ONE)
     assert here.numbers() == undisturbed[:1]
