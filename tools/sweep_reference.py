@@ -17,7 +17,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from fintx.config import schema
+from fintx.config import families, schema
 from fintx.data.features import FEATURES, SETS
 from fintx.tasks import TASKS
 
@@ -68,14 +68,14 @@ _SECTIONS: dict[str, type[BaseModel]] = {
     "[task]": schema.TaskConfig,
     "[split]": schema.SplitConfig,
     "[budget]": schema.BudgetConfig,
-    "[architecture]": schema.ArchitectureConfig,
+    "[architecture]": families.ArchitectureConfig,
     "[model]": schema.ModelConfig,
     "[optim]": schema.OptimConfig,
     "[train]": schema.TrainConfig,
     "[mesh]": schema.MeshConfig,
     "[execution]": schema.ExecutionConfig,
     "[confirm]": schema.ConfirmConfig,
-    "[[queue]]": schema.EncoderEntry,
+    "[[queue]]": families.EncoderEntry,
 }
 
 
@@ -94,7 +94,7 @@ def _first_line(model: type[BaseModel]) -> str:
 
 
 def _table(model: type[BaseModel]) -> str:
-    words = _field_docs(model) | (_field_docs(schema.QueueEntry) if issubclass(model, schema.QueueEntry) else {})
+    words = _field_docs(model) | (_field_docs(families.QueueEntry) if issubclass(model, families.QueueEntry) else {})
     rows = ["| key | type | default | meaning |", "|---|---|---|---|"]
     own_first = sorted(model.model_fields.items(), key=lambda item: item[0] not in model.__annotations__)
     for name, field in own_first:

@@ -16,7 +16,8 @@ from typing import Any, TypeVar
 from pydantic import ValidationError
 
 from fintx.config import toml
-from fintx.config.schema import FAMILIES, EncoderEntry, StudySpec, shape_names
+from fintx.config.families import FAMILIES, EncoderEntry, shape_names
+from fintx.config.schema import StudySpec
 from fintx.config.toml import SweepFileError
 from fintx.config.validate import (
     MOST_PROBLEMS,

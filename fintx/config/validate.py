@@ -12,17 +12,8 @@ from typing import Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ValidationError
 
-from fintx.config.schema import (
-    ENCODER,
-    FAMILIES,
-    LOSSES,
-    METRICS,
-    Choices,
-    FloatRange,
-    LayerRange,
-    StudySpec,
-    check_loss,
-)
+from fintx.config.families import LayerRange
+from fintx.config.schema import ENCODER, FAMILIES, LOSSES, METRICS, Choices, FloatRange, StudySpec, check_loss
 from fintx.errors import without_passwords
 
 KeyPath = tuple[str | int, ...]

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from fintx.config import load
+from fintx.config.bounds import parse_parameters
 from fintx.config.schema import (
     ArchitectureConfig,
     BudgetConfig,
@@ -18,7 +19,6 @@ from fintx.config.schema import (
     Shape,
     StudySpec,
     check_shape,
-    parse_parameters,
 )
 from fintx.config.validate import Where, spelled
 from fintx.data import datasets

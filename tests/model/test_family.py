@@ -17,12 +17,12 @@ from pydantic import BaseModel, ConfigDict
 
 from fintx.analysis import status
 from fintx.config import load, schema
+from fintx.config.bounds import PositiveInt
+from fintx.config.families import FamilyConfig
 from fintx.config.schema import (
     BudgetConfig,
-    FamilyConfig,
     MeshConfig,
     ModelConfig,
-    PositiveInt,
     QueueEntry,
     Shape,
     StudySpec,

@@ -10,7 +10,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from fintx.config.schema import ArchitectureConfig, BudgetConfig, LayerRange, ModelConfig, Shape, parse_parameters
+from fintx.config.bounds import parse_parameters
+from fintx.config.families import LayerRange
+from fintx.config.schema import ArchitectureConfig, BudgetConfig, ModelConfig, Shape
 from fintx.errors import FintxError
 from fintx.model import encoder, param_count
 

@@ -11,13 +11,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fintx.config.families import EncoderEntry, LayerRange
 from fintx.config.schema import (
     ArchitectureConfig,
     BudgetConfig,
     Choices,
-    EncoderEntry,
     FloatRange,
-    LayerRange,
     QueueEntry,
     StudySpec,
     TaskConfig,

@@ -12,13 +12,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fintx.config import load
+from fintx.config.families import EncoderEntry, LayerRange
 from fintx.config.schema import (
     ArchitectureConfig,
     BudgetConfig,
     Choices,
-    EncoderEntry,
     FloatRange,
-    LayerRange,
     StudySpec,
     TaskConfig,
     config_hash,

@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from fintx.config.schema import FAMILIES, ModelConfig, OptimConfig, TaskConfig, TrainConfig, TrialConfig, shape_names
+from fintx.config.families import shape_names
+from fintx.config.schema import FAMILIES, ModelConfig, OptimConfig, TaskConfig, TrainConfig, TrialConfig
 from fintx.data.datasets import Dataset
 from fintx.train import trainer
 

@@ -97,7 +97,8 @@ def _saving(tiny: bool) -> dict[str, Any]:
 
 def _counting() -> dict[str, Any]:
     """Enumerate shapes within budgets and count each exactly."""
-    from fintx.config.schema import ArchitectureConfig, BudgetConfig, LayerRange, ModelConfig
+    from fintx.config.families import LayerRange
+    from fintx.config.schema import ArchitectureConfig, BudgetConfig, ModelConfig
     from fintx.model import param_count
 
     model = ModelConfig()
