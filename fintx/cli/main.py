@@ -213,7 +213,7 @@ def _run(
         confirms: studies that ask for it are confirmed at their end.
         also: gives the studies that are asked for while those run.
     """
-    from fintx.run import group
+    from fintx.run.workers import dismiss_group, follow_group
     from fintx.train import multihost
 
     place = multihost.find_place() if all(order.spec.mesh.hosts for order in orders) else None
@@ -223,12 +223,12 @@ def _run(
         raise FintxError(f"--workers {workers}: {place} trains each trial with all others; leave it out")
     with _stop_on_signal() as should_stop:
         if place.index > 0:
-            return group.follow_group(place, should_stop=should_stop)
+            return follow_group(place, should_stop=should_stop)
     try:
         together = dataclasses.replace(context, hosts=True)
         _conduct(orders, functools.partial(_run_all, together, 1, also), confirms=confirms)
     finally:
-        group.dismiss(place)
+        dismiss_group(place)
 
 
 def _conduct(

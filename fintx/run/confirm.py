@@ -91,19 +91,19 @@ class ConfirmationRun:
         limit = fits(config)
         if limit is None:
             return None
-        return self._job(open_[0], limit or None, self.run.at_once(open_[0], config))
+        return self._job(open_[0], limit or None, self.run.population_size(open_[0], config))
 
     def more_like(self, first: Job, *, beside: int) -> Job | None:
         """Another rerun that may train together with one just handed out; none: no more of them."""
-        if beside >= first.at_once or not self.run.goes_on:
+        if beside >= first.population_size or not self.run.goes_on:
             return None
         wanted = static_config(first.config)
         alike = [
             key
             for key in self._open()
-            if static_config(config := self._config(key)) == wanted and self.run.at_once(key, config) > 1
+            if static_config(config := self._config(key)) == wanted and self.run.population_size(key, config) > 1
         ]
-        return self._job(alike[0], first.memory_limit, first.at_once) if alike else None
+        return self._job(alike[0], first.memory_limit, first.population_size) if alike else None
 
     def _open(self) -> list[int]:
         limits = self.spec.execution
@@ -114,21 +114,21 @@ class ConfirmationRun:
         record, seed = self.reruns[key]
         return record.config.model_copy(update={"seed": seed})
 
-    def _job(self, key: int, limit: int | None, at_once: int) -> Job:
+    def _job(self, key: int, limit: int | None, population_size: int) -> Job:
         record, config = self.reruns[key][0], self._config(key)
         attempt = self._attempts[key] = max(self._attempts.get(key, 0), _attempts_of(self._where(key))) + 1
         job = Job(
             spec=self.spec.model_copy(update={"queue": ()}), config=config, number=record.trial_number,
             attempt=attempt, params=record.params, entry=record.entry, note=record.note, training=record.training,
             study_folder=self.folder.resolve(), data_root=self.run.context.data_root.resolve(), memory_limit=limit,
-            rerun=key, at_once=at_once,
+            rerun=key, population_size=population_size,
         )  # fmt: skip
         return self.run.begin(job)
 
     # --- what came of it ---
 
     def heard(self, key: int, kind: str, values: dict[str, Any], *, pid: int) -> None:
-        """Take what a worker said of a held rerun, or how its job ended (`workers.ENDS`)."""
+        """Take what a worker said of a held rerun, or how its job ended (`job.ENDS`)."""
         ending = self.run.hear(key, kind, values)
         if isinstance(ending, TrialRecord):
             self.done.add(key)

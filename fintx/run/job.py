@@ -1,4 +1,8 @@
-"""Jobs: all that a worker is told of an attempt at a trial."""
+"""Jobs: what a worker is given for one attempt at a trial, and the lines that it and its coordinator exchange.
+
+The coordinator writes to the worker's stdin: jobs that train together as one line of JSON, or one of the commands
+below. The worker answers on stdout with events, a line of JSON each: "ready", or a job's ticket with what happened.
+"""
 
 from __future__ import annotations
 
@@ -11,10 +15,17 @@ from fintx.config.schema import StudySpec, TrialConfig
 from fintx.study import records, search_space
 
 STOP = "stop"
+"""Save what trains, give back what waits, and end."""
+LEAVE, RECALL = "leave ", "recall "
+"""Before a ticket: give the job up even if it trains; give it back unless it trains."""
+ENDS = ("done", "interrupted", "superseded", "mistake", "failed", "died", "hung", "returned")
+"""Events that end a job; the last three are the coordinator's own findings."""
+JOINED = b"joined\n"
+"""What a worker that follows another host's prints once all have met."""
 
 
 class Job(BaseModel):
-    """One attempt at one trial: all that a worker is told of it, as JSON."""
+    """One attempt at one trial, as JSON."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -31,22 +42,22 @@ class Job(BaseModel):
     data_root: Path
     memory_limit: int | None
     """Bytes; none: what the device has."""
-    at_once: int = 1
+    population_size: int = 1
     """Members (trials × replicates) that may train side by side, in one program."""
     on_cores: bool = False
-    """Replicates may train at the same time, each by a thread of its worker's."""
+    """Replicates may train at the same time, each in a thread of the worker."""
     rerun: int | None = None
     """Of a confirmation, which trains a trial again with another seed: its place there. None: the trial itself."""
 
     @property
     def ticket(self) -> str:
-        """Names the attempt among all of a run's."""
+        """Unique among all attempts of a run."""
         rerun = "" if self.rerun is None else f"/rerun {self.rerun}"
         return f"{self.spec.study.name}/{self.number}{rerun}/{self.attempt}"
 
     @property
     def replicates(self) -> tuple[TrialConfig, ...]:
-        """The config with each of its seeds; a confirmation's has the one that it was given."""
+        """The config with each of its seeds; a rerun has a single one."""
         k = self.spec.study.replicates if self.rerun is None else 1
         return tuple(
             self.config.model_copy(update={"seed": search_space.replicate_seed(self.config.seed, replicate)})
@@ -55,12 +66,12 @@ class Job(BaseModel):
 
     @property
     def source(self) -> Literal["queue", "sampler"]:
-        """Who asked."""
+        """Where the trial comes from."""
         return "sampler" if self.entry is None else "queue"
 
     @property
     def key(self) -> int:
-        """What tells it from the other jobs of its course."""
+        """Unique among the jobs of its search or confirmation."""
         return self.number if self.rerun is None else self.rerun
 
     @property
@@ -72,4 +83,4 @@ class Job(BaseModel):
 
 
 Jobs = TypeAdapter(tuple[Job, ...])
-"""Trials that are trained together, as a worker is told of them."""
+"""Jobs that train together."""

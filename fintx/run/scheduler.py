@@ -22,10 +22,10 @@ from fintx.errors import FintxError, as_fintx_error
 from fintx.run import confirm
 from fintx.run import workers as machine
 from fintx.run.confirm import ConfirmationSummary
-from fintx.run.job import Job, Jobs
+from fintx.run.job import ENDS, Job, Jobs
 from fintx.run.search import Search
 from fintx.run.study_run import StudyRun
-from fintx.run.workers import ENDS, Pool, Worker
+from fintx.run.workers import Pool, Worker
 from fintx.study import records
 from fintx.study.events import RunContext, StudyReady
 from fintx.study.lifecycle import StudyRequest, check_queue, open_study
@@ -141,9 +141,9 @@ def run_studies(
     for order in orders:
         if order.queue_only:  # hand-picked trials are judged as a whole: no study begins while another's can't
             check_queue(order, context)
-    gpus = machine.gpus()
+    gpus = machine.gpu_bytes()
     if workers is None:
-        workers = 1 if context.hosts else machine.filling([order.spec for order in orders], gpus)
+        workers = 1 if context.hosts else machine.workers_that_fit([order.spec for order in orders], gpus)
         if workers > 1:
             context.notice(", ".join(names), f"{workers} workers, for {len(gpus)} GPUs")
     if workers > len(gpus) > 0:
@@ -236,7 +236,7 @@ class _Run:
                         jobs.append(other)
             if jobs:
                 for job in jobs:
-                    need = memory.upper_guess(job.config) * min(job.at_once, len(job.replicates))
+                    need = memory.upper_guess(job.config) * min(job.population_size, len(job.replicates))
                     self.handed[job.ticket] = _Handed(worker, course, job.key, need)
                 self.recalled.discard(worker)
                 self.pool.send(worker, Jobs.dump_json(tuple(jobs)).decode(), [job.ticket for job in jobs])

@@ -6,6 +6,7 @@ tries again: what is to be told is kept in order until it is told.
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -15,7 +16,6 @@ from fintx.analysis import status
 from fintx.config import validate
 from fintx.config.schema import StudySpec, TrialConfig
 from fintx.errors import FintxError
-from fintx.run import trial
 from fintx.run.job import Job
 from fintx.run.study_run import StudyRun
 from fintx.study import queue, records, search_space, study_file
@@ -110,7 +110,7 @@ class Search:
             self._idle_until = time.monotonic() + _IDLE_S
             return None
         (lease, config), self.over = acquired, False
-        return self._job(lease, config, limits[0] or None, self.run.at_once(lease.number, config))
+        return self._job(lease, config, limits[0] or None, self.run.population_size(lease.number, config))
 
     def more_like(self, first: Job, *, beside: int) -> Job | None:
         """Another trial that may train together with one just handed out, acquired; none: no more of them.
@@ -121,14 +121,14 @@ class Search:
         setting, k = self.spec.execution.population, self.spec.study.replicates
         remaining = self.spec.study.n_trials - len(self.finished)
         fair = -(-remaining // self.context.n_workers)  # the rest is for other workers
-        if (beside + 1) * k > first.at_once or beside >= fair or not self.run.goes_on or self._todo:
+        if (beside + 1) * k > first.population_size or beside >= fair or not self.run.goes_on or self._todo:
             return None
 
         def suits(choice: Lease | Proposal, config: TrialConfig) -> bool:
             if static_config(config) != static_config(first.config):
                 return False
             if isinstance(choice, Lease):
-                return self.run.at_once(choice.number, config) > 1
+                return self.run.population_size(choice.number, config) > 1
             if setting != "auto" or not choice.entry or choice.training == "":
                 return True
             # A queued trial's values are to depend on no result that may still come in.
@@ -139,7 +139,7 @@ class Search:
             acquired = self._acquire(suits, ahead=setting != "auto")
         except search_space.SpaceExhausted:
             return None
-        return None if acquired is None else self._job(*acquired, first.memory_limit, first.at_once)
+        return None if acquired is None else self._job(*acquired, first.memory_limit, first.population_size)
 
     def _acquire(
         self, suits: Callable[[Lease | Proposal, TrialConfig], bool], *, ahead: bool = True
@@ -170,14 +170,15 @@ class Search:
         lease = self._reach(lambda: self.opened.trial_table.acquire(choose))
         return None if lease is None else (lease, configs[0])
 
-    def _job(self, lease: Lease, config: TrialConfig, limit: int | None, at_once: int) -> Job:
+    def _job(self, lease: Lease, config: TrialConfig, limit: int | None, population_size: int) -> Job:
         population, on_gpu = self.spec.execution.population, self.context.on_gpu
         self.leases[lease.number] = lease
         job = Job(
             spec=self.spec.model_copy(update={"queue": ()}), config=config, number=lease.number, attempt=lease.attempt,
             params=lease.params, entry=lease.entry, note=lease.note, training=lease.training,
             study_folder=self.opened.folder.resolve(), data_root=self.context.data_root.resolve(), memory_limit=limit,
-            at_once=at_once, on_cores=not self.context.hosts and memory.on_cores(config, population, on_gpu=on_gpu),
+            population_size=population_size,
+            on_cores=not self.context.hosts and memory.on_cores(config, population, on_gpu=on_gpu),
         )  # fmt: skip
         return self.run.begin(job, step=lease.step)
 
@@ -281,7 +282,7 @@ class Search:
     # --- what came of it ---
 
     def heard(self, number: int, kind: str, values: dict[str, Any], *, pid: int) -> None:
-        """Take what a worker said of a held trial, or how its job ended (`workers.ENDS`)."""
+        """Take what a worker said of a held trial, or how its job ended (`job.ENDS`)."""
         self._pids[number], self._idle_until = pid, 0.0
         if kind in ("loaded", "progress", "epoch"):  # a sign of life
             self._progressed.add(number)
@@ -304,7 +305,8 @@ class Search:
             self._tell_finished(record)
             ranked = records.ranked(list(self.finished.values()), minimize=self.opened.minimize)
             for other in ranked[self.spec.study.keep_checkpoints :]:
-                trial.drop_checkpoint(self.opened.folder, other.trial_number)
+                folder = records.trial_folder(self.opened.folder, other.trial_number)
+                shutil.rmtree(folder / "checkpoint", ignore_errors=True)
             self.write_tables()
 
     def _tell(self, lease: Lease, record: TrialRecord) -> None:

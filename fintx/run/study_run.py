@@ -106,7 +106,7 @@ class StudyRun:
         reasons = self.failures.set_aside(self.spec.execution)
         return tuple(f"{self.label(key)} {why}" for key, why in reasons.items() if key not in finished)
 
-    def at_once(self, key: int, config: TrialConfig) -> int:
+    def population_size(self, key: int, config: TrialConfig) -> int:
         """Members that may train side by side with it, itself included."""
         if self.context.hosts or self.failures.trains_alone(key, self.spec.execution):
             return 1
@@ -136,7 +136,7 @@ class StudyRun:
         return self._steps[key]
 
     def hear(self, key: int, kind: str, values: dict[str, Any]) -> TrialRecord | Unfinished | None:
-        """Take what a worker said of a held job, or how it ended (`workers.ENDS`).
+        """Take what a worker said of a held job, or how it ended (`job.ENDS`).
 
         Returns:
             None while the job goes on; else what it came to, and it is held no more.

@@ -1,16 +1,16 @@
-"""A worker process: it trains the trials that it is handed, and tells how far they are.
+"""A worker process: it trains the jobs that it is given, and reports how far they are.
 
-A process of its own, so that a crash, a kill or a hang ends the attempts that it trains and nothing else. Each line of
-JSON on stdin holds jobs that train together; a line that comes while others train waits for its turn, and is compiled
-meanwhile. Events, with the ticket of their job, go as lines of JSON to stdout; whatever libraries print goes to the
-attempt's log. When stdin ends the coordinator is gone: the worker saves what it trains and ends. On
-several hosts the other workers follow it (group).
+A process of its own, so that a crash, a kill or a hang ends the attempts that it trains and nothing else. Lines come on
+stdin and events go to stdout (`job`); whatever libraries print goes to the attempt's log. Jobs that come while others
+train wait for their turn and are compiled meanwhile. When stdin ends, the coordinator is gone: the worker saves what it
+trains and ends.
+
+On several hosts (`workers` has a picture) the first process's worker serves the jobs, and the others train the same.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import faulthandler
 import json
@@ -21,33 +21,43 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-from fintx.run import group
-from fintx.run.job import STOP
+import jax
+
+from fintx.config.schema import TrialConfig
+from fintx.data import datasets
+from fintx.data.datasets import Dataset
+from fintx.errors import DISK_ERRORS, FintxError, as_fintx_error
+from fintx.run import trial
+from fintx.run.job import JOINED, LEAVE, RECALL, STOP, Job, Jobs
+from fintx.run.trial import Ending, Hooks
+from fintx.study.locks import Superseded
+from fintx.train import multihost
 from fintx.train.compilation import locked_cache
 
-LEAVE, RECALL = "leave ", "recall "
-"""Before a ticket: give the trial up though it trains; give it back unless it trains."""
+_RUN_OVER, _WORKER_OVER = "over", "again"
+"""To the other hosts, instead of jobs: the run is over; this worker is, and another one follows."""
 
 
 class _Channel:
-    """The coordinator's side of the pipes."""
+    """The pipes to the coordinator."""
 
     def __init__(self) -> None:
         self._events = os.fdopen(os.dup(1), "w", encoding="utf-8")
-        self._telling = threading.Lock()
+        self._sending = threading.Lock()
         os.dup2(2, 1)  # a library's print is no event
+        self.lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+        """Of jobs; none: there will be no more."""
         self.stopping = threading.Event()
         self.left: set[str] = set()
-        """Tickets of trials that were given to somebody else."""
+        """Tickets of trials that were given to another worker."""
         self.recalled: set[str] = set()
-        self.busy = False
-        self.preparing: threading.Thread | None = None
-        self._jobs: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+        self.training = False
+        self.compiler: threading.Thread | None = None
         threading.Thread(target=self._listen, daemon=True).start()
 
     def _listen(self) -> None:
@@ -59,28 +69,17 @@ class _Channel:
             elif line.startswith(RECALL):
                 self.recalled.add(line.removeprefix(RECALL))
             else:
-                self._jobs.put(line)
-                if self.busy:
-                    self.preparing = threading.Thread(target=_prepare, args=(line,), daemon=True)
-                    self.preparing.start()
+                self.lines.put(line)
+                if self.training:
+                    self.compiler = threading.Thread(target=_compile, args=(line,), daemon=True)
+                    self.compiler.start()
         self.stopping.set()
-        self._jobs.put(None)
+        self.lines.put(None)
 
-    def next_jobs(self) -> str | None:
-        """Waits for them; none: there will be no more."""
-        return self._jobs.get()
-
-    def rest(self) -> Iterator[str]:
-        """What has come and was not looked at."""
-        with contextlib.suppress(queue.Empty):
-            while True:
-                if (line := self._jobs.get_nowait()) is not None:
-                    yield line
-
-    def tell(self, event: str, **values: Any) -> None:
-        """Say something; without a coordinator there is nobody to say it to, and the trial is to be saved."""
+    def send(self, event: str, **values: Any) -> None:
+        """Report an event; if the coordinator is gone, what trains is to be saved."""
         try:
-            with self._telling:
+            with self._sending:
                 self._events.write(json.dumps({"event": event, **values}) + "\n")
                 self._events.flush()
         except BrokenPipeError:
@@ -89,185 +88,161 @@ class _Channel:
 
 def main() -> None:
     """Serve jobs until there are no more."""
-    arguments = argparse.ArgumentParser()
-    arguments.add_argument("--cores", help="CPU cores to use, such as 0,1")
-    arguments.add_argument("--gpus", help="GPUs to use, such as 0,1")
-    arguments.add_argument("--hosts", action="store_true", help="train together with the launch's other processes")
-    arguments.add_argument("--follow", action="store_true", help="be one of those")
-    arguments.add_argument("--dismiss", action="store_true", help="send them home")
-    given = arguments.parse_args()
-    if given.cores:  # before JAX starts its threads, as many as there are cores
-        os.sched_setaffinity(0, {int(core) for core in given.cores.split(",")})
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the coordinator, who then asks
-    if given.follow:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # process 0 says when to stop: a trial is saved by all together
-        return group.serve_as_follower(_follow)
-    if given.dismiss:
-        group.join_group()
-        return group.part_group(run_is_over=True)
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--cores", help="CPU cores to use, such as 0,1")
+    parser.add_argument("--gpus", help="GPUs to use, such as 0,1")
+    parser.add_argument("--hosts", action="store_true", help="train together with the launch's other processes")
+    parser.add_argument("--follow", action="store_true", help="be one of those")
+    parser.add_argument("--dismiss", action="store_true", help="tell them that the run is over")
+    options = parser.parse_args()
+    if options.cores:  # before JAX starts its threads, as many as there are cores
+        os.sched_setaffinity(0, {int(core) for core in options.cores.split(",")})
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the coordinator, which then asks
+    if options.follow:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # process 0 says when to stop: all save a trial together
+        return _follow()
+    if options.dismiss:
+        join_hosts()
+        multihost.broadcast(_RUN_OVER)
+        return
     channel = _Channel()
     signal.signal(signal.SIGTERM, lambda *_: channel.stopping.set())
     faulthandler.enable()
-    if given.gpus:
-        import jax
-
-        jax.config.update("jax_cuda_visible_devices", given.gpus)
-    if given.hosts:  # whoever is out of step with the others, or died, ends all workers
-        group.join_group()
-        try:
-            _serve_all(channel, together=True)
-            group.part_group(run_is_over=False)
-        except Exception:
-            traceback.print_exc()
-            group.leave()
+    if options.gpus:
+        jax.config.update("jax_cuda_visible_devices", options.gpus)
+    if not options.hosts:
+        _serve(channel)
+        if channel.compiler is not None and channel.compiler.is_alive():
+            os._exit(0)  # Python can't end while another thread compiles
         return
-    _serve_all(channel)
-    if channel.preparing is not None and channel.preparing.is_alive():
-        os._exit(0)  # Python can't end while another thread compiles
+    join_hosts()
+    try:
+        _serve(channel, hosts=True)
+        multihost.broadcast(_WORKER_OVER)
+    except Exception:
+        traceback.print_exc()
+        _leave_hosts()
 
 
-def _serve_all(channel: _Channel, *, together: bool = False) -> None:
-    """Serve jobs until there are no more, or this process is not to be trusted with others; the rest is given back."""
-    channel.tell("ready")
+def _serve(channel: _Channel, *, hosts: bool = False) -> None:
+    """Train jobs until there are no more, or this process can't be trusted with others; give back the rest.
+
+    Args:
+        hosts: train them together with the other hosts; an error ends all their workers.
+    """
+    channel.send("ready")
     idle_since: float | None = None
-    while (line := channel.next_jobs()) is not None:
+    while (line := channel.lines.get()) is not None:
         if channel.stopping.is_set():
             _give_back(channel, line)
             break
-        if together:
-            group.hand_to_group(line)
-        trusted = _serve(channel, line, idle_since, together=together)
-        if together and not trusted:
-            group.leave()
-        if not trusted or channel.stopping.is_set():
+        if hosts:
+            multihost.broadcast(line)
+        sound = _train(channel, line, idle_since, hosts=hosts)
+        if hosts and not sound:
+            _leave_hosts()
+        if not sound or channel.stopping.is_set():
             break
         idle_since = time.perf_counter()
-        channel.tell("ready")
-    for line in channel.rest():
-        _give_back(channel, line)
-
-
-def _follow(line: str) -> None:
-    from fintx.run import trial
-    from fintx.run.job import Jobs
-
-    (job,) = Jobs.validate_json(line)
-    trial.follow_trial(job, _folds(job))
+        channel.send("ready")
+    while not channel.lines.empty():
+        if (line := channel.lines.get()) is not None:
+            _give_back(channel, line)
 
 
 def _give_back(channel: _Channel, line: str) -> None:
-    """Jobs that never began."""
-    from fintx.run.job import Jobs
-
     for job in Jobs.validate_json(line):
-        channel.tell("interrupted", ticket=job.ticket)
+        channel.send("interrupted", ticket=job.ticket)
 
 
-def _serve(channel: _Channel, line: str, idle_since: float | None, *, together: bool = False) -> bool:
-    """Train jobs side by side; false if this process is not to be trusted with others.
+def _train(channel: _Channel, line: str, idle_since: float | None, *, hosts: bool) -> bool:
+    """Train the jobs of a line side by side; false if this process can't be trusted with others.
 
     Args:
-        together: other hosts train them too, and are left in the middle of it by whatever ends it early.
+        hosts: other hosts train them too, and are left in the middle of it by any error.
     """
-    from fintx.run import trial
-    from fintx.run.job import Jobs
-
     jobs = []
     for job in Jobs.validate_json(line):
         if job.ticket in channel.recalled:
-            channel.tell("interrupted", ticket=job.ticket)
+            channel.send("interrupted", ticket=job.ticket)
         else:
             jobs.append(job)
     if not jobs:
         return True
-    channel.busy = True
-    open_jobs, trusted = {job.ticket: job for job in jobs}, True
+    channel.training = True
+    unfinished, sound = {job.ticket: job for job in jobs}, True
     try:
         _log_to([job.folder / "run" / f"attempt-{job.attempt}.log" for job in jobs])
-        folds = _folds(jobs[0])
+        folds = _folds(jobs[0].config, jobs[0].data_root)
         for job in jobs:
-            channel.tell("loaded", ticket=job.ticket)
+            channel.send("loaded", ticket=job.ticket)
         for job, ending in trial.run_trials(jobs, folds, [_hooks(channel, job) for job in jobs], idle_since=idle_since):
-            del open_jobs[job.ticket]
-            trusted = (
-                _tell_ending(channel, job, ending) and trusted and not (together and isinstance(ending, Exception))
-            )
+            del unfinished[job.ticket]
+            sound = _report(channel, job, ending) and sound and not (hosts and isinstance(ending, Exception))
     except Exception as error:
-        for place, job in enumerate(open_jobs.values()):
-            trusted = _tell_ending(channel, job, error, beside=place > 0) and trusted and not together
+        for place, job in enumerate(unfinished.values()):
+            sound = _report(channel, job, error, beside=place > 0) and sound and not hosts
     finally:
-        channel.busy = False
-    return trusted
+        channel.training = False
+    return sound
 
 
-def _hooks(channel: _Channel, job: Any) -> Any:
-    from fintx.run import trial
-    from fintx.study.locks import Superseded
-
+def _hooks(channel: _Channel, job: Job) -> Hooks:
     def on_progress(fold: int, step: int) -> None:
-        channel.tell("progress", ticket=job.ticket, fold=fold, step=step)
+        channel.send("progress", ticket=job.ticket, fold=fold, step=step)
         if job.ticket in channel.left:
             raise Superseded(f"{job.folder} was given to another attempt")
 
-    def on_epoch(fold: int, replicate: int, epoch: Any) -> None:
-        values = dataclasses.asdict(epoch)
-        channel.tell("epoch", ticket=job.ticket, fold=fold, replicate=replicate, epoch=values)
-
-    return trial.Hooks(
-        on_epoch=on_epoch,
+    return Hooks(
+        on_epoch=lambda fold, replicate, epoch: channel.send(
+            "epoch", ticket=job.ticket, fold=fold, replicate=replicate, epoch=dataclasses.asdict(epoch)
+        ),
         on_progress=on_progress,
-        on_warning=lambda text: channel.tell("warning", ticket=job.ticket, text=text),
+        on_warning=lambda text: channel.send("warning", ticket=job.ticket, text=text),
         should_stop=channel.stopping.is_set,
     )
 
 
-def _tell_ending(channel: _Channel, job: Any, ending: Any, *, beside: bool = False) -> bool:
-    """Say how a job ended; false if the process is not to be trusted after it.
+def _report(channel: _Channel, job: Job, ending: Ending, *, beside: bool = False) -> bool:
+    """Report how a job ended; false if this process can't be trusted after it.
 
     Args:
-        beside: the ending was another job's too, which told of it.
+        beside: the same error ended another job, and was reported with it.
     """
-    from fintx.errors import DISK_ERRORS, FintxError
-    from fintx.study.locks import Superseded
-
     match ending:
+        case None:
+            channel.send("interrupted", ticket=job.ticket)
         case Superseded():
-            channel.tell("superseded", ticket=job.ticket)
+            channel.send("superseded", ticket=job.ticket)
         case FintxError():
-            channel.tell("mistake", ticket=job.ticket, text=str(ending))
+            channel.send("mistake", ticket=job.ticket, text=str(ending))
         case OSError() if ending.errno in DISK_ERRORS:
-            where = f"{ending.filename}: " if ending.filename else ""
-            words = f"{where}{os.strerror(ending.errno or 0)}; fix that, and the same command continues"
-            channel.tell("mistake", ticket=job.ticket, text=words)
+            channel.send("mistake", ticket=job.ticket, text=str(as_fintx_error(ending)))
         case Exception():
             traceback.print_exception(ending)
             sys.stderr.flush()
-            first = next(iter(str(ending).splitlines()), "")
-            channel.tell("failed", ticket=job.ticket, text=f"{type(ending).__name__}: {first}", beside=beside)
+            first_line = next(iter(str(ending).splitlines()), "")
+            text = f"{type(ending).__name__}: {first_line}"
+            channel.send("failed", ticket=job.ticket, text=text, beside=beside)
             return False
-        case None:
-            channel.tell("interrupted", ticket=job.ticket)
         case _:
-            channel.tell("done", ticket=job.ticket)
-            # After a device ran out of memory, what it computes next is not to be trusted.
+            channel.send("done", ticket=job.ticket)
+            # After a device ran out of memory, what it computes next can't be trusted.
             return ending.outcome != "out_of_memory"
     return True
 
 
-def _prepare(line: str) -> None:
-    """Compile, in a thread of its own, what jobs that wait will run; what fails here fails again where it is told."""
-    from fintx.run import trial
-    from fintx.run.job import Jobs
-
+def _compile(line: str) -> None:
+    """Compile what waiting jobs will run; an error here comes again, and is reported, when they train."""
     jobs = Jobs.validate_json(line)
     try:
-        trial.compile_trials(jobs, _folds(jobs[0]))
+        trial.compile_trials(jobs, _folds(jobs[0].config, jobs[0].data_root))
     except Exception:
         traceback.print_exc()
 
 
-def _log_to(paths: list[Path]) -> None:
-    """All that this process, its libraries and a crash print belongs to these attempts from now on: one file."""
+def _log_to(paths: Sequence[Path]) -> None:
+    """From now on all that this process, its libraries and a crash print goes to these attempts' logs: one file."""
     first, *others = paths
     for path in paths:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -280,26 +255,68 @@ def _log_to(paths: list[Path]) -> None:
 
 
 @dataclass(frozen=True)
-class _Asked:
-    """A trial's config, equal to any other that asks for the same data."""
+class _DataKey:
+    """A trial's config, equal to any other that needs the same data."""
 
     key: str
     root: Path
-    config: Any = field(compare=False)
+    config: TrialConfig = field(compare=False)
+
+
+def _folds(config: TrialConfig, data_root: Path) -> tuple[Dataset, ...]:
+    """Cached by content: the trials of a study share their data."""
+    parts = [part.model_dump_json() for part in (config.data, config.task, config.split)]
+    return _build_folds(_DataKey(json.dumps([*parts, config.model.context_length]), data_root, config))
 
 
 @locked_cache(kept=4)
-def _folds_of(asked: _Asked) -> Any:
-    from fintx.data import datasets
-
-    return datasets.build(asked.config, asked.root).folds
+def _build_folds(data: _DataKey) -> tuple[Dataset, ...]:
+    return datasets.build(data.config, data.root).folds
 
 
-def _folds(job: Any) -> Any:
-    """Cached by content: the trials of a study share their data."""
-    config = job.config
-    parts = [part.model_dump_json() for part in (config.data, config.task, config.split)]
-    return _folds_of(_Asked(json.dumps([*parts, config.model.context_length]), job.data_root, config))
+# --- several hosts ----------------------------------------------------------------------------------------------------
+
+
+def join_hosts() -> None:
+    """Become one of the launch's processes; before anything else is asked of JAX."""
+    place = multihost.find_place()
+    assert place is not None, "started as one of several, by one of several"
+    multihost.initialize(
+        address=place.address,
+        bind=place.bind,
+        n_processes=place.n_processes,
+        index=place.index,
+        local_device=place.local_device,
+    )
+
+
+def _leave_hosts() -> NoReturn:
+    """End at once, out of step with the others: JAX would wait for them, and they for this process."""
+    sys.stderr.flush()
+    os._exit(1)
+
+
+def _follow() -> None:
+    """Train what process 0 trains until it says that this is over; exit with 1 if another worker is to follow."""
+
+    def leave_with_parent() -> None:
+        sys.stdin.read()
+        _leave_hosts()
+
+    threading.Thread(target=leave_with_parent, daemon=True).start()
+    stdout = os.dup(1)
+    os.dup2(2, 1)  # a library's print is no message
+    try:
+        join_hosts()
+        os.write(stdout, JOINED)
+        while (line := multihost.broadcast(None)) not in (_RUN_OVER, _WORKER_OVER):
+            (job,) = Jobs.validate_json(line)
+            trial.follow_trial(job, _folds(job.config, job.data_root))
+    except BaseException:
+        traceback.print_exc()
+        _leave_hosts()
+    if line == _WORKER_OVER:
+        sys.exit(1)
 
 
 if __name__ == "__main__":

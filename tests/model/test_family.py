@@ -337,8 +337,7 @@ def test_a_trial_becomes_a_record(
         spec=spec, config=trial, number=0, attempt=1, params={"optim.learning_rate": 3e-3}, entry=None, note="",
         training="", study_folder=tmp_path / "mlp", data_root=tmp_path, memory_limit=None,
     )  # fmt: skip
-    ignore = lambda *_: None  # noqa: E731
-    record = trials.run_trial(job, prepared.folds, Hooks(ignore, ignore, ignore, should_stop=lambda: False))
+    ((_, record),) = trials.run_trials([job], prepared.folds, [Hooks()])
     assert record is not None and record.outcome == "completed" and record.param_count == 993
     file = records.trial_folder(job.study_folder, 0) / "record.json"
     assert json.loads(file.read_text())["width"] == 16 and records.read(file) == record

@@ -35,11 +35,11 @@ def spec(budget: str, *changes: str) -> StudySpec:
 def test_a_worker_gets_as_many_gpus_as_its_largest_trial_needs(
     budgets: list[str], gpus: list[int], wanted: int
 ) -> None:
-    assert machine.filling([spec(each) for each in budgets], gpus) == wanted
+    assert machine.workers_that_fit([spec(each) for each in budgets], gpus) == wanted
 
 
 def test_a_mesh_that_is_asked_for_is_one_workers(tmp_path: Path) -> None:
-    assert machine.filling([spec("2M", "mesh.data=4")], 8 * [80 * GIB]) == 2
+    assert machine.workers_that_fit([spec("2M", "mesh.data=4")], 8 * [80 * GIB]) == 2
 
 
 def test_a_set_of_features_counts_as_all_that_it_holds() -> None:
@@ -52,7 +52,7 @@ def test_a_set_of_features_counts_as_all_that_it_holds() -> None:
     assert len(names) > len(asked.data.features)
     n_params = param_count.count_params(asked.model, shape, len(names)).total
     tight = spec("2M", *one, f"budget.parameters={n_params}", "budget.tolerance=0.01")
-    assert machine.filling([tight], 8 * [80 * GIB]) == 8
+    assert machine.workers_that_fit([tight], 8 * [80 * GIB]) == 8
 
 
 @pytest.mark.parametrize(
@@ -77,9 +77,9 @@ def test_gpus_are_those_that_cuda_shows(
         monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     else:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    assert list(machine.gpus()) == [2**20 * each for each in wanted]
+    assert list(machine.gpu_bytes()) == [2**20 * each for each in wanted]
 
 
 def test_without_a_driver_there_are_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert machine.gpus() == ()
+    assert machine.gpu_bytes() == ()

@@ -63,7 +63,7 @@ def test_what_is_proposed_to_start_is_the_same_together_and_one_by_one(course: C
     single = course("study.n_startup_trials=4", "study.name='b'", "execution.population=false")
     alone = [job for _ in range(4) for job in handed(single)]
     assert [job.config for job in together] == [job.config for job in alone] and len(together) == 4
-    assert {job.at_once for job in alone} == {1}
+    assert {job.population_size for job in alone} == {1}
 
 
 def test_on_a_cpu_each_is_alone(course: Courses) -> None:
@@ -138,7 +138,7 @@ def test_what_never_began_is_given_back_without_blame(course: Courses) -> None:
         search.heard(job.number, "returned", {"text": "its worker died before its turn"}, pid=1)
     leases = {lease.number: lease for lease in search.opened.trial_table.leases()}
     assert [(leases[n].state, leases[n].failures) for n in (0, 1)] == [("interrupted", 0)] * 2
-    assert [job.at_once for job in handed(search)] == [16, 16]
+    assert [job.population_size for job in handed(search)] == [16, 16]
 
 
 def test_a_request_to_stop_is_heard_at_once_and_once(course: Courses) -> None:

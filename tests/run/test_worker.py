@@ -12,8 +12,7 @@ from typing import Any
 import pytest
 
 from fintx.config.schema import Shape
-from fintx.run.job import STOP, Job, Jobs
-from fintx.run.worker import LEAVE, RECALL
+from fintx.run.job import LEAVE, RECALL, STOP, Job, Jobs
 from fintx.study import records, study_file
 
 pytestmark = pytest.mark.slow  # every test starts processes that import JAX and compile
@@ -95,14 +94,14 @@ def make_job(tiny_study: Path, tmp_path: Path) -> Callable[..., Job]:
     known, record = study_file.read_study(tiny_study), records.read_all(tiny_study)[0]
     assert known is not None
 
-    def make(number: int, *, n_heads: int = 1, max_epochs: int = 2, at_once: int = 1) -> Job:
+    def make(number: int, *, n_heads: int = 1, max_epochs: int = 2, population_size: int = 1) -> Job:
         shape = Shape(d_model=8, n_layers=2, n_heads=n_heads, d_ff=16)
         train = record.config.train.model_copy(update={"max_epochs": max_epochs, "patience": max_epochs})
         config = record.config.model_copy(update={"shape": shape, "train": train, "seed": number})
         return Job(
             spec=known.spec, config=config, number=number, attempt=1, params=record.params, entry=None, note="",
             training="", study_folder=tmp_path / "study", data_root=tiny_study.parents[1] / "data", memory_limit=None,
-            at_once=at_once,
+            population_size=population_size,
         )  # fmt: skip
 
     return make
@@ -160,7 +159,7 @@ def test_what_is_recalled_never_begins_and_what_trains_ends_well(worker: Worker,
 
 
 def test_a_superseded_member_leaves_alone(worker: Worker, make_job: Callable[..., Job]) -> None:
-    jobs = [make_job(number, max_epochs=30, at_once=3) for number in (1, 2, 3)]
+    jobs = [make_job(number, max_epochs=30, population_size=3) for number in (1, 2, 3)]
     worker.send(*jobs)
     worker.hear("progress", jobs[2].ticket)
     worker.say(f"{LEAVE}{jobs[1].ticket}")

@@ -61,8 +61,8 @@ def test_slurm() -> None:
 
 JOIN = """
 import jax
-from fintx.run import group
-group.join_group()
+from fintx.run import worker
+worker.join_hosts()
 print(jax.process_index(), jax.process_count(), jax.config.read("jax_cuda_visible_devices"))
 """
 
