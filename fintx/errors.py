@@ -1,3 +1,5 @@
+"""Errors: those that you can fix, and bugs; every message without passwords."""
+
 from __future__ import annotations
 
 import errno
@@ -7,7 +9,7 @@ import tempfile
 import traceback
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
-"""What a full or forbidden disk says, whichever library wrote to it: its user's to mend, and no bug."""
+"""Error numbers of a full or forbidden disk, whichever library wrote to it: for you to fix, and no bug."""
 
 _PASSWORD = re.compile(
     r"""(postgres\w*(?:\+\w+)?://[^\s:/@"']*:)(?:[^\s"']*@|(?!\d{1,5}(?:[/?\s"']|$))[^\s"']*)""", re.IGNORECASE
@@ -22,11 +24,11 @@ def without_passwords(text: str) -> str:
 
 
 class FintxError(Exception):
-    """Something its user can mend.
+    """An error that you can fix.
 
-    The message is one line (or one line per problem) that says what was wanted, what was got, where, and how to mend
-    it. The command line prints it and exits with code 2; anything that is not a FintxError is a bug of fintx. Modules
-    derive named errors from it where a caller must tell one from another. No message holds a database's password.
+    The message is one line (or one line per problem): what was wanted, what was found, where, and how to fix it. The
+    command line prints it and exits with code 2; anything that is not a FintxError is a bug of fintx. Modules derive
+    named errors from it where a caller must tell one from another. No message holds a database's password.
     """
 
     def __init__(self, text: str):
@@ -34,22 +36,22 @@ class FintxError(Exception):
 
 
 class Bug(FintxError):
-    """What no user can mend. Its traceback lies in a file that the message names; exit code 1."""
+    """An error that you can't fix. Its traceback is in a file that the message names; exit code 1."""
 
 
 def as_fintx_error(error: Exception, *, of: str = "") -> FintxError:
-    """Any exception as its user is to hear of it: a full disk is his to mend, what nobody foresaw is a bug.
+    """Any exception as a FintxError: a full disk is for you to fix, anything unforeseen is a bug.
 
     Args:
-        of: what could not go on, such as a study's name.
+        of: what failed, such as a study's name.
     """
     if isinstance(error, FintxError):
         return error
-    who = f"{of}: " if of else ""
+    prefix = f"{of}: " if of else ""
     if isinstance(error, OSError) and error.errno in DISK_ERRORS:
         where = f"{error.filename}: " if error.filename else ""
-        return FintxError(f"{who}{where}{os.strerror(error.errno)}; fix that, and the same command continues")
+        return FintxError(f"{prefix}{where}{os.strerror(error.errno)}; fix that, and the same command continues")
     with tempfile.NamedTemporaryFile("w", prefix="fintx-", suffix=".traceback.txt", delete=False) as file:
         file.write(without_passwords("".join(traceback.format_exception(error))))
-    what = next(iter(str(error).splitlines()), "")
-    return Bug(f"{who}{type(error).__name__}: {what}; this is a bug of fintx, please report {file.name}")
+    reason = next(iter(str(error).splitlines()), "")
+    return Bug(f"{prefix}{type(error).__name__}: {reason}; this is a bug of fintx, please report {file.name}")

@@ -10,14 +10,14 @@ from pathlib import Path
 
 @contextlib.contextmanager
 def replacing(path: Path, *, once: bool = False) -> Iterator[Path]:
-    """A neighbour to write to; at the block's end it is synced and takes the place of `path`.
+    """A temporary file to write to; at the block's end it is synced and replaces `path`.
 
     Args:
         once: refuse to replace an existing file.
 
     Raises:
         FileExistsError: `once`, and it exists.
-        OSError: disk full, no permission; then `path` is as it was.
+        OSError: disk full, no permission; `path` is unchanged then.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -34,7 +34,7 @@ def replacing(path: Path, *, once: bool = False) -> Iterator[Path]:
 
 
 def sync(path: Path) -> None:
-    """A file's content, or a folder's names, to the disk itself: a power cut finds them there."""
+    """Flush a file's content, or a folder's names, to the disk itself, so that a power cut loses nothing."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

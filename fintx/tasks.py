@@ -1,7 +1,7 @@
 """Tasks: what is predicted, one class each. The only module that looks ahead, from raw prices alone.
 
-It stands below the config, so that `[task] kind` is checked against `TASKS`: a task is added here and nowhere else.
-What comes after a label is cut asks what kind of prediction it wants (`Task.predicts`), never for the task's name.
+It lies below the config, so that `[task] kind` is checked against `TASKS`: a task is added here and nowhere else. Code
+that uses labels asks what kind of prediction a task makes (`Task.predicts`), never for its name.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 from fintx.types import Floats
 
 Prediction = Literal["probability", "value"]
-"""What a model puts out. probability: the logit of a label of 0 or 1. value: a number in the label's own unit."""
+"""A model's output. probability: the logit of a label of 0 or 1. value: a number in the label's own unit."""
 
 
 class Prices(Protocol):
@@ -43,14 +43,14 @@ class Task(Protocol):
 
     @property
     def level(self) -> Threshold | None:
-        """The price level whose reaching is the event; none where no level is. Touch forecasts, the mirror test and
-        the backtest need one."""
+        """The price level whose reaching is the event; None if there is none. Touch forecasts, the mirror test and the
+        backtest need one."""
 
     def cut_labels(self, bars: Prices) -> Floats:
-        """(T − h,) labels of all bars but the last h: the future of those is not complete."""
+        """(T − h,) labels of all bars but the last h, whose future is incomplete."""
 
     def describe(self) -> str:
-        """The label in one sentence."""
+        """The label, as one sentence."""
 
 
 @dataclass(frozen=True)
@@ -74,8 +74,8 @@ class Threshold:
         reached = _highest_ahead(bars.high, self.horizon) if self.price == "high" else bars.close[self.horizon :]
         return reached >= (1 + self.threshold) * bars.close[: -self.horizon]
 
-    def cut_opposite(self, bars: Prices) -> Floats:
-        """The mirror image, for thresholds of either sign: the move of the same size to the other side.
+    def cut_mirror_labels(self, bars: Prices) -> Floats:
+        """The mirrored event, for thresholds of either sign: a move of the same size in the other direction.
 
         price high:  min(low[t+1 … t+h]) ≤ (1 − threshold) · close[t]
         price close: close[t+h] ≤ (1 − threshold) · close[t]
@@ -126,32 +126,32 @@ TASKS: dict[str, type[Task]] = {"threshold": Threshold, "direction": Direction, 
 
 
 def settings(kind: str) -> tuple[str, ...]:
-    """The settings of [task] that a task takes, all of which it needs."""
-    return tuple(field.name for field in fields(TASKS[kind]))  # type: ignore[arg-type]  # no protocol says: a dataclass
+    """The settings of [task] that a task takes; all are required."""
+    return tuple(field.name for field in fields(TASKS[kind]))  # type: ignore[arg-type]  # a protocol can't require a dataclass
 
 
 def labels(task: Task, bars: Prices) -> Floats:
     """(T,) float64 label of each bar, from its close and the raw prices of the next h; NaN where those are missing."""
-    return _complete(task.cut_labels, task.horizon, bars)
+    return _padded(task.cut_labels, task.horizon, bars)
 
 
-def opposites(level: Threshold, bars: Prices) -> Floats:
+def mirror_labels(level: Threshold, bars: Prices) -> Floats:
     """(T,) float64 label of the mirrored event; NaN where the future is incomplete."""
-    return _complete(level.cut_opposite, level.horizon, bars)
+    return _padded(level.cut_mirror_labels, level.horizon, bars)
 
 
-def ends(task: Task, bars: Prices) -> np.ndarray:
+def label_ends(task: Task, bars: Prices) -> np.ndarray:
     """(T,) datetime64[D]: the last day that each label looks at; NaT where the future is incomplete."""
     last = np.full(len(bars), np.datetime64("NaT"), "datetime64[D]")
     last[: max(len(bars) - task.horizon, 0)] = bars.dates[task.horizon :]
     return last
 
 
-def _complete(cut: Callable[[Prices], Floats], horizon: int, bars: Prices) -> Floats:
-    found = np.full(len(bars), np.nan)
+def _padded(cut: Callable[[Prices], Floats], horizon: int, bars: Prices) -> Floats:
+    labels = np.full(len(bars), np.nan)
     if len(bars) > horizon:
-        found[:-horizon] = cut(bars)
-    return found
+        labels[:-horizon] = cut(bars)
+    return labels
 
 
 def _highest_ahead(high: Floats, h: int) -> Floats:

@@ -1,4 +1,4 @@
-"""Which words does every room share? The letters of array axes, a few aliases, and the errors a user can cause.
+"""Types: the letters of array axes and a few aliases, shared by all modules.
 
 Axis letters, used in jaxtyping signatures and as suffixes of array names:
 
@@ -6,7 +6,7 @@ Axis letters, used in jaxtyping signatures and as suffixes of array names:
     D d_model      H heads        K head size  M d_ff      L layers
     R replicas (members of a population)      S samples (rows of a split)
 
-Modules that hold JAX arrays import `jaxtyping` themselves: it loads JAX, which nothing upstream of a dataset may.
+Modules that use JAX arrays import `jaxtyping` themselves: it loads JAX, which nothing upstream of a dataset may.
 """
 
 from __future__ import annotations

@@ -249,7 +249,7 @@ def _opposite(rows: Rows, level: Threshold, bars: Mapping[str, Bars]) -> Floats 
     for symbol, asset_bars in bars.items():
         mine = rows.assets == symbol
         place = np.searchsorted(asset_bars.dates, rows.dates[mine])
-        mirrored = tasks.opposites(level, asset_bars)
+        mirrored = tasks.mirror_labels(level, asset_bars)
         opposite[mine] = mirrored[np.minimum(place, len(asset_bars) - 1)]
     return opposite if np.isfinite(opposite).all() else None
 

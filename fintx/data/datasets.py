@@ -289,7 +289,7 @@ class Panel:
             assets=tuple(b.symbol for b in bars),
             close=np.concatenate([b.close for b in bars]),
             labels=np.concatenate([tasks.labels(task, b) for b in bars]),
-            label_ends=np.concatenate([tasks.ends(task, b) for b in bars]),
+            label_ends=np.concatenate([tasks.label_ends(task, b) for b in bars]),
         )
 
     def whole_windows(self, context_length: int) -> np.ndarray:

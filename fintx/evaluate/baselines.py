@@ -268,7 +268,7 @@ class Known:
         """(rows, 1) logit of the base rate of all labels that are known by then, of all bars."""
         each = self.bars.values()
         labels = np.concatenate([tasks.labels(self.task, bars) for bars in each])
-        ends = np.concatenate([tasks.ends(self.task, bars) for bars in each])
+        ends = np.concatenate([tasks.label_ends(self.task, bars) for bars in each])
         rate = climatology(labels, ends, self.dataset.dates)[:, None]
         with np.errstate(divide="ignore"):
             return np.log(rate) - np.log1p(-rate)

@@ -87,7 +87,7 @@ def mirror_test(logits: Floats, labels: Floats, opposite: Floats, *, horizon: in
     Args:
         logits: (S,).
         labels: (S,) 0 or 1.
-        opposite: (S,) 0 or 1, of `tasks.opposites`.
+        opposite: (S,) 0 or 1, of `tasks.mirror_labels`.
         horizon: h, days over which labels overlap.
 
     Raises:

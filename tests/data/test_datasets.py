@@ -119,7 +119,7 @@ def test_no_label_or_feature_is_made_of_a_bar_of_the_test_part(kind, root, monke
         return watching
 
     monkeypatch.setattr(tasks, "labels", watched(tasks.labels, lambda task, bars: [bars]))
-    monkeypatch.setattr(tasks, "ends", watched(tasks.ends, lambda task, bars: [bars]))
+    monkeypatch.setattr(tasks, "label_ends", watched(tasks.label_ends, lambda task, bars: [bars]))
     monkeypatch.setattr(features, "compute", watched(features.compute, lambda n, bars, c: [bars, *c.values()]))
     prepared = build(PANEL, root, split=SPLITS[kind])
     assert len(seen) >= 3 * len(PANEL.assets)
@@ -192,7 +192,7 @@ def test_no_label_of_a_part_ends_inside_the_next(kind, horizon, embargo, panel, 
     prepared = build(PANEL if panel else ONE, root, task=task, split=split)
     days = np.unique(np.concatenate([held[s].dates for s in prepared.data.assets]))
     for fold, bounds in zip(prepared.folds, prepared.split.folds, strict=True):
-        ends = {s: tasks.ends(task.rule, held[s]) for s in fold.assets}
+        ends = {s: tasks.label_ends(task.rule, held[s]) for s in fold.assets}
         for part, next_first in ((fold.train, bounds.validation_first), (fold.validation, prepared.split.test_first)):
             last = days[np.searchsorted(days, next_first) - embargo]
             for row in part.rows:

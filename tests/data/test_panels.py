@@ -271,7 +271,7 @@ def modules_that(refers: str) -> set[str]:
 
 def test_eval_alone_opens_the_test_part_and_few_ask_for_labels():
     assert modules_that("build_test") == {"analysis/test_set.py"}
-    assert modules_that("cut_labels") == modules_that("cut_opposite") == {"tasks.py"}
+    assert modules_that("cut_labels") == modules_that("cut_mirror_labels") == {"tasks.py"}
     # Baselines ask for labels that are known by then, of bars that end with the dataset; a page for the mirror image.
     assert modules_that("fintx.tasks") == {"data/datasets.py", "evaluate/baselines.py", "analysis/study_analysis.py"}
 
@@ -362,7 +362,7 @@ def test_foreign_bars_too_few_for_a_window_and_its_future_are_refused(n):
 def test_a_history_no_longer_than_the_horizon_has_no_label_and_no_end(n):
     bars, task = make_bars("X", 20, seed=4).take(np.arange(n)), threshold(8)
     assert len(tasks.labels(task.rule, bars)) == n and np.isnan(tasks.labels(task.rule, bars)).all()
-    assert len(tasks.ends(task.rule, bars)) == n and np.isnat(tasks.ends(task.rule, bars)).all()
+    assert len(tasks.label_ends(task.rule, bars)) == n and np.isnat(tasks.label_ends(task.rule, bars)).all()
 
 
 @pytest.mark.parametrize("name", features.FEATURES)

@@ -83,7 +83,7 @@ def test_labels_do_not_know_the_price_level_nor_the_past(kind, help):
 @pytest.mark.parametrize("horizon", [1, 3, 200])
 def test_ends_are_the_days_of_the_last_bar_looked_at(horizon, help):
     bars, task = help.walk(n=100), TaskConfig(kind="direction", horizon=horizon)
-    ends = tasks.ends(task.rule, bars)
+    ends = tasks.label_ends(task.rule, bars)
     np.testing.assert_array_equal(np.isnat(ends), np.isnan(tasks.labels(task.rule, bars)))
     for t in range(100 - min(horizon, 100)):
         assert ends[t] == bars.dates[t + horizon]
@@ -93,7 +93,7 @@ def test_ends_are_the_days_of_the_last_bar_looked_at(horizon, help):
 @pytest.mark.parametrize("horizon", [1, 4])
 def test_a_label_depends_on_no_bar_after_its_end(kind, horizon, help):
     task, bars = TaskConfig(**TASKS[kind], horizon=horizon), help.walk(n=80)
-    whole, ends = tasks.labels(task.rule, bars), tasks.ends(task.rule, bars)
+    whole, ends = tasks.labels(task.rule, bars), tasks.label_ends(task.rule, bars)
     for t in (0, 17, 60):
         known = bars.take(np.flatnonzero(bars.dates <= ends[t]))
         assert tasks.labels(task.rule, known)[t] == whole[t]

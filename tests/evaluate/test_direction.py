@@ -73,7 +73,7 @@ def test_the_opposite_event_is_the_mirror_image(closes, horizon, threshold, pric
     days = np.datetime64("2020-01-01") + np.arange(len(close))
     bars = bars_module.make_bars("A", days, open=close, high=high, low=low, close=close, volume=np.ones(len(close)))
     task = TaskConfig(kind="threshold", price=price, threshold=threshold, horizon=horizon)
-    found = tasks.opposites(task.rule.level, bars)
+    found = tasks.mirror_labels(task.rule.level, bars)
     for t in range(len(close) - horizon):
         lowest = low[t + 1 : t + 1 + horizon].min() if price == "high" else close[t + horizon]
         assert found[t] == float(lowest <= (1 - threshold) * close[t])
