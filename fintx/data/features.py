@@ -310,76 +310,52 @@ FEATURES: dict[str, Feature] = {
     "low": Feature("low, as traded", lambda b, _: b.low.copy()),
     "close": Feature("close, as traded", lambda b, _: b.close.copy()),
     "volume": Feature("volume, as traded", lambda b, _: b.volume.copy(), 0, ("volume",)),
-    **{
-        f"dema_{n}": Feature(
-            f"double EMA of the close, {n} days", _over(n, lambda b, n: talib.DEMA(b.close, n)), 2 * n - 2
-        )
-        for n in (9, 10, 20, 25, 90)
-    },
-    **{
-        f"sma_{n}": Feature(f"mean close of {n} days", _over(n, lambda b, n: rolling_mean(b.close, n)), n - 1)
-        for n in (12, 50, 100, 200)
-    },
+    **{f"dema_{n}": Feature(
+        f"double EMA of the close, {n} days", _over(n, lambda b, n: talib.DEMA(b.close, n)), 2 * n - 2)
+       for n in (9, 10, 20, 25, 90)},
+    **{f"sma_{n}": Feature(f"mean close of {n} days", _over(n, lambda b, n: rolling_mean(b.close, n)), n - 1)
+       for n in (12, 50, 100, 200)},
     "vwap_20": Feature("volume-weighted typical price, 20 days", lambda b, _: vwap(b, 20), 19, ("volume",)),
     # oscillators
     "rsi_14": Feature("RSI of 14 days, 0 … 100", lambda b, _: talib.RSI(b.close, 14), 14),
     "weekly_rsi_14": Feature("RSI of 14 complete weeks", lambda b, _: _weekly_rsi(b), 75),
     "stochrsi_14": Feature("StochRSI (14, 5, 3) fast %K, 0 … 100", lambda b, _: stoch_rsi(b.close), 20),
     "weekly_stochrsi_14": Feature(
-        "StochRSI of complete weeks, 0 … 100", lambda b, _: weekly(b.dates, b.close, stoch_rsi), 105
-    ),
+        "StochRSI of complete weeks, 0 … 100", lambda b, _: weekly(b.dates, b.close, stoch_rsi), 105),
     "macd": Feature("MACD line (12, 26), in price units", lambda b, _: macd(b.close), 33),
     "obv": Feature("on-balance volume since the first bar", lambda b, _: talib.OBV(b.close, b.volume), 0, ("volume",)),
     "adosc_3_10": Feature(
-        "Chaikin oscillator (3, 10)", lambda b, _: talib.ADOSC(b.high, b.low, b.close, b.volume, 3, 10), 9, ("volume",)
-    ),
+        "Chaikin oscillator (3, 10)",
+        lambda b, _: talib.ADOSC(b.high, b.low, b.close, b.volume, 3, 10), 9, ("volume",)),
     "atr_14": Feature("average true range, 14 days", lambda b, _: _atr(b), 14),
     "adx_14": Feature("directional movement index, 14 days, 0 … 100", lambda b, _: _adx(b), 27),
     "bollinger_b_20": Feature("Bollinger %B (20, 2)", lambda b, _: bollinger_b(b.close, 20, 2.0), 19),
     # independent of the price's level
-    **{
-        f"log_return_{k}": Feature(f"log return of {k} days", _over(k, lambda b, k: log_return(b.close, k)), k)
-        for k in (1, 2, 5, 10, 21, 63)
-    },
-    **{
-        f"realized_vol_{n}": Feature(
-            f"realised volatility per day, {n} days", _over(n, lambda b, n: realized_vol(b.close, n)), n
-        )
-        for n in (5, 21, 63)
-    },
+    **{f"log_return_{k}": Feature(f"log return of {k} days", _over(k, lambda b, k: log_return(b.close, k)), k)
+       for k in (1, 2, 5, 10, 21, 63)},
+    **{f"realized_vol_{n}": Feature(
+        f"realised volatility per day, {n} days", _over(n, lambda b, n: realized_vol(b.close, n)), n)
+       for n in (5, 21, 63)},
     "parkinson_vol_21": Feature("Parkinson volatility per day, 21 days", lambda b, _: parkinson_vol(b, 21), 20),
     "garman_klass_vol_21": Feature(
-        "Garman–Klass volatility per day, 21 days", lambda b, _: garman_klass_vol(b, 21), 20
-    ),
+        "Garman–Klass volatility per day, 21 days", lambda b, _: garman_klass_vol(b, 21), 20),
     "range": Feature("ln(high / low)", lambda b, _: np.log(b.high / b.low)),
     "close_in_range": Feature(
-        "where the close lies in the day's range, 0 … 1", lambda b, _: ratio(b.close - b.low, b.high - b.low, 0.5)
-    ),
+        "where the close lies in the day's range, 0 … 1", lambda b, _: ratio(b.close - b.low, b.high - b.low, 0.5)),
     "gap": Feature(
         "ln(open / close before); refused for an index whose open is that close",
-        lambda b, _: np.log(b.open / lagged(b.close, 1)),
-        1,
-        ("gaps",),
-    ),
-    **{
-        f"sma_distance_{n}": Feature(
-            f"ln(close / mean close of {n} days)",
-            _over(n, lambda b, n: np.log(b.close / rolling_mean(b.close, n))),
-            n - 1,
-        )
-        for n in (20, 50, 200)
-    },
+        lambda b, _: np.log(b.open / lagged(b.close, 1)), 1, ("gaps",)),
+    **{f"sma_distance_{n}": Feature(
+        f"ln(close / mean close of {n} days)", _over(n, lambda b, n: np.log(b.close / rolling_mean(b.close, n))), n - 1)
+       for n in (20, 50, 200)},
     "rsi_14_centered": Feature("RSI of 14 days, −1 … 1", lambda b, _: talib.RSI(b.close, 14) / 50 - 1, 14),
     "weekly_rsi_14_centered": Feature("RSI of 14 complete weeks, −1 … 1", lambda b, _: _weekly_rsi(b) / 50 - 1, 75),
     "stochrsi_14_centered": Feature("StochRSI fast %K, −1 … 1", lambda b, _: stoch_rsi(b.close) / 50 - 1, 20),
     "macd_in_atr": Feature("MACD line / ATR 14", lambda b, _: ratio(macd(b.close), _atr(b)), 33),
     "adx_14_scaled": Feature("ADX 14, 0 … 1", lambda b, _: _adx(b) / 100, 27),
-    **{
-        f"volume_ratio_{n}": Feature(
-            f"ln(volume / its mean of {n} days)", _over(n, lambda b, n: volume_ratio(b.volume, n)), n - 1, ("volume",)
-        )
-        for n in (20, 63)
-    },
+    **{f"volume_ratio_{n}": Feature(
+        f"ln(volume / its mean of {n} days)", _over(n, lambda b, n: volume_ratio(b.volume, n)), n - 1, ("volume",))
+       for n in (20, 63)},
     "weekday_sin": Feature("day of the week on a circle", lambda b, _: np.sin(_weekday_angle(b))),
     "weekday_cos": Feature("day of the week on a circle", lambda b, _: np.cos(_weekday_angle(b))),
     "month_sin": Feature("month on a circle", lambda b, _: np.sin(_month_angle(b))),
@@ -390,12 +366,10 @@ FEATURES: dict[str, Feature] = {
     "vix_sma_20": _of_vix("mean VIX of 20 days", lambda v: rolling_mean(v, 20), 19),
     "vix_percentile_60": _of_vix("share of 60 days with a VIX no higher", lambda v: rolling_rank(v, 60), 59),
     "vix_zscore_20": _of_vix(
-        "(VIX − mean) / SD of 20 days", lambda v: ratio(v - rolling_mean(v, 20), rolling_std(v, 20)), 19
-    ),
+        "(VIX − mean) / SD of 20 days", lambda v: ratio(v - rolling_mean(v, 20), rolling_std(v, 20)), 19),
     "vix_regime": _of_vix(
         "0 below 15, 1 below 25, 2 from there",
-        lambda v: np.where(np.isnan(v), np.nan, (v >= 15).astype(float) + (v >= 25)),
-    ),
+        lambda v: np.where(np.isnan(v), np.nan, (v >= 15).astype(float) + (v >= 25))),
     "vix_change_1": _of_vix("VIX / VIX a day before − 1", lambda v: v / lagged(v, 1) - 1, 1),
     "vix_change_5": _of_vix("VIX / VIX 5 days before − 1", lambda v: v / lagged(v, 5) - 1, 5),
     "vix_log": _of_vix("ln VIX", np.log),
@@ -405,17 +379,11 @@ FEATURES: dict[str, Feature] = {
     "vix_percentile_252": _of_vix("share of 252 days with a VIX no higher", lambda v: rolling_rank(v, 252), 251),
     "vix_realized_gap": Feature(
         "ln(VIX / realised volatility of 21 days, annual)",
-        lambda b, v: np.log(v / 100 / _annual_vol(b)),
-        21,
-        ("VIX",),
-    ),
+        lambda b, v: np.log(v / 100 / _annual_vol(b)), 21, ("VIX",)),
     "variance_risk_premium": Feature(
         "(VIX/100)² − realised variance of 21 days, annual (Bollerslev, Tauchen & Zhou 2009)",
-        lambda b, v: np.square(v / 100) - np.square(_annual_vol(b)),
-        21,
-        ("VIX",),
-    ),
-}
+        lambda b, v: np.square(v / 100) - np.square(_annual_vol(b)), 21, ("VIX",)),
+}  # fmt: skip
 
 _A20 = (
     "dema_9", "dema_10", "dema_20", "dema_25", "dema_90", "sma_12", "sma_50", "sma_100", "sma_200", "rsi_14",
