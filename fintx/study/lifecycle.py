@@ -139,7 +139,7 @@ def open_study(order: StudyRequest, context: RunContext) -> Iterator[OpenStudy]:
             )
             book = TrialTable(opened, trial_table.owner_of(folder, shared=opened.shared))
             queue.check_against_trials(spec, space, book.leases(), counted=counted, where=where)
-            check_same(folder, book.definition(mine), mine, where=opened.words)
+            check_same(folder, book.definition(mine), mine, where=opened.name)
             pending = folder / "fork-pending"  # stands until every old trial has come over
             if known is None and take_over is not None:
                 records.write_atomically(pending, "trials are being taken over from another study\n")

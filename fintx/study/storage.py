@@ -1,8 +1,8 @@
-"""Where does a study's memory lie, and how is it shared? A journal file in its folder, or a PostgreSQL database.
+"""Storage of a study's trials: a journal file in its folder, or a PostgreSQL database.
 
-Every look-decide-write of a coordinator happens inside `exclusive`, one at a time over all machines that share the
-storage: so a total is exact, a trial has one holder, and nothing is proposed twice. A database that is away raises
-`StorageAway`; the caller goes on with what it has and tries again. Nothing here holds or says a password.
+A coordinator looks, decides and writes inside `exclusive`, one at a time over all machines that share the storage: so a
+total is exact, a trial has one holder, and nothing is proposed twice. A database that is away raises `StorageAway`; the
+caller goes on with what it has and tries again. No message here shows a password.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import optuna
 from optuna.storages import BaseStorage, JournalStorage
@@ -29,6 +29,7 @@ JOURNAL = "journal"
 Check = Callable[[], None]
 """Raises if the lock has been lost meanwhile."""
 Lock = Callable[[], contextlib.AbstractContextManager[Check]]
+Warn = Callable[[str], None]
 _CONNECT_S = 5
 _FROZEN_S = 30
 """A holder of the database's lock that is silent for so long (a frozen machine) loses it."""
@@ -44,8 +45,8 @@ class StorageAway(Exception):
 class Storage:
     """An open storage with one study in it."""
 
-    words: str
-    """What it is, for messages."""
+    name: str
+    """For messages."""
     backend: BaseStorage
     study: optuna.Study
     lock: Lock
@@ -60,47 +61,49 @@ class Storage:
             StorageAway: the database is away, or was lost inside: look again before deciding anything.
             FintxError: the journal's disk is full or forbidden.
         """
-        with _translated(self.words), self.lock() as check:
+        with _translated(self.name), self.lock() as check:
             yield check
 
 
 @contextlib.contextmanager
-def open_storage(
-    url: str, folder: Path, name: str, *, minimize: bool, warn: Callable[[str], None]
-) -> Iterator[Storage]:
-    """Open the storage, made where it isn't there yet, with the study in it; safe for any number at once.
+def open_storage(url: str, folder: Path, study: str, *, minimize: bool, warn: Warn) -> Iterator[Storage]:
+    """Open the storage with the study in it, creating what isn't there yet; safe for any number at once.
 
     Args:
         url: "journal", or postgresql://….
         folder: the study's; it holds the journal.
-        warn: told of a journal that had to be mended.
+        warn: called with a line about a journal that had to be repaired.
 
     Raises:
         StorageAway: the database doesn't answer.
         FintxError: wrong credentials or database, a missing driver, or a journal that can't be read or written.
     """
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    words = "the journal" if url == JOURNAL else without_passwords(url)
+    direction = StudyDirection.MINIMIZE if minimize else StudyDirection.MAXIMIZE
+    name = "the journal" if url == JOURNAL else without_passwords(url)
     with contextlib.ExitStack() as stack:
-        with _translated(words):
+        with _translated(name):
             if url == JOURNAL:
-                lock = _journal_lock(folder, warn)
-                with lock():
-                    _mend(folder / "journal.log", warn)
-                    backend: BaseStorage = _open_journal(folder / "journal.log")
-                    study = _study(backend, name, minimize)
+                first_lock = lock = _journal_lock(folder, warn)
             else:
                 engine, text = _engine(url)
-                lock = _advisory_lock(engine, name)
-                with _advisory_lock(engine, "fintx")():  # tables are made once: CREATE TYPE has no "if not exists"
+                lock = _advisory_lock(engine, study)
+                first_lock = _advisory_lock(engine, "fintx")  # tables are made once: CREATE TYPE has no "if not exists"
+            with first_lock():
+                if url == JOURNAL:
+                    _repair(folder / "journal.log", warn)
+                    backend: BaseStorage = _open_journal(folder / "journal.log")
+                else:
                     backend = _open_database(text, stack)
-                    study = _study(backend, name, minimize)
-        yield Storage(words, backend, study, lock, shared=url != JOURNAL)
+                opened = optuna.create_study(
+                    storage=backend, study_name=study, direction=direction, load_if_exists=True
+                )
+        yield Storage(name, backend, opened, lock, shared=url != JOURNAL)
 
 
 @contextlib.contextmanager
-def reading(url: str, folder: Path, name: str) -> Iterator[optuna.Study | None]:
-    """A study for reading alone; none where there is no storage yet, or no such study in it.
+def read_only(url: str, folder: Path, study: str) -> Iterator[optuna.Study | None]:
+    """A study to be read; none where there is no storage yet, or no such study in it.
 
     Raises:
         FintxError: the database does not answer, or its driver is missing.
@@ -110,42 +113,38 @@ def reading(url: str, folder: Path, name: str) -> Iterator[optuna.Study | None]:
         yield None
         return
     optuna.logging.set_verbosity(optuna.logging.ERROR)
+    name = without_passwords(url)
     with contextlib.ExitStack() as stack:
         try:
-            with _translated(without_passwords(url)):
+            with _translated(name):
                 backend = _open_journal(path) if url == JOURNAL else _open_database(_engine(url)[1], stack)
-                study = optuna.load_study(study_name=name, storage=backend)
+                opened = optuna.load_study(study_name=study, storage=backend)
         except StorageAway as error:
-            raise FintxError(f"{name}: {error}; is the database running, and is its address right?") from None
+            raise FintxError(f"{study}: {error}; is the database running, and is its address right?") from None
         except KeyError:
-            study = None
+            opened = None
         except ValueError:
-            words = str(path) if url == JOURNAL else without_passwords(url)
             raise FintxError(
-                f"{words}: is damaged; the next run of the study says where, and mends what it can"
+                f"{path if url == JOURNAL else name}: is damaged; the next run of the study says where, and repairs "
+                "what it can"
             ) from None
-        yield study
-
-
-def _study(backend: BaseStorage, name: str, minimize: bool) -> optuna.Study:
-    direction = StudyDirection.MINIMIZE if minimize else StudyDirection.MAXIMIZE
-    return optuna.create_study(storage=backend, study_name=name, direction=direction, load_if_exists=True)
+        yield opened
 
 
 @contextlib.contextmanager
-def _translated(words: str) -> Iterator[None]:
+def _translated(name: str) -> Iterator[None]:
     """The libraries' errors as ours."""
     import sqlalchemy.exc
 
     try:
         yield
     except (optuna.exceptions.StorageInternalError, sqlalchemy.exc.DBAPIError) as error:
-        if reason := _hopeless(error):
-            raise FintxError(f"{words}: {reason}") from None
-        raise StorageAway(f"{words} does not answer") from error
+        if reason := _permanent(error):
+            raise FintxError(f"{name}: {reason}") from None
+        raise StorageAway(f"{name} does not answer") from error
     except OSError as error:
         raise FintxError(
-            f"{words}: can't be written: {error.strerror}; fix that, and the same command continues"
+            f"{name}: can't be written: {error.strerror}; fix that, and the same command continues"
         ) from error
 
 
@@ -157,7 +156,6 @@ class _FileLock:
 
     def __init__(self, path: Path):
         self._path = path
-        self._file: IO[str] | None = None
 
     def acquire(self) -> bool:
         self._file = self._path.open("a")
@@ -165,7 +163,6 @@ class _FileLock:
         return True
 
     def release(self) -> None:
-        assert self._file is not None
         self._file.close()
 
 
@@ -174,29 +171,25 @@ def _open_journal(path: Path) -> JournalStorage:
     return JournalStorage(JournalFileBackend(str(path), lock_obj=lock))
 
 
-def _journal_lock(folder: Path, warn: Callable[[str], None]) -> Lock:
+def _journal_lock(folder: Path, warn: Warn) -> Lock:
     journal = folder / "journal.log"
 
     @contextlib.contextmanager
     def hold() -> Iterator[Check]:
-        with (folder / "journal.lock").open("a") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            if _is_torn(journal):  # by another machine, killed meanwhile, or by a disk that was full
-                _mend(journal, warn)
-            yield lambda: None  # the kernel takes it from nobody who lives
+        with (folder / "journal.lock").open("a") as lock_file:
+            fcntl.flock(lock_file, fcntl.LOCK_EX)
+            if journal.is_file() and journal.stat().st_size > 0:
+                with journal.open("rb") as file:
+                    file.seek(-1, os.SEEK_END)
+                    is_torn = file.read() != b"\n"
+                if is_torn:  # by another machine, killed meanwhile, or by a disk that was full
+                    _repair(journal, warn)
+            yield lambda: None  # the kernel takes it from no living process
 
     return hold
 
 
-def _is_torn(path: Path) -> bool:
-    if not path.is_file() or path.stat().st_size == 0:
-        return False
-    with path.open("rb") as file:
-        file.seek(-1, os.SEEK_END)
-        return file.read() != b"\n"
-
-
-def _mend(path: Path, warn: Callable[[str], None]) -> None:
+def _repair(path: Path, warn: Warn) -> None:
     """Cut a torn last line off: after one more append it could never be read again.
 
     Raises:
@@ -205,31 +198,28 @@ def _mend(path: Path, warn: Callable[[str], None]) -> None:
     if not path.is_file():
         return
     content = path.read_bytes()
-    good = 0
+    n_good = 0
     for number, line in enumerate(content.splitlines(keepends=True), start=1):
-        if not _is_whole(line):
-            if good + len(line) < len(content):
+        try:
+            is_whole = line.endswith(b"\n") and isinstance(json.loads(line), dict)
+        except ValueError:
+            is_whole = False
+        if not is_whole:
+            if n_good + len(line) < len(content):
                 raise FintxError(
                     f"{path}:{number}: is damaged, with good lines after it; move {path.name} away: the same command "
                     "rebuilds it from the records"
                 )
             break
-        good += len(line)
-    if good == len(content):
+        n_good += len(line)
+    if n_good == len(content):
         return
     aside = path.with_name(f"journal.torn-{time.time_ns()}")
-    aside.write_bytes(content[good:])
+    aside.write_bytes(content[n_good:])
     with path.open("r+b") as file:
-        file.truncate(good)
+        file.truncate(n_good)
         os.fsync(file.fileno())
     warn(f"{path}: its last line was torn (a kill or a full disk); cut off and kept as {aside.name}")
-
-
-def _is_whole(line: bytes) -> bool:
-    try:
-        return line.endswith(b"\n") and isinstance(json.loads(line), dict)
-    except ValueError:
-        return False
 
 
 # --- PostgreSQL -------------------------------------------------------------------------------------------------------
@@ -289,31 +279,30 @@ def _advisory_lock(engine: Any, name: str) -> Lock:
     return hold
 
 
-_HOPELESS = {
+_PERMANENT = {
     "28P01": "the password is wrong",
     "28000": "the user may not log in",
     "3D000": "there is no such database; create it with createdb",
     "42501": "the user may not create or change tables there",
     "53100": "the database's disk is full",
 }
-"""SQLSTATE → what no waiting mends (PostgreSQL's documentation, appendix A)."""
-_HOPELESS_TEXTS = {
+"""SQLSTATE → what no waiting fixes (PostgreSQL's documentation, appendix A)."""
+_REFUSALS = {
     "password authentication failed": "28P01",
     "no password supplied": "28P01",
     "does not exist": "3D000",
     "no pg_hba.conf entry": "28000",
 }
-"""A refused connection has no SQLSTATE in psycopg, only the server's words."""
+"""A refused connection has no SQLSTATE in psycopg, only the server's text."""
 
 
-def _hopeless(error: Any) -> str:
-    """What is wrong for good, in words; empty: the database is only away."""
-    cause = error if hasattr(error, "orig") else error.__cause__
-    original = getattr(cause, "orig", None)
+def _permanent(error: Any) -> str:
+    """What is wrong for good; empty: the database is only away."""
+    original = getattr(error if hasattr(error, "orig") else error.__cause__, "orig", None)
     state = getattr(original, "sqlstate", None)
     if state is None:
-        said = str(original).lower()
-        if "database" not in said and "does not exist" in said:
+        message = str(original).lower()
+        if "does not exist" in message and "database" not in message:
             return ""
-        state = next((code for words, code in _HOPELESS_TEXTS.items() if words in said), None)
-    return _HOPELESS.get(state or "", "")
+        state = next((code for text, code in _REFUSALS.items() if text in message), None)
+    return _PERMANENT.get(state or "", "")
