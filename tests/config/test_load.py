@@ -700,7 +700,7 @@ def test_large_binary_missing_and_folder_are_refused(tmp_path):
     assert "larger than 1 MiB" in problems(big)[0]
     binary = tmp_path / "binary.toml"
     binary.write_bytes(b'a = 1\nb = "\xff"')
-    assert f"{binary}:2: is no UTF-8" in problems(binary)[0]
+    assert f"{binary}:2: is not UTF-8" in problems(binary)[0]
     (tmp_path / "demo.toml").write_text("")
     assert "did you mean" in problems(tmp_path / "dmo.toml")[0]
     assert "can't be read" in problems(tmp_path)[0]
