@@ -189,8 +189,8 @@ def test_a_baseline_from_outside_is_fitted_and_kept_beside_the_others(tmp_path, 
     days = {row: fold.dates[row].astype(datetime.date).weekday() for row in (*fold.train.rows, *fold.validation.rows)}
     first = {days[row]: label for row, label in zip(fold.train.rows[::-1], fold.train.labels[::-1], strict=True)}
     expected = [first[days[row]] for row in fold.validation.rows]
-    (kept,) = {name: column for name, column in _outputs(tmp_path).items() if name == "nearest"}.values()
-    np.testing.assert_array_equal(kept, expected)
+    (forecast,) = {name: column for name, column in _outputs(tmp_path).items() if name == "nearest"}.values()
+    np.testing.assert_array_equal(forecast, expected)
 
 
 def _outputs(folder: Path) -> dict[str, np.ndarray]:

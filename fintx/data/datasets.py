@@ -118,7 +118,7 @@ def build(spec: StudySpec | TrialConfig, root: Path) -> PreparedData:
     _check_windows(panel, usable, task, spec.model.context_length)
     folds = tuple(_fold(panel, fold, usable, loaded.data) for fold in loaded.split.folds)
     parts = _part_rows(panel, folds, loaded, task)
-    splits.check(spec.split, task, parts)
+    splits.check_sizes(spec.split, task, parts)
     train, validation = folds[-1].train.rows, folds[-1].validation.rows
     return PreparedData(
         data=loaded.data,

@@ -107,29 +107,29 @@ def _edges(split: SplitConfig, dates: np.ndarray) -> tuple[list[int], int | None
                 f"{len(dates)} trading days empty; change them or widen data.start/end"
             )
         return [first, test], test
-    first = _place(split.validation_start, dates, "split.validation_start")
-    sealed = None if split.test_start is None else _place(split.test_start, dates, "split.test_start")
+    first = _index(split.validation_start, dates, "split.validation_start")
+    sealed = None if split.test_start is None else _index(split.test_start, dates, "split.test_start")
     end = len(dates) if sealed is None else sealed
     if first >= end:
         raise BadSplit(f"no trading day lies in [{split.validation_start}, {split.test_start}); move them apart")
     n_folds = split.n_folds or 1  # a split by dates has one
     span = ((dates[-1] + 1 if sealed is None else dates[sealed]) - dates[first]).astype(int)
     starts = [dates[first] + np.timedelta64(round(span * k / n_folds), "D") for k in range(n_folds)]
-    return [*(int(place) for place in np.searchsorted(dates, starts)), end], sealed
+    return [*(int(index) for index in np.searchsorted(dates, starts)), end], sealed
 
 
-def _place(day: datetime.date | None, dates: np.ndarray, key: str) -> int:
+def _index(day: datetime.date | None, dates: np.ndarray, key: str) -> int:
     assert day is not None
-    place = int(np.searchsorted(dates, np.datetime64(day)))
-    if not 0 < place < len(dates):
+    index = int(np.searchsorted(dates, np.datetime64(day)))
+    if not 0 < index < len(dates):
         raise BadSplit(f"{key} = {day} lies outside the data's {dates[0]} … {dates[-1]}; choose a day within")
-    return place
+    return index
 
 
-def _embargoed(dates: np.ndarray, place: int, embargo: int) -> np.datetime64:
-    if place - embargo <= 0:
-        raise BadSplit(f"split.embargo = {embargo} leaves no day before {dates[place]}; lower it")
-    return dates[place - embargo]
+def _embargoed(dates: np.ndarray, index: int, embargo: int) -> np.datetime64:
+    if index - embargo <= 0:
+        raise BadSplit(f"split.embargo = {embargo} leaves no day before {dates[index]}; lower it")
+    return dates[index - embargo]
 
 
 # --- what a part can show ---------------------------------------------------------------------------------------------
@@ -209,7 +209,7 @@ def describe_part(
     )
 
 
-def check(split: SplitConfig, task: TaskConfig, rows: tuple[PartRow, ...]) -> None:
+def check_sizes(split: SplitConfig, task: TaskConfig, rows: tuple[PartRow, ...]) -> None:
     """Refuse parts that are too small: every train part, and the validation part (all folds' together).
 
     Raises:

@@ -50,7 +50,7 @@ PANEL = DataConfig(assets=("AAA", "BBB", "LATE", "GONE"), context=("VIX",), feat
 
 
 @pytest.fixture(scope="module")
-def held(help) -> dict[str, Bars]:
+def all_bars(help) -> dict[str, Bars]:
     """Four assets of ragged calendars, and VIX."""
     return {
         "AAA": help.walk("AAA"),
@@ -62,8 +62,8 @@ def held(help) -> dict[str, Bars]:
 
 
 @pytest.fixture(scope="module")
-def root(held, help, tmp_path_factory) -> Path:
-    return help.keep(tmp_path_factory.mktemp("data"), *held.values())
+def root(all_bars, help, tmp_path_factory) -> Path:
+    return help.keep(tmp_path_factory.mktemp("data"), *all_bars.values())
 
 
 def build(data: DataConfig, root: Path, *, task=TASK, split=DATES, context_length=T) -> PreparedData:
@@ -94,10 +94,10 @@ def of_another_world(bars: Bars, first: np.datetime64) -> Bars:
 
 @pytest.mark.parametrize("kind", SPLITS)
 @pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)
-def test_a_search_gives_the_same_with_any_other_prices_in_the_test_part(kind, task, held, root, help, tmp_path):
+def test_a_search_gives_the_same_with_any_other_prices_in_the_test_part(kind, task, all_bars, root, help, tmp_path):
     true = build(PANEL, root, task=task, split=SPLITS[kind])
     assert true.split.test_first is not None
-    other = help.keep(tmp_path, *(of_another_world(bars, true.split.test_first) for bars in held.values()))
+    other = help.keep(tmp_path, *(of_another_world(bars, true.split.test_first) for bars in all_bars.values()))
     false = build(PANEL, other, task=task, split=SPLITS[kind])
     assert true.data.versions["AAA"] != false.data.versions["AAA"]
     assert len(true.folds) == len(false.folds)
@@ -127,9 +127,9 @@ def test_no_label_or_feature_is_made_of_a_bar_of_the_test_part(kind, root, monke
     assert all(fold.dates.max() < prepared.split.test_first for fold in prepared.folds)
 
 
-def test_the_choice_of_features_knows_nothing_of_the_test_part(held, help, tmp_path):
+def test_the_choice_of_features_knows_nothing_of_the_test_part(all_bars, help, tmp_path):
     """`stationary` takes `gap` along where opens are prices of their own: up to the seal, that is."""
-    bars = held["AAA"]
+    bars = all_bars["AAA"]
     later = np.arange(len(bars)) >= 400
     open_ = np.where(later, np.r_[bars.open[0], bars.close[:-1]], bars.open)
     stale = replace(
@@ -159,14 +159,14 @@ def test_the_split_table_tells_nothing_of_the_test_part_but_its_days(root):
     assert (line.positives, line.base_rate, line.se_log_loss, line.se_auc) == (None, None, None, None)
 
 
-def test_the_opened_test_part_holds_every_row_that_the_table_promised(root, held):
+def test_the_opened_test_part_holds_every_row_that_the_table_promised(root, all_bars):
     prepared = build(ONE, root)
     dataset, part = datasets.build_test(spec_of(ONE, TASK, DATES, T), root, scaling=prepared.folds[0].scaling)
     assert len(part.rows) == prepared.parts[-1].n
     assert (str(dataset.dates[part.rows[0]]), str(dataset.dates[part.rows[-1]])) == (
         prepared.parts[-1].first, prepared.parts[-1].last,
     )  # fmt: skip
-    np.testing.assert_array_equal(part.labels, tasks.labels(TASK.rule, held["AAA"])[part.rows])
+    np.testing.assert_array_equal(part.labels, tasks.labels(TASK.rule, all_bars["AAA"])[part.rows])
     seen = prepared.folds[0]
     np.testing.assert_array_equal(dataset.features[: len(seen.features)], seen.features)  # one scale, one feature
 
@@ -186,32 +186,32 @@ def test_a_walk_forward_without_a_test_part_has_none_to_open(root):
 @given(
     kind=st.sampled_from([*SPLITS]), horizon=st.integers(1, 12), embargo=st.integers(0, 10), panel=st.booleans()
 )  # fmt: skip
-def test_no_label_of_a_part_ends_inside_the_next(kind, horizon, embargo, panel, root, held):
+def test_no_label_of_a_part_ends_inside_the_next(kind, horizon, embargo, panel, root, all_bars):
     split = SPLITS[kind].model_copy(update={"embargo": embargo, "min_positives": 1, "min_effective": 1})
     task = TaskConfig(kind="direction", horizon=horizon)
     prepared = build(PANEL if panel else ONE, root, task=task, split=split)
-    days = np.unique(np.concatenate([held[s].dates for s in prepared.data.assets]))
+    days = np.unique(np.concatenate([all_bars[s].dates for s in prepared.data.assets]))
     for fold, bounds in zip(prepared.folds, prepared.split.folds, strict=True):
-        ends = {s: tasks.label_ends(task.rule, held[s]) for s in fold.assets}
+        ends = {s: tasks.label_ends(task.rule, all_bars[s]) for s in fold.assets}
         for part, next_first in ((fold.train, bounds.validation_first), (fold.validation, prepared.split.test_first)):
             last = days[np.searchsorted(days, next_first) - embargo]
             for row in part.rows:
                 symbol = fold.assets[fold.asset_ids[row]]
-                bar = np.searchsorted(held[symbol].dates, fold.dates[row])
+                bar = np.searchsorted(all_bars[symbol].dates, fold.dates[row])
                 assert ends[symbol][bar] < last
         assert not set(fold.train.rows.tolist()) & set(fold.validation.rows.tolist())
         assert fold.dates[fold.train.rows].max() < fold.dates[fold.validation.rows].min()
 
 
 @pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)
-def test_every_sample_is_the_window_and_the_label_of_its_day(task, root, held):
+def test_every_sample_is_the_window_and_the_label_of_its_day(task, root, all_bars):
     """Against a loop over days: all features of T bars finite, label complete, in the part's days."""
     prepared = build(PANEL, root, task=task)
     fold, names = prepared.folds[0], prepared.data.features
     test_first = np.datetime64(DATES.test_start)
     for i, symbol in enumerate(fold.assets):
-        seen = held[symbol].take(np.flatnonzero(held[symbol].dates < test_first))
-        vix = held["VIX"].take(np.flatnonzero(held["VIX"].dates < test_first))
+        seen = all_bars[symbol].take(np.flatnonzero(all_bars[symbol].dates < test_first))
+        vix = all_bars["VIX"].take(np.flatnonzero(all_bars["VIX"].dates < test_first))
         raw = features.compute(names, seen, {"VIX": vix})
         label = tasks.labels(task.rule, seen)
         first = int(np.flatnonzero(fold.asset_ids == i)[0])
@@ -250,8 +250,8 @@ def test_hashes_tell_one_question_and_one_split_from_another(root):
     longer = build(ONE, root, task=TASK.model_copy(update={"horizon": 5})).folds[0]
     assert longer.label_hash != base.label_hash and longer.data_hash == base.data_hash
     split = DATES.model_copy(update={"embargo": 8})
-    held_off = build(ONE, root, split=split).folds[0]
-    assert held_off.split_hash != base.split_hash and held_off.data_hash == base.data_hash
+    embargoed = build(ONE, root, split=split).folds[0]
+    assert embargoed.split_hash != base.split_hash and embargoed.data_hash == base.data_hash
     fewer = build(ONE.model_copy(update={"features": FEATURES[:3]}), root).folds[0]
     assert fewer.data_hash != base.data_hash and fewer.label_hash == base.label_hash
 
@@ -302,9 +302,9 @@ def assert_order_of_assets_is_nothing(data: DataConfig, root: Path, *, split=DAT
         np.testing.assert_array_equal(a.dates[first], b.dates[second])
         for part in ("train", "validation"):
             p, q = getattr(a, part), getattr(b, part)
-            mine, yours = a.asset_ids[p.rows] == i, b.asset_ids[q.rows] == j
-            np.testing.assert_array_equal(p.rows[mine] - first[0], q.rows[yours] - second[0])
-            np.testing.assert_array_equal(p.labels[mine], q.labels[yours])
+            own, same = a.asset_ids[p.rows] == i, b.asset_ids[q.rows] == j
+            np.testing.assert_array_equal(p.rows[own] - first[0], q.rows[same] - second[0])
+            np.testing.assert_array_equal(p.labels[own], q.labels[same])
 
 
 def test_no_window_crosses_from_one_asset_into_another(root):
@@ -331,9 +331,9 @@ def test_an_asset_in_a_panel_is_what_it_is_alone(root):
     alone = build(ONE, root).folds[0]
     panel = build(PANEL, root).folds[0]
     np.testing.assert_array_equal(panel.features[: len(alone.features)], alone.features)
-    mine = panel.asset_ids[panel.train.rows] == 0
-    np.testing.assert_array_equal(panel.train.rows[mine], alone.train.rows)
-    np.testing.assert_array_equal(panel.train.labels[mine], alone.train.labels)
+    own = panel.asset_ids[panel.train.rows] == 0
+    np.testing.assert_array_equal(panel.train.rows[own], alone.train.rows)
+    np.testing.assert_array_equal(panel.train.labels[own], alone.train.labels)
 
 
 def test_a_panel_of_four_real_stocks(shared_data, help, tmp_path):
@@ -355,36 +355,36 @@ def test_a_panel_of_four_real_stocks(shared_data, help, tmp_path):
 # --- stores, foreign data ---------------------------------------------------------------------------------------------
 
 
-def test_processed_features_are_kept_once_with_their_parents(root, held):
+def test_processed_features_are_kept_once_with_their_parents(root, all_bars):
     prepared = build(ONE, root)
     entry = datasets.store_processed(prepared, root)
     assert datasets.store_processed(prepared, root) == entry
-    kept = [e for e in snapshots.all_snapshots(root, "processed") if e.version == prepared.folds[0].data_hash]
-    assert kept == [entry]
+    entries = [e for e in snapshots.all_snapshots(root, "processed") if e.version == prepared.folds[0].data_hash]
+    assert entries == [entry]
     assert entry.columns == ("date", "asset", *FEATURES)
     versions = prepared.data.versions
     assert entry.parents == (f"AAA.OHLCV.daily@{versions['AAA']}", f"VIX.OHLCV.daily@{versions['VIX']}")
     assert snapshots.verify(root) == []
 
 
-def test_the_config_handed_back_pins_versions_and_names_features(root, help, held, tmp_path):
+def test_the_config_handed_back_pins_versions_and_names_features(root, help, all_bars, tmp_path):
     data = DataConfig(assets=("AAA",), features=("stationary",))
-    help.keep(tmp_path, held["AAA"])
+    help.keep(tmp_path, all_bars["AAA"])
     first = build(data, tmp_path)
     assert first.data.features == (*features.SETS["stationary"], "gap")
-    help.keep(tmp_path, replace(held["AAA"], volume=held["AAA"].volume + 1))  # a newer version
+    help.keep(tmp_path, replace(all_bars["AAA"], volume=all_bars["AAA"].volume + 1))  # a newer version
     again = build(first.data, tmp_path)
     assert_same(first.folds[0], again.folds[0])
     assert build(data, tmp_path).data.versions != first.data.versions
 
 
-def test_foreign_bars_take_the_studys_features_and_scaling(root, held, help):
+def test_foreign_bars_take_the_studys_features_and_scaling(root, all_bars, help):
     prepared = build(ONE, root)
     bars = help.walk("NEW", 300, seed=9)
     dataset, part = datasets.build_external(
-        bars, {"VIX": held["VIX"]}, spec_of(prepared.data, TASK, DATES, T), scaling=prepared.folds[0].scaling
+        bars, {"VIX": all_bars["VIX"]}, spec_of(prepared.data, TASK, DATES, T), scaling=prepared.folds[0].scaling
     )
-    raw = features.compute(prepared.data.features, bars, {"VIX": held["VIX"]})
+    raw = features.compute(prepared.data.features, bars, {"VIX": all_bars["VIX"]})
     warm = int(np.flatnonzero(np.isfinite(raw).all(axis=1))[0])
     np.testing.assert_array_equal(part.rows, np.arange(warm + T - 1, 300 - TASK.horizon))
     np.testing.assert_array_equal(part.labels, tasks.labels(TASK.rule, bars)[part.rows])
@@ -438,9 +438,9 @@ def split_at(validation: str, test: str, **more) -> SplitConfig:
     ids=["horizon", "small", "outside", "n_folds", "twice", "start", "short", "absent", "window", "feature"],
 )
 def test_what_does_not_fit_is_refused_with_one_line(changes, kind, words, root):
-    given_ = {"data": ONE} | changes
+    arguments = {"data": ONE} | changes
     with pytest.raises(kind, match=words) as raised:
-        build(given_.pop("data"), root, **given_)
+        build(arguments.pop("data"), root, **arguments)
     assert "\n" not in str(raised.value)
 
 
@@ -450,8 +450,8 @@ def test_a_purge_that_leaves_no_label_is_refused(root):
         build(ONE, root, split=split, task=TASK.model_copy(update={"horizon": 20}))
 
 
-def test_context_that_begins_too_late_is_named(held, help, tmp_path):
-    late = held["VIX"].take(np.flatnonzero(held["VIX"].dates >= np.datetime64("2012-10-01")))
-    root = help.keep(tmp_path, held["AAA"], late)
+def test_context_that_begins_too_late_is_named(all_bars, help, tmp_path):
+    late = all_bars["VIX"].take(np.flatnonzero(all_bars["VIX"].dates >= np.datetime64("2012-10-01")))
+    root = help.keep(tmp_path, all_bars["AAA"], late)
     with pytest.raises(NoWindows, match="never known here: vix_log, VIX:log_return_1"):
         build(ONE, root)

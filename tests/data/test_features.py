@@ -93,9 +93,9 @@ def test_computing_a_feature_leaves_the_bars_as_they_were(name, synthetic):
     before = {(b.symbol, c): getattr(b, c).copy() for b in (bars, context["VIX"]) for c in (*PRICES, "volume")}
     values = one(name, bars, context)
     values[:] = -1.0
-    for (symbol, column), held in before.items():
+    for (symbol, column), original in before.items():
         now = bars if symbol == bars.symbol else context[symbol]
-        np.testing.assert_array_equal(getattr(now, column), held)
+        np.testing.assert_array_equal(getattr(now, column), original)
 
 
 def _centred_mean(bars: Bars, _: Floats) -> Floats:
@@ -139,8 +139,8 @@ def test_a_planted_leak_is_caught(leak, synthetic, monkeypatch):
 
 
 def _gaps_after_warm_up(values: Floats) -> int:
-    known = np.flatnonzero(~np.isnan(values))
-    return len(values) if len(known) == 0 else int(np.isnan(values[known[0] :]).sum())
+    finite = np.flatnonzero(~np.isnan(values))
+    return len(values) if len(finite) == 0 else int(np.isnan(values[finite[0] :]).sum())
 
 
 @pytest.mark.parametrize("name", EVERY)
@@ -220,8 +220,8 @@ def forgets(name: str, bars: Bars, context: Context) -> bool:
     later = one(
         name, bars.take(np.arange(500, len(bars))), {s: b.take(np.arange(500, len(b))) for s, b in context.items()}
     )
-    kept = MAX_WARM_UP + 1250  # the slowest is the weekly RSI, by 13/14 a week: (13/14)^250 < 1e-8
-    return np.allclose(later[kept:], one(name, bars, context)[500 + kept :], rtol=1e-7, atol=1e-7)
+    settled = MAX_WARM_UP + 1250  # the slowest is the weekly RSI, by 13/14 a week: (13/14)^250 < 1e-8
+    return np.allclose(later[settled:], one(name, bars, context)[500 + settled :], rtol=1e-7, atol=1e-7)
 
 
 @pytest.fixture(scope="module")
@@ -368,11 +368,11 @@ GOLDEN = json.loads((ROOT / "tests" / "golden" / "indicators.json").read_text())
 
 @pytest.fixture(scope="module")
 def golden_bars() -> tuple[Bars, Context]:
-    held = GOLDEN["bars"]
-    dates = np.array(held["dates"], "datetime64[D]")
-    columns = {name: np.array(held[name], np.float64) for name in ("open", "high", "low", "close", "volume")}
+    golden = GOLDEN["bars"]
+    dates = np.array(golden["dates"], "datetime64[D]")
+    columns = {name: np.array(golden[name], np.float64) for name in ("open", "high", "low", "close", "volume")}
     bars = Bars("GOLD", dates, **columns, adj_close=None, version="")
-    return bars, {"VIX": replace(bars, symbol="VIX", close=np.array(held["vix"]))}
+    return bars, {"VIX": replace(bars, symbol="VIX", close=np.array(golden["vix"]))}
 
 
 @pytest.mark.parametrize("name", GOLDEN["values"])
@@ -399,8 +399,8 @@ def test_the_golden_file_is_what_its_tool_writes():
     assert spec is not None and spec.loader is not None
     tool = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(tool)
-    made = tool.build()
-    assert made["bars"] == GOLDEN["bars"]
-    assert made["values"].keys() == GOLDEN["values"].keys()
-    for name, values in made["values"].items():
+    built = tool.build()
+    assert built["bars"] == GOLDEN["bars"]
+    assert built["values"].keys() == GOLDEN["values"].keys()
+    for name, values in built["values"].items():
         assert values == pytest.approx(GOLDEN["values"][name], rel=1e-12), name  # other libm, other last digit

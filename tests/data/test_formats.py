@@ -108,13 +108,13 @@ def test_delimiters(delimiter):
     ],
 )  # fmt: skip
 def test_numbers(text, number):
-    found = parse(f"Date,Open,High,Low,Close,Volume\n2024-01-30,1,1,1,1,{text}\n").columns["volume"][0]
-    assert np.isnan(found) if number is None else found == number
+    parsed = parse(f"Date,Open,High,Low,Close,Volume\n2024-01-30,1,1,1,1,{text}\n").columns["volume"][0]
+    assert np.isnan(parsed) if number is None else parsed == number
 
 
 def test_a_decimal_comma_is_refused_and_not_read_as_thousands():
-    found = parse("Date;Open;High;Low;Close\n2024-01-30;17,250;17,5;17,000;17,1\n").columns
-    assert all(np.isnan(column).all() for column in found.values())
+    columns = parse("Date;Open;High;Low;Close\n2024-01-30;17,250;17,5;17,000;17,1\n").columns
+    assert all(np.isnan(column).all() for column in columns.values())
 
 
 def test_lines_are_those_of_the_file_past_blank_lines_and_quoted_breaks():

@@ -256,7 +256,7 @@ def modules_that(refers: str) -> set[str]:
     """Modules of fintx whose code names `refers`, as a name, an attribute, or an import."""
     spec = importlib.util.find_spec("fintx")
     package = Path(spec.submodule_search_locations[0])
-    found = set()
+    modules = set()
     for path in package.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             names = {getattr(node, "id", None), getattr(node, "attr", None)}
@@ -265,8 +265,8 @@ def modules_that(refers: str) -> set[str]:
             if isinstance(node, ast.Import):
                 names |= {alias.name for alias in node.names}
             if refers in names:
-                found.add(path.relative_to(package).as_posix())
-    return found
+                modules.add(path.relative_to(package).as_posix())
+    return modules
 
 
 def test_eval_alone_opens_the_test_part_and_few_ask_for_labels():
@@ -370,5 +370,5 @@ def test_every_feature_takes_a_history_of_any_length(name):
     long, vix = make_bars("X", 70, seed=4), make_bars("VIX", 70, seed=9)
     for n in (0, 1, 2, 4, 6, 14, 20, 60):
         for context in (vix, vix.take(np.arange(0))):
-            found = features.compute((name,), long.take(np.arange(n)), {"VIX": context})
-            assert found.shape == (n, 1)
+            values = features.compute((name,), long.take(np.arange(n)), {"VIX": context})
+            assert values.shape == (n, 1)

@@ -177,11 +177,13 @@ def test_vix_is_repaired_with_spys_days(shared_data, help, tmp_path):
     )  # fmt: skip
     vix = sources.load("VIX", root=tmp_path)
     np.testing.assert_array_equal(vix.dates, spy.dates)
-    said = dict(words.split(": ", 1) for words in imported.entry.repairs)
-    assert said["single missing days filled with the bar before, flat at its close"] == f"3 ({' '.join(CBOE_FILLED)})"
-    assert said["days on which the asset did not trade dropped"].startswith("31 (2004-06-11 2022-05-30 ")
-    assert said["open clipped into the day's range"].startswith("36 (")
-    outside = int(said["days outside the calendar's range dropped"].split()[0])
+    repairs = dict(line.split(": ", 1) for line in imported.entry.repairs)
+    assert (
+        repairs["single missing days filled with the bar before, flat at its close"] == f"3 ({' '.join(CBOE_FILLED)})"
+    )
+    assert repairs["days on which the asset did not trade dropped"].startswith("31 (2004-06-11 2022-05-30 ")
+    assert repairs["open clipped into the day's range"].startswith("36 (")
+    outside = int(repairs["days outside the calendar's range dropped"].split()[0])
     assert 9235 - 31 - outside + 3 == len(spy)
 
 

@@ -154,8 +154,8 @@ def test_a_damaged_line_is_told_by_file_and_number(line, tmp_path):
     path.write_bytes(path.read_bytes() + line + b"\n")
     with pytest.raises(DamagedManifest, match=r"manifest.jsonl:2: is no manifest entry; restore the file"):
         snapshots.all_snapshots(tmp_path, "raw")
-    (told,) = snapshots.verify(tmp_path)
-    assert told.startswith("damaged: ") and "manifest.jsonl:2" in told
+    (problem,) = snapshots.verify(tmp_path)
+    assert problem.startswith("damaged: ") and "manifest.jsonl:2" in problem
     with pytest.raises(DamagedManifest):
         store(tmp_path, version="b" * 64)
 
@@ -261,8 +261,8 @@ def test_two_processes_that_store_the_same_at_once_keep_it_once(tmp_path):
     while not all(path.exists() for path in ready) and all(process.poll() is None for process in both):
         os.sched_yield()
     begin.touch()
-    told = [process.communicate(timeout=60) for process in both]
-    assert [process.returncode for process in both] == [0, 0], told
-    assert sum(int(out) for out, _ in told) == 20
+    outputs = [process.communicate(timeout=60) for process in both]
+    assert [process.returncode for process in both] == [0, 0], outputs
+    assert sum(int(out) for out, _ in outputs) == 20
     assert sorted(e.version for e in snapshots.all_snapshots(root, "raw")) == [f"{i:02d}" * 32 for i in range(20)]
     assert snapshots.verify(root) == []

@@ -105,7 +105,7 @@ def test_a_second_import_is_a_no_op_and_changed_bytes_are_a_new_version(help, tm
     bars = help.walk("AAA", 60)
     help.keep(tmp_path, bars)
     (first,) = snapshots.all_snapshots(tmp_path, "raw")
-    kept = (tmp_path / first.path).read_bytes()
+    content = (tmp_path / first.path).read_bytes()
     again = sources.import_file(tmp_path / "AAA.csv", "AAA", root=tmp_path, today=help.today)
     assert (again.is_new, again.entry) == (False, first)
     changed = bars_module.make_bars(
@@ -113,7 +113,7 @@ def test_a_second_import_is_a_no_op_and_changed_bytes_are_a_new_version(help, tm
     )
     help.keep(tmp_path, changed)
     assert len(snapshots.all_snapshots(tmp_path, "raw")) == 2
-    assert (tmp_path / first.path).read_bytes() == kept
+    assert (tmp_path / first.path).read_bytes() == content
     assert_equal(sources.load("AAA", root=tmp_path), changed)
     assert_equal(sources.load("AAA", root=tmp_path, version=first.version), bars)
     assert_equal(sources.load("AAA", root=tmp_path, version=first.version[:9]), bars)
@@ -326,16 +326,16 @@ def yahoo_frame(bars: Bars) -> pd.DataFrame:
 
 
 def test_bars_of_yahoo_are_kept_under_the_plain_name(help, tmp_path):
-    bars, asked, told = help.walk("VIX", 60), [], []
+    bars, asked, lines = help.walk("VIX", 60), [], []
 
     def download(symbol, start):
         asked.append((symbol, start))
         return yahoo_frame(bars)
 
     imported = sources.import_yahoo(
-        "^VIX", root=tmp_path, start="2010-01-01", today=help.today, progress=told.append, download=download
+        "^VIX", root=tmp_path, start="2010-01-01", today=help.today, progress=lines.append, download=download
     )
-    assert asked == [("^VIX", "2010-01-01")] and told == ["Yahoo ^VIX: try 1 of 4 …"]
+    assert asked == [("^VIX", "2010-01-01")] and lines == ["Yahoo ^VIX: try 1 of 4 …"]
     assert (imported.entry.name, imported.entry.source, imported.is_new) == ("VIX.OHLCV.daily", "Yahoo ^VIX", True)
     assert_equal(sources.load("VIX", root=tmp_path), bars)
 
@@ -372,7 +372,7 @@ def test_a_download_that_fails_twice_is_tried_again_after_longer_and_longer_wait
     ids=["offline", "unknown symbol", "timeout"],
 )
 def test_a_download_that_never_comes_is_one_clear_line(answer, reason, help, tmp_path):
-    told: list[str] = []
+    lines: list[str] = []
 
     def download(symbol, start):
         if isinstance(answer, Exception):
@@ -381,13 +381,13 @@ def test_a_download_that_never_comes_is_one_clear_line(answer, reason, help, tmp
 
     with pytest.raises(FintxError) as raised:
         sources.import_yahoo(
-            "AAA", root=tmp_path, today=help.today, progress=told.append, download=download, wait=lambda s: None
+            "AAA", root=tmp_path, today=help.today, progress=lines.append, download=download, wait=lambda s: None
         )  # fmt: skip
     assert str(raised.value) == (
         f"Yahoo AAA: no bars after 4 tries ({reason}); check the network and the symbol, or import a CSV file: "
         "just data import FILE.csv --symbol NAME"
     )
-    assert told == [f"Yahoo AAA: try {k} of 4 …" for k in (1, 2, 3, 4)]
+    assert lines == [f"Yahoo AAA: try {k} of 4 …" for k in (1, 2, 3, 4)]
     assert list(tmp_path.iterdir()) == []
 
 
@@ -414,7 +414,7 @@ def test_yfinance_without_a_network_ends_in_that_line(tmp_path):
             sources.import_yahoo("SPY", root=Path(sys.argv[2]), today=datetime.date(2026, 11, 1), progress=print,
                                  wait=lambda s: None)
         except FintxError as error:
-            print("told:", error)
+            print("error:", error)
 """
     dead = dict.fromkeys(("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "http_proxy", "https_proxy"), "http://127.0.0.1:9")
     quiet = {key: value for key, value in os.environ.items() if key.upper() != "NO_PROXY"} | dead
@@ -424,7 +424,7 @@ def test_yfinance_without_a_network_ends_in_that_line(tmp_path):
     )  # fmt: skip
     assert out.returncode == 0, out.stderr
     last = out.stdout.splitlines()[-1]
-    assert last.startswith("told: Yahoo SPY: no bars after 4 tries (") and "check the network" in last
+    assert last.startswith("error: Yahoo SPY: no bars after 4 tries (") and "check the network" in last
     assert "it sent no bars" not in last  # the cause is told
     assert not (tmp_path / "data").exists()
 

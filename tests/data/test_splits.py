@@ -52,10 +52,10 @@ def test_dates_that_are_no_trading_days_mean_the_next_one():
 
 def test_the_embargo_is_counted_in_trading_days():
     plain = splits.split_days(by_dates(), horizon=1, dates=DAYS).folds[0]
-    held = splits.split_days(by_dates(embargo=5), horizon=1, dates=DAYS).folds[0]
-    assert held.validation_first == plain.validation_first
+    embargoed = splits.split_days(by_dates(embargo=5), horizon=1, dates=DAYS).folds[0]
+    assert embargoed.validation_first == plain.validation_first
     for bound in ("train_labels_before", "validation_labels_before"):
-        assert np.busday_count(getattr(held, bound), getattr(plain, bound)) == 5
+        assert np.busday_count(getattr(embargoed, bound), getattr(plain, bound)) == 5
 
 
 def test_walk_forward_folds_touch_and_fill_the_span_up_to_the_test_part():
@@ -152,8 +152,8 @@ def slow_effective_n(rows: list[int], horizon: int) -> float:
 
 @given(rows=st.sets(st.integers(0, 80), min_size=1), horizon=st.integers(1, 12))
 def test_effective_n_is_the_sum_of_average_uniqueness(rows, horizon):
-    found = splits.effective_n(np.array(sorted(rows)), horizon=horizon)
-    assert found == pytest.approx(slow_effective_n(sorted(rows), horizon))
+    effective = splits.effective_n(np.array(sorted(rows)), horizon=horizon)
+    assert effective == pytest.approx(slow_effective_n(sorted(rows), horizon))
 
 
 def test_effective_n_of_labels_of_one_day_is_their_number():
@@ -168,10 +168,10 @@ def test_effective_n_of_nothing_is_nothing():
     assert splits.effective_n(np.zeros(0, int), horizon=5) == 0.0
 
 
-@pytest.mark.parametrize(("n", "known"), [(19, 0.162), (180, 0.055), (421, 0.036), (502, 0.031), (5400, 0.009)])
-def test_se_of_auc_at_base_rate_a_fifth(n, known):
+@pytest.mark.parametrize(("n", "expected"), [(19, 0.162), (180, 0.055), (421, 0.036), (502, 0.031), (5400, 0.009)])
+def test_se_of_auc_at_base_rate_a_fifth(n, expected):
     """At AUC .7, against DeLong's by simulation: Hanley & McNeil's exponential scores lie up to a tenth above."""
-    assert splits.se_auc(0.2, n) == pytest.approx(known, rel=0.12)
+    assert splits.se_auc(0.2, n) == pytest.approx(expected, rel=0.12)
 
 
 @pytest.mark.parametrize("base_rate", [0.2, 0.5])
@@ -218,27 +218,29 @@ def row(part: str, *, n: int = 1000, positives: int | None = 300, n_effective: f
 )
 def test_parts_that_are_too_small_are_refused_with_their_numbers_and_what_to_change(rows, words):
     with pytest.raises(TooFewSamples, match=words) as raised:
-        splits.check(fractions(), TASK, rows)
+        splits.check_sizes(fractions(), TASK, rows)
     assert "shorten task.horizon" in str(raised.value)
 
 
 def test_all_complaints_come_at_once():
     with pytest.raises(TooFewSamples) as raised:
-        splits.check(fractions(), TASK, (row("train", positives=1), row("validation", positives=2, n_effective=3)))
+        splits.check_sizes(
+            fractions(), TASK, (row("train", positives=1), row("validation", positives=2, n_effective=3))
+        )
     assert str(raised.value).count("below split.min") == 3
 
 
 def test_validation_folds_are_counted_together():
     rows = (row("train 1"), *(row(f"validation {k}", positives=12, n_effective=20) for k in (1, 2, 3)))
-    splits.check(fractions(), TASK, rows)
+    splits.check_sizes(fractions(), TASK, rows)
     with pytest.raises(TooFewSamples, match="validation has 24 positives"):
-        splits.check(fractions(), TASK, rows[:-1])
+        splits.check_sizes(fractions(), TASK, rows[:-1])
 
 
 def test_regression_counts_samples():
     task = TaskConfig(kind="regression", horizon=1)
     with pytest.raises(TooFewSamples, match="train has 20 samples"):
-        splits.check(fractions(), task, (row("train", n=20, positives=None), row("validation", positives=None)))
+        splits.check_sizes(fractions(), task, (row("train", n=20, positives=None), row("validation", positives=None)))
 
 
 def test_a_line_of_the_split_table_holds_the_part():

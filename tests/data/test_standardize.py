@@ -63,8 +63,8 @@ def test_a_row_with_a_missing_feature_becomes_zeros():
 
 
 def test_an_unknown_symbol_takes_the_pooled_figures():
-    held = fitted()
-    scaled = held.apply(FEATURES[:5], np.zeros(5, np.int32), ("ZZZ",))
+    scaling = fitted()
+    scaled = scaling.apply(FEATURES[:5], np.zeros(5, np.int32), ("ZZZ",))
     expected = (FEATURES[:5] - FEATURES[TRAIN].mean(axis=0)) / FEATURES[TRAIN].std(axis=0)
     np.testing.assert_allclose(scaled, expected, rtol=1e-6)
 
@@ -76,10 +76,10 @@ def test_an_asset_with_a_handful_of_training_rows_takes_the_pooled_figures():
 
 
 def test_json_gives_equal_numbers_back():
-    held = fitted()
-    back = Standardizer.from_json(json.loads(json.dumps(held.to_json())))
-    np.testing.assert_array_equal(back.apply(FEATURES, IDS, ASSETS), held.apply(FEATURES, IDS, ASSETS))
-    assert back.to_json() == held.to_json()
+    scaling = fitted()
+    back = Standardizer.from_json(json.loads(json.dumps(scaling.to_json())))
+    np.testing.assert_array_equal(back.apply(FEATURES, IDS, ASSETS), scaling.apply(FEATURES, IDS, ASSETS))
+    assert back.to_json() == scaling.to_json()
 
 
 def drift_of(features, *, validation=VALIDATION) -> dict[str, standardize.Drift]:

@@ -24,19 +24,19 @@ TASKS = {
 
 
 def slowly(task: TaskConfig, bars) -> list[float]:
-    found = []
+    labels = []
     for t in range(len(bars)):
         ahead = range(t + 1, t + task.horizon + 1)
         if ahead[-1] >= len(bars):
-            found.append(float("nan"))
+            labels.append(float("nan"))
         elif task.kind == "threshold":
             reached = max(bars.high[s] for s in ahead) if task.price == "high" else bars.close[ahead[-1]]
-            found.append(float(reached >= (1 + task.threshold) * bars.close[t]))
+            labels.append(float(reached >= (1 + task.threshold) * bars.close[t]))
         elif task.kind == "direction":
-            found.append(float(bars.close[ahead[-1]] > bars.close[t]))
+            labels.append(float(bars.close[ahead[-1]] > bars.close[t]))
         else:
-            found.append(np.log(bars.close[ahead[-1]] / bars.close[t]))
-    return found
+            labels.append(np.log(bars.close[ahead[-1]] / bars.close[t]))
+    return labels
 
 
 @pytest.mark.parametrize("horizon", [1, 2, 5, 21])
@@ -95,8 +95,8 @@ def test_a_label_depends_on_no_bar_after_its_end(kind, horizon, help):
     task, bars = TaskConfig(**TASKS[kind], horizon=horizon), help.walk(n=80)
     whole, ends = tasks.labels(task.rule, bars), tasks.label_ends(task.rule, bars)
     for t in (0, 17, 60):
-        known = bars.take(np.flatnonzero(bars.dates <= ends[t]))
-        assert tasks.labels(task.rule, known)[t] == whole[t]
+        until_end = bars.take(np.flatnonzero(bars.dates <= ends[t]))
+        assert tasks.labels(task.rule, until_end)[t] == whole[t]
 
 
 @pytest.mark.parametrize(
@@ -137,17 +137,17 @@ BASE_RATES = [
 @pytest.mark.parametrize(("price", "horizon", "all_days", "two_years"), BASE_RATES)
 def test_base_rates_of_spy_are_the_published_ones(price, horizon, all_days, two_years, shared_data, help):
     spy = sources.read_file(shared_data / "SPY.csv", "SPY", today=help.today)
-    found = tasks.labels(TaskConfig(kind="threshold", price=price, threshold=0.01, horizon=horizon).rule, spy)
-    assert np.nanmean(found) == pytest.approx(all_days, abs=0.0006)
+    labels = tasks.labels(TaskConfig(kind="threshold", price=price, threshold=0.01, horizon=horizon).rule, spy)
+    assert np.nanmean(labels) == pytest.approx(all_days, abs=0.0006)
     if two_years is not None:
         inside = (spy.dates >= np.datetime64("2023-01-01")) & (spy.dates <= np.datetime64("2024-12-31"))
-        assert found[inside].mean() == pytest.approx(two_years, abs=0.0006)
+        assert labels[inside].mean() == pytest.approx(two_years, abs=0.0006)
 
 
 def test_an_exact_label_is_float64_and_untouched_by_the_embedded_bars():
     bars = sources.embedded()
     before = bars.close.copy()
-    found = tasks.labels(TaskConfig(kind="regression", horizon=5).rule, bars)
-    assert found.dtype == np.float64
+    labels = tasks.labels(TaskConfig(kind="regression", horizon=5).rule, bars)
+    assert labels.dtype == np.float64
     assert bars_module.bar_problems(bars) == []
     np.testing.assert_array_equal(bars.close, before)
