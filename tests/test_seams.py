@@ -170,13 +170,13 @@ def _nearest(train: Floats, labels: Floats, validation: Floats) -> Floats:
 
 
 def test_a_baseline_from_outside_is_fitted_and_kept_beside_the_others(tmp_path, monkeypatch):
-    weekday = Input("the day of the week", lambda known: known.inputs(("weekday_sin",)))
-    absent = Input("the price of tea", lambda known: None)
+    weekday = Input("the day of the week", lambda inputs: inputs.features(("weekday_sin",)))
+    absent = Input("the price of tea", lambda inputs: None)
     monkeypatch.setitem(
         baselines.BASELINES["probability"], "nearest", Recipe("nearest by {}", (absent, weekday), lambda _: _nearest)
     )
     monkeypatch.setitem(
-        baselines.BASELINES["probability"], "idle", Recipe("", (absent,), applies=lambda known: known.vix is not None)
+        baselines.BASELINES["probability"], "idle", Recipe("", (absent,), applies=lambda inputs: inputs.vix is not None)
     )
     for slow in ("bar_mlp", "bar_boosting", "garch_touch"):
         monkeypatch.delitem(baselines.BASELINES["probability"], slow)

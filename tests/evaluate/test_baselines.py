@@ -9,6 +9,8 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from fintx import tasks
 from fintx.config.schema import DataConfig, SplitConfig, TaskConfig
@@ -82,12 +84,12 @@ def by_name(dataset, task, bars, context) -> dict[str, baselines.Baseline]:
     return {b.name: b for b in baselines.for_dataset(dataset, task, bars, context)}
 
 
-def of_known(names, data, bars, context) -> np.ndarray:
-    known = baselines.Known.at(data, THRESHOLD.rule, bars, context)
-    return known.vix if names == baselines.VIX else known.volatilities
+def inputs_of(names, data, bars, context) -> np.ndarray:
+    inputs = baselines.BaselineInputs.build(data, THRESHOLD.rule, bars, context)
+    return inputs.vix if names == baselines.VIX else inputs.volatilities
 
 
-# --- what there is ----------------------------------------------------------------------------------------------------
+# --- what there is ---------------------------------------------------------------------------------------------------
 
 
 def test_names_and_words_say_what_was_fitted(market):
@@ -158,6 +160,28 @@ def test_no_move_is_zero_and_has_the_mean_square_return_as_its_loss(market):
     assert zero.metrics["mse"] == pytest.approx(np.mean(np.square(data.validation.labels.astype(float))), rel=1e-12)
 
 
+# --- from labels alone ------------------------------------------------------------------------------------------------
+
+DAY = np.datetime64("2020-01-01")
+
+
+@given(st.lists(st.tuples(st.integers(0, 1), st.one_of(st.none(), st.integers(0, 30))), max_size=40))
+def test_climatology_is_the_mean_of_what_is_known(cases):
+    labels = np.array([label for label, _ in cases], float)
+    known_from = np.array([np.datetime64("NaT") if day is None else DAY + day for _, day in cases], "datetime64[D]")
+    days = DAY + np.arange(35)
+    found = baselines.climatology(labels, known_from, days)
+    for value, day in zip(found, range(35), strict=True):
+        seen = [label for label, when in cases if when is not None and when <= day]
+        assert value == pytest.approx(np.mean(seen)) if seen else np.isnan(value)
+
+
+def test_persistence_counts():
+    last, labels = np.array([0.0, 0, 0, 1, 1]), np.array([0.0, 1, 0, 1, 1])
+    found = 1 / (1 + np.exp(-baselines.persistence(last[:, None], labels, np.array([[0.0], [1.0]]))))
+    np.testing.assert_allclose(found, [1.5 / 4, 2.5 / 3])
+
+
 # --- models against other implementations -----------------------------------------------------------------------------
 
 
@@ -167,7 +191,7 @@ def test_logistic_equals_newtons_method_on_its_stated_objective():
     y = (rng.random(400) < 1 / (1 + np.exp(-x[:, 0]))).astype(float)
     found = baselines.volatility_logistic(x, y, new)
     mean, std = x.mean(axis=0), x.std(axis=0)
-    design, penalty = np.c_[np.ones(400), (x - mean) / std], np.diag([0, 1.0, 1, 1]) / baselines.LOGISTIC_C
+    design, penalty = np.c_[np.ones(400), (x - mean) / std], np.diag([0, 1.0, 1, 1])
     beta = np.zeros(4)
     for _ in range(30):
         p = 1 / (1 + np.exp(-design @ beta))
@@ -195,7 +219,7 @@ def test_a_constant_input_teaches_nothing(fit):
     np.testing.assert_allclose(found[0], expected, atol=1e-6)
 
 
-# --- inputs -----------------------------------------------------------------------------------------------------------
+# --- inputs ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("names", [baselines.VIX, baselines.VOLATILITIES], ids=["VIX", "realised"])
@@ -203,7 +227,7 @@ def test_inputs_are_those_of_the_rows_own_asset_and_day(market, names):
     bars, vix = market
     shorter = {symbol: b.between(datetime.date(2010, 9, 1), datetime.date(2011, 9, 1)) for symbol, b in bars.items()}
     data = stacked(shorter, THRESHOLD)
-    found = of_known(names, data, bars, vix)
+    found = inputs_of(names, data, bars, vix)
     for row in np.random.default_rng(4).integers(0, len(data.dates), 40):
         asset, day = bars[data.assets[data.asset_ids[row]]], data.dates[row]
         if names == baselines.VIX:
@@ -218,7 +242,7 @@ def test_a_price_that_stands_still_has_a_finite_volatility(market):
     bars, _ = market
     still = priced("AAA", bars["AAA"].dates, np.where(np.arange(N_DAYS) < 300, 0.0, 0.01))
     data = stacked({"AAA": still}, THRESHOLD)
-    found = of_known(baselines.VOLATILITIES, data, {"AAA": still}, {})
+    found = inputs_of(baselines.VOLATILITIES, data, {"AAA": still}, {})
     assert found[200].tolist() == [np.log(1e-4)] * 3
     assert np.isfinite(found[63:]).all()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from fintx.evaluate import touch
+from fintx.evaluate import baselines
 from fintx.tasks import Direction, Threshold
 
 
@@ -26,7 +26,7 @@ def test_the_formula_is_what_fine_paths_do(price, threshold):
         path += rng.normal(scale=sd / np.sqrt(n_steps), size=n_paths)
         np.maximum(highest, path, out=highest)
     reached = highest if price == "high" else path
-    found = probability(touch.touch_logits(task(threshold, price), np.array([sd])))[0]
+    found = probability(baselines.touch_logits(task(threshold, price), np.array([sd])))[0]
     # watched 2,000 times, a maximum is missed by .58 · sd / √2000 (Broadie, Glasserman & Kou 1997); SE .0035
     assert found == pytest.approx((reached >= np.log1p(threshold)).mean(), abs=0.02)
 
@@ -35,17 +35,17 @@ def test_the_formula_is_what_fine_paths_do(price, threshold):
 def test_a_planted_scale_is_found(k):
     rng = np.random.default_rng(1)
     sd = np.exp(rng.normal(-4.5, 0.5, 20_000))
-    labels = (rng.random(len(sd)) < probability(touch.touch_logits(task(), k * sd))).astype(np.float32)
-    found = touch.fitted(task(), sd, labels, sd[:100])
-    np.testing.assert_allclose(found, touch.touch_logits(task(), k * sd[:100]), atol=0.1)
-    other_unit = touch.fitted(task(), 1e4 * sd, labels, 1e4 * sd[:100])
+    labels = (rng.random(len(sd)) < probability(baselines.touch_logits(task(), k * sd))).astype(np.float32)
+    found = baselines.touch(task(), sd[:, None], labels, sd[:100, None])
+    np.testing.assert_allclose(found, baselines.touch_logits(task(), k * sd[:100]), atol=0.1)
+    other_unit = baselines.touch(task(), 1e4 * sd[:, None], labels, 1e4 * sd[:100, None])
     np.testing.assert_allclose(other_unit, found, atol=1e-3)
 
 
 def test_where_the_formula_says_nothing():
-    assert touch.applies(task()) and touch.applies(task(-0.01, "close"))
-    assert not touch.applies(task(-0.01, "high"))
-    assert not touch.applies(Direction(horizon=1).level)
+    assert baselines.touch_applies(task()) and baselines.touch_applies(task(-0.01, "close"))
+    assert not baselines.touch_applies(task(-0.01, "high"))
+    assert not baselines.touch_applies(Direction(horizon=1).level)
 
 
 def closes(n: int = 1500, seed: int = 2) -> np.ndarray:
@@ -62,25 +62,25 @@ def test_garch_is_what_arch_filters_and_foresees():
     from arch import arch_model
 
     close = closes()
-    found = touch.garch_sd(close, n_train=len(close), horizon=5)
+    found = baselines.garch_sd(close, n_train=len(close), horizon=5)
     percent = 100 * np.diff(np.log(close))
     model = arch_model(percent, mean="Constant", vol="GARCH", p=1, o=1, q=1, rescale=False)
     result = model.fit(disp="off", show_warning=False)
     ahead = result.forecast(horizon=5, start=len(percent) - 1).variance.to_numpy()[-1].sum()
     # the two filters begin with other variances, which 1,500 days forget
     assert found[-1] == pytest.approx(np.sqrt(ahead) / 100, rel=1e-6)
-    day_ahead = touch.garch_sd(close, n_train=len(close), horizon=1)[500:-1]
+    day_ahead = baselines.garch_sd(close, n_train=len(close), horizon=1)[500:-1]
     np.testing.assert_allclose(day_ahead, result.conditional_volatility[500:] / 100, rtol=1e-6)
 
 
 def test_garch_knows_nothing_of_later_days():
     close = closes()
     later = np.concatenate([close[:1200], close[1199] * np.exp(np.linspace(0.1, 2, 300))])
-    before, after = (touch.garch_sd(each, n_train=1000, horizon=3) for each in (close, later))
+    before, after = (baselines.garch_sd(each, n_train=1000, horizon=3) for each in (close, later))
     np.testing.assert_array_equal(before[:1200], after[:1200])
     assert not np.array_equal(before, after)
 
 
 def test_too_little_history_gives_nothing():
-    assert np.isnan(touch.garch_sd(closes(200), n_train=150, horizon=1)).all()
-    assert np.isnan(touch.garch_sd(np.full(1000, 7.0), n_train=900, horizon=1)).all()
+    assert np.isnan(baselines.garch_sd(closes(200), n_train=150, horizon=1)).all()
+    assert np.isnan(baselines.garch_sd(np.full(1000, 7.0), n_train=900, horizon=1)).all()
