@@ -147,7 +147,7 @@ def build_test(spec: StudySpec | TrialConfig, root: Path, *, scaling: Standardiz
     if first is None:
         raise splits.BadSplit("this walk-forward split has no test part (no split.test_start): nothing is sealed")
     panel = loaded.panel(spec.task.rule)
-    return _apart(panel, panel.dates >= first, scaling, spec.model.context_length, f"the test part, from {first}")
+    return _samples(panel, panel.dates >= first, scaling, spec.model.context_length, f"the test part, from {first}")
 
 
 def build_external(
@@ -162,7 +162,7 @@ def build_external(
         FintxError: too few bars for one window with its future.
     """
     panel = Panel.of([bars], context, spec.data.features, spec.task.rule)
-    return _apart(panel, np.ones(len(bars), bool), scaling, spec.model.context_length, bars.symbol)
+    return _samples(panel, np.ones(len(bars), bool), scaling, spec.model.context_length, bars.symbol)
 
 
 def store_processed(prepared: PreparedData, root: Path) -> Snapshot:
@@ -374,10 +374,10 @@ def _fold(panel: Panel, fold: Fold, usable: np.ndarray, data: DataConfig) -> Dat
     return panel.dataset(scaling, train, validation, split_hash=split_hash)
 
 
-def _apart(
+def _samples(
     panel: Panel, chosen: np.ndarray, scaling: Standardizer, context_length: int, where: str
 ) -> tuple[Dataset, Part]:  # fmt: skip
-    """A dataset without folds, and the samples among the chosen rows."""
+    """A dataset without folds, and the chosen rows that are samples."""
     rows, none = np.flatnonzero(chosen & panel.whole_windows(context_length)), np.zeros(0, int)
     if len(rows) == 0:
         raise NoWindows(

@@ -60,7 +60,7 @@ def dataset_name(symbol: str) -> str:
     return f"{symbol}.OHLCV.daily"
 
 
-# --- kept bars --------------------------------------------------------------------------------------------------------
+# --- loading ----------------------------------------------------------------------------------------------------------
 
 
 def load_pinned(data: DataConfig, symbols: Iterable[str], root: Path) -> dict[str, Bars]:
@@ -80,14 +80,14 @@ def load(symbol: str, *, root: Path, version: str | None = None) -> Bars:
         FintxError: its file is missing or changed.
     """
     name, manifest = dataset_name(symbol), snapshots.all_snapshots(root, "raw")
-    versions = [entry.version for entry in manifest if entry.name == name]
-    matching = [e for e in manifest if e.name == name and e.version.startswith(version or "")]
+    versions = [entry for entry in manifest if entry.name == name]
+    matching = [entry for entry in versions if entry.version.startswith(version or "")]
     if matching:
         return _read_snapshot(root, matching[-1], symbol)
     if symbol == EMBEDDED and embedded().version.startswith(version or ""):
         return embedded()
     if version is not None:
-        there = ", ".join(known[:12] for known in versions) or "none"
+        there = ", ".join(entry.version[:12] for entry in versions) or "none"
         raise DataNotFound(f"{symbol}: version {version[:12]} is not in {root} (there: {there}); import it again")
     symbols = sorted({entry.name.split(".OHLCV")[0] for entry in manifest} | {EMBEDDED})
     raise DataNotFound(

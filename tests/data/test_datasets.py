@@ -302,9 +302,9 @@ def assert_order_of_assets_is_nothing(data: DataConfig, root: Path, *, split=DAT
         np.testing.assert_array_equal(a.dates[first], b.dates[second])
         for part in ("train", "validation"):
             p, q = getattr(a, part), getattr(b, part)
-            own, same = a.asset_ids[p.rows] == i, b.asset_ids[q.rows] == j
-            np.testing.assert_array_equal(p.rows[own] - first[0], q.rows[same] - second[0])
-            np.testing.assert_array_equal(p.labels[own], q.labels[same])
+            own_a, own_b = a.asset_ids[p.rows] == i, b.asset_ids[q.rows] == j
+            np.testing.assert_array_equal(p.rows[own_a] - first[0], q.rows[own_b] - second[0])
+            np.testing.assert_array_equal(p.labels[own_a], q.labels[own_b])
 
 
 def test_no_window_crosses_from_one_asset_into_another(root):
