@@ -1,4 +1,4 @@
-"""A sweep file as a StudySpec: its text over its base and --set, checked, every mistake told at once.
+"""A sweep file as a StudySpec: its text over its base and --set, checked, every mistake reported at once.
 
 A sweep file is one study. A manual file is a list of [[queue]] entries, each of which names the sweep file whose study
 it belongs to: it becomes one StudySpec per sweep file.
@@ -6,7 +6,6 @@ it belongs to: it becomes one StudySpec per sweep file.
 
 from __future__ import annotations
 
-import datetime
 import json
 import os
 from collections.abc import Callable, Container, Sequence
@@ -27,10 +26,10 @@ from fintx.config.validate import (
     Problems,
     Where,
     cross_checks,
+    describe,
     family_in,
     got,
     nearest,
-    say,
 )
 
 T = TypeVar("T")
@@ -47,7 +46,9 @@ def study(path: Path, *, overrides: Sequence[str] = (), text: str | None = None,
         SweepFileError: all problems, one line each: FILE:LINE: key: what is wrong.
     """
     source = toml.resolved(path, overrides=overrides, text=text)
-    if _names_sweeps(source.tree):
+    queue = source.tree.get("queue")
+    entries = queue if isinstance(queue, list) else []
+    if not is_study(source.tree) and any(isinstance(entry, dict) and "sweep" in entry for entry in entries):
         raise SweepFileError(
             f"{path}: is a manual file: its entries name the sweep files that they belong to; run it with: just manual"
         )
@@ -56,51 +57,6 @@ def study(path: Path, *, overrides: Sequence[str] = (), text: str | None = None,
     if problems.lines:
         raise SweepFileError(problems.text())
     return spec
-
-
-def watch(paths: Sequence[Path], read: Callable[[], T]) -> Callable[[], T | None]:
-    """A function that reads again when one of the files has been edited since the last look; none: none has."""
-    seen = [*map(_stamp, paths)]
-
-    def again() -> T | None:
-        nonlocal seen
-        if (now := [*map(_stamp, paths)]) == seen:
-            return None
-        seen = now
-        return read()
-
-    return again
-
-
-def where(path: Path, *, overrides: Sequence[str] = (), sweep: Path | None = None) -> Where:
-    """Where the keys of a file's study stand, for mistakes that only the study can see; looked up when asked.
-
-    Args:
-        sweep: of a manual file: the sweep file whose study it is.
-    """
-
-    def at(key_path: KeyPath) -> str:
-        if sweep is None:
-            return Problems(toml.resolved(path, overrides=overrides).places, default=str(path)).at(key_path)
-        manual, entries = toml.parse(path, toml.read_text(path)), blocks_of(path, sweep)
-        source = _with_queue(toml.resolved(sweep, overrides=overrides), manual, entries)
-        return Problems(source.places, default=str(sweep), entries=entries).at(key_path)
-
-    return at
-
-
-def files(path: Path) -> tuple[Path, ...]:
-    """A sweep file and, if it has one, its base."""
-    extends = toml.parse(path, toml.read_text(path)).tree.get("extends")
-    return (path, path.parent / extends) if isinstance(extends, str) else (path,)
-
-
-def _stamp(path: Path) -> tuple[int, int]:
-    try:
-        stat = path.stat()
-    except OSError:  # an editor may be replacing it
-        return (0, 0)
-    return (stat.st_mtime_ns, stat.st_size)
 
 
 def dump(spec: StudySpec) -> str:
@@ -118,6 +74,55 @@ def dump(spec: StudySpec) -> str:
     return "\n".join(lines).strip() + "\n"
 
 
+def where(path: Path, *, overrides: Sequence[str] = (), sweep: Path | None = None) -> Where:
+    """Where the keys of a file's study stand, for mistakes that only the study can see; looked up when asked.
+
+    Args:
+        sweep: of a manual file: the sweep file whose study it is.
+    """
+
+    def at(key_path: KeyPath) -> str:
+        if sweep is None:
+            return Problems(toml.resolved(path, overrides=overrides).places, default=str(path)).at(key_path)
+        manual_file, indices = toml.parse(path), blocks_of(path, sweep)
+        source = _with_queue(toml.resolved(sweep, overrides=overrides), manual_file, indices)
+        return Problems(source.places, default=str(sweep), entries=indices).at(key_path)
+
+    return at
+
+
+def files(path: Path) -> tuple[Path, ...]:
+    """A sweep file and, if it has one, its base."""
+    base = toml.parse(path).tree.get("extends")
+    return (path, path.parent / base) if isinstance(base, str) else (path,)
+
+
+def watch(paths: Sequence[Path], read: Callable[[], T]) -> Callable[[], T | None]:
+    """A function that reads again if one of the files was edited since its last call, and else returns none."""
+
+    def stamps() -> list[tuple[int, int]]:
+        found = []
+        for path in paths:
+            try:
+                stat = path.stat()
+                found.append((stat.st_mtime_ns, stat.st_size))
+            except OSError:  # an editor may be replacing it
+                found.append((0, 0))
+        return found
+
+    last = stamps()
+
+    def read_if_edited() -> T | None:
+        nonlocal last
+        current = stamps()
+        if current == last:
+            return None
+        last = current
+        return read()
+
+    return read_if_edited
+
+
 # --- manual files -----------------------------------------------------------------------------------------------------
 
 
@@ -125,24 +130,24 @@ def is_manual(path: Path) -> bool:
     """Whether a file holds nothing but queue entries for studies of other files.
 
     Raises:
-        SweepFileError: it can't be read or is no TOML.
+        SweepFileError: it can't be read or is not TOML.
     """
-    return not is_study(toml.parse(path, toml.read_text(path)).tree)
+    return not is_study(toml.parse(path).tree)
 
 
 def is_study(tree: dict[str, Any]) -> bool:
-    """Whether a tree has what a sweep file can't do without and a manual file doesn't hold."""
+    """Whether a tree has what every sweep file has and no manual file."""
     return any(section in tree for section in ("extends", "study", "task", "budget"))
 
 
-def sweep_path(path: Path, given: str) -> Path:
+def sweep_path(path: Path, name: str) -> Path:
     """The sweep file that a manual file's entry names."""
-    return Path(os.path.normpath(path.parent / given))
+    return Path(os.path.normpath(path.parent / name))
 
 
 def blocks_of(path: Path, sweep: Path) -> tuple[int, ...]:
     """Which of a manual file's entries, counted from 0, belong to a sweep file."""
-    entries = toml.parse(path, toml.read_text(path)).tree["queue"]
+    entries = toml.parse(path).tree["queue"]
     return tuple(index for index, entry in enumerate(entries) if sweep_path(path, entry["sweep"]) == sweep)
 
 
@@ -169,7 +174,7 @@ def by_sweep(path: Path, *, overrides: Sequence[str] = (), text: str | None = No
     Raises:
         SweepFileError: all problems of all entries, and of the files they name, one line each.
     """
-    source = toml.parse(path, toml.read_text(path) if text is None else text)
+    source = toml.parse(path, text)
     problems = Problems(source.places, default=str(path))
     for section in source.tree:
         if section != "queue":
@@ -186,7 +191,7 @@ def by_sweep(path: Path, *, overrides: Sequence[str] = (), text: str | None = No
             groups.setdefault(sweep, []).append(index)
         else:
             _check_alone(source.tree, index, problems)
-    specs = {sweep: _group(source, sweep, indices, overrides, problems) for sweep, indices in groups.items()}
+    specs = {sweep: _study_of_entries(source, sweep, indices, overrides, problems) for sweep, indices in groups.items()}
     if problems.lines:
         raise SweepFileError(problems.text())
     return {sweep: spec for sweep, spec in specs.items() if spec is not None}
@@ -204,21 +209,18 @@ def _sweep_of(path: Path, entry: Any, index: int, problems: Problems) -> Path | 
     """The sweep file that an entry names; none where it names none."""
     if not isinstance(entry, dict):
         return None
+    where: KeyPath = ("queue", index, "sweep")
     if "sweep" not in entry:
-        problems.add(("queue", index), 'sweep: is missing; wanted a sweep file beside this one, like "200M_h3.toml"')
+        problems.add(where[:2], 'sweep: is missing; wanted a sweep file beside this one, like "200M_h3.toml"')
         return None
-    where, given = ("queue", index, "sweep"), entry["sweep"]
-    if not isinstance(given, str) or not given:
-        problems.add(where, f"wanted the name of a sweep file beside this one, got {got(given)}")
+    name = entry["sweep"]
+    if not isinstance(name, str) or not name:
+        problems.add(where, f"wanted the name of a sweep file beside this one, got {got(name)}")
         return None
-    sweep = sweep_path(path, given)
-    try:
-        there = sweep.is_file()
-    except (OSError, ValueError):  # a name that no file can have
-        there = False
-    if not there:
-        beside = sorted(each.name for each in path.parent.glob("*.toml") if each.name != path.name)
-        problems.add(where, f"{got(given)} is not there{nearest(given, beside)}")
+    sweep = sweep_path(path, name)
+    if not os.path.isfile(sweep):  # false also for a name that no file can have
+        names = sorted(file.name for file in path.parent.glob("*.toml") if file.name != path.name)
+        problems.add(where, f"{got(name)} is not there{nearest(name, names)}")
         return None
     return sweep
 
@@ -229,42 +231,40 @@ def _check_alone(tree: dict[str, Any], index: int, problems: Problems) -> None:
     try:
         EncoderEntry.model_validate_json(_json(_without_sweep(entry) if isinstance(entry, dict) else entry))
     except ValidationError as error:
-        for each in error.errors():
-            if said := say({**each, "loc": ("queue", index, *each["loc"])}, tree):
-                problems.add(*said)
+        for problem in error.errors():
+            if line := describe({**problem, "loc": ("queue", index, *problem["loc"])}, tree):
+                problems.add(*line)
 
 
-def _group(
-    manual: toml.Source, sweep: Path, indices: Sequence[int], overrides: Sequence[str], problems: Problems
+def _study_of_entries(
+    manual_file: toml.Source, sweep: Path, indices: Sequence[int], overrides: Sequence[str], problems: Problems
 ) -> StudySpec | None:
     """The study of a sweep file, its queue replaced by some of a manual file's entries."""
     try:
-        below = toml.resolved(sweep, overrides=overrides)
+        sweep_file = toml.resolved(sweep, overrides=overrides)
     except SweepFileError as error:
-        problems.take_text(str(error))
+        problems.take(str(error).split("\n"))
         return None
-    if not is_study(below.tree):
+    if not is_study(sweep_file.tree):
         problems.add(("queue", indices[0], "sweep"), f"{sweep} is no sweep file: it has no [study]")
         return None
-    set_here = Problems(below.places, default=str(sweep))
-    for place in (below.places[at] for at in below.places if at[0] == "queue" and below.places[at].rank > OWN):
-        set_here.lines[f"{place.words}: a manual file's queue is its own entries; edit them there"] = None
-    source = _with_queue(below, manual, indices)
-    own = Problems(source.places, default=str(sweep), entries=indices)
-    spec = _checked(source, own, counted=False)
-    problems.take(set_here)
-    problems.take(own)
+    set_places = [place for key, place in sweep_file.places.items() if key[0] == "queue" and place.rank > OWN]
+    problems.take(f"{place.words}: a manual file's queue is its own entries; edit them there" for place in set_places)
+    source = _with_queue(sweep_file, manual_file, indices)
+    own_problems = Problems(source.places, default=str(sweep), entries=indices)
+    spec = _checked(source, own_problems, counted=False)
+    problems.take(own_problems.lines, own_problems.uncounted)
     return spec.model_copy(update={"study": spec.study.model_copy(update={"queue_extremes": False})})
 
 
-def _with_queue(below: toml.Source, manual: toml.Source, indices: Sequence[int]) -> toml.Source:
-    """A sweep file's tree with some of a manual file's entries for its queue."""
-    tree = {**below.tree, "queue": [_without_sweep(manual.tree["queue"][index]) for index in indices]}
-    places = {at: place for at, place in below.places.items() if at[0] != "queue"}
-    for at, place in manual.places.items():
-        if at[0] == "queue" and len(at) > 1 and at[1] in indices:
-            places["queue", indices.index(int(at[1])), *at[2:]] = place
-    return toml.Source(tree, places)
+def _with_queue(sweep_file: toml.Source, manual_file: toml.Source, indices: Sequence[int]) -> toml.Source:
+    """A sweep file's tree with some of a manual file's entries as its queue."""
+    queue = [_without_sweep(manual_file.tree["queue"][index]) for index in indices]
+    places = {path: place for path, place in sweep_file.places.items() if path[0] != "queue"}
+    for path, place in manual_file.places.items():
+        if path[0] == "queue" and len(path) > 1 and path[1] in indices:
+            places["queue", indices.index(int(path[1])), *path[2:]] = place
+    return toml.Source({**sweep_file.tree, "queue": queue}, places)
 
 
 def _without_sweep(entry: dict[str, Any]) -> dict[str, Any]:
@@ -280,16 +280,16 @@ def _checked(source: toml.Source, problems: Problems, *, counted: bool = True) -
     Args:
         counted: whether the queue counts toward n_trials; a manual file's entries run whatever the total.
     """
-    _searched_and_fixed(source, problems)
-    spec, broken = _validate(source.tree, problems)
-    for key_path, words in cross_checks(spec, broken=broken, counted=counted):
-        problems.add(key_path, words)
+    tree = _without_searched(source, problems)
+    spec, broken = _validated(tree, problems)
+    for key_path, message in cross_checks(spec, broken=broken, counted=counted):
+        problems.add(key_path, message)
     return spec
 
 
-def _searched_and_fixed(source: toml.Source, problems: Problems) -> None:
-    """A search wins over a value of the base's; beside or above it a value would be silently without effect."""
-    space = source.tree.get("space")
+def _without_searched(source: toml.Source, problems: Problems) -> dict[str, Any]:
+    """The tree without the base's values of what is searched; values of the same file or above have no effect."""
+    tree, space = dict(source.tree), source.tree.get("space")
     for path in space if isinstance(space, dict) else ():
         section, _, key = path.partition(".")
         fixed = source.places.get((section, key))
@@ -299,32 +299,36 @@ def _searched_and_fixed(source: toml.Source, problems: Problems) -> None:
         if fixed.rank >= searched.rank:
             fix = f'set space."{path}"={{choices=[…]}}' if fixed.rank > OWN else "take one of the two out"
             problems.add((section, key), f"is searched ({searched.words}), so a value here has no effect; {fix}")
-        source.tree[section] = {name: value for name, value in source.tree[section].items() if name != key}
+        tree[section] = {name: value for name, value in tree[section].items() if name != key}
+    return tree
 
 
-def _validate(tree: dict[str, Any], problems: Problems) -> tuple[StudySpec, Container[str]]:
-    """The spec, or one whose broken sections and entries are filled in so that the rest can be checked."""
+def _validated(tree: dict[str, Any], problems: Problems) -> tuple[StudySpec, Container[str]]:
+    """The spec, with broken sections and entries filled in so that the rest can be checked, and what was broken."""
     try:
-        return _spec(tree), ()
+        return StudySpec.model_validate_json(_json(tree)), ()
     except ValidationError as error:
         errors = error.errors()
     problems.uncounted = len(errors[MOST_PROBLEMS:])
-    for each in errors[:MOST_PROBLEMS]:
-        if said := say(each, tree):
-            problems.add(*said)
+    for problem in errors[:MOST_PROBLEMS]:
+        if line := describe(problem, tree):
+            problems.add(*line)
     assert problems.lines
-    entries = {each["loc"][:2] for each in errors if each["loc"][0] in ("space", "queue") and len(each["loc"]) > 1}
-    sections = {str(each["loc"][0]) for each in errors if each["loc"][:2] not in entries}
+    locations = [problem["loc"] for problem in errors]
+    entries = {location[:2] for location in locations if location[0] in ("space", "queue") and len(location) > 1}
+    sections = {str(location[0]) for location in locations if location[:2] not in entries}
     repaired = {section: content for section, content in tree.items() if section not in sections}
     repaired |= {section: content for section, content in _STAND_INS.items() if section in sections}
     if "space" in repaired:
-        kept = {path: searched for path, searched in repaired["space"].items() if ("space", path) not in entries}
-        repaired["space"] = kept
+        repaired["space"] = {
+            path: searched for path, searched in repaired["space"].items() if ("space", path) not in entries
+        }
     if "queue" in repaired:
+        ones = dict.fromkeys(shape_names(FAMILIES[family_in(repaired)].queue_entry), 1)
         queue = enumerate(repaired["queue"])
-        one = dict.fromkeys(shape_names(FAMILIES[family_in(repaired)].queue_entry), 1)
-        repaired["queue"] = [one if ("queue", index) in entries else entry for index, entry in queue]
-    return _spec(repaired), sections | {f"space.{path}" for section, path in entries if section == "space"}
+        repaired["queue"] = [ones if ("queue", index) in entries else entry for index, entry in queue]
+    broken = sections | {f"space.{path}" for section, path in entries if section == "space"}
+    return StudySpec.model_validate_json(_json(repaired)), broken
 
 
 _STAND_INS: dict[str, Any] = {
@@ -335,15 +339,5 @@ _STAND_INS: dict[str, Any] = {
 """For broken sections that have no default."""
 
 
-def _spec(tree: dict[str, Any]) -> StudySpec:
-    return StudySpec.model_validate_json(_json(tree))
-
-
 def _json(tree: Any) -> str:
-    return json.dumps(tree, default=_plain)
-
-
-def _plain(value: Any) -> str:
-    if isinstance(value, datetime.date | datetime.time):
-        return value.isoformat()
-    raise TypeError(f"TOML gave a {type(value).__name__}")
+    return json.dumps(tree, default=str)  # dates and times

@@ -1,4 +1,7 @@
-"""Checks of a spec: what must fit together, and how a mistake is told: where, wanted, got, nearest valid name."""
+"""Checks and messages: what must fit together in a spec, and every mistake as one line.
+
+A line says where (file, line and key), what was wanted, what was got, and the nearest valid name.
+"""
 
 from __future__ import annotations
 
@@ -7,47 +10,67 @@ import json
 import re
 import typing
 from collections import Counter
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ValidationError
 
-from fintx.config.families import LayerRange
-from fintx.config.schema import ENCODER, FAMILIES, LOSSES, METRICS, Choices, FloatRange, StudySpec, check_loss
+from fintx.config.families import ENCODER, FAMILIES, LayerRange
+from fintx.config.schema import (
+    LOSSES,
+    METRICS,
+    Choices,
+    FloatRange,
+    ModelConfig,
+    OptimConfig,
+    StudySpec,
+    TrainConfig,
+    check_loss,
+)
 from fintx.errors import without_passwords
 
 KeyPath = tuple[str | int, ...]
 """Where a value stands in a tree: ("queue", 1, "d_model")."""
-_LONGEST = 60
+Misfits = Iterator[tuple[KeyPath, str]]
+"""Key path, and what is wrong there and how to fix it."""
 
-SECTIONS = ("model", "optim", "train")
+SECTIONS: dict[str, type[BaseModel]] = {"model": ModelConfig, "optim": OptimConfig, "train": TrainConfig}
 """Sections of TrialConfig whose values a search may vary."""
+_LENGTHS = ("context_length", "patch_length", "stride")
+_LOSS_KEYS = ("loss", "label_smoothing", "class_weight")
 
 
-def cross_checks(
-    spec: StudySpec, *, broken: Container[str] = (), counted: bool = True
-) -> Iterator[tuple[KeyPath, str]]:
+def cross_checks(spec: StudySpec, *, broken: Container[str] = (), counted: bool = True) -> Misfits:
     """Every misfit between parts, as (key path, what is wrong and how to fix it).
 
     Args:
-        broken: sections, and "space.PATH" entries, that are known to be wrong and were filled in: nothing is said of
-            what depends on them.
+        broken: sections and "space.PATH" entries that are wrong themselves and were filled in: what depends on them
+            is not checked.
         counted: whether the queue counts toward n_trials.
     """
     if "data" not in broken:
         yield from _data(spec)
-    if not any(section in broken for section in ("study", "task", "train", *_LOSS_SPACE)):
+    if not any(part in broken for part in ("study", "task", "train", *(f"space.train.{key}" for key in _LOSS_KEYS))):
         yield from _task(spec)
     for path, searched in spec.space.items():
         yield from _searched(spec, path, searched)
     if not any(part in broken for part in ("model", *(f"space.model.{key}" for key in _LENGTHS))):
         yield from _geometry(spec)
-    if counted and "study" not in broken:
-        yield from _total(spec)
-    yield from _queue(spec, broken)
+    queued = sum(not entry.cancelled for entry in spec.queue)
+    if counted and "study" not in broken and queued > spec.study.n_trials:
+        message = f"{spec.study.n_trials} is fewer than the {queued} queue entries, which count toward it; raise it"
+        yield ("study", "n_trials"), message
+    for index, entry in enumerate(spec.queue):
+        if misfit := FAMILIES[spec.model.family].misfit(entry.shape):
+            yield ("queue", index, misfit[0]), misfit[1]
+        for path, value in entry.values.items():
+            if "space" not in broken and f"space.{path}" not in broken:
+                message = _queued_value(path, value, spec.space)
+                if message:
+                    yield ("queue", index, "values", path), message
 
 
-def _data(spec: StudySpec) -> Iterator[tuple[KeyPath, str]]:
+def _data(spec: StudySpec) -> Misfits:
     for key in ("assets", "context"):
         for symbol in _repeated(getattr(spec.data, key)):
             yield ("data", key), f"{symbol} stands twice; take one out"
@@ -60,155 +83,128 @@ def _data(spec: StudySpec) -> Iterator[tuple[KeyPath, str]]:
         yield ("data", "start"), f"wanted a date up to data.end = {end}, got {start}"
 
 
+def _distinct(value: Any) -> tuple[bool, Any]:
+    """A value by which true is not 1."""
+    return isinstance(value, bool), value
+
+
 def _repeated(values: Sequence[Any]) -> list[Any]:
-    """Values that stand more than once; true is not 1."""
-    counts = Counter((isinstance(value, bool), value) for value in values)
-    return [value for (_, value), count in counts.items() if count > 1]
+    return [value for (_, value), count in Counter(map(_distinct, values)).items() if count > 1]
 
 
-_LENGTHS = ("context_length", "patch_length", "stride")
-_LOSS_KEYS = ("loss", "label_smoothing", "class_weight")
-_LOSS_SPACE = tuple(f"space.train.{key}" for key in _LOSS_KEYS)
+def _values(spec: StudySpec, path: str) -> tuple[KeyPath, tuple[Any, ...]]:
+    """Where a setting stands, and what it may be: its choices, the ends of its range, or its fixed value."""
+    section, _, key = path.partition(".")
+    searched = spec.space.get(path)
+    if searched is None:
+        return (section, key), (getattr(getattr(spec, section), key),)
+    return ("space", path), searched.choices if isinstance(searched, Choices) else (searched.low, searched.high)
 
 
-def _task(spec: StudySpec) -> Iterator[tuple[KeyPath, str]]:
+def _task(spec: StudySpec) -> Misfits:
     fitting = METRICS[spec.task.predicts]
     if spec.study.metric not in fitting:
-        wanted = " or ".join(f'"{metric}"' for metric in fitting)
-        yield ("study", "metric"), f'"{spec.study.metric}" does not fit task.kind = "{spec.task.kind}"; wanted {wanted}'
+        metrics = " or ".join(f'"{metric}"' for metric in fitting)
+        message = f'"{spec.study.metric}" does not fit task.kind = "{spec.task.kind}"; wanted {metrics}'
+        yield ("study", "metric"), message
     for key in _LOSS_KEYS:
-        searched = spec.space.get(f"train.{key}")
-        fixed = (getattr(spec.train, key),)
-        values = fixed if searched is None else getattr(searched, "choices", (getattr(searched, "high", None),))
+        where, values = _values(spec, f"train.{key}")
         for value in values:
-            # Beside the one key, everything fits: so each misfit is told once, at its own key.
-            others = {"loss": LOSSES[spec.task.predicts][0], "label_smoothing": 0.0, "class_weight": "none"}
+            # Every other key is one that fits, so each misfit is reported once, at its own key.
+            train = TrainConfig().model_copy(update={"loss": LOSSES[spec.task.predicts][0], key: value})
             try:
-                check_loss(spec.task, spec.train.model_copy(update={**others, key: value}))
+                check_loss(spec.task, train)
             except ValueError as error:
-                yield ("space", f"train.{key}") if searched else ("train", key), str(error)
+                yield where, str(error)
                 break
 
 
-def _searched(spec: StudySpec, path: str, searched: FloatRange | Choices) -> Iterator[tuple[KeyPath, str]]:
+def _searched(spec: StudySpec, path: str, searched: FloatRange | Choices) -> Misfits:
     where: KeyPath = ("space", path)
-    section_name, _, key = path.partition(".")
+    kind = field_kind(path)
+    section, _, key = path.partition(".")
     if path == "model.family":
         yield where, "can't be searched: it says what [architecture] holds; make a study of each family"
-        return
-    if section_name not in SECTIONS or key not in type(getattr(spec, section_name)).model_fields:
-        every = [f"{name}.{field}" for name in SECTIONS for field in type(getattr(spec, name)).model_fields]
-        near = difflib.get_close_matches(path, every, n=1, cutoff=0.5)
-        hint = f'did you mean "{near[0]}"?' if near else f"known: {', '.join(every)}"
-        yield where, f"unknown path; {hint}"
-        return
-    section = getattr(spec, section_name)
-    kind = field_kind(type(section), key)
-    if isinstance(searched, FloatRange):
-        if kind == "choice":
-            yield where, "wanted choices: this setting is no number"
-            return
-        if kind == "int" and not (searched.low.is_integer() and searched.high.is_integer()):
-            yield where, f"wanted whole numbers for low and high, got {searched.low:g} and {searched.high:g}"
-            return
-        for end in ("low", "high"):
-            value = getattr(searched, end)
-            yield from _value(section, key, int(value) if kind == "int" else value, (*where, end))
-    else:
+    elif kind is None:
+        known = [f"{name}.{field}" for name, section_type in SECTIONS.items() for field in section_type.model_fields]
+        yield where, f"unknown path{nearest(path, known)}"
+    elif isinstance(searched, Choices):
         for index, value in enumerate(searched.choices):
-            yield from _value(section, key, value, (*where, "choices", index))
+            yield from _value(getattr(spec, section), key, value, (*where, "choices", index))
         for value in _repeated(searched.choices):
             yield (*where, "choices"), f"{got(value)} stands twice; take one out"
+    elif kind == "choice":
+        yield where, "wanted choices: this setting is no number"
+    elif kind == "int" and not (searched.low.is_integer() and searched.high.is_integer()):
+        yield where, f"wanted whole numbers for low and high, got {searched.low:g} and {searched.high:g}"
+    else:
+        for end, value in (("low", searched.low), ("high", searched.high)):
+            yield from _value(getattr(spec, section), key, int(value) if kind == "int" else value, (*where, end))
 
 
-def field_kind(section: type[BaseModel], key: str) -> Literal["int", "float", "choice"]:
-    """Is a field a whole number, a number, or one of a few values?"""
-    annotation = section.model_fields[key].annotation
-    origin = typing.get_origin(annotation)
-    if origin is Literal or annotation is bool or annotation is str:
+def field_kind(path: str) -> Literal["int", "float", "choice"] | None:
+    """Whether a setting is a whole number, a number or one of a few values; none: no search knows the path."""
+    section, _, key = path.partition(".")
+    if section not in SECTIONS or key not in SECTIONS[section].model_fields:
+        return None
+    annotation = SECTIONS[section].model_fields[key].annotation
+    if typing.get_origin(annotation) is Literal or annotation in (bool, str):
         return "choice"
     return "int" if annotation is int else "float"
 
 
-def _value(section: BaseModel, key: str, value: Any, where: KeyPath) -> Iterator[tuple[KeyPath, str]]:
+def _value(section: BaseModel, key: str, value: Any, where: KeyPath) -> Misfits:
     """Whether the section's own type takes the value."""
-    tree = {**section.model_dump(), key: value}
     try:
-        type(section).model_validate(tree)
+        type(section).model_validate({**section.model_dump(), key: value})
     except ValidationError as error:
-        for each in error.errors():
-            if each["loc"] == (key,):
-                wanted = expectation(each["type"], each.get("ctx", {}), (type(section).__name__, key))
+        for problem in error.errors():
+            if problem["loc"] == (key,):
+                wanted = expectation(problem["type"], problem.get("ctx", {}), (type(section).__name__, key))
                 yield where, f"wanted {wanted}, got {got(value)}"
 
 
-def _geometry(spec: StudySpec) -> Iterator[tuple[KeyPath, str]]:
-    """What shapes a window or the model is a list of choices; a patch fits its window, and patches leave no bar out."""
+def _geometry(spec: StudySpec) -> Misfits:
+    """Settings that change the data or the parameters are lists; patches fit the window and leave no bar out."""
     reasons = dict.fromkeys(("context_length", "patch_length"), "each length is a dataset or a program of its own")
-    reasons |= dict.fromkeys(("stride", "revin"), "each value changes the model's parameters")
-    ranges = [key for key in reasons if isinstance(spec.space.get(f"model.{key}"), FloatRange)]
-    for key in ranges:
-        if key != "revin":  # no number: said already
+    reasons["stride"] = "each value changes the model's parameters"
+    ranges = {key for key in reasons if isinstance(spec.space.get(f"model.{key}"), FloatRange)}
+    for key in reasons:
+        if key in ranges:
             yield ("space", f"model.{key}"), f"wanted choices: {reasons[key]}"
     for longer, shorter, reason in (
         ("patch_length", "context_length", "every pair must fit"),
         ("stride", "patch_length", "bars between patches would never be seen"),
     ):
-        if {longer, shorter} & set(ranges):
-            continue
-        values = {}
-        for key in (longer, shorter):
-            searched = spec.space.get(f"model.{key}")
-            choices = searched.choices if isinstance(searched, Choices) else (getattr(spec.model, key),)
-            values[key] = [value for value in choices if isinstance(value, int)]
-        if not all(values.values()) or (most := max(values[longer])) <= (least := min(values[shorter])):
-            continue
-        place = next((key for key in (shorter, longer) if f"model.{key}" in spec.space), None)
-        where = ("model", longer) if place is None else ("space", f"model.{place}")
-        yield where, f"{longer} = {most} is longer than {shorter} = {least}; {reason}"
+        where, longs = _values(spec, f"model.{longer}")
+        short_where, shorts = _values(spec, f"model.{shorter}")
+        longest = max((value for value in longs if isinstance(value, int)), default=0)
+        shortest = min((value for value in shorts if isinstance(value, int)), default=longest)
+        if longest > shortest and not {longer, shorter} & ranges:
+            message = f"{longer} = {longest} is longer than {shorter} = {shortest}; {reason}"
+            yield short_where if short_where[0] == "space" else where, message
 
 
-def _total(spec: StudySpec) -> Iterator[tuple[KeyPath, str]]:
-    queued = sum(not entry.cancelled for entry in spec.queue)
-    if queued > spec.study.n_trials:
-        words = f"{spec.study.n_trials} is fewer than the {queued} queue entries, which count toward it"
-        yield ("study", "n_trials"), f"{words}; raise it"
-
-
-def _queue(spec: StudySpec, broken: Container[str]) -> Iterator[tuple[KeyPath, str]]:
-    for index, entry in enumerate(spec.queue):
-        if misfit := FAMILIES[spec.model.family].misfit(entry.shape):
-            yield ("queue", index, misfit[0]), misfit[1]
-        for path, value in entry.values.items():
-            if "space" not in broken and f"space.{path}" not in broken:
-                yield from _queued_value(spec, ("queue", index, "values", path), path, value)
-
-
-def _queued_value(spec: StudySpec, where: KeyPath, path: str, value: Any) -> Iterator[tuple[KeyPath, str]]:
-    searched = spec.space.get(path)
+def _queued_value(path: str, value: Any, space: Mapping[str, FloatRange | Choices]) -> str:
+    """What is wrong with a queue entry's value; empty: nothing."""
+    searched = space.get(path)
     if searched is None:
-        near = difflib.get_close_matches(path, list(spec.space), n=1, cutoff=0.5)
-        hint = f'did you mean "{near[0]}"?' if near else f"searched: {', '.join(spec.space) or 'nothing'}"
-        yield where, f"is not in [space], so an entry can't set it; {hint}"
-    elif isinstance(searched, Choices):
-        if (isinstance(value, bool), value) not in [(isinstance(each, bool), each) for each in searched.choices]:
-            yield where, f"wanted one of {', '.join(map(got, searched.choices))}, got {got(value)}"
-    else:
-        whole = _is_whole(spec, path)
-        low, high = (int(end) if whole else f"{end:g}" for end in (searched.low, searched.high))
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not is_number or not searched.low <= value <= searched.high or (whole and value != int(value)):
-            kind = "a whole number" if whole else "a number"
-            yield where, f"wanted {kind} in {low} … {high}, got {got(value)}"
+        return f"is not in [space], so an entry can't set it{nearest(path, list(space))}"
+    if isinstance(searched, Choices):
+        fits = _distinct(value) in map(_distinct, searched.choices)
+        return "" if fits else f"wanted one of {', '.join(map(got, searched.choices))}, got {got(value)}"
+    is_whole = field_kind(path) == "int"
+    fits = (
+        isinstance(value, int | float)
+        and not isinstance(value, bool)
+        and searched.low <= value <= searched.high
+        and (not is_whole or value == int(value))
+    )
+    low, high = (int(end) if is_whole else f"{end:g}" for end in (searched.low, searched.high))
+    return "" if fits else f"wanted {'a whole number' if is_whole else 'a number'} in {low} … {high}, got {got(value)}"
 
 
-def _is_whole(spec: StudySpec, path: str) -> bool:
-    section, _, key = path.partition(".")
-    fields = type(getattr(spec, section)).model_fields if section in SECTIONS else {}
-    return key in fields and field_kind(type(getattr(spec, section)), key) == "int"
-
-
-# --- words ------------------------------------------------------------------------------------------------------------
+# --- messages ---------------------------------------------------------------------------------------------------------
 
 _PLAIN = {
     "int_type": "a whole number", "int_from_float": "a whole number", "int_parsing": "a whole number",
@@ -220,9 +216,8 @@ _PLAIN = {
     "date_from_datetime_inexact": "a date without a time", "too_short": "a list with an entry at least",
     "union_tag_not_found": "a table with low and high, or with choices",
 }  # fmt: skip
-_FILE_SECTIONS = tuple(name for name in StudySpec.model_fields if name not in ("space", "queue"))
 _BOUNDS = {"greater_than": ">", "greater_than_equal": "≥", "less_than": "<", "less_than_equal": "≤"}
-_PATTERNS = {
+_PATTERNS: dict[KeyPath, str] = {
     ("execution", "storage"): '"journal" or "postgresql://USER@HOST/DATABASE"',
     ("queue", "id"): 'a name of letters, digits, ".", "_" and "-" (a letter or digit first, 64 at most)',
     ("study", "name"): 'a folder name of letters, digits, ".", "_" and "-" (a letter or digit first, 64 at most)',
@@ -231,31 +226,33 @@ _PATTERNS = {
 }
 
 
-def say(error: Mapping[str, Any], tree: Mapping[str, Any]) -> tuple[KeyPath, str] | None:
-    """A pydantic error as (key path, plain words); None for an echo of another one.
+def describe(error: Mapping[str, Any], tree: Mapping[str, Any]) -> tuple[KeyPath, str] | None:
+    """A pydantic error as (key path, message); none for an echo of another one.
 
     Args:
         error: one of `ValidationError.errors()`.
         tree: what was validated.
     """
-    kind, given, context = error["type"], error.get("input"), error.get("ctx", {})
+    kind, value, context = error["type"], error.get("input"), error.get("ctx", {})
     location = tuple(error["loc"])
     if location[:1] == ("space",):  # the third part is the union's tag, which stands in no file
         location = location[:2] + location[3:]
     path = _real_path(location, tree, keep_last=kind in ("missing", "extra_forbidden"))
-    if kind == "too_short" and given:
-        return None  # its entries are wrong, and told one by one
+    if kind == "too_short" and value:
+        return None  # its entries are wrong, and each is reported
     if kind == "extra_forbidden":
         return path, _unknown(path, tree)
     if kind == "missing":
         return path, f"is missing; wanted {f'a [{path[0]}] section' if len(path) == 1 else 'a value'}"
     if kind == "value_error":
-        words = str(context.get("error", error["msg"]))
-        return path, words if isinstance(given, dict | list | BaseModel) else f"{words}, got {got(given)}"
+        message = str(context.get("error", error["msg"]))
+        return path, message if isinstance(value, dict | list | BaseModel) else f"{message}, got {got(value)}"
     if location[-1] in ("bool", "int", "float", "str") and path != location:
-        return path, f"wanted true, false, a number or text, got {got(given)}"
-    hint = nearest(given, _literals(context)) if kind == "literal_error" and isinstance(given, str) else ""
-    shown = _unlike_a_secret(given) if path[:2] == ("execution", "storage") else got(given)
+        return path, f"wanted true, false, a number or text, got {got(value)}"
+    hint = ""
+    if kind == "literal_error" and isinstance(value, str):
+        hint = nearest(value, re.findall(r"'([^']*)'", str(context["expected"])))
+    shown = _without_secret(value) if path[:2] == ("execution", "storage") else got(value)
     return path, f"wanted {expectation(kind, context, path)}, got {shown}{hint}"
 
 
@@ -273,17 +270,14 @@ def expectation(kind: str, context: Mapping[str, Any], path: KeyPath) -> str:
     if kind == "literal_error":
         return str(context["expected"]).replace("'", '"')
     if kind == "string_pattern_mismatch":
-        return next(
-            (words for key, words in _PATTERNS.items() if key in (path[:2], (path[0], path[-1]))),
-            f"text like {context['pattern']}",
-        )
+        return _PATTERNS.get(path[:2]) or _PATTERNS.get((path[0], path[-1])) or f"text like {context['pattern']}"
     return kind.replace("_", " ")
 
 
 def shortened(text: str) -> str:
     """The text, or its beginning and an ellipsis; a password is hidden first, since a cut URL is no URL any more."""
     text = without_passwords(text)
-    return text if len(text) <= _LONGEST else text[: _LONGEST - 1] + "…"
+    return text if len(text) <= 60 else text[:59] + "…"
 
 
 def one_line(text: str) -> str:
@@ -291,31 +285,29 @@ def one_line(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
-def nearest(given: str, valid: Sequence[str]) -> str:
-    """'; did you mean "x"?', or what there is, or nothing where nothing is known."""
-    near = difflib.get_close_matches(given, valid, n=1, cutoff=0.5)
+def nearest(name: str, valid: Sequence[str]) -> str:
+    """'; did you mean "x"?', or a list of the valid names, or nothing if there are none."""
+    near = difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
     if near:
         return f'; did you mean "{near[0]}"?'
     return f"; known: {', '.join(valid)}" if valid else ""
 
 
-def got(given: Any) -> str:
+def got(value: Any) -> str:
     """A value as TOML would write it, cut where it is long."""
-    if isinstance(given, dict):
-        text = f"a table ({', '.join(map(str, given)) or 'empty'})"
-    else:
-        text = str(given) if isinstance(given, float) else json.dumps(given, default=str, ensure_ascii=False)
-    return shortened(text)
+    if isinstance(value, dict):
+        return shortened(f"a table ({', '.join(map(str, value)) or 'empty'})")
+    return shortened(str(value) if isinstance(value, float) else json.dumps(value, default=str, ensure_ascii=False))
 
 
-def _unlike_a_secret(given: Any) -> str:
-    """A storage's value, which may hold a password in any spelling: no more of it than tells what is wrong."""
-    if not isinstance(given, str):
-        return {bool: "true or false", int: "a number", float: "a number", dict: "a table"}.get(type(given), "a list")
-    kind, url, _ = given.partition("://")
+def _without_secret(value: Any) -> str:
+    """A storage's value, which may hold a password in any spelling: no more of it than shows what is wrong."""
+    if not isinstance(value, str):
+        return {bool: "true or false", int: "a number", float: "a number", dict: "a table"}.get(type(value), "a list")
+    kind, url, _ = value.partition("://")
     if url:
         return got(f"{kind[:20]}://…")
-    return got(given) if re.fullmatch(r"[\w-]{0,20}", given) else "another text"
+    return got(value) if re.fullmatch(r"[\w-]{0,20}", value) else "another text"
 
 
 def _unknown(path: KeyPath, tree: Mapping[str, Any]) -> str:
@@ -324,45 +316,43 @@ def _unknown(path: KeyPath, tree: Mapping[str, Any]) -> str:
         return "belongs into a manual file, whose entries name their sweep files; take it out"
     if path[0] == "space" and valid == list(Choices.model_fields) and path[-1] in FloatRange.model_fields:
         return "can't stand beside choices; wanted either low and high, or choices"
-    elsewhere = [f"{section}.{path[-1]}" for section in _FILE_SECTIONS if path[-1] in _valid_keys((section,), tree)]
+    sections = [name for name in StudySpec.model_fields if name not in ("space", "queue")]
+    elsewhere = [f"{section}.{path[-1]}" for section in sections if path[-1] in _valid_keys((section,), tree)]
     hint = f'; did you mean "{elsewhere[0]}"?' if elsewhere and len(path) <= 2 else nearest(str(path[-1]), valid)
     return f"unknown {'section' if len(path) == 1 else 'key'}{hint}"
 
 
-def _literals(context: Mapping[str, Any]) -> list[str]:
-    return re.findall(r"'([^']*)'", str(context.get("expected", "")))
+def _real_path(location: KeyPath, tree: Any, *, keep_last: bool) -> KeyPath:
+    """A pydantic location without the names of a union's types, which stand in no file.
 
-
-def _real_path(location: Sequence[int | str], tree: Any, *, keep_last: bool) -> KeyPath:
-    """A pydantic location without the names of a union's types, which stand in no file."""
+    Args:
+        keep_last: whether the last part stays although it is not in the tree.
+    """
     path: list[int | str] = []
-    parts = list(location)
-    last = parts.pop() if keep_last else None
-    for part in parts:
-        inside = (isinstance(tree, dict) and part in tree) or (
-            isinstance(tree, list) and isinstance(part, int) and part < len(tree)
-        )
-        if inside:
+    for part in location[:-1] if keep_last else location:
+        is_key = isinstance(tree, dict) and part in tree
+        if is_key or (isinstance(tree, list) and isinstance(part, int) and part < len(tree)):
             path.append(part)
             tree = tree[part]
-    return (*path, last) if last is not None else tuple(path)
+    return (*path, location[-1]) if keep_last else tuple(path)
 
 
 def family_in(tree: Mapping[str, Any]) -> str:
-    """The model family that a file's tree names, if there is one of that name."""
+    """The model family that a file's tree names; the encoder where it names none that there is."""
     model = tree.get("model")
-    named = model.get("family") if isinstance(model, dict) else None
-    return named if isinstance(named, str) and named in FAMILIES else ENCODER
+    name = model.get("family") if isinstance(model, dict) else None
+    return name if isinstance(name, str) and name in FAMILIES else ENCODER
 
 
 def _valid_keys(parent: KeyPath, tree: Mapping[str, Any]) -> list[str]:
+    """The keys that a table of the file may have."""
     if not parent:
         return [*StudySpec.model_fields, "extends"]
     if parent[0] == "queue":
         return list(FAMILIES[family_in(tree)].queue_entry.model_fields)
     if parent[0] == "space":
-        held = tree["space"].get(parent[1], {}) if len(parent) > 1 else {}
-        return list((Choices if "choices" in held else FloatRange).model_fields)
+        searched = tree["space"].get(parent[1], {}) if len(parent) > 1 else {}
+        return list((Choices if "choices" in searched else FloatRange).model_fields)
     if parent == ("architecture", "n_layers"):
         return list(LayerRange.model_fields)
     if parent == ("architecture",):
@@ -379,7 +369,6 @@ def _valid_keys(parent: KeyPath, tree: Mapping[str, Any]) -> list[str]:
 BASE, OWN = 0, 1
 MOST_PROBLEMS = 100
 
-
 Where = Callable[[KeyPath], str]
 """What a message calls a key: with the file and the line where it stands, as far as that is known."""
 
@@ -388,7 +377,7 @@ class Place(NamedTuple):
     """Where a key was written."""
 
     rank: int
-    """0: the base; 1: the file; 2 and up: --set, in order."""
+    """BASE, OWN (the file itself), and from 2 on --set, in order."""
     words: str
 
 
@@ -399,13 +388,13 @@ def spelled(path: KeyPath) -> str:
 
 
 class Problems:
-    """Collects lines, each with the place of the key or of the nearest table around it."""
+    """The mistakes of a file, one line each, with the place of the key or of the nearest table around it."""
 
-    def __init__(self, places: dict[KeyPath, Place], *, default: str, entries: Sequence[int] = ()):
+    def __init__(self, places: Mapping[KeyPath, Place], *, default: str, entries: Sequence[int] = ()):
         """
         Args:
-            default: where a key without any place is said to be wrong.
-            entries: what the queue's entries are called, where they are some of a file's.
+            default: the place of a key whose place isn't known.
+            entries: the numbers of the queue's entries in their file, where they are some of a manual file's.
         """
         self._places = places
         self._default = default
@@ -413,33 +402,27 @@ class Problems:
         self.lines: dict[str, None] = {}
         self.uncounted = 0
 
-    def add(self, path: KeyPath, words: str) -> None:
+    def add(self, path: KeyPath, message: str) -> None:
         """A line on a key."""
-        self.lines[one_line(f"{self.at(path)}: {words}")] = None
+        self.lines[one_line(f"{self.at(path)}: {message}")] = None
 
     def at(self, path: KeyPath) -> str:
-        """Where a key stands and what it is called there: FILE:LINE: key."""
-        written = tuple(part for part in path if part != "values") if path[:1] == ("queue",) else path
-        if written != path[:1] and self._entries and path[:1] == ("queue",):
-            written = ("queue", self._entries[int(written[1])], *written[2:])
-        shown = spelled(written)
-        return f"{self._place(path)}: {shown}" if shown else self._place(path)
+        """Where a key stands and how it is written there: FILE:LINE: key."""
+        around = (path[:length] for length in range(len(path), 0, -1))
+        place = next((self._places[table].words for table in around if table in self._places), self._default)
+        if path[:1] == ("queue",):  # `values` holds dotted keys, which stand beside the others in the file
+            path = tuple(part for part in path if part != "values")
+            if self._entries and len(path) > 1:
+                path = ("queue", self._entries[int(path[1])], *path[2:])
+        return f"{place}: {spelled(path)}" if path else place
 
-    def take(self, other: Problems) -> None:
-        """Add the lines of another part of the file."""
-        self.lines |= other.lines
-        self.uncounted += other.uncounted
-
-    def take_text(self, text: str) -> None:
-        """Add lines that were said elsewhere."""
-        self.lines |= dict.fromkeys(text.split("\n"))
+    def take(self, lines: Iterable[str], uncounted: int = 0) -> None:
+        """Add lines of another part of the file."""
+        self.lines |= dict.fromkeys(lines)
+        self.uncounted += uncounted
 
     def text(self) -> str:
-        """All lines, or the first hundred and how many there are beside them."""
+        """All lines, or the first hundred and the number of the others."""
         lines = list(self.lines)
-        more = max(0, len(lines) - MOST_PROBLEMS) + self.uncounted
-        return "\n".join([*lines[:MOST_PROBLEMS], *([f"… and {more} problems more"] if more else [])])
-
-    def _place(self, path: KeyPath) -> str:
-        around = (path[:length] for length in range(len(path), 0, -1))
-        return next((self._places[each].words for each in around if each in self._places), self._default)
+        n_more = max(0, len(lines) - MOST_PROBLEMS) + self.uncounted
+        return "\n".join([*lines[:MOST_PROBLEMS], *([f"… and {n_more} problems more"] if n_more else [])])

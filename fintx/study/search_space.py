@@ -94,10 +94,9 @@ class SearchSpace:
             if high > low:
                 distributions[name] = FloatDistribution(low, high)
         for path, searched in spec.space.items():
-            section, _, key = path.partition(".")
             if isinstance(searched, Choices):
                 distributions[path] = CategoricalDistribution(searched.choices)
-            elif field_kind(type(getattr(spec, section)), key) == "int":
+            elif field_kind(path) == "int":
                 distributions[path] = IntDistribution(int(searched.low), int(searched.high), log=searched.log)
             else:
                 distributions[path] = FloatDistribution(searched.low, searched.high, log=searched.log)
