@@ -1,6 +1,7 @@
-"""Volatility or direction? What is left of a forecast's skill when the size of moves is taken out of it.
+"""Volatility or direction: the mirror test, results by calendar year, and the gain over a baseline through time.
 
-Whoever knows that tomorrow moves much knows that +1 % is near, and that −1 % is as near: such skill is volatility.
+A forecaster that knows tomorrow's volatility finds +1 % likely, and −1 % as likely. Such skill is not knowledge of
+direction.
 """
 
 from __future__ import annotations
@@ -24,11 +25,11 @@ class MirrorTest:
     auc: float | None
     """Of the event."""
     opposite_auc: float | None
-    """The same outputs, scoring the opposite event. As high as `auc`: they know volatility, not direction."""
+    """The same outputs, scored against the opposite event. As high as `auc`: they know volatility, not direction."""
     one_sided: int
     """Rows where exactly one of the two events came."""
     direction_auc: float | None
-    """Of "which side", on those rows alone; .5: no knowledge of direction."""
+    """Of which one, on those rows alone; .5: no knowledge of direction."""
     direction_se: float | None
     """Its standard error (Hanley & McNeil 1982), each row counted as 1/h of one since labels overlap over h days."""
 
@@ -45,12 +46,12 @@ class YearRow:
     """1 − log loss / that of the training prior."""
     auc: float | None
     gain: float | None
-    """Mean log loss saved against the rival, in nats; none without a rival."""
+    """Mean log loss saved against the baseline, in nats; None without a baseline."""
 
 
 @dataclass(frozen=True, eq=False)
 class CumulativeGain:
-    """Log loss saved against a rival, added up over time."""
+    """Log loss saved against a baseline, added up over time."""
 
     dates: np.ndarray
     """(D,) datetime64[D], increasing and unique."""
@@ -64,21 +65,20 @@ class CumulativeGain:
 
     @property
     def deepest_fall(self) -> float:
-        """The largest loss of nats from a peak (from 0 on): how long a streak of the rival's can be."""
+        """The largest loss of nats from a peak, starting at 0."""
         path = np.concatenate([[0.0], self.gain])
         return float(np.max(np.maximum.accumulate(path) - path))
 
     @property
     def best_year_share(self) -> float | None:
-        """Share of the total that the best calendar year brought; none where the total is not a gain.
+        """Share of the total that the best calendar year contributed; None where the total is not a gain.
 
         Near or above 1: one year made the lead.
         """
         if self.total <= 0:
             return None
         daily = np.diff(self.gain, prepend=0.0)
-        years = self.dates.astype("datetime64[Y]").astype(int)
-        return float(max(daily[years == year].sum() for year in np.unique(years)) / self.total)
+        return float(max(daily[rows].sum() for _, rows in _years(self.dates)) / self.total)
 
 
 def mirror_test(logits: Floats, labels: Floats, opposite: Floats, *, horizon: int) -> MirrorTest:
@@ -93,102 +93,94 @@ def mirror_test(logits: Floats, labels: Floats, opposite: Floats, *, horizon: in
     Raises:
         ValueError: no rows, different lengths, or values that are not finite or no classes.
     """
-    _check(logits, labels)
-    _check(logits, opposite)
+    for event in (labels, opposite):
+        metrics.per_sample_loss("probability", logits, event)  # refuses what can't be scored
     labels, opposite = np.asarray(labels, np.float64), np.asarray(opposite, np.float64)
-    one = labels != opposite
-    scored = metrics.auc(logits[one], labels[one]) if one.any() else None
-    rate = float(labels[one].mean()) if one.any() else 0.0
+    is_one_sided = labels != opposite
+    one_sided, direction_auc, direction_se = int(is_one_sided.sum()), None, None
+    if one_sided:
+        sides = labels[is_one_sided]
+        direction_auc = metrics.auc(logits[is_one_sided], sides)
+        if direction_auc is not None:
+            direction_se = splits.se_auc(float(sides.mean()), one_sided / horizon, auc=direction_auc)
     return MirrorTest(
         n=len(labels),
         base_rate=float(labels.mean()),
         opposite_rate=float(opposite.mean()),
         auc=metrics.auc(logits, labels),
         opposite_auc=metrics.auc(logits, opposite),
-        one_sided=int(one.sum()),
-        direction_auc=scored,
-        direction_se=None if scored is None else splits.se_auc(rate, int(one.sum()) / horizon, auc=scored),
+        one_sided=one_sided,
+        direction_auc=direction_auc,
+        direction_se=direction_se,
     )
 
 
 def by_year(
     logits: Floats, labels: Floats, dates: np.ndarray, *, prior: float | Floats, baseline: Floats | None = None
 ) -> tuple[YearRow, ...]:
-    """Skill, AUC and lead of every calendar year that has rows, oldest first.
+    """Skill, AUC and gain of every calendar year that has rows, oldest first.
 
     Args:
         dates: (S,) datetime64[D].
         prior: training base rate, or (S,) of each row's own fold.
-        baseline: (S,) logits of what must be beaten.
+        baseline: (S,) logits.
 
     Raises:
         ValueError: as `mirror_test`; or a prior of 0 or 1.
     """
-    _check(logits, labels)
     losses = metrics.per_sample_loss("probability", logits, labels)
-    priors = np.broadcast_to(np.asarray(prior, np.float64), losses.shape)
-    constant = np.empty(len(losses))
+    priors, prior_logits = np.broadcast_to(np.asarray(prior, np.float64), losses.shape), np.empty(len(losses))
     for rate in np.unique(priors):
-        constant[priors == rate] = metrics.prior_output("probability", float(rate))
-    prior_losses = metrics.per_sample_loss("probability", constant, labels)
-    saved = None if baseline is None else metrics.per_sample_loss("probability", baseline, labels) - losses
-    rows = []
-    for year, mine in _years(dates):
-        loss, prior_loss = float(losses[mine].mean()), float(prior_losses[mine].mean())
-        rows.append(
+        prior_logits[priors == rate] = metrics.prior_output("probability", float(rate))
+    prior_losses = metrics.per_sample_loss("probability", prior_logits, labels)
+    gains = None if baseline is None else metrics.per_sample_loss("probability", baseline, labels) - losses
+    table = []
+    for year, rows in _years(dates):
+        loss, prior_loss = float(losses[rows].mean()), float(prior_losses[rows].mean())
+        table.append(
             YearRow(
                 year=year,
-                n=int(mine.sum()),
-                base_rate=float(labels[mine].mean(dtype=np.float64)),
+                n=int(rows.sum()),
+                base_rate=float(labels[rows].mean(dtype=np.float64)),
                 log_loss=loss,
                 skill=1 - loss / prior_loss if prior_loss > 0 else None,
-                auc=metrics.auc(logits[mine], labels[mine]),
-                gain=None if saved is None else float(saved[mine].mean()),
+                auc=metrics.auc(logits[rows], labels[rows]),
+                gain=None if gains is None else float(gains[rows].mean()),
             )
         )
-    return tuple(rows)
+    return tuple(table)
 
 
 def within_year_auc(logits: Floats, labels: Floats, dates: np.ndarray) -> float | None:
-    """AUC over the pairs of a positive and a negative of the same calendar year; none where no year has both.
+    """AUC over the pairs of a positive and a negative of the same calendar year; None where no year has both.
 
-    Years differ in volatility: a pooled AUC counts it as skill to tell a wild year from a calm one. Each year weighs by
-    its pairs.
+    Years differ in volatility: a pooled AUC counts it as skill to tell a volatile year from a calm one. Each year is
+    weighted by its pairs.
     """
-    _check(logits, labels)
     wins, pairs = 0.0, 0
-    for _, mine in _years(dates):
-        scored = metrics.auc(logits[mine], labels[mine])
-        if scored is not None:
-            positives = int(np.sum(labels[mine] > 0.5))
-            n = positives * (int(mine.sum()) - positives)
-            wins, pairs = wins + scored * n, pairs + n
+    for _, rows in _years(dates):
+        year_auc = metrics.auc(logits[rows], labels[rows])
+        if year_auc is not None:
+            positives = int(np.sum(labels[rows] > 0.5))
+            year_pairs = positives * (int(rows.sum()) - positives)
+            wins, pairs = wins + year_auc * year_pairs, pairs + year_pairs
     return wins / pairs if pairs else None
 
 
-def cumulative_gain(losses: Floats, rival_losses: Floats, dates: np.ndarray) -> CumulativeGain:
-    """Add up what a forecast saves against a rival on the same rows, day by day.
+def cumulative_gain(losses: Floats, baseline_losses: Floats, dates: np.ndarray) -> CumulativeGain:
+    """Add up what a forecast saves against a baseline on the same rows, day by day.
 
     Args:
-        losses: (S,) per row, in any order; of `metrics.per_sample_loss`.
-        rival_losses: (S,) the rival's.
+        losses: (S,) per row, in any order, S > 0; of `metrics.per_sample_loss`.
+        baseline_losses: (S,).
         dates: (S,) datetime64[D]; the rows of one day (a panel's assets) are summed.
-
-    Raises:
-        ValueError: no rows.
     """
-    if len(losses) == 0:
-        raise ValueError("no rows to compare")
     days, place = np.unique(dates.astype("datetime64[D]"), return_inverse=True)
-    saved = np.asarray(rival_losses, np.float64) - np.asarray(losses, np.float64)
-    return CumulativeGain(days, np.cumsum(np.bincount(place, weights=saved)))
+    gains = np.asarray(baseline_losses, np.float64) - np.asarray(losses, np.float64)
+    return CumulativeGain(days, np.cumsum(np.bincount(place, weights=gains)))
 
 
 def _years(dates: np.ndarray) -> list[tuple[int, np.ndarray]]:
-    """Calendar years and their rows."""
+    """Calendar years, and which dates are in each."""
     years = dates.astype("datetime64[Y]").astype(int) + 1970
     return [(int(year), years == year) for year in np.unique(years)]
-
-
-def _check(logits: Floats, labels: Floats) -> None:
-    metrics.per_sample_loss("probability", logits, labels)  # it refuses what can't be scored
