@@ -1,4 +1,4 @@
-"""Each seam takes one more from outside: a task, a baseline and a feature that fintx has never heard of."""
+"""Seams: a task, a baseline and a feature are added from outside, without a change to fintx."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ def test_a_task_from_outside_is_trained_scored_and_kept(toy, tmp_path):
     assert beaten["prior"]["metrics"]["skill"] == 0.0
 
 
-def test_reports_tell_of_a_task_from_outside(toy, tmp_path):
+def test_reports_describe_a_task_from_outside(toy, tmp_path):
     _, text, metric, loss, also = toy
     spec, rng = spec_of(tmp_path, text, metric, loss), np.random.default_rng(0)
     signal = rng.normal(size=500)
@@ -228,7 +228,7 @@ def test_a_feature_from_outside_is_an_input_like_any_other_and_joins_no_set(tmp_
     assert fold.feature_names == names and np.isfinite(fold.features).all()
 
 
-def test_a_misspelt_feature_from_outside_is_told_its_nearest(monkeypatch):
+def test_a_misspelt_feature_from_outside_is_answered_with_the_nearest(monkeypatch):
     monkeypatch.setitem(features.FEATURES, "week_range", Feature("range of five days", _week_range, 4))
     with pytest.raises(FintxError, match="did you mean week_range"):
         features.resolve(("week_rang",), context=())

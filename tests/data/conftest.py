@@ -1,4 +1,4 @@
-"""Bars for every machine: a seeded random walk on weekdays with holidays, and the real SPY and VIX where they lie."""
+"""Bars for the data tests: a seeded random walk on weekdays with holidays, and real SPY and VIX where they are kept."""
 
 from __future__ import annotations
 

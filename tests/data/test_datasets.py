@@ -1,4 +1,4 @@
-"""The test part is sealed, windows stay inside their asset, and a sample is the right window with the right label."""
+"""Datasets: the test part stays sealed, windows stay inside their asset, each sample has its own window and label."""
 
 from __future__ import annotations
 
@@ -153,7 +153,7 @@ def test_the_watch_above_sees_the_opening_of_the_seal(root, monkeypatch):
     assert max(seen) > np.datetime64(DATES.test_start)
 
 
-def test_the_split_table_tells_nothing_of_the_test_part_but_its_days(root):
+def test_the_split_table_shows_nothing_of_the_test_part_but_its_days(root):
     line = build(ONE, root).parts[-1]
     assert line.part == "test" and line.n > 50
     assert (line.positives, line.base_rate, line.se_log_loss, line.se_auc) == (None, None, None, None)
@@ -245,7 +245,7 @@ def test_labels_come_from_raw_prices_whatever_the_scaling(root):
     assert raw.folds[0].data_hash == scaled.folds[0].data_hash
 
 
-def test_hashes_tell_one_question_and_one_split_from_another(root):
+def test_hashes_differ_between_questions_and_between_splits(root):
     base = build(ONE, root).folds[0]
     longer = build(ONE, root, task=TASK.model_copy(update={"horizon": 5})).folds[0]
     assert longer.label_hash != base.label_hash and longer.data_hash == base.data_hash

@@ -1,4 +1,4 @@
-"""No feature sees the future, none depends on the price level where it says so, and indicators equal other code's."""
+"""Features: none sees the future, stationary ones ignore price levels, values equal an independent implementation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files of daily bars in the spellings they come in; what can't be told apart is refused, not guessed."""
+"""File formats: bars in many spellings of columns and dates; what is ambiguous is refused, not guessed."""
 
 from __future__ import annotations
 

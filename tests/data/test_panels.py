@@ -1,6 +1,6 @@
-"""Panels of ragged histories: each asset on its own calendar, parts by date across all; nothing of the test part known.
+"""Panels of ragged histories: each asset on its own calendar, parts by date across all; the test part stays unknown.
 
-Who trains and who validates is counted here a second time, bar by bar, and compared as sets.
+The rows of each part are counted a second time, bar by bar, and compared as sets.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Repair invents nothing but a day: what it does is told with dates, and what it can't do is refused."""
+"""Repair: it invents nothing but a single day, lists what it did with dates, and refuses what it can't fix."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is kept stays as it was, or is missed by name; a writer that is cut off leaves nothing half-written."""
+"""Snapshots: changes and losses are named, and a writer that is cut off leaves nothing half-written."""
 
 from __future__ import annotations
 
@@ -148,7 +148,7 @@ def test_a_snapshot_whose_entry_was_torn_is_orphaned_until_it_is_stored_again(tm
     [b"not json", b"{}", b"\xff\xfe\x00", b"", b"[1]", b'{"name": 1}'],
     ids=["text", "{}", "bytes", "blank", "list", "type"],
 )
-def test_a_damaged_line_is_told_by_file_and_number(line, tmp_path):
+def test_a_damaged_line_is_reported_by_file_and_number(line, tmp_path):
     store(tmp_path)
     path = tmp_path / "raw" / "manifest.jsonl"
     path.write_bytes(path.read_bytes() + line + b"\n")

@@ -1,4 +1,4 @@
-"""Every source ends as the same checked bars: what breaks a rule is told by line, what is kept can be read back."""
+"""Sources: each ends as the same checked bars, broken rows are reported by line, kept bars are read back unchanged."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ def test_other_spellings_of_the_same_bars_are_the_same_version(help, tmp_path):
     assert not sources.import_file(tmp_path / "b.csv", "AAA", root=tmp_path, today=help.today).is_new
 
 
-def test_what_is_not_there_is_told_with_the_command_that_brings_it(help, tmp_path):
+def test_missing_data_are_reported_with_the_command_that_brings_them_in(help, tmp_path):
     help.keep(tmp_path, help.walk("AAA", 60))
     with pytest.raises(
         DataNotFound, match=r"no bars of SPY in .*there: AAA, SPX.*just data import FILE.csv --symbol SPY"
@@ -188,7 +188,7 @@ def test_a_file_whose_name_is_no_text_can_be_imported(help, tmp_path):
 # --- rules ------------------------------------------------------------------------------------------------------------
 
 
-def test_broken_rows_are_told_by_line_with_their_values(help, tmp_path):
+def test_broken_rows_are_reported_by_line_with_their_values(help, tmp_path):
     lines = help.csv_text(help.walk("AAA", 60)).splitlines()
     lines[9] = lines[9].split(",")[0] + ",10,9,8,8.5,8.5,100"
     lines[40] = lines[40].split(",")[0] + ",10,11,9,,10,100"
@@ -232,7 +232,7 @@ WRONG = {
 @given(
     cell=st.sampled_from([(column, wrong) for column in COLUMNS for wrong in WRONG[column]]), row=st.integers(1, 38)
 )  # fmt: skip
-def test_any_single_wrong_cell_is_told(cell, row, help, tmp_path):
+def test_any_single_wrong_cell_is_reported(cell, row, help, tmp_path):
     column, wrong = cell
     lines = [line.split(",") for line in help.csv_text(help.walk("AAA", 40)).splitlines()]
     this = lines[row + 1]
@@ -246,12 +246,12 @@ def test_any_single_wrong_cell_is_told(cell, row, help, tmp_path):
     (tmp_path / "x.csv").write_text("\n".join(",".join(line) for line in lines))
     with pytest.raises(BadBars) as raised:
         sources.read_file(tmp_path / "x.csv", "AAA", today=help.today)
-    # A date that is too late is told where the next row goes back.
+    # A date that is too late is reported where the next row goes back.
     line = row + 3 if wrong in ("after the next", "2999-01-01") else row + 2
     assert f"\n  line {line}, " in str(raised.value)
 
 
-def test_a_partial_bar_of_today_is_dropped_and_told(help, tmp_path):
+def test_a_partial_bar_of_today_is_dropped_and_reported(help, tmp_path):
     bars = help.walk("AAA", 60)
     (tmp_path / "x.csv").write_text(help.csv_text(bars))
     today = bars.dates[-1].astype(datetime.date)
@@ -425,7 +425,7 @@ def test_yfinance_without_a_network_ends_in_that_line(tmp_path):
     assert out.returncode == 0, out.stderr
     last = out.stdout.splitlines()[-1]
     assert last.startswith("error: Yahoo SPY: no bars after 4 tries (") and "check the network" in last
-    assert "it sent no bars" not in last  # the cause is told
+    assert "it sent no bars" not in last  # the cause is given
     assert not (tmp_path / "data").exists()
 
 

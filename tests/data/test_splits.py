@@ -1,4 +1,4 @@
-"""Parts come in time order, no label reaches out of its part, and the sizes that are printed are the true ones."""
+"""Splits: parts come in time order, no label reaches out of its part, and the printed sizes are correct."""
 
 from __future__ import annotations
 
@@ -250,6 +250,6 @@ def test_a_line_of_the_split_table_holds_the_part():
     assert line.base_rate == pytest.approx(0.4)
 
 
-def test_a_sealed_line_tells_no_base_rate():
+def test_a_sealed_line_shows_no_base_rate():
     line = splits.describe_part("test", TASK, dates=DAYS[:5], labels=None, bars=[np.arange(5)])
     assert (line.n, line.positives, line.base_rate, line.se_auc) == (5, None, None, None)

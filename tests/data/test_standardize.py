@@ -1,4 +1,4 @@
-"""Scaling knows training rows alone, keeps a constant a constant, survives JSON; drift is told where it is."""
+"""Standardization: fitted on training rows alone, constants stay constant, JSON keeps it; drift is reported."""
 
 from __future__ import annotations
 

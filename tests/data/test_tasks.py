@@ -1,4 +1,4 @@
-"""Labels equal their definition read aloud, bar by bar, and the published base rates of SPY."""
+"""Tasks: labels equal their definition, bar by bar, and the published base rates of SPY."""
 
 from __future__ import annotations
 
