@@ -1,10 +1,10 @@
-"""Evaluation of a checkpoint: restored from its path alone, scored on validation or on other bars."""
+"""Evaluation of a checkpoint: restored from its path alone, scored on validation or on the bars of a file."""
 
 from __future__ import annotations
 
 import datetime
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from fintx.evaluate import baselines, metrics
 from fintx.study import records, study_file
 from fintx.study.records import Metrics
 from fintx.train import checkpoint, trainer
+from fintx.train.checkpoint import Restored
 from fintx.train.sharding import ONE, Layout
 
 
@@ -38,8 +39,8 @@ class Evaluation:
     first_date: str
     last_date: str
     notes: tuple[str, ...]
-    baselines: dict[str, Metrics] = field(default_factory=dict)
-    """What must be beaten, on the identical rows; none where the study's data are not at hand."""
+    baselines: dict[str, Metrics]
+    """On the identical rows; empty where the study's data are not at hand."""
 
 
 @dataclass(frozen=True)
@@ -57,29 +58,26 @@ def on_validation(path: Path, *, data_root: Path) -> Evaluation:
     Raises:
         FintxError: no checkpoint there, a damaged one, or data that are missing or differ from the trained ones.
     """
-    found = find_checkpoints(path)
-    scored = []
-    for folder in found.folders:
+    checkpoints = find_checkpoints(path)
+    prepared, scores = None, []
+    for folder in checkpoints.folders:
         restored = checkpoint.load(folder)
-        config, meta = restored.config, restored.meta
-        prepared = datasets.build(config, data_root)
-        dataset = prepared.folds[meta["fold"]]
-        _check_hashes(folder, meta, dataset)
-        scored.append(_score(restored, dataset.features, dataset.validation, dataset))
-    recorded = records.mean_metrics([s.meta["best"] for s in scored])
-    opened = study_file.openings_note(found.study) if found.study else ""
+        prepared = prepared or datasets.build(restored.config, data_root)
+        dataset = prepared.folds[restored.meta["fold"]]
+        _check_hashes(folder, restored.meta, dataset)
+        scores.append(_score(restored, dataset, dataset.validation))
+    metas = [score.meta for score in scores]
+    opened = study_file.openings_note(checkpoints.study) if checkpoints.study else ""
     notes = [opened] if opened else []
-    trained_on = Layout(**scored[0].meta.get("layout", {}))
+    trained_on = Layout(**metas[0].get("layout", {}))
     if _layout(trained_on) != trained_on:
         notes.append(f"trained on {trained_on}, scored on one device: last digits may differ from the recorded ones")
-    beaten = _baselines(found.study, [s.meta["fold"] for s in scored])
-    return replace(_evaluation("validation", found, scored, recorded=recorded, notes=notes), baselines=beaten)
-
-
-def _baselines(study: Path | None, folds: list[int]) -> dict[str, Metrics]:
-    """Their metrics, as means over the same folds."""
-    held = {} if study is None else predictions.read_baselines(study)
-    return {name: records.mean_metrics([each["folds"][fold] for fold in folds]) for name, each in held.items()}
+    kept = {} if checkpoints.study is None else predictions.read_baselines(checkpoints.study)
+    baseline_metrics = {
+        name: records.mean_metrics([own["folds"][meta["fold"]] for meta in metas]) for name, own in kept.items()
+    }
+    recorded = records.mean_metrics([meta["best"] for meta in metas])
+    return _evaluation("validation", checkpoints, scores, baseline_metrics, recorded=recorded, notes=notes)
 
 
 def on_file(path: Path, file: Path, *, symbol: str | None, data_root: Path) -> Evaluation:
@@ -88,66 +86,60 @@ def on_file(path: Path, file: Path, *, symbol: str | None, data_root: Path) -> E
     Raises:
         FintxError: as on_validation; or the file is missing, breaks a rule, lacks columns or is too short.
     """
-    found = find_checkpoints(path)
-    folder = found.folders[-1]
+    checkpoints = find_checkpoints(path)
+    folder = checkpoints.folders[-1]
     restored = checkpoint.load(folder)
-    config, meta = restored.config, restored.meta
-    name = symbol or file.stem
+    config, name = restored.config, symbol or file.stem
     bars = sources.read_file(file, name, today=datetime.date.today())
-    without = features.needing("volume", config.data.features)
-    if without and not bars.volume.any():
-        raise FintxError(f"{file}: has no column volume, which the model's inputs {', '.join(without)} need")
-    gaps = features.needing("gaps", config.data.features)
+    volume, gaps = (features.needing(what, config.data.features) for what in ("volume", "gaps"))
+    if volume and not bars.volume.any():
+        raise FintxError(f"{file}: has no column volume, which the model's inputs {', '.join(volume)} need")
     if gaps and not features.has_gaps(bars):
         raise FintxError(
             f"{file}: its opens are mostly the close before, and the model's input {', '.join(gaps)} needs true opens"
         )
     context = sources.load_pinned(config.data, config.data.context, data_root)
-    scaling = Standardizer.from_json(meta["scaling"])
+    scaling = Standardizer.from_json(restored.meta["scaling"])
     dataset, part = datasets.build_external(bars, context, config, scaling=scaling)
-    notes = []
+    notes, baseline_metrics = [], {}
     if name not in config.data.assets:
         notes.append(f"{name} was not trained on: inputs are scaled by the pooled training statistics")
     try:
-        beaten = _baselines_on(bars, dataset, part, context, restored, folder=folder, data_root=data_root)
+        fold = datasets.build(config, data_root).folds[restored.meta["fold"]]
+        _check_hashes(folder, restored.meta, fold)
+        own = sources.load_pinned(config.data, fold.assets, data_root)
+        baseline_metrics = _baselines(restored, fold, own, bars, dataset, part, context)
     except FintxError as error:  # a checkpoint that was taken elsewhere, without its training data
-        beaten = {}
         notes.append(f"no baselines: they learn from the study's training rows, and {error}")
-    scored = _score(restored, dataset.features, part, dataset)
-    return replace(_evaluation(str(file), found, [scored], recorded=None, notes=notes), baselines=beaten)
+    return _evaluation(
+        str(file), checkpoints, [_score(restored, dataset, part)], baseline_metrics, recorded=None, notes=notes
+    )
 
 
-def _baselines_on(
-    bars: Bars,
-    dataset: Dataset,
-    part: Part,
+def _baselines(
+    restored: Restored, fold: Dataset, own: Mapping[str, Bars], bars: Bars, dataset: Dataset, part: Part,
     context: Mapping[str, Bars],
-    restored: checkpoint.Restored,
-    *,
-    folder: Path,
-    data_root: Path,
-) -> dict[str, Metrics]:
-    """Fitted on the training rows of the checkpoint's fold, scored on rows of another asset or of later days."""
-    config, meta = restored.config, restored.meta
-    fold = datasets.build(config, data_root).folds[meta["fold"]]
-    _check_hashes(folder, meta, fold)
-    last = fold.dates.max().astype(datetime.date)  # of its own assets, nothing of the test part
-    own = {
-        symbol: held.between(None, last)
-        for symbol, held in sources.load_pinned(config.data, fold.assets, data_root).items()
-    }
-    new = f"{bars.symbol}, the file's"
-    together = replace(
+) -> dict[str, Metrics]:  # fmt: skip
+    """Fitted on the training rows of the checkpoint's fold, scored on the file's rows.
+
+    Args:
+        own: bars of the fold's assets.
+        bars, dataset, part: the file's.
+    """
+    last = fold.dates.max().astype(datetime.date)  # nothing of the test part
+    symbol = f"{bars.symbol}, the file's"
+    joined = replace(
         fold,
         features=np.concatenate([fold.features, dataset.features]),
         dates=np.concatenate([fold.dates, dataset.dates]),
         asset_ids=np.concatenate([fold.asset_ids, np.full(len(dataset.dates), len(fold.assets), np.int32)]),
-        assets=(*fold.assets, new),
+        assets=(*fold.assets, symbol),
         close=np.concatenate([fold.close, dataset.close]),
         validation=Part(rows=part.rows + len(fold.dates), labels=part.labels),
     )
-    found = baselines.for_dataset(together, config.task, {**own, new: bars}, context)
-    return {baseline.name: baseline.metrics for baseline in found}
+    prices = {name: asset_bars.between(None, last) for name, asset_bars in own.items()} | {symbol: bars}
+    fitted = baselines.for_dataset(joined, restored.config.task, prices, context)
+    return {baseline.name: baseline.metrics for baseline in fitted}
 
 
 # --- finding ----------------------------------------------------------------------------------------------------------
@@ -161,17 +153,20 @@ def find_checkpoints(path: Path) -> TrialCheckpoints:
     """
     if not path.exists():
         raise FintxError(f"{path}: is not there; give a study's folder, such as outputs/demo, or a trial's")
-    study = study_file.read_study(path)
+    study, resolved, only = study_file.read_study(path), path.resolve(), False
     if study is not None:
         finished = records.read_all(path)
         best = records.best_of(finished, minimize=metrics.MINIMIZE[study.spec.study.metric])
         if best is None:
             raise FintxError(f"{path}: has no successful trial yet ({len(finished)} finished); run the study first")
         trial = records.trial_folder(path, best.trial_number)
+    elif resolved.name == "checkpoint":
+        trial = resolved.parent
+    elif resolved.parent.name == "checkpoint":
+        trial, only = resolved.parent.parent, path.name.startswith("fold_")
     else:
-        trial = _trial_of(path)
-    only = path if (path / "..").resolve().name == "checkpoint" and path.name.startswith("fold_") else None
-    folders = (only,) if only else tuple(sorted((trial / "checkpoint").glob("fold_*"), key=fold_number))
+        trial = path
+    folders = (path,) if only else fold_checkpoints(trial)
     if not folders:
         raise FintxError(
             f"{trial}: holds no checkpoint; only the study.keep_checkpoints best trials keep theirs, "
@@ -181,51 +176,40 @@ def find_checkpoints(path: Path) -> TrialCheckpoints:
     return TrialCheckpoints(folders, trial, above if (above / "study.json").is_file() else None)
 
 
-def _trial_of(path: Path) -> Path:
-    resolved = path.resolve()
-    if resolved.name == "checkpoint":
-        return resolved.parent
-    if resolved.parent.name == "checkpoint":
-        return resolved.parent.parent
-    return path
-
-
-def fold_number(path: Path) -> int:
-    """Of a checkpoint's folder; −1: it is none."""
-    number = path.name.removeprefix("fold_")
-    return int(number) if number.isdigit() else -1
+def fold_checkpoints(trial: Path) -> tuple[Path, ...]:
+    """The checkpoint folders in a trial's or a rerun's folder, by fold; empty if it keeps none."""
+    numbered = [
+        (int(number), path)
+        for path in (trial / "checkpoint").glob("fold_*")
+        if (number := path.name.removeprefix("fold_")).isdigit()
+    ]
+    return tuple(path for _, path in sorted(numbered))
 
 
 # --- scoring ----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class _Scored:
+class _Score:
+    """Of one fold's checkpoint."""
+
     meta: dict[str, Any]
     metrics: Metrics
     per_asset: dict[str, Metrics]
-    first_date: str
-    last_date: str
+    dates: np.ndarray
+    """(S,) datetime64[D]."""
 
 
-def _score(restored: checkpoint.Restored, features: np.ndarray, part: Part, dataset: Dataset) -> _Scored:
-    config, meta = restored.config, restored.meta
-    layout = _layout(Layout(**meta.get("layout", {})))
-    outputs = trainer.predict(config, restored.params, features, part.rows, layout=layout)
-    dates = dataset.dates[part.rows]
-    return _Scored(
-        meta=meta,
-        metrics=metrics.evaluate(config.task.predicts, outputs, part.labels, prior=meta["prior"]),
-        per_asset=metrics.per_asset(
-            config.task.predicts,
-            outputs,
-            part.labels,
-            dataset.asset_ids[part.rows],
-            dataset.assets,
-            prior=meta["prior"],
-        ),
-        first_date=str(dates.min()),
-        last_date=str(dates.max()),
+def _score(restored: Restored, dataset: Dataset, part: Part) -> _Score:
+    config, prior = restored.config, restored.meta["prior"]
+    layout = _layout(Layout(**restored.meta.get("layout", {})))
+    outputs = trainer.predict(config, restored.params, dataset.features, part.rows, layout=layout)
+    predicts, asset_ids = config.task.predicts, dataset.asset_ids[part.rows]
+    return _Score(
+        meta=restored.meta,
+        metrics=metrics.evaluate(predicts, outputs, part.labels, prior=prior),
+        per_asset=metrics.per_asset(predicts, outputs, part.labels, asset_ids, dataset.assets, prior=prior),
+        dates=dataset.dates[part.rows],
     )
 
 
@@ -244,25 +228,23 @@ def _check_hashes(folder: Path, meta: dict[str, Any], dataset: Dataset) -> None:
 
 
 def _evaluation(
-    rows: str,
-    found: TrialCheckpoints,
-    scored: list[_Scored],
-    *,
-    recorded: Metrics | None,
-    notes: tuple[str, ...] | list[str],
-) -> Evaluation:
-    meta = scored[0].meta
+    rows: str, checkpoints: TrialCheckpoints, scores: list[_Score], baseline_metrics: dict[str, Metrics], *,
+    recorded: Metrics | None, notes: Sequence[str],
+) -> Evaluation:  # fmt: skip
+    meta, dates = scores[0].meta, np.concatenate([score.dates for score in scores])
+    assets = dict.fromkeys(asset for score in scores for asset in score.per_asset)
     return Evaluation(
         title=f"trial {meta['trial_number']} of {meta['study']} on {rows}",
-        checkpoint=found.trial / "checkpoint",
+        checkpoint=checkpoints.trial / "checkpoint",
         param_count=meta["param_count"],
-        metrics=records.mean_metrics([s.metrics for s in scored]),
+        metrics=records.mean_metrics([score.metrics for score in scores]),
         recorded=recorded,
         per_asset={
-            asset: records.mean_metrics([s.per_asset[asset] for s in scored if asset in s.per_asset])
-            for asset in dict.fromkeys(asset for s in scored for asset in s.per_asset)
+            asset: records.mean_metrics([score.per_asset[asset] for score in scores if asset in score.per_asset])
+            for asset in assets
         },
-        first_date=min(s.first_date for s in scored),
-        last_date=max(s.last_date for s in scored),
+        first_date=str(dates.min()),
+        last_date=str(dates.max()),
         notes=tuple(notes),
+        baselines=baseline_metrics,
     )

@@ -16,6 +16,7 @@ from __future__ import annotations
 import datetime
 import functools
 import math
+import operator
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -29,8 +30,10 @@ from optuna.trial import create_trial
 from scipy import stats
 
 from fintx.analysis.study_results import StudyResults
-from fintx.config.schema import Choices, Shape
+from fintx.config.schema import ENCODER, Choices, Shape
 from fintx.evaluate import metrics
+from fintx.model import family
+from fintx.model.family import Family
 from fintx.study import search_space, trial_table
 from fintx.study.records import TrialRecord
 from fintx.study.search_space import SearchSpace
@@ -91,67 +94,65 @@ class Pattern:
 
 
 def by_shape(results: StudyResults) -> tuple[Pattern, ...]:
-    """The successful trials by width, depth, feed-forward ratio, heads and aspect ratio."""
+    """The successful trials by the numbers of their shapes: an encoder's width, depth, ratios and heads."""
+    if results.spec.model.family != ENCODER:
+        return tuple(
+            _by_value(results, name.replace(" ", "_"), name, functools.partial(_of_shape, extent))
+            for name, extent in family.of(results.spec.model).extents.items()
+        )
+    octave = functools.partial(_of_shape, lambda shape: math.floor(math.log2(shape.d_model / shape.n_layers) + 1e-9))
     return (
         pattern(results, "d_model", "d_model", lambda r: r.d_model, str),
         pattern(results, "depth", "depth", lambda r: depth_bucket(r.n_layers), lambda i: DEPTHS[int(i)][1]),
         pattern(results, "d_ff_ratio", "d_ff / d_model", lambda r: round(r.d_ff / r.d_model, 3), "{:g}".format),
         pattern(results, "n_heads", "number of heads", lambda r: r.n_heads, str),
-        pattern(results, "aspect", "aspect ratio", lambda r: aspect_octave(r.config.shape), _octave),
+        pattern(results, "aspect", "aspect ratio", octave, lambda k: f"{2.0**k:g}–{2.0 ** (k + 1):g}"),
     )
+
+
+def _of_shape(number: Callable[[Shape], float], record: TrialRecord) -> float:
+    return number(record.config.shape)
 
 
 def by_values(results: StudyResults) -> tuple[Pattern, ...]:
     """The successful trials by each searched training value: by its thirds, or by its values where they are few."""
-    return tuple(_by_value(results, path) for path in results.spec.space)
+    patterns = []
+    for path, searched in results.spec.space.items():
+        key = path.partition(".")[2]
+        value = operator.attrgetter(f"config.{path}")
+        patterns.append(_by_value(results, key, key.replace("_", " "), value, choices=isinstance(searched, Choices)))
+    return tuple(patterns)
 
 
-def depth_bucket(n_layers: int) -> int:
-    """Index into `DEPTHS`."""
-    return next(i for i, (most, _) in enumerate(DEPTHS) if n_layers <= most)
-
-
-def aspect_octave(shape: Shape) -> int:
-    """⌊log2(d_model / n_layers)⌋: the aspect ratios from 2ᵏ up to 2ᵏ⁺¹."""
-    return math.floor(math.log2(shape.d_model / shape.n_layers) + 1e-9)
-
-
-def _octave(k: float) -> str:
-    return f"{2.0**k:g}–{2.0 ** (k + 1):g}"
-
-
-def _by_value(results: StudyResults, path: str) -> Pattern:
-    section, _, key = path.partition(".")
-    name = key.replace("_", " ")
-
-    def value(record: TrialRecord) -> Any:
-        return getattr(getattr(record.config, section), key)
-
+def _by_value(
+    results: StudyResults, name: str, by: str, value: Callable[[TrialRecord], Any], *, choices: bool = False
+) -> Pattern:
+    """By thirds, or by values if they are few or a list of choices; with the rank correlation if they are numbers."""
     values = [value(record) for record in results.ranked]
-    numeric = all(isinstance(v, int | float) and not isinstance(v, bool) for v in values)
-    if isinstance(results.spec.space[path], Choices) or len(set(values)) <= _FEW_VALUES:
-        order = sorted(set(values), key=lambda v: (isinstance(v, str), v))
-        by_value = pattern(results, key, name, lambda r: order.index(value(r)), lambda i: _words(order[int(i)]))
+    if choices or len(set(values)) <= _FEW_VALUES:
+        ordered = sorted(set(values), key=lambda v: (isinstance(v, str), v))
+        by_value = pattern(results, name, by, lambda r: ordered.index(value(r)), lambda i: _words(ordered[int(i)]))
     else:
-        numbers = np.array(values, float)
-        edges = np.quantile(numbers, [1 / 3, 2 / 3])
-        thirds = [numbers[np.searchsorted(edges, numbers) == i] for i in range(3)]
-        spans = [f"{_words(each.min())} … {_words(each.max())}" if len(each) else "" for each in thirds]
+        edges = np.quantile(np.array(values, float), [1 / 3, 2 / 3])
+        third = lambda v: int(np.searchsorted(edges, v))  # noqa: E731
+        spans = [[v for v in values if third(v) == i] for i in range(3)]
         by_value = pattern(
-            results, key, name, lambda r: int(np.searchsorted(edges, float(value(r)))), lambda i: spans[int(i)]
-        )
-    if not numeric:
-        return by_value
-    return replace(by_value, trend=spearman(np.array(values, float), _skills(results, results.ranked)))
+            results, name, by, lambda r: third(value(r)),
+            lambda i: f"{_words(min(spans[int(i)]))} … {_words(max(spans[int(i)]))}",
+        )  # fmt: skip
+    if all(isinstance(v, int | float) and not isinstance(v, bool) for v in values):
+        skills = np.array([results.skill(record.best) for record in results.ranked], float)
+        return replace(by_value, trend=spearman(np.array(values, float), skills))
+    return by_value
 
 
 def _words(value: object) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
-def _skills(results: StudyResults, trials: Sequence[TrialRecord]) -> Floats:
-    """(T,); every successful trial has one."""
-    return np.array([results.skill(record.best) for record in trials], np.float64)
+def depth_bucket(n_layers: int) -> int:
+    """Index into `DEPTHS`."""
+    return next(i for i, (most, _) in enumerate(DEPTHS) if n_layers <= most)
 
 
 def pattern(
@@ -167,26 +168,27 @@ def pattern(
     order, index = np.unique(np.array([key(record) for record in trials]), return_inverse=True)
     if not len(order):
         return Pattern(name, by, ())
-    skills, counts = _skills(results, trials), np.bincount(index)
+    skills, counts = np.array([results.skill(record.best) for record in trials], float), np.bincount(index)
     means = np.bincount(index, weights=skills) / counts
     freedom = len(trials) - len(order)
     pooled = float(np.sum(np.square(skills - means[index])) / freedom) if freedom >= _LEAST_FREEDOM else None
-    level, apart = _over_days(results, trials, index)
-    best = int(np.argmax(means))
+    by_days, apart = _over_days(results, trials, index)
+    best, none = int(np.argmax(means)), (None, None)
     groups = []
     for i, value in enumerate(order):
-        mean, behind = float(means[i]), None if i == best else float(means[best] - means[i])
-        bounds: tuple[float | None, float | None] = (None, None)
-        behind_bounds = bounds
+        n, mean = int(counts[i]), float(means[i])
+        behind = None if i == best else float(means[best] - mean)
+        interval: tuple[float | None, float | None] = none
+        behind_interval: tuple[float | None, float | None] = none
         if pooled is not None:
-            half = float(stats.t.ppf((1 + LEVEL) / 2, freedom)) * math.sqrt(pooled / counts[i] + level[i])
-            bounds = mean - half, mean + half
+            half = float(stats.t.ppf((1 + LEVEL) / 2, freedom)) * math.sqrt(pooled / n + by_days[i])
+            interval = mean - half, mean + half
             if behind is not None:
-                factor = _tukey(len(order), freedom)
-                half = factor * math.sqrt(pooled * (1 / counts[i] + 1 / counts[best]) + apart[i, best])
-                behind_bounds = behind - half, behind + half
-        best_here = float(skills[index == i].max())
-        groups.append(TrialGroup(say(value), int(counts[i]), best_here, mean, *bounds, behind, *behind_bounds))
+                half = _tukey(len(order), freedom) * math.sqrt(pooled * (1 / n + 1 / counts[best]) + apart[i, best])
+                behind_interval = behind - half, behind + half
+        groups.append(
+            TrialGroup(say(value), n, float(skills[index == i].max()), mean, *interval, behind, *behind_interval)
+        )
     return Pattern(name, by, tuple(groups))
 
 
@@ -203,11 +205,13 @@ def _over_days(results: StudyResults, trials: Sequence[TrialRecord], index: np.n
     """
     k = int(index.max()) + 1
     resamples, prior = results.resamples, results.skill_daily_losses.get("prior")
-    members = [[r.trial_number for r, i in zip(trials, index, strict=True) if i == g] for g in range(k)]
-    known = [[results.skill_daily_losses[n] for n in numbers if n in results.skill_daily_losses] for numbers in members]
-    if resamples is None or prior is None or not all(known):
+    daily: list[list[Floats]] = [[] for _ in range(k)]
+    for record, group in zip(trials, index, strict=True):
+        if record.trial_number in results.skill_daily_losses:
+            daily[group].append(results.skill_daily_losses[record.trial_number])
+    if resamples is None or prior is None or not all(daily):
         return np.zeros(k), np.zeros((k, k))
-    losses = np.stack([np.mean(each, axis=0) for each in known])
+    losses = np.stack([np.mean(of_group, axis=0) for of_group in daily])
     skills = 1 - (losses @ resamples.weights.T) / (prior @ resamples.weights.T)  # (k, R)
     differences = skills[:, None, :] - skills[None, :, :]
     return skills.var(axis=-1, ddof=1), differences.var(axis=-1, ddof=1)
@@ -270,14 +274,13 @@ def ped_anova(trials: Sequence[TrialRecord], space: SearchSpace, *, seed: int = 
     sign = 1.0 if metrics.MINIMIZE[space.spec.study.metric] else -1.0
     values = np.array([trial_table.WORST if r.value is None else sign * r.value for r in usable])
     params = [dict(record.params) for record in usable]
-    real = _shares(params, values, distributions)
     rng = np.random.default_rng(seed)
     shuffled = [_shares(params, rng.permutation(values), distributions) for _ in range(_SHUFFLES)]
-    rows = [
-        Importance(name, share, float(np.quantile([each[name] for each in shuffled], 0.95)))
-        for name, share in real.items()
+    importance = [
+        Importance(name, share, float(np.quantile([shares[name] for shares in shuffled], 0.95)))
+        for name, share in _shares(params, values, distributions).items()
     ]
-    return tuple(sorted(rows, key=lambda row: -row.share))
+    return tuple(sorted(importance, key=lambda row: -row.share))
 
 
 def _shares(
@@ -288,8 +291,8 @@ def _shares(
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     study = optuna.create_study(direction="minimize")
     study.add_trials(
-        create_trial(params=dict(each), distributions=distributions, value=float(value))
-        for each, value in zip(params, values, strict=True)
+        create_trial(params=dict(own), distributions=distributions, value=float(value))
+        for own, value in zip(params, values, strict=True)
     )
     # At least five trials must count as the best ones, says Optuna's documentation.
     evaluator = PedAnovaImportanceEvaluator(target_quantile=min(max(0.1, 5 / len(values)), 0.5))
@@ -317,7 +320,7 @@ class Outcome:
 class SpaceCoverage:
     """How much of the feasible set was trained, for one width."""
 
-    d_model: int
+    width: int
     feasible: int
     trained: int
     """Feasible shapes that were trained, each counted once."""
@@ -339,6 +342,8 @@ class SearchSummary:
     """Trials that differ in nothing but their seed."""
     repeated_shapes: tuple[tuple[Shape, tuple[int, ...]], ...]
     """Shapes trained with several training values, most often first."""
+    width_name: str
+    """By which the coverage goes: d_model of an encoder."""
     coverage: tuple[SpaceCoverage, ...]
     shapes: tuple[Shape, ...]
     """All feasible ones."""
@@ -365,13 +370,15 @@ def summarize(results: StudyResults, space: SearchSpace) -> SearchSummary:
     starts = [datetime.datetime.fromisoformat(record.started) for record in trials]
     ends = [datetime.datetime.fromisoformat(record.finished) for record in trials]
     repeated_shapes = _repeated(trials, lambda record: record.config.shape)
+    kind = family.of(results.spec.model)
     return SearchSummary(
-        outcomes=_outcomes(trials),
+        outcomes=tuple(_outcome(name, trials) for name, _ in Counter(r.outcome for r in trials).most_common()),
         finished=len(trials),
         wanted=results.spec.study.n_trials,
         repeated_configs=tuple(_repeated(trials, lambda record: search_space.trial_identity(record.config)).values()),
         repeated_shapes=tuple(sorted(repeated_shapes.items(), key=lambda pair: -len(pair[1]))),
-        coverage=_coverage(feasible, trained),
+        width_name=next(iter(kind.extents)),
+        coverage=_coverage(kind, feasible, trained),
         shapes=space.shapes,
         trained=len(feasible & trained),
         queued_off_grid=len(trained - feasible),
@@ -381,21 +388,17 @@ def summarize(results: StudyResults, space: SearchSpace) -> SearchSummary:
     )
 
 
-def _outcomes(trials: Sequence[TrialRecord]) -> tuple[Outcome, ...]:
-    rows = []
-    for outcome, n in Counter(record.outcome for record in trials).most_common():
-        members = [record for record in trials if record.outcome == outcome]
-        rows.append(
-            Outcome(
-                outcome=outcome.replace("_", " "),
-                n=n,
-                mean_s=float(np.mean([record.wall_s for record in members])),
-                total_s=float(np.sum([record.wall_s for record in members])),
-                compile_s=float(np.mean([record.compile_s for record in members])),
-                detail=members[-1].detail,
-            )
-        )
-    return tuple(rows)
+def _outcome(name: str, trials: Sequence[TrialRecord]) -> Outcome:
+    own = [record for record in trials if record.outcome == name]
+    wall_s = [record.wall_s for record in own]
+    return Outcome(
+        outcome=name.replace("_", " "),
+        n=len(own),
+        mean_s=float(np.mean(wall_s)),
+        total_s=float(np.sum(wall_s)),
+        compile_s=float(np.mean([record.compile_s for record in own])),
+        detail=own[-1].detail,
+    )
 
 
 def _repeated(trials: Sequence[TrialRecord], key: Callable[[TrialRecord], Any]) -> dict[Any, tuple[int, ...]]:
@@ -406,20 +409,21 @@ def _repeated(trials: Sequence[TrialRecord], key: Callable[[TrialRecord], Any]) 
     return {of: numbers for of, numbers in groups.items() if len(numbers) > 1}
 
 
-def _coverage(feasible: set[Shape], trained: set[Shape]) -> tuple[SpaceCoverage, ...]:
+def _coverage(kind: Family, feasible: set[Shape], trained: set[Shape]) -> tuple[SpaceCoverage, ...]:
     rows = []
-    for width in sorted({shape.d_model for shape in feasible}):
-        here = [shape for shape in feasible if shape.d_model == width]
-        seen = [shape for shape in here if shape in trained]
-        buckets = {depth_bucket(shape.n_layers) for shape in here} - {depth_bucket(shape.n_layers) for shape in seen}
+    for width in sorted({kind.width(shape) for shape in feasible}):
+        shapes = [shape for shape in feasible if kind.width(shape) == width]
+        depths = [kind.depth(shape) for shape in shapes]
+        trained_depths = [kind.depth(shape) for shape in shapes if shape in trained]
+        unseen = {*map(depth_bucket, depths)} - {*map(depth_bucket, trained_depths)}
         rows.append(
             SpaceCoverage(
-                d_model=width,
-                feasible=len(here),
-                trained=len(seen),
-                depths=_span([shape.n_layers for shape in here]),
-                trained_depths=_span([shape.n_layers for shape in seen]),
-                unseen=", ".join(DEPTHS[i][1] for i in sorted(buckets)) or "–",
+                width=width,
+                feasible=len(depths),
+                trained=len(trained_depths),
+                depths=_span(depths),
+                trained_depths=_span(trained_depths),
+                unseen=", ".join(DEPTHS[i][1] for i in sorted(unseen)) or "–",
             )
         )
     return tuple(rows)
@@ -428,4 +432,4 @@ def _coverage(feasible: set[Shape], trained: set[Shape]) -> tuple[SpaceCoverage,
 def _span(values: list[int]) -> str:
     if not values:
         return "–"
-    return f"{min(values)} … {max(values)}" if min(values) < max(values) else str(min(values))
+    return f"{min(values)} … {max(values)}" if min(values) < max(values) else str(values[0])

@@ -1,7 +1,7 @@
-"""The sealed test part: opened for what a confirmation found, and for the baselines; every opening is logged before.
+"""The sealed test part: opened for what a confirmation found, and for the baselines.
 
-Every opening is counted. Who has seen the test part and goes on searching has no test part any more: the count stands
-beside every later result.
+Every opening is logged before a label is cut, and counted: if you have seen the test part and go on searching, you have
+no test part any more. The count stands beside every later result.
 """
 
 from __future__ import annotations
@@ -16,17 +16,18 @@ import numpy as np
 import pyarrow as pa
 
 from fintx.analysis import confirmation, evaluation, predictions
-from fintx.analysis.confirmation import Candidate, Confirmation
-from fintx.config.schema import StudySpec, TrialConfig
+from fintx.config.schema import StudySpec
 from fintx.data import datasets, sources
 from fintx.data.datasets import Dataset, Part
 from fintx.data.standardize import Standardizer
 from fintx.errors import FintxError
 from fintx.evaluate import baselines, metrics, significance
-from fintx.evaluate.significance import Estimate
+from fintx.evaluate.significance import Estimate, Resamples
 from fintx.study import records, study_file
 from fintx.study.records import Metrics, RecordModel
+from fintx.tasks import Prediction
 from fintx.train import checkpoint, trainer
+from fintx.train.checkpoint import Restored
 from fintx.types import Floats
 
 FOLDER = "test"
@@ -48,7 +49,7 @@ class TestOpening(RecordModel):
 
     study: str
     number: int
-    """How many times the test part has been opened, this one included."""
+    """Of this opening, from 1."""
     confirmed: bool
     """False: opened with --unconfirmed, for the luckiest of a search or a checkpoint of one's choice."""
     first_date: str
@@ -58,18 +59,17 @@ class TestOpening(RecordModel):
     loss: str
     """The metric that gains are in."""
     baseline: str
-    """The one that was best on validation: the rival."""
+    """The one that was best on validation."""
     models: tuple[ModelScore, ...]
     baselines: tuple[ModelScore, ...]
     notes: tuple[str, ...]
 
 
-@dataclass(frozen=True)
-class _Model:
-    """What speaks with one voice: the members of a confirmed trial, or one checkpoint."""
-
-    name: str
-    checkpoints: tuple[Path, ...]
+def read_openings(study_folder: Path) -> tuple[TestOpening, ...]:
+    """The results of the openings, oldest first; one that was cut short left a line in the log and nothing here."""
+    paths = (study_folder / FOLDER).glob("opening_*.json")
+    openings = (TestOpening.model_validate_json(path.read_bytes()) for path in paths)
+    return tuple(sorted(openings, key=lambda opening: opening.number))
 
 
 def open_test(path: Path, *, data_root: Path, unconfirmed: bool = False) -> TestOpening:
@@ -83,230 +83,214 @@ def open_test(path: Path, *, data_root: Path, unconfirmed: bool = False) -> Test
         FintxError: no confirmation, an unfinished one, or one that confirmed nothing; no test part; a checkpoint that
             is missing or damaged; or the opening can't be logged.
     """
-    models, study = _unconfirmed(path) if unconfirmed else (_confirmed(path), path)
-    known = study_file.read_study(study)
-    assert known is not None
-    config = [checkpoint.describe(each).config for model in models for each in model.checkpoints][0]
-    if config.split.kind == "walk_forward" and config.split.test_start is None:
+    models, folder = _unconfirmed(path) if unconfirmed else (_confirmed(path), path)
+    study = study_file.read_study(folder)
+    assert study is not None
+    spec, first = study.spec, next(iter(models.values()))[0]
+    split = checkpoint.describe(first).config.split
+    if split.kind == "walk_forward" and split.test_start is None:
         raise FintxError(f"{path}: its walk-forward split has no test part (no split.test_start): nothing is sealed")
-    best = predictions.best_baseline(predictions.read_rows(study, known.spec))
+    best = predictions.best_baseline(predictions.read_rows(folder, spec))
     if best is None:
-        raise FintxError(f"{path}: no baseline has a {known.spec.study.metric} on its validation rows to compare with")
-    rival = best[0]
-    number = study_file.log_opening(
-        study,
-        {
-            "confirmed": not unconfirmed,
-            "models": [model.name for model in models],
-            "checkpoints": [_relative(each, study) for model in models for each in model.checkpoints],
-        },
+        raise FintxError(f"{path}: no baseline has a {spec.study.metric} on its validation rows to compare with")
+    checkpoints = [str(own.resolve().relative_to(folder.resolve())) for paths in models.values() for own in paths]
+    entry = {"confirmed": not unconfirmed, "models": list(models), "checkpoints": checkpoints}
+    number = study_file.log_opening(folder, entry)
+
+    restored = checkpoint.load(first)
+    dataset, part = _test_rows(restored, data_root)
+    members = {
+        name: np.array([_outputs(own, dataset, part, data_root) for own in paths]) for name, paths in models.items()
+    }
+    ensembles = {name: metrics.ensemble(spec.task.predicts, own) for name, own in members.items()}
+    baseline_outputs = _baselines(restored, dataset, part, spec, data_root)
+    scorer = _Scorer.build(spec, dataset, part, restored.meta["prior"], baseline_outputs[best[0]], members)
+    notes = [f"the sealed test part was opened; opening number {number} is logged in {folder / 'openings.jsonl'}"]
+    if number > 1:
+        notes.append(f"it had been opened {number - 1} times before: what was learned then may have shaped this model")
+    if unconfirmed:
+        notes.append("what was opened is not confirmed: its place in the search is partly luck")
+    if split.kind == "walk_forward":
+        notes.append("walk-forward: scored by the last fold's models")
+    opening = TestOpening(
+        study=spec.study.name,
+        number=number,
+        confirmed=not unconfirmed,
+        first_date=str(scorer.dates.min()),
+        last_date=str(scorer.dates.max()),
+        n_rows=len(part.rows),
+        block=scorer.resamples.block,
+        loss=scorer.metric,
+        baseline=best[0],
+        models=tuple(score for name, own in members.items() for score in scorer.of_model(name, own, ensembles[name])),
+        baselines=tuple(scorer.score(name, own, gain=name != best[0]) for name, own in baseline_outputs.items()),
+        notes=tuple(notes),
     )
-    return _opened(study, known.spec, models, config, rival, number=number, confirmed=not unconfirmed, root=data_root)
+    _write(folder, opening, dataset, part, ensembles | baseline_outputs)
+    return opening
 
 
-def read_openings(study_folder: Path) -> tuple[TestOpening, ...]:
-    """What the openings said, oldest first; one that was cut short left a line in the log and nothing here."""
-    paths = (study_folder / FOLDER).glob("opening_*.json")
-    return tuple(sorted((TestOpening.model_validate_json(p.read_bytes()) for p in paths), key=lambda each: each.number))
+# --- whose checkpoints ------------------------------------------------------------------------------------------------
 
 
-# --- for whom ---------------------------------------------------------------------------------------------------------
-
-
-def _confirmed(path: Path) -> tuple[_Model, ...]:
+def _confirmed(path: Path) -> dict[str, list[Path]]:
+    """Confirmed trial → the checkpoints of its reruns."""
     otherwise = f"or add --unconfirmed to open it for {path} as the search left it, its luck included"
     if not (path / "study.json").is_file():
         raise FintxError(
             f"{path}: is no study's folder, and the test part is opened for what a study's confirmation found; give "
             f"the study's folder, {otherwise}"
         )
-    found = confirmation.read(path)
-    if found is None:
+    result = confirmation.read(path)
+    if result is None:
         raise FintxError(f"{path}: no trial is confirmed yet; run first: just confirm {path}; {otherwise}")
-    if not found.complete:
+    if not result.complete:
         raise FintxError(
-            f"{path}: its confirmation is unfinished ({found.n_trained} of {found.n_members} trainings); continue it: "
-            f"just confirm {path}; {otherwise}"
+            f"{path}: its confirmation is unfinished ({result.n_trained} of {result.n_members} trainings); continue "
+            f"it: just confirm {path}; {otherwise}"
         )
-    if not found.confirmed:
+    if not result.confirmed:
         raise FintxError(
-            f"{path}: no trial was confirmed against {found.baseline}, so there is nothing that the test part could "
+            f"{path}: no trial was confirmed against {result.baseline}, so there is nothing that the test part could "
             f"confirm; keep it sealed for a better study, {otherwise}"
         )
-    return tuple(_members(path, found, each) for each in found.confirmed)
+    models: dict[str, list[Path]] = {}
+    for candidate in result.confirmed:
+        for seed in result.seeds:
+            folder = records.rerun_folder(path, candidate.trial, seed)
+            if not (folds := evaluation.fold_checkpoints(folder)):
+                raise FintxError(
+                    f"{folder}: holds no checkpoint; delete that folder and confirm again to train it anew"
+                )
+            models.setdefault(f"trial {candidate.trial}", []).append(folds[-1])
+    return models
 
 
-def _members(study: Path, found: Confirmation, candidate: Candidate) -> _Model:
-    folders = [records.rerun_folder(study, candidate.trial, seed) for seed in found.seeds]
-    checkpoints = tuple(_last_fold(folder) for folder in folders)
-    return _Model(f"trial {candidate.trial}", checkpoints)
-
-
-def _unconfirmed(path: Path) -> tuple[tuple[_Model, ...], Path]:
-    found = evaluation.find_checkpoints(path)
-    if found.study is None:
+def _unconfirmed(path: Path) -> tuple[dict[str, list[Path]], Path]:
+    """The trial at a path → its last checkpoint; and the study's folder."""
+    checkpoints = evaluation.find_checkpoints(path)
+    if checkpoints.study is None:
         raise FintxError(
             f"{path}: lies in no study's folder, so the opening can't be logged; give the path inside outputs/<study>"
         )
-    record = records.read(found.trial / "record.json")
-    return (_Model(f"trial {record.trial_number}", (found.folders[-1],)),), found.study
+    record = records.read(checkpoints.trial / "record.json")
+    return {f"trial {record.trial_number}": [checkpoints.folders[-1]]}, checkpoints.study
 
 
-def _last_fold(folder: Path) -> Path:
-    folds = sorted((folder / "checkpoint").glob("fold_*"), key=evaluation.fold_number)
-    if not folds:
-        raise FintxError(f"{folder}: holds no checkpoint; delete that folder and confirm again to train it anew")
-    return folds[-1]
+# --- outputs on the test rows -----------------------------------------------------------------------------------------
 
 
-def _relative(path: Path, study: Path) -> str:
-    return str(path.resolve().relative_to(study.resolve()))
+def _test_rows(restored: Restored, root: Path) -> tuple[Dataset, Part]:
+    return datasets.build_test(restored.config, root, scaling=Standardizer.from_json(restored.meta["scaling"]))
 
 
-# --- what they say ----------------------------------------------------------------------------------------------------
-
-
-def _opened(
-    study: Path, spec: StudySpec, models: tuple[_Model, ...], config: TrialConfig, rival: str, *, number: int,
-    confirmed: bool, root: Path,
-) -> TestOpening:  # fmt: skip
-    restored = checkpoint.load(models[0].checkpoints[0])
-    dataset, part = _rows(restored, root)
-    said = {model.name: np.array([_say(each, dataset, part, root) for each in model.checkpoints]) for model in models}
-    outputs = {name: metrics.ensemble(spec.task.predicts, members) for name, members in said.items()}
-    beaten = _baselines(dataset, part, config, spec, root)
-    scorer = _Scorer(spec, dataset, part, restored.meta["prior"], beaten[rival], rival, said)
-    opening = TestOpening(
-        study=spec.study.name,
-        number=number,
-        confirmed=confirmed,
-        first_date=str(dataset.dates[part.rows].min()),
-        last_date=str(dataset.dates[part.rows].max()),
-        n_rows=len(part.rows),
-        block=scorer.resamples.block,
-        loss=scorer.loss,
-        baseline=rival,
-        models=tuple(each for name, ensemble in outputs.items() for each in scorer.of_model(name, ensemble)),
-        baselines=tuple(scorer.score(name, each) for name, each in beaten.items()),
-        notes=_notes(study, config, number, confirmed),
-    )
-    _keep(study, opening, dataset, part, {**outputs, **beaten})
-    return opening
-
-
-def _say(path: Path, wanted: Dataset, part: Part, root: Path) -> Floats:
+def _outputs(path: Path, expected: Dataset, part: Part, root: Path) -> Floats:
     """(S,) outputs of one checkpoint on the test rows."""
     restored = checkpoint.load(path)
-    dataset, own = _rows(restored, root)
-    if not np.array_equal(dataset.dates[own.rows], wanted.dates[part.rows]) or not (own.labels == part.labels).all():
+    dataset, own = _test_rows(restored, root)
+    same_days = np.array_equal(dataset.dates[own.rows], expected.dates[part.rows])
+    if not same_days or not (own.labels == part.labels).all():
         raise FintxError(f"{path}: its test rows are not those of the other models (model.context_length differs)")
     return trainer.predict(restored.config, restored.params, dataset.features, own.rows)
 
 
-def _rows(restored: checkpoint.Restored, root: Path) -> tuple[Dataset, Part]:
-    return datasets.build_test(restored.config, root, scaling=Standardizer.from_json(restored.meta["scaling"]))
-
-
-def _baselines(
-    dataset: Dataset, part: Part, config: TrialConfig, spec: StudySpec, root: Path
-) -> dict[str, Floats]:  # fmt: skip
+def _baselines(restored: Restored, dataset: Dataset, part: Part, spec: StudySpec, root: Path) -> dict[str, Floats]:
     """Fitted on the last fold's training rows, as they were for validation; name → outputs on the test rows."""
-    last = datasets.build(config, root).folds[-1]
-    train = Part(_place(last, last.train.rows, dataset), last.train.labels)
-    found = baselines.for_dataset(
-        dataclasses.replace(dataset, train=train, validation=part),
+    data, last = restored.config.data, datasets.build(restored.config, root).folds[-1]
+    rows = np.empty(len(last.train.rows), np.int32)  # the same assets' same days in the test part's longer dataset
+    for i in range(len(last.assets)):
+        asset_rows, inside = np.flatnonzero(dataset.asset_ids == i), last.asset_ids[last.train.rows] == i
+        rows[inside] = asset_rows[np.searchsorted(dataset.dates[asset_rows], last.dates[last.train.rows[inside]])]
+    assert (dataset.dates[rows] == last.dates[last.train.rows]).all()
+    fitted = baselines.for_dataset(
+        dataclasses.replace(dataset, train=Part(rows, last.train.labels), validation=part),
         spec.task,
-        sources.load_pinned(config.data, config.data.assets, root),
-        sources.load_pinned(config.data, config.data.context, root),
+        sources.load_pinned(data, data.assets, root),
+        sources.load_pinned(data, data.context, root),
     )
-    return {each.name: each.outputs for each in found}
+    return {baseline.name: baseline.outputs for baseline in fitted}
 
 
-def _place(old: Dataset, rows: np.ndarray, new: Dataset) -> np.ndarray:
-    """The same assets' same days in another dataset, which reaches further."""
-    found = np.empty(len(rows), np.int32)
-    for i in range(len(old.assets)):
-        own = np.flatnonzero(new.asset_ids == i)
-        mine = old.asset_ids[rows] == i
-        found[mine] = own[np.searchsorted(new.dates[own], old.dates[rows[mine]])]
-    assert (new.dates[found] == old.dates[rows]).all()
-    return found
+# --- scores -----------------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True, eq=False)
 class _Scorer:
-    """Scores outputs on the test rows, against the rival."""
+    """Scores outputs on the test rows, against the baseline that was best on validation."""
 
-    def __init__(
-        self, spec: StudySpec, dataset: Dataset, part: Part, prior: float, rival: Floats, rival_name: str,
-        members: Mapping[str, Floats],
-    ):  # fmt: skip
-        self.predicts, self.loss = spec.task.predicts, spec.study.metric
-        self.dataset, self.part, self.prior, self.members = dataset, part, prior, members
-        self.dates, self.rival_name = dataset.dates[part.rows], rival_name
-        self.rival = self._losses(rival)
-        gains = np.column_stack([self.rival - self._losses(each[0]) for each in members.values()])
-        series = significance.by_day(gains, self.dates)
+    predicts: Prediction
+    metric: str
+    labels: Floats
+    dates: np.ndarray
+    asset_ids: np.ndarray
+    assets: tuple[str, ...]
+    prior: float
+    baseline_losses: Floats
+    resamples: Resamples
+
+    @staticmethod
+    def build(
+        spec: StudySpec, dataset: Dataset, part: Part, prior: float, baseline: Floats, members: Mapping[str, Floats]
+    ) -> _Scorer:
+        """Days are resampled in blocks as long as the first members' gains ask for."""
+        predicts, metric, dates = spec.task.predicts, spec.study.metric, dataset.dates[part.rows]
+        losses, *others = (
+            significance.row_losses(predicts, metric, outputs, part.labels)
+            for outputs in (baseline, *(own[0] for own in members.values()))
+        )
+        series = significance.by_day(np.column_stack([losses - own for own in others]), dates)
         block = significance.block_length(series, horizon=spec.task.horizon)
-        self.resamples = significance.resample(len(series), block)
+        return _Scorer(
+            predicts, metric, part.labels, dates, dataset.asset_ids[part.rows], dataset.assets, prior, losses,
+            significance.resample(len(series), block),
+        )  # fmt: skip
 
-    def of_model(self, name: str, ensemble: Floats) -> tuple[ModelScore, ...]:
+    def of_model(self, name: str, members: Floats, ensemble: Floats) -> tuple[ModelScore, ...]:
         """One checkpoint; or the mean over the members, and their ensemble."""
-        members = self.members[name]
         if len(members) == 1:
             return (self.score(name, members[0]),)
-        each = [self.score(name, member) for member in members]
-        saved = np.array([self.rival - self._losses(member) for member in members])
-        gain = self._gain(saved.mean(axis=0), seeds=saved.mean(axis=1))
+        scores = [self.score(name, outputs) for outputs in members]
+        gains = np.array([self._gains(outputs) for outputs in members])
         mean = ModelScore(
             name=f"{name}, mean of {len(members)} seeds",
-            metrics=records.mean_over_seeds([member.metrics for member in each]),
-            gain=gain,
+            metrics=records.mean_over_seeds([score.metrics for score in scores]),
+            gain=self._estimate(gains.mean(axis=0), seeds=gains.mean(axis=1)),
             per_asset={
-                asset: records.mean_over_seeds([member.per_asset[asset] for member in each])
-                for asset in each[0].per_asset
+                asset: records.mean_over_seeds([score.per_asset[asset] for score in scores])
+                for asset in scores[0].per_asset
             },
         )
         return mean, self.score(f"{name}, ensemble of {len(members)}", ensemble)
 
-    def score(self, name: str, outputs: Floats) -> ModelScore:
-        """By all metrics, and its gain over the rival."""
-        labels, ids = self.part.labels, self.dataset.asset_ids[self.part.rows]
+    def score(self, name: str, outputs: Floats, *, gain: bool = True) -> ModelScore:
+        """All metrics, and the gain over the baseline."""
         return ModelScore(
             name=name,
-            metrics=metrics.evaluate(self.predicts, outputs, labels, prior=self.prior),
-            gain=None if name == self.rival_name else self._gain(self.rival - self._losses(outputs)),
-            per_asset=metrics.per_asset(self.predicts, outputs, labels, ids, self.dataset.assets, prior=self.prior),
+            metrics=metrics.evaluate(self.predicts, outputs, self.labels, prior=self.prior),
+            gain=self._estimate(self._gains(outputs)) if gain else None,
+            per_asset=metrics.per_asset(
+                self.predicts, outputs, self.labels, self.asset_ids, self.assets, prior=self.prior
+            ),
         )
 
-    def _gain(self, saved: Floats, *, seeds: Floats | None = None) -> Estimate | None:
-        if np.isnan(saved).any():  # a ranking of one class
+    def _gains(self, outputs: Floats) -> Floats:
+        return self.baseline_losses - significance.row_losses(self.predicts, self.metric, outputs, self.labels)
+
+    def _estimate(self, gains: Floats, *, seeds: Floats | None = None) -> Estimate | None:
+        if np.isnan(gains).any():  # a ranking of one class
             return None
-        return significance.estimate(significance.by_day(saved, self.dates), self.resamples, seeds=seeds)
-
-    def _losses(self, outputs: Floats) -> Floats:
-        return significance.row_losses(self.predicts, self.loss, outputs, self.part.labels)
+        return significance.estimate(significance.by_day(gains, self.dates), self.resamples, seeds=seeds)
 
 
-def _notes(study: Path, config: TrialConfig, number: int, confirmed: bool) -> tuple[str, ...]:
-    found = [f"the sealed test part was opened; opening number {number} is logged in {study / 'openings.jsonl'}"]
-    if number > 1:
-        found.append(f"it had been opened {number - 1} times before: what was learned then may have shaped this model")
-    if not confirmed:
-        found.append("what was opened is not confirmed: its place in the search is partly luck")
-    if config.split.kind == "walk_forward":
-        found.append("walk-forward: scored by the last fold's models")
-    return tuple(found)
-
-
-def _keep(study: Path, opening: TestOpening, dataset: Dataset, part: Part, outputs: Mapping[str, Floats]) -> None:
-    n = len(part.rows)
+def _write(study: Path, opening: TestOpening, dataset: Dataset, part: Part, outputs: Mapping[str, Floats]) -> None:
+    names = np.asarray(dataset.assets)[dataset.asset_ids[part.rows]]
     table = pa.table(
         {
             "date": pa.array(np.tile(dataset.dates[part.rows].astype("datetime64[D]"), len(outputs))),
-            "asset": pa.array(np.tile(np.asarray(dataset.assets)[dataset.asset_ids[part.rows]], len(outputs))),
+            "asset": pa.array(np.tile(names, len(outputs))),
             "label": pa.array(np.tile(part.labels.astype(np.float32), len(outputs))),
-            "model": pa.array(np.repeat(list(outputs), n)),
-            "output": pa.array(np.concatenate([each.astype(np.float32) for each in outputs.values()])),
+            "model": pa.array(np.repeat(list(outputs), len(part.rows))),
+            "output": pa.array(np.concatenate([own.astype(np.float32) for own in outputs.values()])),
         }
     )
     name = f"opening_{opening.number}"

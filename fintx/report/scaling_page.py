@@ -21,7 +21,7 @@ UNKNOWN = " (not determined)"
 
 def write(laws: ScalingLaws, *, outputs: Path) -> Path:
     """Write outputs/_scaling/<studies>/index.html with its files."""
-    return page.write(build(laws), outputs / FOLDER / page.folder_name(laws.trials.names))
+    return page.write(build(laws), outputs / FOLDER / page.folder_name(results.name for results in laws.trials.studies))
 
 
 def build(laws: ScalingLaws) -> Page:
@@ -157,7 +157,7 @@ def tables(laws: ScalingLaws) -> tuple[Table, ...]:
     trials, sizes = laws.trials, []
     for i, name in enumerate(trials.cells):
         mine = trials.cell == i
-        studies = " ".join(dict.fromkeys(trials.names[s] for s in trials.study[mine]))
+        studies = " ".join(dict.fromkeys(trials.studies[s].name for s in trials.study[mine]))
         sizes.append(
             (_cell(name), studies, int(mine.sum()),
              f"{count(trials.size[mine].min())} … {count(trials.size[mine].max())}",

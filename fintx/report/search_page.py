@@ -186,9 +186,9 @@ def outcomes(analysis: StudyAnalysis) -> Section:
     off_grid = f", and {search.queued_off_grid} from the queue outside the candidates" if search.queued_off_grid else ""
     coverage = make(
         "coverage", "Coverage of the feasible set",
-        ["d_model", ("feasible shapes", "whole"), ("trained", "whole"), "feasible depths", "trained depths",
+        [search.width_name, ("feasible shapes", "whole"), ("trained", "whole"), "feasible depths", "trained depths",
          "depths never tried"],
-        [(str(r.d_model), r.feasible, r.trained, r.depths, r.trained_depths, r.unseen) for r in search.coverage],
+        [(str(r.width), r.feasible, r.trained, r.depths, r.trained_depths, r.unseen) for r in search.coverage],
         note=f"{search.trained} of {feasible:,} feasible shapes were trained ({percent(search.trained / feasible)})"
         f"{off_grid}.",
     )  # fmt: skip

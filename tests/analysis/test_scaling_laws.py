@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from fintx.analysis import scaling_laws, study_results
-from fintx.analysis.sized_trials import NotComparable, SizedTrials, gather
+from fintx.analysis.scaling_laws import NotComparable, SizedTrials, gather
 from fintx.errors import FintxError
 from fintx.report import scaling_page
 from tests.helpers import planted

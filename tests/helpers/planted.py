@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from fintx.analysis.sized_trials import SizedTrials
+from fintx.analysis.scaling_laws import SizedTrials
 from fintx.config import load
 from fintx.config.schema import StudySpec, TrialConfig, config_hash
 from fintx.evaluate import metrics, significance
@@ -247,7 +247,7 @@ def field_of(
     beaten = np.square(noise - np.sqrt(baseline) * rng.normal(size=n_days))
     block = significance.block_length((beaten - days).T, horizon=1)
     return SizedTrials(
-        over="parameters", studies=(), names=(), cells=tuple(map(int, sizes_)), cell=cell, study=cell,
+        over="parameters", studies=(), cells=tuple(map(int, sizes_)), cell=cell, study=cell,
         number=np.tile(np.arange(n), len(sizes_)), size=size, flops=size, loss=days.mean(axis=1) / beaten.mean(),
         days=days, baseline="volatility_linear", baseline_days=beaten, prior_loss=1.2, baseline_loss=1.05,
         n_rows=n_days, resamples=significance.resample(n_days, block, reps=400, seed=seed), notes=(),
