@@ -1,12 +1,13 @@
 """Study comparison: skills, never raw losses across labels; shapes across horizons and budgets; winners elsewhere.
 
-A shape is the same in two studies if all four of its numbers are. What studies have in common is what they happened to
-train: a cell that no trial fills says how to fill it.
+A shape is the same in two studies if all of its numbers are. Studies share the shapes that both happened to train: a
+cell of a table that no trial fills says how to fill it.
 """
 
 from __future__ import annotations
 
 import shlex
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,11 +19,11 @@ from fintx.analysis import study_results
 from fintx.analysis.patterns import RankCorrelation, depth_bucket, spearman
 from fintx.analysis.predictions import BaselineComparison
 from fintx.analysis.study_results import StudyResults
-from fintx.config.schema import Shape
+from fintx.config.schema import ENCODER, Shape, StudySpec
 from fintx.errors import FintxError
 from fintx.evaluate import significance
 from fintx.evaluate.significance import Estimate
-from fintx.model import param_count
+from fintx.model import family, param_count
 from fintx.study.search_space import model_variants
 
 
@@ -80,7 +81,7 @@ class SharedShape:
 
 @dataclass(frozen=True)
 class StudyPair:
-    """Do two studies rank shapes alike?"""
+    """Whether two studies rank shapes alike."""
 
     first: str
     second: str
@@ -118,12 +119,12 @@ def read(folders: Sequence[Path]) -> Comparison:
         if results.best is None:
             raise FintxError(f"{results.folder}: has no successful trial yet ({len(results.records)} finished)")
     if len({(results.skill_loss, results.spec.task.predicts) for results in studies}) > 1:
-        words = ", ".join(f"{r.name}: {r.skill_loss} of a {r.spec.task.kind} task" for r in studies)
-        raise FintxError(f"compare: the studies' skills are of different losses ({words}); compare those of one kind")
+        losses = ", ".join(f"{r.name}: {r.skill_loss} of a {r.spec.task.kind} task" for r in studies)
+        raise FintxError(f"compare: the studies' skills are of different losses ({losses}); compare those of one kind")
     return Comparison(
         studies=studies,
         rows=tuple(_row(results) for results in studies),
-        common=_common(studies),
+        common=_shared_shapes(studies),
         transfers=tuple(_transfer(a, b) for a in studies for b in studies),
         pairs=tuple(_pair(a, b) for i, a in enumerate(studies) for b in studies[i + 1 :]),
         notes=(_label_note(studies), *(f"{results.name}: {note}" for results in studies for note in results.notes)),
@@ -133,11 +134,10 @@ def read(folders: Sequence[Path]) -> Comparison:
 def _row(results: StudyResults) -> StudyRow:
     best, comparison, prior = results.best, results.comparison, results.daily_losses.get("prior")
     assert best is not None
-    share = None
+    share, baseline = None, results.best_baseline
     if comparison is not None and prior is not None:
-        scale, lead = float(prior.mean()), comparison.difference
-        share = lead.mean / scale, lead.low / scale, lead.high / scale
-    baseline = results.best_baseline
+        scale, gain = float(prior.mean()), comparison.difference
+        share = gain.mean / scale, gain.low / scale, gain.high / scale
     return StudyRow(
         name=results.name,
         label=results.spec.task.rule.describe(),
@@ -159,20 +159,20 @@ def _row(results: StudyResults) -> StudyRow:
 
 
 def _label_note(studies: Sequence[StudyResults]) -> str:
-    groups: dict[str, list[str]] = {}
+    by_label: dict[str, list[str]] = {}
     for results in studies:
-        groups.setdefault(results.records[0].folds[0].label_hash, []).append(results.name)
-    if len(groups) == 1:
+        by_label.setdefault(results.records[0].folds[0].label_hash, []).append(results.name)
+    if len(by_label) == 1:
         return "All studies have the same labels: losses may be compared as well as skills."
-    same = [" = ".join(names) for names in groups.values() if len(names) > 1]
-    words = f" Equal labels: {'; '.join(same)}." if same else ""
-    return f"The studies' labels differ: their losses can't be compared, their skills can with care.{words}"
+    equal = "; ".join(" = ".join(names) for names in by_label.values() if len(names) > 1)
+    note = "The studies' labels differ: their losses can't be compared, their skills can with care."
+    return f"{note} Equal labels: {equal}." if equal else note
 
 
 # --- shapes -----------------------------------------------------------------------------------------------------------
 
 
-def _by_shape(results: StudyResults) -> dict[Shape, list[float]]:
+def _skills_by_shape(results: StudyResults) -> dict[Shape, list[float]]:
     skills: dict[Shape, list[float]] = {}
     for record in results.ranked:
         if (skill := results.skill(record.best)) is not None:
@@ -180,34 +180,30 @@ def _by_shape(results: StudyResults) -> dict[Shape, list[float]]:
     return skills
 
 
-def _by_cell(results: StudyResults) -> dict[tuple[int, int], list[float]]:
-    skills: dict[tuple[int, int], list[float]] = {}
-    for shape, of_shape in _by_shape(results).items():
-        skills.setdefault((shape.d_model, depth_bucket(shape.n_layers)), []).extend(of_shape)
+def _skills_by_cell(results: StudyResults) -> dict[tuple[str, int, int], list[float]]:
+    """(model family, width, depth bucket) → skills."""
+    name, kind = results.spec.model.family, family.of(results.spec.model)
+    skills: dict[tuple[str, int, int], list[float]] = {}
+    for shape, own in _skills_by_shape(results).items():
+        skills.setdefault((name, kind.width(shape), depth_bucket(kind.depth(shape))), []).extend(own)
     return skills
 
 
-def _common(studies: Sequence[StudyResults]) -> tuple[SharedShape, ...]:
-    by_shape = [_by_shape(results) for results in studies]
-    shapes = {shape for skills in by_shape for shape in skills}
-    rows = [
-        SharedShape(
-            shape,
-            tuple(float(np.mean(skills[shape])) if shape in skills else None for skills in by_shape),
-            tuple(len(skills.get(shape, ())) for skills in by_shape),
-        )
-        for shape in shapes
-        if sum(shape in skills for skills in by_shape) > 1
-    ]
-    key = lambda row: (-float(np.mean([s for s in row.skills if s is not None])), str(row.shape))  # noqa: E731
-    return tuple(sorted(rows, key=key))
+def _shared_shapes(studies: Sequence[StudyResults]) -> tuple[SharedShape, ...]:
+    by_study = [_skills_by_shape(results) for results in studies]
+    rows = []
+    for shape, n_studies in Counter(shape for skills in by_study for shape in skills).items():
+        if n_studies > 1:
+            means = [float(np.mean(skills[shape])) if shape in skills else None for skills in by_study]
+            rows.append(SharedShape(shape, tuple(means), tuple(len(skills.get(shape, ())) for skills in by_study)))
+    best_first = [(-float(np.mean([s for s in row.skills if s is not None])), str(row.shape)) for row in rows]
+    return tuple(row for _, row in sorted(zip(best_first, rows, strict=True), key=lambda pair: pair[0]))
 
 
 def _transfer(winner_of: StudyResults, trained_in: StudyResults) -> Transfer:
     assert winner_of.best is not None and trained_in.best is not None
     shape = winner_of.best.config.shape
-    skills = _by_shape(trained_in).get(shape, [])
-    own = trained_in.skill(trained_in.best.best)
+    skills, own = _skills_by_shape(trained_in).get(shape, []), trained_in.skill(trained_in.best.best)
     best = max(skills, default=None)
     return Transfer(
         winner_of=winner_of.name,
@@ -216,28 +212,32 @@ def _transfer(winner_of: StudyResults, trained_in: StudyResults) -> Transfer:
         skill=best,
         n=len(skills),
         behind=None if best is None or own is None else own - best,
-        fill="" if best is not None else _fill(shape, trained_in),
+        fill="" if best is not None else _fill(winner_of.spec, shape, trained_in),
     )
 
 
-def _fill(shape: Shape, trained_in: StudyResults) -> str:
-    """How a cell comes to be filled: a queue entry, unless the shape's size is not that study's."""
+def _fill(winner_of: StudySpec, shape: Shape, trained_in: StudyResults) -> str:
+    """The command that fills a cell; or why none can: another model family, or a size that is not that study's."""
     spec, budget = trained_in.spec, trained_in.spec.budget
+    if spec.model.family != winner_of.model.family:
+        return f"its models are of another family, {spec.model.family}"
     for model in model_variants(spec):
         total = param_count.count_params(model, shape, len(spec.data.features)).total
         if not budget.low <= total <= budget.high:
             return f"{total:,} parameters lie outside the budget {budget.low:,} … {budget.high:,}"
-    file = shlex.quote(f"sweeps/{trained_in.name}.toml")
-    numbers = f"--d-model {shape.d_model} --n-layers {shape.n_layers} --n-heads {shape.n_heads} --d-ff {shape.d_ff}"
-    return f"just queue add {file} {numbers}"
+    file, numbers = f"sweeps/{trained_in.name}.toml", shape.model_dump()
+    if spec.model.family != ENCODER:  # `queue add` takes the numbers of an encoder alone
+        return f"add to {file}: [[queue]] {', '.join(f'{name} = {n}' for name, n in numbers.items())}"
+    options = " ".join(f"--{name.replace('_', '-')} {n}" for name, n in numbers.items())
+    return f"just queue add {shlex.quote(file)} {options}"
 
 
 def _pair(first: StudyResults, second: StudyResults) -> StudyPair:
     return StudyPair(
         first.name,
         second.name,
-        shapes=_agreement(_by_shape(first), _by_shape(second)),
-        cells=_agreement(_by_cell(first), _by_cell(second)),
+        shapes=_agreement(_skills_by_shape(first), _skills_by_shape(second)),
+        cells=_agreement(_skills_by_cell(first), _skills_by_cell(second)),
         difference=_difference(first, second),
     )
 

@@ -6,6 +6,7 @@ volatility or direction, and what following them would have earned.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,12 +36,12 @@ from fintx.tasks import Threshold
 from fintx.types import Floats
 
 _VOLATILITY = ("volatility_", "vix_", "garch_")
-"""How the names of baselines begin that know volatility alone."""
+"""How the names of baselines begin that see volatility alone."""
 
 
 @dataclass(frozen=True)
 class CalibrationAnalysis:
-    """Of the best trial and the best baseline, by name."""
+    """The calibration of the best trial and of the best baseline, by name."""
 
     reliability: dict[str, tuple[ReliabilityBin, ...]]
     brier: dict[str, BrierParts]
@@ -57,7 +58,7 @@ class CalibrationAnalysis:
 
 @dataclass(frozen=True)
 class IntervalCoverage:
-    """What conformal intervals of the best trial's returns promised and held, over all assets."""
+    """The promised and the observed coverage of conformal intervals of the best trial's returns, over all assets."""
 
     method: str
     level: float
@@ -68,7 +69,7 @@ class IntervalCoverage:
 
 @dataclass(frozen=True)
 class DirectionAnalysis:
-    """Whether the best trial, and the best baseline that knows volatility alone, know the side of a move."""
+    """Whether the best trial, and the best baseline that sees volatility alone, know the side of a move."""
 
     mirrors: dict[str, MirrorTest]
     """By name; empty where the prices are not here."""
@@ -83,7 +84,7 @@ class DirectionAnalysis:
 
 @dataclass(frozen=True)
 class BacktestAnalysis:
-    """What following the best trial would have earned; or why that can't be said."""
+    """The returns of following the best trial; or why there are none."""
 
     performances: tuple[Performance, ...] = ()
     """Its own first."""
@@ -158,32 +159,32 @@ def read(folder: Path, *, data_root: Path, rules: TradingRules | None = None) ->
     )
 
 
-def _beside(results: StudyResults, outputs: Floats, baseline: str | None) -> dict[str, Floats]:
+def _with_baseline(results: StudyResults, outputs: Floats, baseline: str | None) -> dict[str, Floats]:
     """The best trial's outputs and a baseline's, by name."""
     assert results.best is not None and results.rows is not None
-    named = {f"trial {results.best.trial_number}": outputs}
-    return named if baseline is None else named | {baseline: results.rows.baselines[baseline]}
+    forecasts = {f"trial {results.best.trial_number}": outputs}
+    return forecasts if baseline is None else forecasts | {baseline: results.rows.baselines[baseline]}
 
 
 def _calibration(results: StudyResults) -> CalibrationAnalysis | None:
     rows, outputs = results.rows, results.best_outputs
     if results.spec.task.predicts != "probability" or rows is None or outputs is None:
         return None
-    forecasts = _beside(results, outputs, results.best_baseline)
+    labels, forecasts = rows.labels, _with_baseline(results, outputs, results.best_baseline)
     by_folds = len(np.unique(rows.fold)) > 1
     groups = rows.fold if by_folds else calibration.halves(rows.dates, horizon=rows.horizon)
-    both = all(len(np.unique(rows.labels[part])) > 1 for part in (groups == 0, groups > 0))
-    comes_and_goes = 0 < rows.labels.mean() < 1
+    both_classes = all(len(np.unique(labels[part])) > 1 for part in (groups == 0, groups > 0))
+    comes_and_goes = 0 < labels.mean() < 1
     return CalibrationAnalysis(
-        reliability={name: calibration.reliability(each, rows.labels) for name, each in forecasts.items()},
-        brier={name: calibration.brier_parts(each, rows.labels) for name, each in forecasts.items()},
-        error={name: metrics.calibration_error(each, rows.labels) for name, each in forecasts.items()},
-        recalibrated=calibration.recalibrate_forward(outputs, rows.labels, groups) if both else (),
+        reliability={name: calibration.reliability(own, labels) for name, own in forecasts.items()},
+        brier={name: calibration.brier_parts(own, labels) for name, own in forecasts.items()},
+        error={name: metrics.calibration_error(own, labels) for name, own in forecasts.items()},
+        recalibrated=calibration.recalibrate_forward(outputs, labels, groups) if both_classes else (),
         by_folds=by_folds,
         precision_recall={
-            name: calibration.precision_recall(each, rows.labels) for name, each in forecasts.items() if comes_and_goes
+            name: calibration.precision_recall(own, labels) for name, own in forecasts.items() if comes_and_goes
         },
-        thresholds=tuple(calibration.threshold_table(outputs, rows.labels)) if comes_and_goes else (),
+        thresholds=tuple(calibration.threshold_table(outputs, labels)) if comes_and_goes else (),
     )
 
 
@@ -192,24 +193,23 @@ def _coverage(results: StudyResults) -> tuple[IntervalCoverage, ...]:
     rows, outputs = results.rows, results.best_outputs
     if results.spec.task.predicts != "value" or rows is None or outputs is None:
         return ()
-    half, found = calibration.halves(rows.dates, horizon=rows.horizon), []
-    for level in (0.8, 0.9):
-        for method in ("split", "adaptive"):
-            covered, widths = [], []
-            for asset in np.unique(rows.assets):
-                early, late = (rows.assets == asset) & (half == 0), (rows.assets == asset) & (half == 1)
-                if early.any() and late.any():
-                    parts = outputs[early], rows.labels[early], outputs[late], rows.labels[late]
-                    if method == "split":
-                        intervals = calibration.split_intervals(*parts, level=level)
-                    else:
-                        intervals = calibration.adaptive_intervals(*parts, horizon=rows.horizon, level=level)
-                    covered.append(intervals.covered)
-                    widths.append(intervals.high - intervals.low)
-            if covered:
-                every, width = np.concatenate(covered), float(np.median(np.concatenate(widths)))
-                found.append(IntervalCoverage(method, level, float(every.mean()), width, len(every)))
-    return tuple(found)
+    half = calibration.halves(rows.dates, horizon=rows.horizon)
+    halves = [
+        ((rows.assets == asset) & (half == 0), (rows.assets == asset) & (half == 1)) for asset in np.unique(rows.assets)
+    ]
+    parts = [
+        (outputs[early], rows.labels[early], outputs[late], rows.labels[late])
+        for early, late in halves if early.any() and late.any()
+    ]  # fmt: skip
+    adaptive = functools.partial(calibration.adaptive_intervals, horizon=rows.horizon)
+    coverage = []
+    for level in (0.8, 0.9) if parts else ():
+        for method, intervals_of in (("split", calibration.split_intervals), ("adaptive", adaptive)):
+            intervals = [intervals_of(*of_asset, level=level) for of_asset in parts]
+            covered = np.concatenate([own.covered for own in intervals])
+            width = np.median(np.concatenate([own.high - own.low for own in intervals]))
+            coverage.append(IntervalCoverage(method, level, float(covered.mean()), float(width), len(covered)))
+    return tuple(coverage)
 
 
 # --- volatility or direction ------------------------------------------------------------------------------------------
@@ -219,19 +219,19 @@ def _direction(results: StudyResults, bars: Mapping[str, Bars]) -> DirectionAnal
     rows, outputs, level = results.rows, results.best_outputs, results.spec.task.rule.level
     if level is None or rows is None or outputs is None:
         return None
+    labels, dates, opposite = rows.labels, rows.dates, _opposite(rows, level, bars)
     volatility = _best_volatility_baseline(results)
-    forecasts, opposite = _beside(results, outputs, volatility), _opposite(rows, level, bars)
     mirrors, within_year = {}, {}
     if opposite is not None:
-        for name, each in forecasts.items():
-            mirrors[name] = direction.mirror_test(each, rows.labels, opposite, horizon=rows.horizon)
-            within_year[name] = direction.within_year_auc(each, rows.labels, rows.dates)
-    theirs = None if volatility is None else rows.baselines[volatility]
+        for name, own in _with_baseline(results, outputs, volatility).items():
+            mirrors[name] = direction.mirror_test(own, labels, opposite, horizon=rows.horizon)
+            within_year[name] = direction.within_year_auc(own, labels, dates)
+    baseline = None if volatility is None else rows.baselines[volatility]
     gain = None
-    if theirs is not None:
-        mine, other = (metrics.per_sample_loss(rows.predicts, each, rows.labels) for each in (outputs, theirs))
-        gain = direction.cumulative_gain(mine, other, rows.dates)
-    years = direction.by_year(outputs, rows.labels, rows.dates, prior=_priors(results), baseline=theirs)
+    if baseline is not None:
+        best_losses, losses = (metrics.per_sample_loss(rows.predicts, o, labels) for o in (outputs, baseline))
+        gain = direction.cumulative_gain(best_losses, losses, dates)
+    years = direction.by_year(outputs, labels, dates, prior=_priors(results), baseline=baseline)
     return DirectionAnalysis(mirrors, within_year, tuple(years), volatility, gain)
 
 
@@ -247,10 +247,9 @@ def _opposite(rows: Rows, level: Threshold, bars: Mapping[str, Bars]) -> Floats 
     """(S,) labels of the mirrored event on the validation rows; none where prices are missing."""
     opposite = np.full(len(rows.labels), np.nan)
     for symbol, asset_bars in bars.items():
-        mine = rows.assets == symbol
-        place = np.searchsorted(asset_bars.dates, rows.dates[mine])
-        mirrored = tasks.mirror_labels(level, asset_bars)
-        opposite[mine] = mirrored[np.minimum(place, len(asset_bars) - 1)]
+        inside = rows.assets == symbol
+        days = np.searchsorted(asset_bars.dates, rows.dates[inside])
+        opposite[inside] = tasks.mirror_labels(level, asset_bars)[np.minimum(days, len(asset_bars) - 1)]
     return opposite if np.isfinite(opposite).all() else None
 
 
@@ -274,17 +273,17 @@ def _backtest(results: StudyResults, bars: Mapping[str, Bars], rules: TradingRul
     if not bars:
         return BacktestAnalysis(impossible="The backtest needs the study's prices: give --data-dir.")
     returns = {n: _follow(results, of_seeds[0], bars, level, rules) for n, of_seeds in results.seed_outputs.items()}
-    mine, volatility = returns[results.best.trial_number], _best_volatility_baseline(results)
-    shown = {f"trial {results.best.trial_number}": mine}
+    best, volatility = returns[results.best.trial_number], _best_volatility_baseline(results)
+    strategies = {f"trial {results.best.trial_number}": best}
     if volatility is not None:
-        shown[volatility] = _follow(results, rows.baselines[volatility], bars, level, rules)
-    shown["buy and hold"] = backtest.portfolio([backtest.buy_and_hold(each, mine, rules) for each in bars.values()])
-    sharpes = [sharpe for each in returns.values() if (sharpe := backtest.sharpe(each.returns)) is not None]
+        strategies[volatility] = _follow(results, rows.baselines[volatility], bars, level, rules)
+    strategies["buy and hold"] = backtest.portfolio([backtest.buy_and_hold(own, best, rules) for own in bars.values()])
+    sharpes = [sharpe for own in returns.values() if (sharpe := backtest.sharpe(own.returns)) is not None]
     variance = float(np.var(sharpes, ddof=1)) if len(sharpes) > 1 else 0.0
     return BacktestAnalysis(
-        performances=tuple(backtest.performance(name, each) for name, each in shown.items()),
+        performances=tuple(backtest.performance(name, own) for name, own in strategies.items()),
         assumptions=tuple(backtest.assumptions(rules, level)),
-        deflated=backtest.deflated_sharpe(mine.returns, n_trials=len(results.records), sharpe_variance=variance),
+        deflated=backtest.deflated_sharpe(best.returns, n_trials=len(results.records), sharpe_variance=variance),
     )
 
 
@@ -294,10 +293,10 @@ def _follow(
     """A yes where the probability reaches the training base rate of its fold; a panel's assets have equal shares."""
     rows = results.rows
     assert rows is not None
-    yes, followed = metrics.sigmoid(outputs) >= _priors(results), []
+    yes, by_asset = metrics.sigmoid(outputs) >= _priors(results), []
     for symbol, asset_bars in bars.items():
         own = np.flatnonzero(rows.assets == symbol)
         own = own[np.argsort(rows.dates[own], kind="stable")]
         if len(own):
-            followed.append(backtest.trade(asset_bars, rows.dates[own], yes[own], level, rules))
-    return followed[0] if len(followed) == 1 else backtest.portfolio(followed)
+            by_asset.append(backtest.trade(asset_bars, rows.dates[own], yes[own], level, rules))
+    return by_asset[0] if len(by_asset) == 1 else backtest.portfolio(by_asset)
