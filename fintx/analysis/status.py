@@ -1,4 +1,4 @@
-"""How far is each study? Read from its folder alone, while it runs or long after."""
+"""Study status: how far each study is, read from its folder alone; and the tables of its trials as JSON and CSV."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from fintx.study.trial_table import Lease
 
 @dataclass(frozen=True)
 class StudyStatus:
-    """One line of `fintx status`, and what it says below of what is unfinished."""
+    """One line of `fintx status`, and the notes below it."""
 
     name: str
     finished: int
     n_trials: int
-    holder: str | None
-    """The process that runs it on this host; none: nobody."""
+    running: bool
+    """Whether a process of this host runs it."""
     failed: dict[str, int]
     """Outcome → count, for outcomes that are no success."""
     unfinished: tuple[Lease, ...]
@@ -42,17 +42,12 @@ class StudyStatus:
     """Mean wall time of the finished trials × trials to go, shared out among those that train now; none before the
     first."""
     confirmation: str
-    """What its confirmation came to, in a few words; "–": there was none."""
+    """The result of its confirmation in a few words; "–": there was none."""
     doubt: str | None
     """Why its best result is too good to be true; none: it is believable."""
     test_openings: int
     note: str
-    """Why nothing is known of its unfinished trials, or of its best trial beside the baselines; empty: it is."""
-
-    @property
-    def running(self) -> bool:
-        """Whether a process of this host runs it."""
-        return self.holder is not None
+    """Why its unfinished trials, or its best trial beside the baselines, can't be shown; empty: they are."""
 
 
 def read(study_folder: Path) -> StudyStatus:
@@ -66,36 +61,49 @@ def read(study_folder: Path) -> StudyStatus:
         raise records.DamagedRecord(f"{study_folder}: holds no study (no study.json)")
     spec = study.spec
     finished = records.read_all(study_folder)
-    numbers = {record.trial_number for record in finished}
-    held, unasked = _leases(study_folder, spec)
-    leases = {lease.number: lease for lease in held if lease.number not in numbers}
-    at_work = sum(lease.state == "running" and lease.step > 0 for lease in leases.values())
-    to_go = max(spec.study.n_trials - len(finished), 0)
+    leases, lease_note = _leases(study_folder, spec, {record.trial_number for record in finished})
     best = records.best_of(finished, minimize=metrics.MINIMIZE[spec.study.metric])
-    comparison, uncompared = (None, "") if best is None else _comparison(study_folder, spec, best)
-    mean_s = sum(record.wall_s for record in finished) / len(finished) if finished else None
+    comparison, comparison_note = (None, "") if best is None else _comparison(study_folder, spec, best)
+    eta = None
+    if finished:
+        to_go = max(spec.study.n_trials - len(finished), 0)
+        training = sum(lease.state == "running" and lease.step > 0 for lease in leases)
+        mean_s = sum(record.wall_s for record in finished) / len(finished)
+        eta = datetime.timedelta(seconds=round(mean_s * to_go / max(training, 1)))
     return StudyStatus(
         name=spec.study.name,
         finished=len(finished),
         n_trials=spec.study.n_trials,
-        holder=locks.holder_of(study_folder),
+        running=locks.holder_of(study_folder) is not None,
         failed=dict(Counter(record.outcome for record in finished if record.outcome not in records.SUCCESSES)),
-        unfinished=tuple(leases[number] for number in sorted(leases)),
+        unfinished=leases,
         metric=spec.study.metric,
         best=best,
         comparison=comparison,
-        eta=None if mean_s is None else datetime.timedelta(seconds=round(mean_s * to_go / max(at_work, 1))),
+        eta=eta,
         confirmation=_confirmation(study_folder, len(finished)),
         doubt=significance.leakage_warning(best.best) if best else None,
         test_openings=len(study_file.openings(study_folder)),
-        note="; ".join(words for words in (unasked, uncompared) if words),
+        note="; ".join(filter(None, (lease_note, comparison_note))),
     )
 
 
+def _leases(study_folder: Path, spec: StudySpec, finished: set[int]) -> tuple[tuple[Lease, ...], str]:
+    """The leases of unfinished trials, by number; or why the storage can't be read."""
+    url = spec.execution.storage
+    if "***" in url:
+        return (), f"{url}: its password was not kept, so trials that are under way are not shown"
+    try:
+        leases = [lease for lease in trial_table.read(study_folder, url=url) if lease.number not in finished]
+    except FintxError as error:
+        return (), f"{error}; until then trials that are under way are not shown"
+    return tuple(sorted(leases, key=lambda lease: lease.number)), ""
+
+
 def _comparison(study_folder: Path, spec: StudySpec, best: TrialRecord) -> tuple[BaselineComparison | None, str]:
-    """The best trial against the best baseline, or why it can't be said: what the records say is there all the same."""
-    here = records.trial_folder(study_folder, best.trial_number) / "predictions.parquet"
-    if not here.is_file() or not (study_folder / "baselines.parquet").is_file():
+    """The best trial against the best baseline, or why they can't be compared."""
+    kept = records.trial_folder(study_folder, best.trial_number) / "predictions.parquet"
+    if not kept.is_file() or not (study_folder / "baselines.parquet").is_file():
         return None, ""
     try:
         return predictions.compare_trial(study_folder, spec, best), ""
@@ -104,25 +112,16 @@ def _comparison(study_folder: Path, spec: StudySpec, best: TrialRecord) -> tuple
 
 
 def _confirmation(study_folder: Path, finished: int) -> str:
-    found = confirmation.read(study_folder)
-    if found is None:
+    result = confirmation.read(study_folder)
+    if result is None:
         return "–"
-    if not found.complete:
-        return f"{found.n_trained}/{found.n_members} trained"
-    words = f"{len(found.confirmed)} of {len(found.candidates)}"
-    return words if found.n_finished == finished else f"{words} (after {found.n_finished} trials)"
+    if not result.complete:
+        return f"{result.n_trained}/{result.n_members} trained"
+    later = "" if result.n_finished == finished else f" (after {result.n_finished} trials)"
+    return f"{len(result.confirmed)} of {len(result.candidates)}{later}"
 
 
-def _leases(study_folder: Path, spec: StudySpec) -> tuple[tuple[Lease, ...], str]:
-    """What the storage says, or why it says nothing: what the records say is there all the same."""
-    url = spec.execution.storage
-    if "***" in url:
-        return (), f"{url}: its password was not kept, so trials that are under way are not shown"
-    try:
-        return trial_table.read(study_folder, url=url), ""
-    except FintxError as error:
-        return (), f"{error}; until then trials that are under way are not shown"
-
+# --- tables -----------------------------------------------------------------------------------------------------------
 
 _CSV_HEAD = (
     "study trial_number value value_se metric skill outcome source d_model n_layers n_heads d_ff param_count seed "
@@ -132,6 +131,7 @@ _CSV_HEAD = (
 
 def trial_row(record: TrialRecord) -> dict[str, Any]:
     """A trial as one flat object: identity, shape, outcome, searched values, all metrics at the best step."""
+    fold = record.folds[0] if len(record.folds) == 1 else None
     row: dict[str, Any] = {
         "trial_number": record.trial_number,
         "value": record.value,
@@ -145,41 +145,35 @@ def trial_row(record: TrialRecord) -> dict[str, Any]:
         "note": record.note,
         "training": record.training,
         "seed": record.config.seed,
-        "best_epoch": record.folds[0].best_epoch if len(record.folds) == 1 else None,
-        "best_step": record.folds[0].best_step if len(record.folds) == 1 else None,
+        "best_epoch": fold.best_epoch if fold else None,
+        "best_step": fold.best_step if fold else None,
         "epochs": sum(fold.epochs for fold in record.folds),
         "n_folds": len(record.folds),
-        "trace_s": round(record.trace_s, 3),
-        "compile_s": round(record.compile_s, 3),
-        "run_s": round(record.run_s, 3),
-        "wall_s": round(record.wall_s, 3),
+        **{name: round(getattr(record, name), 3) for name in ("trace_s", "compile_s", "run_s", "wall_s")},
         "device": record.device,
         "config_hash": record.config_hash,
         "label_hash": record.folds[0].label_hash if record.folds else None,
         "finished": record.finished,
     }
     for section in ("model", "optim", "train"):
-        row.update({f"{section}.{key}": value for key, value in getattr(record.config, section).model_dump().items()})
-    row.update({key: value for key, value in record.best.items() if key not in row})
-    return row
+        row |= {f"{section}.{key}": value for key, value in getattr(record.config, section).model_dump().items()}
+    return row | {key: value for key, value in record.best.items() if key not in row}
 
 
-def write_json(study_folder: Path, found: list[TrialRecord], *, n_trials: int, metric: str, minimize: bool) -> None:
+def write_json(study_folder: Path, finished: list[TrialRecord], *, n_trials: int, metric: str, minimize: bool) -> None:
     """Rewrite <study>_all_trials.json and <study>_best.json from the records.
 
     Raises:
         FintxError: a file can't be written.
     """
     name = study_folder.name
-    trials = [trial_row(record) for record in found]
-    head = {"study": name, "metric": metric, "n_trials": n_trials, "finished": len(trials)}
-    records.write_atomically(
-        study_folder / f"{name}_all_trials.json", json.dumps({**head, "trials": trials}, indent=1) + "\n"
-    )
-    best = records.best_of(found, minimize=minimize)
-    if best is not None:
-        whole = {**head, **trial_row(best), "config": best.config.model_dump(mode="json")}
-        records.write_atomically(study_folder / f"{name}_best.json", json.dumps(whole, indent=1) + "\n")
+    tables: dict[str, dict[str, Any]] = {"all_trials": {"trials": [trial_row(record) for record in finished]}}
+    if (best := records.best_of(finished, minimize=minimize)) is not None:
+        tables["best"] = {**trial_row(best), "config": best.config.model_dump(mode="json")}
+    head = {"study": name, "metric": metric, "n_trials": n_trials, "finished": len(finished)}
+    for table, content in tables.items():
+        text = json.dumps({**head, **content}, indent=1) + "\n"
+        records.write_atomically(study_folder / f"{name}_{table}.json", text)
 
 
 def write_csv(outputs: Path) -> list[DamagedRecord]:
@@ -191,16 +185,13 @@ def write_csv(outputs: Path) -> list[DamagedRecord]:
     Raises:
         FintxError: the file can't be written.
     """
-    damaged = []
-    text = io.StringIO()
+    damaged, text = [], io.StringIO()
     writer = csv.DictWriter(text, _CSV_HEAD, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
     for folder in study_file.study_folders(outputs):
         try:
-            found = records.read_all(folder)
+            writer.writerows([{**trial_row(record), "study": record.study} for record in records.read_all(folder)])
         except DamagedRecord as error:
             damaged.append(error)
-            continue
-        writer.writerows({**trial_row(record), "study": record.study} for record in found)
     records.write_atomically(outputs / "experiment_results.csv", text.getvalue())
     return damaged

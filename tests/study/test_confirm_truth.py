@@ -103,7 +103,7 @@ def test_a_planted_signal_is_confirmed_and_opens_the_test_part(tmp_path):
     assert "The best trial is ahead of" in said and "too good to be true" not in said
     assert re.search(r"confirmation of SIGNAL: the best 1 of 2 trials \(\d\), each trained again with the same 2", said)
     assert "CONFIRMED: trial" in said and "best, confirmed" in said
-    assert "by fold: ahead in 2 of 2" in said and "by year: ahead in 2 of 2" in said
+    assert re.search(r"by fold.*Ahead in 2 of 2.*by year.*Ahead in 2 of 2", said, re.DOTALL)
     found = confirmation.read(folder)
     assert found.complete and found.n_compared == 2
     (best,) = found.confirmed
