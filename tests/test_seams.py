@@ -22,7 +22,7 @@ from fintx.errors import FintxError
 from fintx.evaluate import baselines
 from fintx.evaluate.baselines import Input, Recipe
 from fintx.report import format, study_page
-from fintx.study import baseline_store
+from fintx.study import study_file
 from fintx.types import Floats
 from tests.helpers import planted
 
@@ -118,7 +118,7 @@ def test_a_task_from_outside_is_trained_scored_and_kept(toy, tmp_path):
     assert fit.outcome == "completed" and fit.outputs.shape == fold.validation.labels.shape
     assert fit.best[metric] > 0 and also in fit.best
 
-    beaten = baseline_store.ensure_baselines(tmp_path, prepared.folds, spec, tmp_path, tell=lambda line: None)
+    beaten = study_file.ensure_baselines(tmp_path, prepared.folds, spec, tmp_path, notify=lambda line: None)
     assert {"prior"} < beaten.keys() <= baselines.BASELINES[rule.predicts].keys()
     assert not {"volatility_touch", "garch_touch"} & beaten.keys()  # no level is touched
     assert beaten["prior"]["metrics"]["skill"] == 0.0
@@ -182,7 +182,7 @@ def test_a_baseline_from_outside_is_fitted_and_kept_beside_the_others(tmp_path, 
         monkeypatch.delitem(baselines.BASELINES["probability"], slow)
     spec = spec_of(tmp_path, planted.THRESHOLD, "log_loss", "bce")
     prepared = datasets.build(spec, tmp_path)
-    beaten = baseline_store.ensure_baselines(tmp_path, prepared.folds, spec, tmp_path, tell=lambda line: None)
+    beaten = study_file.ensure_baselines(tmp_path, prepared.folds, spec, tmp_path, notify=lambda line: None)
     assert "nearest" in beaten and "idle" not in beaten
     assert beaten["nearest"]["words"] == "nearest by the day of the week"
     (fold,) = prepared.folds

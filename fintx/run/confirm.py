@@ -23,7 +23,7 @@ from fintx.errors import FintxError
 from fintx.evaluate import metrics
 from fintx.run.job import Job
 from fintx.run.study_run import StudyRun
-from fintx.study import baseline_store, lifecycle, locks, records, search_space, study_file
+from fintx.study import lifecycle, locks, records, search_space, study_file
 from fintx.study.events import ConfirmReady, RerunFinished, RunContext
 from fintx.study.records import TrialRecord
 from fintx.train.train_state import static_config
@@ -178,8 +178,8 @@ def open_confirmation(folder: Path, wanted: ConfirmConfig, context: RunContext) 
     if known is None:
         raise FintxError(f"{folder}: holds no study (no study.json)")
     with locks.hold(folder), locks.hold(folder / "confirm", alone=True):
-        requests = locks.StopRequests(folder)
-        pause = functools.partial(requests.heed, context.should_stop)
+        stop_requests = locks.StopRequests(folder)
+        check_stop = functools.partial(stop_requests.check, context.should_stop)
         finished = records.read_all(folder)
         best = records.ranked(finished, minimize=metrics.MINIMIZE[known.spec.study.metric])[: wanted.top_k]
         if not best:
@@ -189,12 +189,12 @@ def open_confirmation(folder: Path, wanted: ConfirmConfig, context: RunContext) 
             )
         spec, prepared = lifecycle.resolve_data(known.spec, folder=folder, data_root=context.data_root)
         _check_data(folder, best[0], prepared)
-        baseline_store.ensure_baselines(
-            folder, prepared.folds, spec, context.data_root, tell=lambda words: None, pause=pause
+        study_file.ensure_baselines(
+            folder, prepared.folds, spec, context.data_root, notify=lambda line: None, check_stop=check_stop
         )  # fmt: skip
-        pause()
+        check_stop()
         fresh = fresh_seeds(spec.study.seed, wanted.n_seeds, used={record.config.seed for record in finished})
-        run = StudyRun(spec, context, requests, len(prepared.folds))
+        run = StudyRun(spec, context, stop_requests, len(prepared.folds))
         course = ConfirmationRun(folder, run, tuple(best), fresh)
         numbers = tuple(record.trial_number for record in best)
         context.notify(

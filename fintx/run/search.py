@@ -20,7 +20,7 @@ from fintx.run.job import Job
 from fintx.run.study_run import StudyRun
 from fintx.study import queue, records, search_space, study_file
 from fintx.study.events import RunContext, TrialFinished
-from fintx.study.lifecycle import OpenStudy, StudyRequest, kept_spec, write_definition
+from fintx.study.lifecycle import OpenStudy, StudyRequest, write_definition
 from fintx.study.records import TrialRecord
 from fintx.study.storage import StorageAway
 from fintx.study.trial_table import Choice, Lease, Proposal, SameTrial, Withdrawal
@@ -384,15 +384,11 @@ class Search:
         except FintxError as error:
             self._notice(f"the edited sweep file is not taken: {error}")
             return
-        if waiting := study_file.differences(_edited(self.opened.asked, fresh), fresh):
+        if waiting := study_file.differences(_edited(self.opened.requested, fresh), fresh):
             self._notice(f"edits of {', '.join(waiting)} hold from the next start")
         if spec != self.spec:
             self.run.spec, self.over, self._idle_until = spec, False, 0.0
-            known = study_file.read_study(self.opened.folder)
-            assert known is not None
-            write_definition(
-                self.opened.folder, kept_spec(spec, known) if self.order.queue_only else spec, known.definition, known
-            )
+            write_definition(self.opened.folder, spec, queue_only=self.order.queue_only)
             words = f"the file was edited: {len(spec.queue)} queue entries, {spec.study.n_trials} trials in all"
             self._notice(words)
 

@@ -74,7 +74,7 @@ class StudyRun:
     spec: StudySpec
     """As its file says it now."""
     context: RunContext
-    requests: locks.StopRequests
+    stop_requests: locks.StopRequests
     """To stop."""
     n_folds: int
     label: Callable[[int], str] = "trial {}".format
@@ -177,7 +177,7 @@ class StudyRun:
 
     def hear_stop(self) -> None:
         """Look for a request to stop."""
-        if not self.stop_asked and self.requests.pending():
+        if not self.stop_asked and self.stop_requests.pending():
             self.stop_asked = True
             self.context.notice(self.name, locks.STOP_HEARD)
 

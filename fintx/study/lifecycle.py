@@ -1,4 +1,8 @@
-"""Opening a study: what is asked for, checked against what stands in its folder before anything is trained."""
+"""Lifecycle of a study: opening, resuming and forking it.
+
+A study is opened whole before anything is trained: what is asked for agrees with what its folder and storage hold, its
+data are ready, its queue can run, and its baselines are fitted.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from optuna.distributions import BaseDistribution
 from pydantic import ValidationError
 
 import fintx
@@ -21,14 +24,16 @@ from fintx.config.validate import Where, spelled
 from fintx.data import datasets
 from fintx.errors import FintxError
 from fintx.evaluate import metrics
-from fintx.study import baseline_store, environment, locks, queue, records, storage, study_file, trial_table
+from fintx.study import environment, locks, queue, records, storage, study_file, trial_table
 from fintx.study.events import RunContext
 from fintx.study.records import TrialRecord
 from fintx.study.search_space import SearchSpace
 from fintx.study.study_file import StudyFile
-from fintx.study.trial_table import TrialTable
+from fintx.study.trial_table import Lease, TrialTable
 
-RESOLVED = "resolved.toml"
+Warn = Callable[[str], None]
+TakeOver = Callable[[Path, StudySpec, SearchSpace, Warn], None]
+"""Brings trials into the folder of a new study."""
 
 
 class StudyConflict(FintxError):
@@ -47,16 +52,16 @@ class StudyRequest:
     queue_only: bool = False
     """Run what is queued, beyond n_trials too, and nothing else: the queue is another file's, not the study's own."""
     take_over: TakeOver | None = None
-    """Brings trials into a study that is new (a fork)."""
+    """Brings trials into a new study (a fork)."""
     confirm: ConfirmConfig | None = None
     """Train its best trials again with fresh seeds, instead of searching."""
 
 
 @dataclass(frozen=True)
 class OpenStudy:
-    """A study that may run: its folder is held, its storage open, what must be beaten is known."""
+    """A study that may run: its folder is locked, its storage open, its baselines fitted."""
 
-    asked: StudySpec
+    requested: StudySpec
     """As its file says it."""
     spec: StudySpec
     """The same with its data resolved."""
@@ -66,7 +71,6 @@ class OpenStudy:
     trial_table: TrialTable
     baselines: dict[str, Any]
     stop_requests: locks.StopRequests
-    """To stop."""
 
     @property
     def minimize(self) -> bool:
@@ -76,12 +80,12 @@ class OpenStudy:
 
 def pin_versions(spec: StudySpec, folder: Path) -> StudySpec:
     """The spec on the bars that the study of a folder began with, where it names no others itself."""
-    known = study_file.read_study(folder)
-    if known is None:
+    existing = study_file.read_study(folder)
+    if existing is None:
         return spec
     symbols = {*spec.data.assets, *spec.data.context}
-    begun = {symbol: version for symbol, version in known.spec.data.versions.items() if symbol in symbols}
-    data = spec.data.model_copy(update={"versions": {**begun, **spec.data.versions}})
+    pinned = {symbol: version for symbol, version in existing.spec.data.versions.items() if symbol in symbols}
+    data = spec.data.model_copy(update={"versions": {**pinned, **spec.data.versions}})
     return spec.model_copy(update={"data": data})
 
 
@@ -95,88 +99,87 @@ def resolve_data(spec: StudySpec, *, folder: Path, data_root: Path) -> tuple[Stu
     return spec.model_copy(update={"data": prepared.data}), prepared
 
 
-def check_queue(order: StudyRequest, context: RunContext) -> None:
-    """Whether a study could run its queue, before any study of the same command begins; nothing is written.
+def check_queue(request: StudyRequest, context: RunContext) -> None:
+    """Check that a study could run its queue, before any study of the same command begins; nothing is written.
 
     Raises:
-        FintxError: data that are missing, or entries that can't be run.
+        FintxError: data are missing, or entries can't be run.
     """
-    folder = context.study_root / order.spec.study.name
-    spec, _ = resolve_data(order.spec, folder=folder, data_root=context.data_root)
-    queue.validate(spec, n_features=len(spec.data.features), where=order.where)
+    folder = context.study_root / request.spec.study.name
+    spec, _ = resolve_data(request.spec, folder=folder, data_root=context.data_root)
+    queue.validate(spec, n_features=len(spec.data.features), where=request.where)
 
 
 @contextlib.contextmanager
-def open_study(order: StudyRequest, context: RunContext) -> Iterator[OpenStudy]:
-    """Hold a study's folder and open it, made where it isn't there yet.
+def open_study(request: StudyRequest, context: RunContext) -> Iterator[OpenStudy]:
+    """Lock a study's folder and open the study, creating what isn't there yet.
 
     Raises:
-        stopping.Stopped: a stop was asked for, of the run or of the study, before it stood.
+        locks.Stopped: the run or the study was asked to stop before the study was open.
         StudyConflict: the folder or the storage holds a study with another definition.
         StudyBusy: another process of this host runs it.
-        FintxError: whatever in data, budget, queue or storage can't be run; no trial has been touched then.
+        FintxError: anything in data, budget, queue or storage that can't be run; no trial has been touched then.
     """
-    asked, where, take_over, data_root = order.spec, order.where, order.take_over, context.data_root
-    folder, warn = context.study_root / asked.study.name, functools.partial(context.notice, asked.study.name)
-    known = study_file.read_study(folder)
-    spec, prepared = resolve_data(asked, folder=folder, data_root=data_root)
-    mine = study_file.definition(spec)
-    if known is not None:
-        check_same(folder, known.definition, mine)
-    space = SearchSpace.build(spec, n_features=len(spec.data.features))
-    queue.validate(spec, n_features=len(spec.data.features), where=where)
-    counted = not order.queue_only and take_over is None
+    take_over, data_root, name = request.take_over, context.data_root, request.spec.study.name
+    folder, warn = context.study_root / name, functools.partial(context.notice, name)
+    spec, prepared = resolve_data(request.spec, folder=folder, data_root=data_root)
+    existing, definition = study_file.read_study(folder), study_file.definition(spec)
+    if existing is not None:
+        check_same(folder, existing.definition, definition)
+    n_features, minimize = len(spec.data.features), metrics.MINIMIZE[spec.study.metric]
+    space = SearchSpace.build(spec, n_features=n_features)
+    queue.validate(spec, n_features=n_features, where=request.where)
+    counted = not request.queue_only and take_over is None
 
     with locks.hold(folder), contextlib.ExitStack() as stack:
-        requests = locks.StopRequests(folder)
-        pause = functools.partial(requests.heed, context.should_stop)
-        if known is None:
+        stop_requests = locks.StopRequests(folder)
+        check_stop = functools.partial(stop_requests.check, context.should_stop)
+        if existing is None:
             _check_no_strangers(folder)
         try:
-            minimize = metrics.MINIMIZE[spec.study.metric]
             opened = stack.enter_context(
-                storage.open_storage(spec.execution.storage, folder, spec.study.name, minimize=minimize, warn=warn)
+                storage.open_storage(spec.execution.storage, folder, name, minimize=minimize, warn=warn)
             )
-            book = TrialTable(opened, trial_table.owner_of(folder, shared=opened.shared))
-            queue.check_against_trials(spec, space, book.leases(), counted=counted, where=where)
-            check_same(folder, book.definition(mine), mine, where=opened.name)
+            table = TrialTable(opened, trial_table.owner_of(folder, shared=opened.shared))
+            queue.check_against_trials(spec, space, table.leases(), counted=counted, where=request.where)
+            check_same(folder, table.definition(definition), definition, where=opened.name)
             pending = folder / "fork-pending"  # stands until every old trial has come over
-            if known is None and take_over is not None:
+            if existing is None and take_over is not None:
                 records.write_atomically(pending, "trials are being taken over from another study\n")
-            write_definition(folder, kept_spec(spec, known) if order.queue_only else spec, mine, known)
+            write_definition(folder, spec, queue_only=request.queue_only)
             if pending.is_file():
                 if take_over is None:
                     raise FintxError(f"{folder}: its fork was cut off; give the command with --fork again")
                 take_over(folder, spec, space, warn)
                 pending.unlink()
-            book.restore(records.read_all(folder), space.distributions, minimize=minimize)
-            _check_records(folder, book)
-            queue.check_against_trials(
-                spec, space, book.leases(), counted=counted, where=where
-            )  # of a journal made again too
+            table.restore(records.read_all(folder), space.distributions, minimize=minimize)
+            leases = table.leases()
+            if not opened.shared:  # a database holds a copy of every record
+                _check_records(folder, leases)
+            queue.check_against_trials(spec, space, leases, counted=counted, where=request.where)  # a restored journal
         except storage.StorageAway as error:
-            raise FintxError(
-                f"{spec.study.name}: {error}; is the database running, and is its address right?"
-            ) from None
+            raise FintxError(f"{name}: {error}; is the database running, and is its address right?") from None
         datasets.store_processed(prepared, data_root)
-        beaten = baseline_store.ensure_baselines(folder, prepared.folds, spec, data_root, tell=warn, pause=pause)
-        pause()
-        yield OpenStudy(asked, spec, folder, space, prepared, book, beaten, requests)
+        baselines = study_file.ensure_baselines(
+            folder, prepared.folds, spec, data_root, notify=warn, check_stop=check_stop
+        )
+        check_stop()
+        yield OpenStudy(request.spec, spec, folder, space, prepared, table, baselines, stop_requests)
 
 
-def _check_records(folder: Path, book: TrialTable) -> None:
-    """A trial that the journal calls finished has its record; a database holds a copy of it.
+def _check_records(folder: Path, leases: tuple[Lease, ...]) -> None:
+    """A trial that the journal calls finished has its record.
 
     Raises:
         FintxError: with the trials whose records are gone.
     """
-    there = {record.trial_number for record in records.read_all(folder)}
-    gone = sorted({lease.number for lease in book.leases() if lease.finished} - there)
-    if gone and not book.storage.shared:
+    present = {record.trial_number for record in records.read_all(folder)}
+    missing = sorted({lease.number for lease in leases if lease.finished} - present)
+    if missing:
         raise FintxError(
-            f"{folder}: the records of trials {', '.join(map(str, gone))} are gone, which the journal calls finished; "
-            "restore them from a copy, or move journal.log away: the same command then makes it again from the records "
-            "that are there, and trains what is missing"
+            f"{folder}: the records of trials {', '.join(map(str, missing))} are gone, which the journal calls "
+            "finished; restore them from a copy, or move journal.log away: the same command then makes it again from "
+            "the records that are there, and trains what is missing"
         )
 
 
@@ -198,31 +201,35 @@ def check_same(folder: Path, before: dict[str, Any], after: dict[str, Any], *, w
     )
 
 
-def kept_spec(spec: StudySpec, known: StudyFile | None) -> StudySpec:
-    """What study.json holds of a study that runs another file's queue: its own queue, as far as it is known."""
-    own = known.spec.queue if known else ()
-    extremes = known.spec.study.queue_extremes if known else False
-    study = spec.study.model_copy(update={"queue_extremes": extremes})
-    return spec.model_copy(update={"queue": own, "study": study})
-
-
-def write_definition(folder: Path, spec: StudySpec, defined: dict[str, Any], known: StudyFile | None) -> None:
+def write_definition(folder: Path, spec: StudySpec, *, queue_only: bool) -> None:
     """Write study.json and the resolved file, if they changed.
+
+    Args:
+        queue_only: the queue is another file's: the study keeps its own, if it has one.
 
     Raises:
         FintxError: they can't be written.
     """
-    fresh = StudyFile(
-        spec=spec,
-        definition=defined,
-        definition_hash=study_file.definition_hash(defined),
-        created=known.created if known else environment.now(),
-        fintx_version=known.fintx_version if known else fintx.__version__,
-        git_commit=known.git_commit if known else environment.git_commit(),
-    )
-    if fresh != known:
-        study_file.write_study(folder, fresh)
-        records.write_atomically(folder / RESOLVED, load.dump(spec))
+    existing = study_file.read_study(folder)
+    if queue_only:
+        extremes = existing.spec.study.queue_extremes if existing else False
+        study = spec.study.model_copy(update={"queue_extremes": extremes})
+        spec = spec.model_copy(update={"queue": existing.spec.queue if existing else (), "study": study})
+    if existing is not None:
+        new = existing.model_copy(update={"spec": spec})
+    else:
+        definition = study_file.definition(spec)
+        new = StudyFile(
+            spec=spec,
+            definition=definition,
+            definition_hash=study_file.definition_hash(definition),
+            created=environment.now(),
+            fintx_version=fintx.__version__,
+            git_commit=environment.git_commit(),
+        )
+    if new != existing:
+        study_file.write_study(folder, new)
+        records.write_atomically(folder / "resolved.toml", load.dump(spec))
 
 
 def _check_no_strangers(folder: Path) -> None:
@@ -234,7 +241,7 @@ def _check_no_strangers(folder: Path) -> None:
         )
 
 
-TakeOver = Callable[[Path, StudySpec, SearchSpace, Callable[[str], None]], None]
+# --- forks ------------------------------------------------------------------------------------------------------------
 
 
 def renamed(spec: StudySpec, name: str) -> StudySpec:
@@ -255,32 +262,50 @@ def renamed(spec: StudySpec, name: str) -> StudySpec:
 
 
 def take_over_from(old: Path) -> TakeOver:
-    """What brings the trials of a study in the folder `old` into a new one: `lifecycle.open_study` calls it.
+    """What brings the trials of the study in `old` into a new one; `open_study` calls it.
 
     Raises:
         FintxError: there is no study to fork.
     """
-    known = study_file.read_study(old)
-    if known is None:
+    forked = study_file.read_study(old)
+    if forked is None:
         raise FintxError(f"--fork: {old} holds no study to take trials from")
 
-    def take_over(folder: Path, spec: StudySpec, space: SearchSpace, say: Callable[[str], None]) -> None:
+    def take_over(folder: Path, spec: StudySpec, space: SearchSpace, warn: Warn) -> None:
         reasons: Counter[str] = Counter()
         number = 0
         for record in records.read_all(old):
-            if reason := _misfit(record, known.definition, spec, space):
+            searched = {}
+            for path in spec.space:
+                section, _, key = path.partition(".")
+                searched[path] = getattr(getattr(record.config, section), key)
+            if reason := _misfit(record, searched, forked.definition, spec, space):
                 reasons[reason] += 1
                 continue
-            _copy(record, old, folder, _as_of(record, spec, space, number))
+            changes = {
+                "study": spec.study.name,
+                "trial_number": number,
+                "budget": spec.budget,
+                "params": {**space.encode(record.config.shape), **searched},
+                "origin": record.origin or f"{record.study}/{record.trial_number}",
+            }
+            _copy(record, old, folder, record.model_copy(update=changes))
             number += 1
         left = "".join(f"; {n} not: {reason}" for reason, n in reasons.items())
-        say(f"{number} trials taken over from {known.spec.study.name}{left}")
+        warn(f"{number} trials taken over from {forked.spec.study.name}{left}")
 
     return take_over
 
 
-def _misfit(record: TrialRecord, before: dict[str, Any], spec: StudySpec, space: SearchSpace) -> str:
-    """Why a trial does not hold under the new definition; empty: it does."""
+def _misfit(
+    record: TrialRecord, searched: dict[str, Any], before: dict[str, Any], spec: StudySpec, space: SearchSpace
+) -> str:
+    """Why a trial does not hold under the new definition; empty: it does.
+
+    Args:
+        searched: the trial's values of what the new study searches.
+        before: the definition that it was trained under.
+    """
     after = study_file.definition(spec)
     for key in sorted({key for key in {**before, **after} if key.startswith("software.")}):
         if before.get(key) != after.get(key):
@@ -293,47 +318,17 @@ def _misfit(record: TrialRecord, before: dict[str, Any], spec: StudySpec, space:
         return "their shape is no candidate any more"
     if not spec.budget.low <= record.param_count <= spec.budget.high:
         return "their size is outside the budget"
-    for name, distribution in _searched(space).items():
-        section, _, key = name.partition(".")
-        if not _contains(distribution, getattr(getattr(record.config, section), key)):
-            return f"their {name} lies outside its range"
-    again = space.trial_config(_params(record, space), record.config.shape, seed=record.config.seed)
-    ours, theirs = again.model_dump(), record.config.model_dump()
-    for section in ours:
-        if ours[section] != theirs[section]:
-            return f"another {section}"
-    return ""
-
-
-def _searched(space: SearchSpace) -> dict[str, BaseDistribution]:
-    return {name: each for name, each in space.distributions.items() if not name.startswith("shape.")}
-
-
-def _contains(distribution: BaseDistribution, value: Any) -> bool:
-    try:
-        return bool(distribution._contains(distribution.to_internal_repr(value)))
-    except ValueError:  # no choice of the distribution
-        return False
-
-
-def _params(record: TrialRecord, space: SearchSpace) -> dict[str, Any]:
-    """The trial's parameters in the coordinates of the new space."""
-    values = {}
-    for name in _searched(space):
-        section, _, key = name.partition(".")
-        values[name] = getattr(getattr(record.config, section), key)
-    return {**space.encode(record.config.shape), **values}
-
-
-def _as_of(record: TrialRecord, spec: StudySpec, space: SearchSpace, number: int) -> TrialRecord:
-    changes = {
-        "study": spec.study.name,
-        "trial_number": number,
-        "budget": spec.budget,
-        "params": _params(record, space),
-        "origin": record.origin or f"{record.study}/{record.trial_number}",
-    }
-    return record.model_copy(update=changes)
+    for path, value in searched.items():
+        distribution = space.distributions[path]
+        try:
+            is_inside = distribution._contains(distribution.to_internal_repr(value))
+        except ValueError:  # no choice of the distribution
+            is_inside = False
+        if not is_inside:
+            return f"their {path} lies outside its range"
+    again = space.trial_config(searched, record.config.shape, seed=record.config.seed)
+    new, old = again.model_dump(), record.config.model_dump()
+    return next((f"another {section}" for section in new if new[section] != old[section]), "")
 
 
 def _copy(record: TrialRecord, old: Path, folder: Path, new: TrialRecord) -> None:

@@ -1,4 +1,4 @@
-"""Who may write to a folder? One process at a time; the second learns who holds it.
+"""Locks on folders, and requests to stop a study.
 
 A study's folder is held by one coordinator per host, a trial's run folder by one worker. Both are kernel locks, gone
 with their process however it ends. A run folder can be seized: its trial has been given to another attempt, and the
@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import re
 import signal
 import socket
 import time
@@ -23,7 +24,7 @@ from fintx.study import records, study_file
 from fintx.study.environment import now
 
 _ORPHAN_S = 10.0
-"""How long a worker whose coordinator died may take to save and let go of its run folder."""
+"""How long a worker whose coordinator died may take to save and release its run folder."""
 
 
 class StudyBusy(FintxError):
@@ -47,12 +48,12 @@ def hold(study_folder: Path, *, alone: bool = False) -> Iterator[None]:
     """
     try:
         study_folder.mkdir(parents=True, exist_ok=True)
-        path = study_folder / "lock" if alone else _lock_file(study_folder)
-        file = path.open("a+", encoding="utf-8")
+        name = "lock" if alone else f"lock-{socket.gethostname()}"
+        file = (study_folder / name).open("a+", encoding="utf-8")
     except OSError as error:
         raise FintxError(f"{study_folder}: can't be written: {error.strerror}; choose another --outputs") from error
     with file:
-        if not _taken(file, patience_s=0.2):  # `holder` takes it too, for an instant
+        if not _lock(file, patience_s=0.2):  # `holder_of` takes it too, for an instant
             raise StudyBusy(
                 f"{study_folder}: is being run by {_holder(file)}; wait for it, or stop it: fintx stop {study_folder}"
             )
@@ -62,7 +63,7 @@ def hold(study_folder: Path, *, alone: bool = False) -> Iterator[None]:
 
 
 def holder_of(study_folder: Path) -> str | None:
-    """Who runs a study now, in words, as far as the file system tells; none: nobody."""
+    """Which process runs a study now, as far as the file system tells; none: nobody does."""
     for path in sorted(study_folder.glob("lock-*")):
         with path.open("r", encoding="utf-8") as file:
             try:
@@ -85,30 +86,29 @@ def seize(run_folder: Path) -> Iterator[Callable[[], None]]:
     run_folder.mkdir(parents=True, exist_ok=True)
     path = run_folder / "lock"
     file = path.open("a+", encoding="utf-8")
-    if not _taken(file, patience_s=_ORPHAN_S):
-        _kill_holder(file)
+    if not _lock(file, patience_s=_ORPHAN_S):
+        process = re.match(r"process (\d+) on (\S+)", _holder(file))  # the kernel says that it is alive
+        if process and process[2] == socket.gethostname():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int(process[1]), signal.SIGKILL)
         file.close()
         fresh = path.with_name(f".lock-{os.getpid()}")
         file = fresh.open("w+", encoding="utf-8")
         fcntl.flock(file, fcntl.LOCK_EX)
         fresh.rename(path)
-    mine = os.fstat(file.fileno()).st_ino
+    own = os.fstat(file.fileno()).st_ino
 
     def check() -> None:
         try:
             current = path.stat().st_ino
         except FileNotFoundError:
             current = None
-        if current != mine:
+        if current != own:
             raise Superseded(f"{run_folder} was taken over by another attempt")
 
     with file:
         _sign(file)
         yield check
-
-
-def _lock_file(study_folder: Path) -> Path:
-    return study_folder / f"lock-{socket.gethostname()}"
 
 
 def _sign(file: IO[str]) -> None:
@@ -122,15 +122,7 @@ def _holder(file: IO[str]) -> str:
     return file.read().strip() or "another process"
 
 
-def _kill_holder(file: IO[str]) -> None:
-    """The kernel says that the holder lives, and the holder wrote down who it is."""
-    words = _holder(file).split()
-    if words[:1] == ["process"] and words[3:4] == [socket.gethostname()] and words[1].isdigit():
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(int(words[1]), signal.SIGKILL)
-
-
-def _taken(file: IO[str], *, patience_s: float) -> bool:
+def _lock(file: IO[str], *, patience_s: float) -> bool:
     deadline = time.monotonic() + patience_s
     while True:
         try:
@@ -143,9 +135,11 @@ def _taken(file: IO[str], *, patience_s: float) -> bool:
             return True
 
 
+# --- requests to stop -------------------------------------------------------------------------------------------------
+
 _STOP_FILE = "stop"
 STOP_HEARD = "asked to stop; what trains now comes to its end first"
-"""What a run says when it has seen a request."""
+"""What a run reports when it has seen a request."""
 
 
 def ask_to_stop(study: str, *, outputs: Path) -> str:
@@ -169,25 +163,25 @@ def ask_to_stop(study: str, *, outputs: Path) -> str:
 
 
 class Stopped(Exception):
-    """A stop was asked for while a study began; nothing of it runs."""
+    """A stop was requested before a study was open; nothing of it runs."""
 
 
 class StopRequests:
-    """Those made of a run since it took its study's folder; an older one was another run's."""
+    """Requests since a run locked its study's folder; an older one was for another run."""
 
     def __init__(self, study_folder: Path) -> None:
         self._file = study_folder / _STOP_FILE
         self._before = self._latest()
 
     def pending(self) -> bool:
-        """Whether there is one. A folder that can't be read just now tells nothing: it is looked at again soon."""
+        """Whether there is one. A folder that can't be read just now is read again soon."""
         try:
             return self._latest() != self._before
         except OSError:
             return False
 
-    def heed(self, should_stop: Callable[[], bool]) -> None:
-        """Where nothing runs yet.
+    def check(self, should_stop: Callable[[], bool]) -> None:
+        """Check for one while nothing runs yet.
 
         Raises:
             Stopped: there is one, or the whole run is to stop.

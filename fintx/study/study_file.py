@@ -1,22 +1,30 @@
-"""Study file: study.json, the definition that a study keeps; studies by name; openings of the sealed test part."""
+"""Files of a study beside its trials: study.json, the fitted baselines, the openings of the sealed test part.
+
+study.json holds the definition, which never changes under a study's name. Baselines are fitted once per data, label and
+split, kept beside the data, and copied into the folder of every study that asks for them.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 from pydantic import ValidationError
 
 from fintx.config.schema import StudySpec
+from fintx.data import sources
+from fintx.data.datasets import Dataset
 from fintx.errors import FintxError
-from fintx.study import environment
-from fintx.study.records import DamagedRecord, RecordModel, write_atomically
-
-# --- the study's own file ---------------------------------------------------------------------------------------------
+from fintx.evaluate import baselines
+from fintx.study import environment, records
+from fintx.study.records import DamagedRecord, RecordModel
 
 FREE_TO_CHANGE = {"name", "n_trials", "question", "keep_checkpoints", "queue_extremes"}
 """Keys of [study] that define nothing."""
@@ -42,7 +50,7 @@ def write_study(study_folder: Path, study: StudyFile) -> None:
     Raises:
         FintxError: it can't be written.
     """
-    write_atomically(study_folder / "study.json", study.model_dump_json(indent=1))
+    records.write_atomically(study_folder / "study.json", study.model_dump_json(indent=1))
 
 
 def read_study(study_folder: Path) -> StudyFile | None:
@@ -69,21 +77,21 @@ def definition(spec: StudySpec) -> dict[str, Any]:
     """
     tree = spec.model_dump(mode="json", exclude={"queue", "mesh", "execution", "confirm"})
     tree["study"] = {key: value for key, value in tree["study"].items() if key not in FREE_TO_CHANGE}
-    if spec.study.replicates == 1:  # as studies that began before there were any say it
+    if spec.study.replicates == 1:  # as in studies from before there were replicates
         del tree["study"]["replicates"]
     tree["software"] = {name: environment.libraries()[name] for name in _SOFTWARE}
     return dict(_flatten(tree))
+
+
+def definition_hash(defined: dict[str, Any]) -> str:
+    """sha256 (hex) of a definition's canonical JSON."""
+    return hashlib.sha256(json.dumps(defined, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def differences(one: StudySpec, other: StudySpec) -> tuple[str, ...]:
     """The dotted keys in which two specs differ."""
     a, b = (dict(_flatten(spec.model_dump(mode="json"))) for spec in (one, other))
     return tuple(key for key in {**a, **b} if a.get(key) != b.get(key))
-
-
-def definition_hash(defined: dict[str, Any]) -> str:
-    """sha256 (hex) of a definition's canonical JSON."""
-    return hashlib.sha256(json.dumps(defined, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def _flatten(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -94,28 +102,19 @@ def _flatten(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]
             yield f"{prefix}{key}", value
 
 
-# --- studies by name --------------------------------------------------------------------------------------------------
-
-
 def find_study(study: str, *, outputs: Path) -> Path:
     """The folder of a study, given its name or the folder itself.
 
     Raises:
         FintxError: there is no such study.
     """
-    folder = next((path for path in (Path(study), outputs / study) if _holds_study(path)), None)
-    if folder is None:
-        known = ", ".join(path.name for path in study_folders(outputs)) or "none"
-        shown = ascii(study if len(study) <= 60 else f"{study[:60]}…")
-        raise FintxError(f"{shown}: is no study under {outputs} (there: {known}); give a study's name or its folder")
-    return folder
-
-
-def _holds_study(folder: Path) -> bool:
-    try:
-        return read_study(folder) is not None
-    except OSError:  # a name that no file can have
-        return False
+    for folder in (Path(study), outputs / study):
+        with contextlib.suppress(OSError):  # a name that no file can have
+            if read_study(folder) is not None:
+                return folder
+    names = ", ".join(path.name for path in study_folders(outputs)) or "none"
+    shown = ascii(study if len(study) <= 60 else f"{study[:60]}…")
+    raise FintxError(f"{shown}: is no study under {outputs} (there: {names}); give a study's name or its folder")
 
 
 def study_folders(outputs: Path) -> list[Path]:
@@ -123,7 +122,86 @@ def study_folders(outputs: Path) -> list[Path]:
     return sorted(path.parent for path in outputs.glob("*/study.json"))
 
 
-# --- the sealed test part's log ---------------------------------------------------------------------------------------
+# --- baselines --------------------------------------------------------------------------------------------------------
+
+
+def ensure_baselines(
+    folder: Path,
+    folds: tuple[Dataset, ...],
+    spec: StudySpec,
+    data_root: Path,
+    *,
+    notify: Callable[[str], None],
+    check_stop: Callable[[], None] = lambda: None,
+) -> dict[str, Any]:
+    """What must be beaten on the very same rows: fitted once per data, label and split, whatever study asks.
+
+    Args:
+        notify: called with a line of progress per fold.
+        check_stop: called before each fit; what it raises ends them.
+
+    Returns:
+        name → {"words", "metrics" (mean over folds), "folds" (metrics of each)}.
+    """
+    path = folder / "baselines.json"
+    if path.is_file() and (folder / "baselines.parquet").is_file():
+        with contextlib.suppress(ValueError):  # damaged: made again
+            return json.loads(path.read_text())
+    # A key of all that a baseline depends on; the inputs' scaling and the context's bars are in `data`.
+    hashes = [(fold.data_hash, fold.label_hash, fold.split_hash) for fold in folds]
+    settings = [spec.data.model_dump(mode="json"), spec.task.model_dump(mode="json")]
+    key = json.dumps([baselines.VERSION, hashes, settings], sort_keys=True)
+    shared = data_root / "baselines" / hashlib.sha256(key.encode()).hexdigest()[:16]
+    try:
+        text, table = _read_baselines(shared)
+    except (OSError, ValueError, pa.ArrowException):  # never fitted, or not whole
+        _fit_baselines(shared, folds, spec, data_root, notify, check_stop)
+        text, table = _read_baselines(shared)
+    records.write_predictions(folder, table, name="baselines.parquet")
+    records.write_atomically(path, text)  # last: with it the study has them
+    return json.loads(text)
+
+
+def _read_baselines(folder: Path) -> tuple[str, pa.Table]:
+    text = (folder / "baselines.json").read_text()
+    json.loads(text)
+    return text, pq.read_table(folder / "baselines.parquet")
+
+
+def _fit_baselines(
+    target: Path,
+    folds: tuple[Dataset, ...],
+    spec: StudySpec,
+    data_root: Path,
+    notify: Callable[[str], None],
+    check_stop: Callable[[], None],
+) -> None:
+    bars = sources.load_pinned(spec.data, spec.data.assets, data_root)
+    context = sources.load_pinned(spec.data, spec.data.context, data_root)
+    per_fold = []
+    for index, fold in enumerate(folds):
+        notify("fitting what must be beaten" + (f", fold {index + 1} of {len(folds)}" if len(folds) > 1 else ""))
+        per_fold.append(baselines.for_dataset(fold, spec.task, bars, context, pause=check_stop))
+    result = {
+        first.name: {
+            "words": first.words,
+            "metrics": records.mean_metrics([fold[index].metrics for fold in per_fold]),
+            "folds": [fold[index].metrics for fold in per_fold],
+        }
+        for index, first in enumerate(per_fold[0])
+    }
+    tables = [
+        records.prediction_table(fold, index, baseline.outputs).append_column(
+            "baseline", pa.array([baseline.name] * len(fold.validation.rows))
+        )
+        for index, fold in enumerate(folds)
+        for baseline in per_fold[index]
+    ]
+    records.write_predictions(target, pa.concat_tables(tables), name="baselines.parquet")
+    records.write_atomically(target / "baselines.json", json.dumps(result, indent=1) + "\n")
+
+
+# --- openings of the sealed test part ---------------------------------------------------------------------------------
 
 
 def log_opening(study_folder: Path, entry: dict[str, Any]) -> int:
@@ -146,14 +224,14 @@ def log_opening(study_folder: Path, entry: dict[str, Any]) -> int:
     return len(openings(study_folder))
 
 
+def openings(study_folder: Path) -> list[dict[str, Any]]:
+    """Every logged opening of the test part, oldest first."""
+    path = study_folder / "openings.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+
+
 def openings_note(study_folder: Path) -> str:
     """What every later result says of earlier openings; empty: there were none."""
     n = len(openings(study_folder))
     times = "once" if n == 1 else f"{n} times"
     return f"the sealed test part has been opened {times}; what came later may owe something to it" if n else ""
-
-
-def openings(study_folder: Path) -> list[dict[str, Any]]:
-    """Every logged opening of the test part, oldest first."""
-    path = study_folder / "openings.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
