@@ -276,9 +276,10 @@ def print_params(console: Console, answer: ShapeCount | FittingDepths) -> None:
         title = f"Depths inside {answer.budget.low:,} … {answer.budget.high:,} parameters"
         columns: list[Column] = ["d_model", "d_ff / d_model", "d_ff", "n_layers", "parameters", "heads"]
         rows = [
-            (width, f"{ratio:g}", round(width * ratio), f"{low} … {high}", f"{n_low:,} … {n_high:,}",
-             " ".join(map(str, answer.head_counts[width])))
-            for width, ratio, low, n_low, high, n_high in answer.rows
+            (row.d_model, f"{row.d_ff_ratio:g}", round(row.d_model * row.d_ff_ratio),
+             f"{row.fewest[0]} … {row.most[0]}", f"{row.fewest[1]:,} … {row.most[1]:,}",
+             " ".join(map(str, row.head_counts)))
+            for row in answer.rows
         ]  # fmt: skip
         show(console, make("depths", title, columns, rows))
         return

@@ -1,6 +1,6 @@
-"""Environment of a run: versions, device, commit and time for its records; variables that its workers start with.
+"""Environment of a run: versions, device, commit and time for its records, and the variables that workers start with.
 
-Kept in records, and never an input of a result.
+Records keep it; no result depends on it by design.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ def git_commit() -> str | None:
 
     def git(*arguments: str) -> str | None:
         try:
-            done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, timeout=10)
+            result = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, timeout=10)
         except (OSError, subprocess.TimeoutExpired):
             return None
-        return done.stdout.strip() if done.returncode == 0 else None
+        return result.stdout.strip() if result.returncode == 0 else None
 
     commit = git("rev-parse", "HEAD")
     if commit is None:
@@ -57,7 +57,7 @@ def now() -> str:
 
 
 WORKER_SETTINGS = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
-"""docs/performance.md holds what they bring."""
+"""Settings of the allocator under a worker; docs/performance.md has their effect."""
 _SETTINGS_RECORDED = (
     "GLIBC_TUNABLES", "LD_PRELOAD", "XLA_FLAGS", "LIBTPU_INIT_ARGS", "OMP_NUM_THREADS", "NVIDIA_TF32_OVERRIDE",
     "JAX_DEFAULT_MATMUL_PRECISION",
@@ -65,14 +65,14 @@ _SETTINGS_RECORDED = (
 
 
 def worker_environment() -> dict[str, str]:
-    """A worker's environment: this process's, and the settings that it doesn't hold yet."""
+    """A worker's environment: this process's, which goes before `WORKER_SETTINGS`."""
     return {**WORKER_SETTINGS, **os.environ}
 
 
 def visible_gpus() -> list[str] | None:
-    """What CUDA was told to show of the machine's GPUs, by index or by name; none: all of them."""
-    told = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return None if told is None else [name.strip() for name in told.split(",") if name.strip()]
+    """The GPUs that CUDA_VISIBLE_DEVICES names, by index or by name; none: it is not set, so all of them."""
+    names = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return None if names is None else [name.strip() for name in names.split(",") if name.strip()]
 
 
 def process_settings() -> dict[str, str]:

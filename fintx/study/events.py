@@ -1,4 +1,4 @@
-"""Events of a running study: plain values, for a live view, a log or a test."""
+"""Events of a running study, as plain values for a live view, a log or a test; and the context of a run."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from fintx.train import progress
 
 @dataclass(frozen=True)
 class StudyReady:
-    """Data, label and split stand; no trial of this run has begun."""
+    """A study is open: its data, label and split are built; no trial of this run has begun."""
 
     study: str
     spec: StudySpec
     prepared: datasets.PreparedData
     n_shapes: int
     finished: int
-    """Records that stand already."""
+    """Records so far."""
     total: int
-    """Records at the end of this run, as far as its file asks for them now."""
+    """Records at the end of this run, by its file as it is now."""
     to_beat: tuple[str, float] | None = None
     """The best baseline and its score; none where no baseline has the study's metric."""
 
@@ -39,12 +39,12 @@ class TrialStarted:
     source: str
     note: str
     name: str = ""
-    """What it is called where it is no trial of the search; its number then only tells it from others."""
+    """Of a rerun; its number then only identifies it."""
 
 
 @dataclass(frozen=True)
 class EpochDone:
-    """One epoch of one fold and seed is done."""
+    """An epoch of one fold and seed is done."""
 
     study: str
     number: int
@@ -77,7 +77,7 @@ class TrialFinished:
 
 @dataclass(frozen=True)
 class ConfirmReady:
-    """A confirmation stands: which trials are trained again; no rerun of it has begun."""
+    """A confirmation is open: its candidates are chosen; no rerun of this run has begun."""
 
     study: str
     spec: StudySpec
@@ -88,7 +88,7 @@ class ConfirmReady:
     searched: int
     """Records of the search."""
     finished: int
-    """Reruns that are trained already."""
+    """Reruns so far."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ class RerunFinished:
 
 @dataclass(frozen=True)
 class Notice:
-    """Something that its user should know, in a line."""
+    """Something that you should know about a study, in a line."""
 
     study: str
     text: str
@@ -122,20 +122,19 @@ class RunContext:
     """Folder that holds one folder per study."""
     data_root: Path
     notify: Callable[[Event], None] = lambda event: None
-    """Called with every event, for the live view."""
+    """Called with every event."""
     should_stop: Callable[[], bool] = lambda: False
-    """Asked several times a second; true saves what runs and ends the run."""
+    """Called several times a second; true saves what runs and ends the run."""
     hosts: bool = False
-    """The one worker trains together with those of the launch's other processes: one trial at a time."""
+    """Whether the one worker trains together with those of the launch's other processes, one trial at a time."""
     on_gpu: bool = False
-    """Whether the workers' trials run on one."""
+    """Whether the workers train on GPUs."""
     n_workers: int = 1
 
-    def notice(self, study: str, words: str) -> None:
-        """Tell the user something about a study, in a line."""
-        self.notify(Notice(study, words))
+    def notice(self, study: str, text: str) -> None:
+        """Report something about a study, in a line."""
+        self.notify(Notice(study, text))
 
     def pipelines(self, execution: ExecutionConfig) -> bool:
-        """Whether a study's next trial is asked for while one trains."""
-        wanted = execution.pipeline
-        return not self.hosts and (self.on_gpu if wanted is None else wanted)
+        """Whether a study's next trial is proposed while one trains."""
+        return not self.hosts and (self.on_gpu if execution.pipeline is None else execution.pipeline)

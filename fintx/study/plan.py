@@ -1,13 +1,15 @@
-"""What would a sweep file run? Everything that can be said before the first trial, as data; nothing is written."""
+"""Plan: what `fintx plan` and `fintx params` print, computed before any trial; nothing is run or written."""
 
 from __future__ import annotations
 
+import itertools
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+from pydantic import ValidationError
 
 from fintx.config import load
 from fintx.config.bounds import parse_parameters
@@ -36,11 +38,11 @@ from fintx.train.train_state import BatchLayout
 _EFFICIENCY = 0.35
 """Share of this machine's matmul rate that a train step reaches (small matmuls, elementwise work, dropout)."""
 _LAYER_S = 5e-4
-"""Per layer and step beside the matmuls: loop turns, small kernels."""
+"""Seconds per layer and step besides the matmuls: loop overhead, small kernels."""
 _COMPILE_S = 8.0
-"""Trace, lower and compile one shape."""
+"""Seconds to trace, lower and compile one shape."""
 _LARGE_BYTES, _LARGE_GPU = 8 * 2**30, 141_000_000_000
-"""From which size on a trial is also planned on large GPUs, and their memory (an H200's)."""
+"""A trial above this size is also planned on large GPUs; their memory (an H200's). Bytes."""
 
 
 @dataclass(frozen=True)
@@ -51,11 +53,11 @@ class Machine:
     memory: int
     """Bytes of each."""
     here: bool = False
-    """They are this machine's, and the memory is what a trial can have of it."""
+    """Whether they are this machine's; then the memory is what a trial can have of it."""
 
     @property
     def usable_bytes(self) -> int:
-        """What a trial can have on each device."""
+        """What a trial can have on each device, bytes."""
         return self.memory if self.here else round(memory.OF_A_GPU * self.memory)
 
     def __str__(self) -> str:
@@ -77,10 +79,10 @@ class QueueRow:
 
 @dataclass(frozen=True)
 class TimeEstimate:
-    """Time and memory on this machine: rough, and an upper bound in epochs (early stopping comes sooner)."""
+    """Time and memory, roughly; time is that of all epochs, without early stopping."""
 
     matmul_gflops: float
-    """Measured now: matrix products in the compute dtype on the default device."""
+    """Measured now, in the compute dtype on the default device."""
     trial_s: tuple[float, float, float]
     """Smallest, median and largest feasible shape, all epochs."""
     study_s: float
@@ -89,7 +91,7 @@ class TimeEstimate:
 
 @dataclass(frozen=True)
 class MemoryRow:
-    """What one shape's trials hold on each of some devices, estimated."""
+    """Estimated memory of one shape's trials on each device of a machine."""
 
     machine: str
     shape: Shape
@@ -97,12 +99,12 @@ class MemoryRow:
     batch_size: int
     layout: Layout
     footprint: Footprint
-    """In one pass per step, as long as memory asks for no relief."""
+    """In one pass per step, with nothing done to save memory."""
     recomputed_bytes: int
     """The activations, if layers are computed again."""
     device_bytes: int
     fitting: BatchLayout | None
-    """With the least relief that makes it fit; none: nothing does."""
+    """The least reduction that makes it fit; none: nothing does."""
 
 
 @dataclass(frozen=True)
@@ -118,7 +120,7 @@ class StudyPlan:
     queue: tuple[QueueRow, ...]
     """What runs first, extremes included; cancelled entries are left out."""
     power: tuple[tuple[str, Power], ...]
-    """What each validation part can show, and all of them together where there are several; none for a regression."""
+    """Validation part → what it can show, and "all" where there are several; empty for a regression."""
     estimate: TimeEstimate
 
 
@@ -128,18 +130,17 @@ def machine(devices: int | None, device_memory: str | None) -> Machine:
     Raises:
         FintxError: the memory is no amount.
     """
+    n_devices = devices or jax.device_count()
     if device_memory is None:
-        return Machine(devices or jax.device_count(), memory.device_bytes(), here=True)
+        return Machine(n_devices, memory.device_bytes(), here=True)
     try:
-        return Machine(
-            devices or jax.device_count(), ExecutionConfig.model_validate({"memory": device_memory}).memory or 0
-        )
+        return Machine(n_devices, ExecutionConfig.model_validate({"memory": device_memory}).memory or 0)
     except ValueError:
         raise FintxError(f'--device-memory {device_memory}: wanted an amount like "80GB" or "80GiB"') from None
 
 
 def plan_study(spec: StudySpec, *, data_root: Path, on: Machine | None = None, where: Where = spelled) -> StudyPlan:
-    """Resolve a spec against its data and count everything; runs and writes nothing.
+    """Resolve a spec against its data and count everything; nothing is run or written.
 
     Args:
         on: the devices to plan for; none: this machine's.
@@ -177,18 +178,19 @@ def plan_study(spec: StudySpec, *, data_root: Path, on: Machine | None = None, w
 def _power(spec: StudySpec, prepared: datasets.PreparedData) -> tuple[tuple[str, Power], ...]:
     if spec.task.predicts != "probability":
         return ()
-    found, n_trials = [], spec.study.n_trials
-    n = n_positive = effective = 0.0
-    for part in prepared.parts:
-        if part.part.startswith("validation") and part.base_rate is not None:
-            n, n_positive, effective = n + part.n, n_positive + part.n * part.base_rate, effective + part.n_effective
-            if 0 < part.base_rate < 1:
-                found.append(
-                    (part.part, significance.paired_power(part.base_rate, part.n, part.n_effective, n_trials=n_trials))
-                )
-    if len(found) > 1:
-        found.append(("all", significance.paired_power(n_positive / n, int(n), effective, n_trials=n_trials)))
-    return tuple(found)
+    n_trials = spec.study.n_trials
+    parts = [part for part in prepared.parts if part.part.startswith("validation") and part.base_rate is not None]
+    powers = [
+        (part.part, significance.paired_power(part.base_rate, part.n, part.n_effective, n_trials=n_trials))
+        for part in parts
+        if part.base_rate is not None and 0 < part.base_rate < 1
+    ]
+    if len(powers) > 1:
+        n = sum(part.n for part in parts)
+        base_rate = sum(part.n * (part.base_rate or 0) for part in parts) / n
+        n_effective = sum(part.n_effective for part in parts)
+        powers.append(("all", significance.paired_power(base_rate, n, n_effective, n_trials=n_trials)))
+    return tuple(powers)
 
 
 def _estimate(
@@ -198,54 +200,56 @@ def _estimate(
     n_features: int,
     machine: Machine,
 ) -> TimeEstimate:
+    """Time of three sizes; memory of two on the machine, and of a large one on one to eight large GPUs too."""
     by_size = sorted(counted, key=lambda pair: pair[1])
-    typical = (by_size[0][0], by_size[len(by_size) // 2][0], by_size[-1][0])
+    smallest, median, largest = by_size[0], by_size[len(by_size) // 2], by_size[-1]
     rate = _matmul_rate(spec.model.compute_dtype)
     n_train = sum(len(fold.train.rows) for fold in prepared.folds)
     n_validation = sum(len(fold.validation.rows) for fold in prepared.folds)
-    seconds = []
-    for shape in typical:
+
+    def trial_s(shape: Shape) -> float:
         flops = param_count.flops(spec.model, shape, n_features)
-        epoch = n_train * (flops.forward + flops.backward) + n_validation * flops.forward
+        epoch_flops = n_train * (flops.forward + flops.backward) + n_validation * flops.forward
         steps = n_train / spec.train.batch_size
-        epoch_s = epoch / (rate * _EFFICIENCY) + steps * family.of(spec.model).depth(shape) * _LAYER_S
-        seconds.append(_COMPILE_S + spec.train.max_epochs * epoch_s)
+        epoch_s = epoch_flops / (rate * _EFFICIENCY) + steps * family.of(spec.model).depth(shape) * _LAYER_S
+        return _COMPILE_S + spec.train.max_epochs * epoch_s
+
+    rows = [_memory_row(spec, *pair, n_features, machine) for pair in dict.fromkeys((smallest, largest))]
+    if rows[-1].footprint.total > _LARGE_BYTES and machine.here:
+        rows += [_memory_row(spec, *largest, n_features, Machine(n, _LARGE_GPU)) for n in (1, 2, 4, 8)]
+    median_s = trial_s(median[0])
     return TimeEstimate(
         matmul_gflops=rate / 1e9,
-        trial_s=(seconds[0], seconds[1], seconds[2]),
-        study_s=seconds[1] * spec.study.n_trials,
-        memory=_memory(spec, by_size[0], by_size[-1], n_features, machine),
+        trial_s=(trial_s(smallest[0]), median_s, trial_s(largest[0])),
+        study_s=median_s * spec.study.n_trials,
+        memory=tuple(rows),
     )
 
 
-def _memory(
-    spec: StudySpec, smallest: tuple[Shape, int], largest: tuple[Shape, int], n_features: int, machine: Machine
-) -> tuple[MemoryRow, ...]:
-    """The smallest and the largest shape on the machine; a large one on one to eight large GPUs too."""
-    rows = [_memory_row(spec, pair, n_features, machine) for pair in dict.fromkeys((smallest, largest))]
-    if rows[-1].footprint.total > _LARGE_BYTES and machine.here:
-        rows += [_memory_row(spec, largest, n_features, Machine(n, _LARGE_GPU)) for n in (1, 2, 4, 8)]
-    return tuple(rows)
-
-
-def _memory_row(spec: StudySpec, pair: tuple[Shape, int], n_features: int, machine: Machine) -> MemoryRow:
-    (shape, total), batch_size = pair, spec.train.batch_size
+def _memory_row(spec: StudySpec, shape: Shape, n_params: int, n_features: int, machine: Machine) -> MemoryRow:
     layout = memory.choose(
         spec.mesh, spec.model, shape, n_features,
-        batch_size=batch_size, n_devices=machine.n_devices, device_bytes=machine.usable_bytes,
+        batch_size=spec.train.batch_size, n_devices=machine.n_devices, device_bytes=machine.usable_bytes,
     )  # fmt: skip
-    plain = BatchLayout(batch_size, layout=layout)
+    plain = BatchLayout(spec.train.batch_size, layout=layout)
 
-    def held(batch_layout: BatchLayout) -> Footprint:
+    def footprint(batch_layout: BatchLayout) -> Footprint:
         return memory.footprint(spec.model, shape, n_features, batch_layout)
 
     fitting: BatchLayout | None = plain
-    while fitting is not None and held(fitting).total > machine.usable_bytes:
+    while fitting is not None and footprint(fitting).total > machine.usable_bytes:
         fitting = memory.relieved(fitting)
-    recomputed = held(replace(plain, remat=True)).activations
     return MemoryRow(
-        str(machine), shape, total, batch_size, layout, held(plain), recomputed, machine.usable_bytes, fitting
-    )  # fmt: skip
+        machine=str(machine),
+        shape=shape,
+        param_count=n_params,
+        batch_size=spec.train.batch_size,
+        layout=layout,
+        footprint=footprint(plain),
+        recomputed_bytes=footprint(replace(plain, remat=True)).activations,
+        device_bytes=machine.usable_bytes,
+        fitting=fitting,
+    )
 
 
 def _matmul_rate(dtype: str) -> float:
@@ -256,9 +260,9 @@ def _matmul_rate(dtype: str) -> float:
     product(a, a).block_until_ready()
     seconds = []
     for _ in range(5):
-        began = time.perf_counter()
+        start = time.perf_counter()
         product(a, a).block_until_ready()
-        seconds.append(time.perf_counter() - began)
+        seconds.append(time.perf_counter() - start)
     return 2 * size**3 / min(seconds)
 
 
@@ -279,13 +283,24 @@ class ShapeCount:
 
 
 @dataclass(frozen=True)
+class FittingDepth:
+    """The depths that fit a budget at one width and d_ff ratio."""
+
+    d_model: int
+    d_ff_ratio: float
+    fewest: tuple[int, int]
+    """Layers, and the parameters that they make."""
+    most: tuple[int, int]
+    head_counts: tuple[int, ...]
+    """Every number of heads that divides d_model."""
+
+
+@dataclass(frozen=True)
 class FittingDepths:
-    """Which depths fit a budget, per width and d_ff ratio."""
+    """Which depths fit a budget."""
 
     budget: BudgetConfig
-    rows: tuple[tuple[int, float, int, int, int, int], ...]
-    """(d_model, d_ff ratio, fewest layers, its count, most layers, its count)."""
-    head_counts: dict[int, tuple[int, ...]]
+    rows: tuple[FittingDepth, ...]
 
 
 def shape_or_depths(
@@ -301,12 +316,16 @@ def shape_or_depths(
     missing = [name for name, value in parts.items() if value is None]
     try:
         model = ModelConfig(context_length=context_length, patch_length=patch_length, stride=stride)
-        wanted = None if budget is None else BudgetConfig(parameters=parse_parameters(budget), tolerance=tolerance)
+        limits = None if budget is None else BudgetConfig(parameters=parse_parameters(budget), tolerance=tolerance)
         if not missing:
             shape = Shape(d_model=d_model, n_layers=n_layers, n_heads=n_heads, d_ff=d_ff)  # type: ignore[arg-type]
             check_shape(model, shape)
+    except ValidationError as error:
+        problems = [(f"--{p['loc'][0]}: ".replace("_", "-") if p["loc"] else "", p["msg"]) for p in error.errors()]
+        lines = [f"params: {option}{message.removeprefix('Value error, ')}" for option, message in problems]
+        raise FintxError("; ".join(lines)) from None
     except ValueError as error:
-        raise FintxError(_plain(error)) from None
+        raise FintxError(f"params: {error}") from None
     if not missing:
         return ShapeCount(
             shape=shape,
@@ -314,41 +333,24 @@ def shape_or_depths(
             flops=param_count.flops(model, shape, n_features),
             state_bytes=param_count.state_bytes(model, shape, n_features),
             head_counts=encoder.head_counts(shape.d_model),
-            budget=wanted,
+            budget=limits,
         )
-    if wanted is None:
+    if limits is None:
         raise FintxError(
             f"params: give a whole shape (missing {', '.join(missing)}), or a budget: fintx params --budget 200M"
         )
-    return _depths(model, wanted, d_model, n_features)
-
-
-def _depths(model: ModelConfig, budget: BudgetConfig, d_model: int | None, n_features: int) -> FittingDepths:
     candidates = ArchitectureConfig()
     widths = candidates.d_model if d_model is None else (d_model,)
     rows = []
-    for width in widths:
-        for ratio in candidates.d_ff_ratio:
-            d_ff = round(ratio * width)
-            depths = encoder.depths_for(budget, (model,), n_features, d_model=width, d_ff=d_ff)
-            if depths:
-                ends = [Shape(d_model=width, n_layers=n, n_heads=1, d_ff=d_ff) for n in (depths[0], depths[-1])]
-                first, last = (param_count.count_params(model, shape, n_features).total for shape in ends)
-                rows.append((width, ratio, depths[0], first, depths[-1], last))
+    for width, ratio in itertools.product(widths, candidates.d_ff_ratio):
+        d_ff = round(ratio * width)
+        if depths := encoder.depths_for(limits, (model,), n_features, d_model=width, d_ff=d_ff):
+            ends = [Shape(d_model=width, n_layers=n, n_heads=1, d_ff=d_ff) for n in (depths[0], depths[-1])]
+            first, last = (param_count.count_params(model, shape, n_features).total for shape in ends)
+            rows.append(FittingDepth(width, ratio, (depths[0], first), (depths[-1], last), encoder.head_counts(width)))
     if not rows:
         raise FintxError(
-            f"params: no depth of d_model {', '.join(map(str, widths))} holds {budget.low:,} … {budget.high:,} "
+            f"params: no depth of d_model {', '.join(map(str, widths))} holds {limits.low:,} … {limits.high:,} "
             "parameters; try another --d-model, --budget or --tolerance"
         )
-    return FittingDepths(budget, tuple(rows), {width: encoder.head_counts(width) for width in {row[0] for row in rows}})
-
-
-def _plain(error: ValueError) -> str:
-    problems = getattr(error, "errors", None)
-    if problems is None:
-        return f"params: {error}"
-    return "; ".join(f"params: {_option(p['loc'])}{p['msg'].removeprefix('Value error, ')}" for p in problems())
-
-
-def _option(location: tuple[int | str, ...]) -> str:
-    return f"--{str(location[0]).replace('_', '-')}: " if location else ""
+    return FittingDepths(limits, tuple(rows))

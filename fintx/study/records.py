@@ -1,4 +1,4 @@
-"""What is kept of a trial, and where? One record type, one writer, append-only; every table is derived from records.
+"""Records: what is kept of a trial, and the layout of a study's folder. Every table is derived from records.
 
 outputs/<study>/
   study.json                    the resolved sweep file, and a hash over its definition, which never changes
@@ -33,20 +33,6 @@ from fintx.data.datasets import Dataset
 from fintx.errors import FintxError
 from fintx.types import Floats
 
-
-def prediction_table(dataset: Dataset, fold: int, outputs: Floats) -> pa.Table:
-    """What a model says of a fold's validation samples, columns as in `records.PREDICTION_COLUMNS`."""
-    rows = dataset.validation.rows
-    columns = (
-        np.full(len(rows), fold, np.int32),
-        dataset.dates[rows].astype("datetime64[D]"),
-        np.asarray(dataset.assets)[dataset.asset_ids[rows]],
-        dataset.validation.labels.astype(np.float32),
-        np.asarray(outputs, np.float32),
-    )
-    return pa.table([pa.array(column) for column in columns], names=list(PREDICTION_COLUMNS))
-
-
 Metrics = dict[str, float | int | None]
 Outcome = Literal["completed", "early_stopped", "diverged", "collapsed", "out_of_memory"]
 SUCCESSES: tuple[Outcome, ...] = ("completed", "early_stopped")
@@ -58,7 +44,7 @@ class DamagedRecord(FintxError):
 
 
 class RecordModel(BaseModel):
-    """What is written to a study's folder as JSON."""
+    """A value that is written to a study's folder as JSON."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="null")
 
@@ -104,14 +90,14 @@ class Replicate(RecordModel):
 class TrialRecord(RecordModel):
     """Everything known of one finished trial. Rebuilding its model from `config` gives `param_count` parameters.
 
-    Of a study with `replicates = k` the value, its standard error and `best` are over all k seeds. All that is one
-    model's is that of the first seed, `config.seed`: `folds`, predictions.parquet and the checkpoint. The first is no
-    better and no worse than the others; the best of them would be a choice of noise.
+    In a study with `replicates = k` the value, its standard error and `best` are over all k seeds. What belongs to one
+    model is that of the first seed, `config.seed`: `folds`, predictions.parquet and the checkpoint. The first is no
+    better and no worse than the others; taking the best of them would select noise.
     """
 
     model_config = ConfigDict(extra="allow")
     __pydantic_extra__: dict[str, int]
-    """The shape's numbers once more, for those who read the file: d_model, n_layers, n_heads, d_ff of an encoder."""
+    """The shape's numbers once more, for readers of the file: d_model, n_layers, n_heads, d_ff of an encoder."""
 
     if TYPE_CHECKING:
 
@@ -127,11 +113,11 @@ class TrialRecord(RecordModel):
     """Queue entry's identity, where source is queue."""
     note: str = ""
     training: str = ""
-    """Where the values came from that a queue entry left open: "trial 7", "defaults", "sampler"."""
+    """Where the values that a queue entry left open came from: "trial 7", "defaults", "sampler"."""
     origin: str = ""
-    """Of a trial that a fork took over: the study and trial it was trained in."""
+    """Of a trial that a fork took over: the study and trial that it was trained in."""
     params: dict[str, bool | int | float | str]
-    """What the sampler holds of the trial: its coordinates and searched values."""
+    """What the sampler sees of the trial: its coordinates and searched values."""
     param_count: int
     seeds: dict[str, int]
     metric: str
@@ -142,42 +128,42 @@ class TrialRecord(RecordModel):
     outcome: Outcome
     detail: str = ""
     warnings: tuple[str, ...] = ()
-    """What happened on the way that its reader should know, such as a damaged training state that was set aside."""
+    """What happened that a reader should know, such as a damaged training state that was set aside."""
     attempt: int = 1
-    """Which attempt came to the end; above 1 after an interruption or a crash."""
+    """The attempt that finished it; above 1 after an interruption or a crash."""
     host: str = ""
     micro_batch: int
-    """Windows per gradient: below the batch size where memory asked for accumulation."""
+    """Windows per gradient: below the batch size where gradients were accumulated to save memory."""
     remat: bool = False
-    """Layers were computed again in the backward pass, where memory asked for it."""
+    """Whether layers were computed again in the backward pass, to save memory."""
     layout: dict[str, int | bool] = {}
     """Devices that the trial was spread over: data, model and fsdp, as `train.sharding.Layout`; none: one device."""
     memory_bytes: int | None
-    """Estimate from the compiled program; none where it never came to that."""
+    """Estimate from the compiled program; none where nothing was compiled."""
     folds: tuple[FoldRecord, ...]
     replicates: tuple[Replicate, ...] = ()
-    """The other seeds, from the second on; a failure in a fold is that of any seed, and no further fold is trained."""
+    """The other seeds, from the second on. If any seed fails in a fold, no further fold is trained."""
     libraries: dict[str, str]
     settings: dict[str, str] = {}
-    """What bears on speed and last digits: environment variables of its process, such as XLA_FLAGS, and the
+    """What can change speed and last digits: environment variables of its process, such as XLA_FLAGS, and the
     compiler's options."""
     device: str
     git_commit: str | None
     started: str
     finished: str
     trace_s: float = 0.0
-    """Tracing and lowering, in Python; in records of before it was told apart, part of compile_s."""
+    """Tracing and lowering, in Python; in older records part of compile_s."""
     compile_s: float
-    """XLA's compiling, or reading from the program cache."""
+    """Compiling by XLA, or reading from the program cache."""
     n_compiled: int | None = None
-    """Programs that XLA compiled: 0 where an earlier trial or the program cache had all. None: not told yet."""
+    """Programs that XLA compiled: 0 where an earlier trial or the program cache had all. None: an older record."""
     run_s: float = 0.0
     """Training and evaluating on the devices."""
     wall_s: float
-    """All of it. Where trials were trained side by side, each figure is the trial's share."""
+    """The whole trial. Where trials were trained side by side, each figure is the trial's share."""
     wait_s: float | None = None
-    """How long its device waited, from the end of the worker's last trial to this one's first step, its share; none:
-    it was the worker's first."""
+    """How long its device waited, from the end of the worker's last trial to this one's first step, its share; none
+    for the worker's first trial."""
 
     @model_validator(mode="after")
     def _consistent(self) -> TrialRecord:
@@ -205,34 +191,27 @@ class TrialRecord(RecordModel):
 
 def mean_metrics(folds: list[Metrics]) -> Metrics:
     """Average each metric over folds; whole numbers (counts) are summed; none where any fold has none."""
-    if len(folds) == 1:
-        return folds[0]
-    merged: Metrics = {}
-    for key in folds[0] if folds else ():
-        values = [fold.get(key) for fold in folds]
-        if any(value is None for value in values):
-            merged[key] = None
-        elif all(isinstance(value, int) for value in values):
-            merged[key] = sum(values)  # type: ignore[arg-type]
-        else:
-            merged[key] = float(np.mean(np.asarray(values, dtype=float)))
-    return merged
+    return {key: _combined([fold.get(key) for fold in folds], is_sum=True) for key in (folds[0] if folds else ())}
 
 
 def mean_over_seeds(members: list[Metrics]) -> Metrics:
     """Average each metric over models scored on the same rows; what all agree on (counts) stays as it is."""
-    merged: Metrics = {}
-    for key in members[0] if members else ():
-        values = [member.get(key) for member in members]
-        if any(value is None for value in values):
-            merged[key] = None
-        else:
-            same = all(value == values[0] for value in values)
-            merged[key] = values[0] if same else float(np.mean(np.asarray(values, dtype=float)))
-    return merged
+    return {
+        key: _combined([member.get(key) for member in members], is_sum=False) for key in (members[0] if members else ())
+    }
 
 
-# --- where things lie -------------------------------------------------------------------------------------------------
+def _combined(values: list[float | int | None], *, is_sum: bool) -> float | int | None:
+    if any(value is None for value in values):
+        return None
+    if is_sum and all(isinstance(value, int) for value in values):
+        return sum(values)  # type: ignore[arg-type]
+    if not is_sum and all(value == values[0] for value in values):
+        return values[0]
+    return float(np.mean(np.asarray(values, dtype=float)))
+
+
+# --- folders ----------------------------------------------------------------------------------------------------------
 
 
 def trial_folder(study_folder: Path, number: int) -> Path:
@@ -277,7 +256,7 @@ def append(study_folder: Path, record: TrialRecord) -> None:
 
 
 def write_record(folder: Path, record: TrialRecord) -> None:
-    """The same, into the folder of a trial or of one that was trained again."""
+    """Write the record of a trial, or of one that was trained again, into its own folder, once and for all."""
     write_atomically(folder / "record.json", record.model_dump_json(indent=1), once=True)
 
 
@@ -294,6 +273,19 @@ def write_predictions(folder: Path, table: pa.Table, *, name: str = "predictions
             pq.write_table(table, temporary, compression="zstd")
     except OSError as error:
         raise FintxError(f"{path}: can't be written: {error.strerror or error}; fix that and run again") from error
+
+
+def prediction_table(dataset: Dataset, fold: int, outputs: Floats) -> pa.Table:
+    """A model's predictions of a fold's validation samples, columns as in `PREDICTION_COLUMNS`."""
+    rows = dataset.validation.rows
+    columns = (
+        np.full(len(rows), fold, np.int32),
+        dataset.dates[rows].astype("datetime64[D]"),
+        np.asarray(dataset.assets)[dataset.asset_ids[rows]],
+        dataset.validation.labels.astype(np.float32),
+        np.asarray(outputs, np.float32),
+    )
+    return pa.table([pa.array(column) for column in columns], names=list(PREDICTION_COLUMNS))
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------
