@@ -203,14 +203,17 @@ def _typed(space: SearchSpace, path: str, value: Any) -> Any:
     return distribution.to_external_repr(distribution.to_internal_repr(value))
 
 
-def states(entries: Sequence[QueueEntry], leases: Sequence[Lease]) -> tuple[QueueState, ...]:
+def states(
+    entries: Sequence[QueueEntry], leases: Sequence[Lease], records: Sequence[TrialRecord] = ()
+) -> tuple[QueueState, ...]:
     """The state of each entry, in order.
 
     Args:
         entries: cancelled ones included.
         leases: of the study, from its storage.
+        records: of the study; the storage may not know them all yet.
     """
-    by_entry = _latest(leases)
+    by_entry, recorded = _latest(leases), {record.entry: record for record in records}
     result = []
     for entry in entries:
         lease = by_entry.get(entry_id(entry))
@@ -224,5 +227,8 @@ def states(entries: Sequence[QueueEntry], leases: Sequence[Lease]) -> tuple[Queu
         elif lease is not None and state == "failed":
             state = f"failed {lease.failures}"
         number, training = (None, "") if lease is None else (lease.number, lease.training)
+        record = recorded.get(entry_id(entry))
+        if record is not None and state != "done" and record.config.shape == entry.shape:
+            state, number, training = "done", record.trial_number, record.training
         result.append(QueueState(entry, entry_id(entry), state, number, training))
     return tuple(result)

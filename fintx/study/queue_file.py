@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import dataclasses
 import difflib
 import fcntl
 import math
@@ -29,7 +28,6 @@ from fintx.errors import FintxError
 from fintx.model import param_count
 from fintx.study import queue, records, trial_table
 from fintx.study.queue import QueueState
-from fintx.study.records import TrialRecord
 from fintx.study.search_space import SearchSpace
 
 _BLOCK = re.compile(r"""[ \t]*\[\[[ \t]*(queue|"queue"|'queue')[ \t]*\]\]""")
@@ -72,8 +70,10 @@ def listings(path: Path, *, outputs: Path, data_root: Path) -> tuple[QueueListin
     """
     result = []
     for spec in _studies(path, load.is_manual(path)).values():
-        n_features = _n_features(spec, data_root)
-        trial_records = records.read_all(outputs / spec.study.name)
+        folder, n_features = outputs / spec.study.name, _n_features(spec, data_root)
+        entries = (*spec.queue, *_extremes(spec, n_features))
+        trial_records = records.read_all(folder)
+        leases = trial_table.read(folder, url=spec.execution.storage)
         outcomes = {record.trial_number: record.outcome for record in trial_records}
         rows = tuple(
             ListedEntry(
@@ -81,24 +81,10 @@ def listings(path: Path, *, outputs: Path, data_root: Path) -> tuple[QueueListin
                 outcome=outcomes.get(state.number, "") if state.number is not None else "",
                 param_count=param_count.count_params(spec.model, state.entry.shape, n_features).total,
             )
-            for state in _stored_states(spec, (*spec.queue, *_extremes(spec, n_features)), outputs, trial_records)
+            for state in queue.states(entries, leases, trial_records)
         )
         result.append(QueueListing(spec.study.name, spec.study.n_trials, rows))
     return tuple(result)
-
-
-def _stored_states(
-    spec: StudySpec, entries: Sequence[QueueEntry], outputs: Path, trial_records: Sequence[TrialRecord]
-) -> list[QueueState]:
-    """States by the study's storage, and by the records here, which it may not know yet."""
-    by_entry = {record.entry: record for record in trial_records if record.entry is not None}
-    result = []
-    for state in queue.states(entries, trial_table.read(outputs / spec.study.name, url=spec.execution.storage)):
-        record = by_entry.get(state.identity)
-        if record is not None and state.state != "done" and record.config.shape == state.entry.shape:
-            state = dataclasses.replace(state, state="done", number=record.trial_number, training=record.training)
-        result.append(state)
-    return result
 
 
 def _extremes(spec: StudySpec, n_features: int) -> tuple[QueueEntry, ...]:
@@ -250,7 +236,8 @@ def cancel(path: Path, identity: str, *, sweep: str | None = None, outputs: Path
         _refuse_unlike_blocks(path, text)
         target = _find(path, identity, sweep, data_root)
         spec, entry, name = target.spec, target.entry, target.spec.study.name
-        (state,) = _stored_states(spec, [entry], outputs, records.read_all(outputs / name))
+        leases = trial_table.read(outputs / name, url=spec.execution.storage)
+        (state,) = queue.states([entry], leases, records.read_all(outputs / name))
         fix = {"running": "stop the study first", "done": "there is nothing left to cancel"}.get(state.state)
         if fix is not None:
             raise QueueFileError(f"{path}: {identity} is {state.state} (trial {state.number} of {name}); {fix}")
@@ -277,9 +264,9 @@ def _find(path: Path, identity: str, sweep: str | None, data_root: Path) -> _Fil
         if spec.study.queue_extremes:
             extremes = _extremes(spec, _n_features(spec, data_root))
             file_entries += [_FileEntry(at, spec, entry, None) for entry in extremes]
-    matches = [each for each in file_entries if queue.entry_id(each.entry) == identity and only in (None, each.sweep)]
+    matches = [item for item in file_entries if queue.entry_id(item.entry) == identity and only in (None, item.sweep)]
     if not matches:
-        identities = list(dict.fromkeys(queue.entry_id(each.entry) for each in file_entries))
+        identities = list(dict.fromkeys(queue.entry_id(item.entry) for item in file_entries))
         near = difflib.get_close_matches(identity, identities, n=1, cutoff=0.5)
         there = f"there are {', '.join(identities)}" if identities else "it has none at all"
         hint = f"did you mean {near[0]}?" if near else there
