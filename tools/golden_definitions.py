@@ -30,7 +30,7 @@ def hashes() -> dict[str, str]:
     by_file = {}
     for path in sorted((ROOT / "sweeps").glob("*.toml")):
         if load.is_manual(path):
-            by_file |= {f"{path.name}: {spec.study.name}": definition_hash(spec) for spec in load.manual(path)}
+            by_file |= {f"{path.name}: {spec.study.name}": definition_hash(spec) for spec in load.manual(path).values()}
         else:
             by_file[path.name] = definition_hash(load.study(path))
     return by_file

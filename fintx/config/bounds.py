@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from typing import Annotated, Any
 
 import numpy as np
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
-from pydantic_core import PydanticKnownError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator
+from pydantic_core import PydanticCustomError, PydanticKnownError
 
 
 class StrictModel(BaseModel):
@@ -66,6 +66,16 @@ def _whole(value: Any) -> Any:
 
 ShapeNumber = Annotated[int, Field(ge=1, le=2**22), BeforeValidator(_whole)]
 """Of a queued shape, whose d_ff may be a width times the largest ratio."""
+
+
+def _scalar(value: Any) -> Any:
+    if not isinstance(value, bool | int | float | str):
+        raise PydanticCustomError("scalar_type", "not true, false, a number or text")
+    return value
+
+
+Scalar = Annotated[bool | int | float | str, PlainValidator(_scalar)]
+"""Of a setting whose type is checked later; one message, where the parts of a union would give four."""
 
 
 def one_of(wanted: str, *constants: bool | int | str, most: int = 0) -> BeforeValidator:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from fintx.config.bounds import Depth, Name, PositiveInt, Ratio, ShapeNumber, StrictModel, Width
+from fintx.config.bounds import Depth, Name, PositiveInt, Ratio, Scalar, ShapeNumber, StrictModel, Width
 
 
 class Shape(StrictModel):
@@ -77,7 +77,7 @@ class QueueEntry(StrictModel):
     """Why it is tried; kept in the trial's record."""
     id: Name | None = None
     """A name by which the entry is known; none: it is known by its content."""
-    values: dict[str, bool | int | float | str] = {}
+    values: dict[str, Scalar] = {}
     """Dotted path → value, for paths of [space]; `training` says where the rest comes from."""
     training: Literal["best", "defaults", "sampler"] = "best"
     """best: the study's best finished trial, or the file's defaults before there is one; sampler: its own proposal."""

@@ -151,16 +151,7 @@ def blocks_of(path: Path, sweep: Path) -> tuple[int, ...]:
     return tuple(index for index, entry in enumerate(entries) if sweep_path(path, entry["sweep"]) == sweep)
 
 
-def manual(path: Path, *, overrides: Sequence[str] = ()) -> tuple[StudySpec, ...]:
-    """The studies of a manual file, in order of first mention; the queue of each is the file's entries for it.
-
-    Raises:
-        SweepFileError: as `by_sweep`.
-    """
-    return tuple(by_sweep(path, overrides=overrides).values())
-
-
-def by_sweep(path: Path, *, overrides: Sequence[str] = (), text: str | None = None) -> dict[Path, StudySpec]:
+def manual(path: Path, *, overrides: Sequence[str] = (), text: str | None = None) -> dict[Path, StudySpec]:
     """Read a manual file and the sweep files that its entries name.
 
     Args:

@@ -40,6 +40,7 @@ from fintx.config.bounds import (
     NonNegativeFloat,
     Parameters,
     PositiveFloat,
+    Scalar,
     Seconds,
     Seed,
     Share,
@@ -422,7 +423,7 @@ class FloatRange(StrictModel):
 class Choices(StrictModel):
     """A searched value from a list."""
 
-    choices: Annotated[tuple[bool | int | float | str, ...], Field(min_length=1, max_length=1000)]
+    choices: Annotated[tuple[Scalar, ...], Field(min_length=1, max_length=1000)]
 
 
 def _range_or_choices(value: Any) -> str:

@@ -214,7 +214,7 @@ _PLAIN = {
     "model_attributes_type": "a table", "date_type": "a date like 2024-01-31", "date_parsing":
     "a date like 2024-01-31", "date_from_datetime_parsing": "a date like 2024-01-31",
     "date_from_datetime_inexact": "a date without a time", "too_short": "a list with an entry at least",
-    "union_tag_not_found": "a table with low and high, or with choices",
+    "scalar_type": "true, false, a number or text", "union_tag_not_found": "a table with low and high, or with choices",
 }  # fmt: skip
 _BOUNDS = {"greater_than": ">", "greater_than_equal": "≥", "less_than": "<", "less_than_equal": "≤"}
 _PATTERNS: dict[KeyPath, str] = {
@@ -227,17 +227,11 @@ _PATTERNS: dict[KeyPath, str] = {
 
 
 def describe(error: Mapping[str, Any], tree: Mapping[str, Any]) -> tuple[KeyPath, str] | None:
-    """A pydantic error as (key path, message); none for an echo of another one.
-
-    Args:
-        error: one of `ValidationError.errors()`.
-        tree: what was validated.
-    """
+    """One of a ValidationError's `errors()` on a tree, as (key path, message); none for an echo of another one."""
     kind, value, context = error["type"], error.get("input"), error.get("ctx", {})
-    location = tuple(error["loc"])
-    if location[:1] == ("space",):  # the third part is the union's tag, which stands in no file
-        location = location[:2] + location[3:]
-    path = _real_path(location, tree, keep_last=kind in ("missing", "extra_forbidden"))
+    path = tuple(error["loc"])
+    if path[0] == "space":  # the third part is the union's tag, which stands in no file
+        path = path[:2] + path[3:]
     if kind == "too_short" and value:
         return None  # its entries are wrong, and each is reported
     if kind == "extra_forbidden":
@@ -247,8 +241,6 @@ def describe(error: Mapping[str, Any], tree: Mapping[str, Any]) -> tuple[KeyPath
     if kind == "value_error":
         message = str(context.get("error", error["msg"]))
         return path, message if isinstance(value, dict | list | BaseModel) else f"{message}, got {got(value)}"
-    if location[-1] in ("bool", "int", "float", "str") and path != location:
-        return path, f"wanted true, false, a number or text, got {got(value)}"
     hint = ""
     if kind == "literal_error" and isinstance(value, str):
         hint = nearest(value, re.findall(r"'([^']*)'", str(context["expected"])))
@@ -320,21 +312,6 @@ def _unknown(path: KeyPath, tree: Mapping[str, Any]) -> str:
     elsewhere = [f"{section}.{path[-1]}" for section in sections if path[-1] in _valid_keys((section,), tree)]
     hint = f'; did you mean "{elsewhere[0]}"?' if elsewhere and len(path) <= 2 else nearest(str(path[-1]), valid)
     return f"unknown {'section' if len(path) == 1 else 'key'}{hint}"
-
-
-def _real_path(location: KeyPath, tree: Any, *, keep_last: bool) -> KeyPath:
-    """A pydantic location without the names of a union's types, which stand in no file.
-
-    Args:
-        keep_last: whether the last part stays although it is not in the tree.
-    """
-    path: list[int | str] = []
-    for part in location[:-1] if keep_last else location:
-        is_key = isinstance(tree, dict) and part in tree
-        if is_key or (isinstance(tree, list) and isinstance(part, int) and part < len(tree)):
-            path.append(part)
-            tree = tree[part]
-    return (*path, location[-1]) if keep_last else tuple(path)
 
 
 def family_in(tree: Mapping[str, Any]) -> str:

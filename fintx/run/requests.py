@@ -50,7 +50,7 @@ def of_manual(path: Path, overrides: Sequence[str]) -> list[StudyRequest]:
     Raises:
         SweepFileError: all that is wrong with it, or with the sweep files that it names.
     """
-    return [_of_group(path, sweep, spec, overrides) for sweep, spec in load.by_sweep(path, overrides=overrides).items()]
+    return [_of_group(path, sweep, spec, overrides) for sweep, spec in load.manual(path, overrides=overrides).items()]
 
 
 def added(path: Path, overrides: Sequence[str], made: Sequence[StudyRequest]) -> Callable[[], list[StudyRequest]]:
@@ -69,7 +69,7 @@ def added(path: Path, overrides: Sequence[str], made: Sequence[StudyRequest]) ->
 def _of_group(path: Path, sweep: Path, spec: StudySpec, overrides: Sequence[str]) -> StudyRequest:
     def read() -> StudySpec:
         emptied = spec.model_copy(update={"queue": ()})
-        return load.by_sweep(path, overrides=overrides).get(sweep, emptied)
+        return load.manual(path, overrides=overrides).get(sweep, emptied)
 
     again = load.watch((path, *load.files(sweep)), read)
     return StudyRequest(spec, again, load.where(path, overrides=overrides, sweep=sweep), queue_only=True)

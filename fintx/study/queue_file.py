@@ -100,7 +100,7 @@ def _n_features(spec: StudySpec, data_root: Path) -> int:
 
 def _studies(path: Path, manual: bool, text: str | None = None, *, counted: bool = False) -> dict[Path, StudySpec]:
     """Sweep file → study; a sweep file's own is its only one."""
-    return load.by_sweep(path, text=text) if manual else {path: load.study(path, text=text, counted=counted)}
+    return load.manual(path, text=text) if manual else {path: load.study(path, text=text, counted=counted)}
 
 
 # --- adding to a file -------------------------------------------------------------------------------------------------

@@ -80,7 +80,7 @@ def problems(path: Path, *overrides: str) -> list[str]:
 
 def test_the_nine_that_ship_are_those_that_were_asked_for():
     """d_model, n_layers, n_heads, d_ff, note, exact parameters with the 28 features of the embedded data."""
-    specs = {spec.study.name: spec for spec in load.manual(SWEEPS / "manual.toml")}
+    specs = {spec.study.name: spec for spec in load.manual(SWEEPS / "manual.toml").values()}
     found = {
         name: [(e.d_model, e.n_layers, e.n_heads, e.d_ff, e.note, e.training) for e in spec.queue]
         for name, spec in specs.items()
@@ -101,20 +101,20 @@ def test_the_nine_that_ship_are_those_that_were_asked_for():
 
 
 def test_the_shape_that_leaves_the_budget_says_so_with_its_count():
-    spec = load.manual(SWEEPS / "manual.toml")[0]
+    spec = load.manual(SWEEPS / "manual.toml")[SWEEPS / "200M_h3.toml"]
     wide = spec.queue[-1].model_copy(update={"d_ff": 4096})
     with pytest.raises(queue.QueueError, match=r"holds 252,236,801 parameters, outside the budget 150,000,000 … 250"):
         queue.validate(spec.model_copy(update={"queue": (*spec.queue, wide)}), n_features=28)
 
 
 def test_one_study_per_sweep_file_in_order_of_first_mention_whatever_the_total(folder):
-    first, second = load.manual(folder / "manual.toml", overrides=["train.patience=9"])
+    first, second = load.manual(folder / "manual.toml", overrides=["train.patience=9"]).values()
     assert (first.study.name, second.study.name) == ("b", "a")
     assert [entry.n_layers for entry in first.queue] == [40, 42]
     assert [entry.note for entry in first.queue] == ["", "last"]
     assert second.queue[0].values == {"optim.learning_rate": 3e-4}
     assert first.study.n_trials == 1 and first.train.patience == 9
-    asking = load.manual(folder / "manual.toml", overrides=["study.queue_extremes=true"])
+    asking = load.manual(folder / "manual.toml", overrides=["study.queue_extremes=true"]).values()
     assert not any(spec.study.queue_extremes for spec in asking)
     assert load.is_manual(folder / "manual.toml") and not load.is_manual(folder / "a.toml")
 
@@ -211,7 +211,7 @@ def test_a_manual_file_is_no_sweep_file(folder):
 def test_two_names_of_one_file_are_one_study(folder):
     path = folder / "manual.toml"
     path.write_text(MANUAL.replace('sweep = "a.toml"', 'sweep = "./b.toml"'))
-    (spec,) = load.manual(path)
+    (spec,) = load.manual(path).values()
     assert [entry.n_layers for entry in spec.queue] == [40, 41, 42]
 
 
@@ -234,7 +234,7 @@ def test_wild_entries_give_studies_that_hold_them_or_lines_at_their_places(tmp_p
     path = folder / "manual.toml"
     path.write_text("\n".join(blocks) + "\n")
     try:
-        specs = load.manual(path)
+        specs = load.manual(path).values()
     except SweepFileError as error:
         last = path.read_text().count("\n")
         for line in str(error).splitlines():

@@ -279,11 +279,11 @@ def test_an_identity_of_two_studies_needs_the_sweep_file(tmp_path):
     write(tmp_path, HEAD)
     write(tmp_path, HEAD.replace('"small"', '"other"'), "other.toml")
     path = write(tmp_path, MANUAL + MANUAL.replace("small.toml", "other.toml"), "manual.toml")
-    identity = queue.entry_id(load.manual(path)[0].queue[0])
+    identity = queue.entry_id(next(iter(load.manual(path).values())).queue[0])
     said = refused(path, cancel, identity)
     assert said.endswith(f"{identity} stands there for other.toml and small.toml; name one with --sweep")
     assert cancel(path, identity, sweep="./other.toml").study == "other"
-    small, other = load.manual(path)
+    small, other = load.manual(path).values()
     assert (small.queue[0].cancelled, other.queue[0].cancelled) == (False, True)
     assert "has no queue entry" in refused(path, cancel, identity, sweep="third.toml")
 
