@@ -28,7 +28,8 @@ if TYPE_CHECKING:  # what is printed has been made by then; to import its makers
     from fintx.data.sources import Imported
     from fintx.data.standardize import Drift
     from fintx.run.confirm import ConfirmationSummary
-    from fintx.run.scheduler import StudyFailure, StudySummary
+    from fintx.run.scheduler import StudyFailure
+    from fintx.run.search import StudySummary
     from fintx.study.plan import FittingDepths, MemoryRow, ShapeCount, StudyPlan
     from fintx.study.queue_file import QueueEdit, QueueListing
     from fintx.study.trial_table import Lease

@@ -26,7 +26,8 @@ from fintx.errors import Bug, FintxError, as_fintx_error, without_passwords
 
 if TYPE_CHECKING:
     from fintx.run.confirm import ConfirmationSummary
-    from fintx.run.scheduler import StudyFailure, StudySummary
+    from fintx.run.scheduler import StudyFailure
+    from fintx.run.search import StudySummary
     from fintx.study.events import RunContext
     from fintx.study.lifecycle import StudyRequest
 

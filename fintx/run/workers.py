@@ -173,13 +173,8 @@ class Pool:
                 events += _lost_jobs(worker, assigned, "hung", f"no step for {silent:.0f} s")
         return events
 
-    def stop(self) -> None:
-        """Ask every worker to save its trial, if it has one, and end."""
-        for worker in self.workers:
-            self.stop_one(worker)
-
-    def stop_one(self, worker: Worker) -> None:
-        """As `stop`, for one worker; asked once."""
+    def stop(self, worker: Worker) -> None:
+        """Ask a worker to save its trial, if it has one, and end; asked once."""
         if worker.process is None or worker.process.stdin is None or worker.stopping:
             return
         worker.stopping = True

@@ -227,13 +227,13 @@ def test_a_machine_that_slept_blames_no_worker(machine, undisturbed):
     assert here.records()[0].attempt == 1 and here.numbers() == undisturbed[:1]
 
 
-def test_a_worker_that_dies_again_and_again_leaves_its_trial_aside_for_the_next_run(machine):
+def test_a_worker_that_dies_again_and_again_gives_its_trial_up_until_the_next_run(machine):
     here = machine()
     running = here.start(*LONG, ONE, "execution.max_attempts=2")
     for attempt in (1, 2):
         wait_for(lambda attempt=attempt: len(here.first_steps()) == attempt, running=running)
         os.kill(running.workers()[0], signal.SIGKILL)
-    assert "left aside" in running.end(code=1)
+    assert "given up" in running.end(code=1)
     assert here.leases()[0].state == "failed" and here.leases()[0].failures == 2
     running = here.start(*LONG, ONE, "execution.max_attempts=2")
     wait_for(lambda: len(here.first_steps()) == 3, running=running)

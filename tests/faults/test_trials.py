@@ -41,14 +41,14 @@ def test_a_trial_too_big_for_memory_is_an_outcome(machine):
     assert [record.outcome for record in here.records()][2] == "completed"
 
 
-def test_an_exception_inside_a_trial_is_retried_and_then_left_aside(machine, tmp_path):
+def test_an_exception_inside_a_trial_is_retried_and_then_given_up(machine, tmp_path):
     """The environment breaks: in this Python, importing Orbax raises."""
     here = machine()
     (tmp_path / "broken" / "orbax").mkdir(parents=True)
     (tmp_path / "broken" / "orbax" / "__init__.py").write_text("raise ImportError('broken by hand')\n")
     broken = {"PYTHONPATH": str(tmp_path / "broken")}
     said = here.run(*SHORT, ONE, "execution.max_attempts=2", code=1, environment=broken)
-    assert said.count("ImportError: broken by hand") >= 2 and "left aside" in said
+    assert said.count("ImportError: broken by hand") >= 2 and "given up" in said
     logs = sorted((here.folder / "trials" / "0000" / "run").glob("attempt-*.log"))
     assert len(logs) == 2 and all("Traceback" in log.read_text() and str(log) in said for log in logs)
     assert here.records() == [] and here.leases()[0].failures == 2

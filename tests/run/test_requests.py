@@ -1,4 +1,4 @@
-"""Files are edited while their studies run, or between: what may change is taken, what can't be is told at its line."""
+"""Files are edited while their studies run, or between: what may change is taken, all else is reported at its line."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ from fintx.run.search import Search
 from fintx.study import lifecycle, locks, queue, study_file
 from fintx.study.events import Event, Notice, RunContext, StudyReady
 from fintx.study.lifecycle import StudyRequest
+from tests.helpers.jobs import next_jobs
 
 ENTRY = '\n[[queue]]\nd_model = 8\nn_layers = {}\nn_heads = 1\nd_ff = 16\nid = "{}"\n'
 MANUAL = ENTRY + 'sweep = "tiny.toml"\n'
 
-Courses = Callable[[StudyRequest], Search]
+OpenSearch = Callable[[StudyRequest], Search]
 
 
 @pytest.fixture
@@ -29,34 +30,29 @@ def file(tiny_file: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def told() -> list[str]:
-    """What the courses said."""
+def notices() -> list[str]:
+    """Notices of the searches."""
     return []
 
 
 @pytest.fixture
-def begun(tmp_path: Path, data_root: Path, told: list[str]) -> Iterator[Courses]:
-    """Opens an order's study; nothing is trained. The one opened before is closed."""
+def open_search(tmp_path: Path, data_root: Path, notices: list[str]) -> Iterator[OpenSearch]:
+    """Opens a request's study; nothing is trained. The one opened before is closed."""
     stack = ExitStack()
 
     def hear(event: Event) -> None:
         if isinstance(event, Notice):
-            told.append(event.text)
+            notices.append(event.text)
 
-    def begin(order: StudyRequest) -> Search:
+    def open_request(request: StudyRequest) -> Search:
         stack.close()
         context = RunContext(tmp_path / "outputs", data_root, hear)
-        opened = stack.enter_context(lifecycle.open_study(order, context))
-        told.clear()
-        return Search(opened, order, context)
+        study = stack.enter_context(lifecycle.open_study(request, context))
+        notices.clear()
+        return Search(study, request, context)
 
     with stack:
-        yield begin
-
-
-def anything(config: object) -> int:
-    """There is room for any trial."""
-    return 0
+        yield open_request
 
 
 def line_of(path: Path, nth: int) -> int:
@@ -70,17 +66,17 @@ def add(path: Path, text: str) -> None:
 
 
 @pytest.mark.parametrize("change", ["n_layers = 3", 'n_layers = 2\n"optim.learning_rate" = 0.002'])
-def test_an_id_that_a_trial_has_is_refused_for_another_content(change, file, begun):
+def test_an_id_that_a_trial_has_is_refused_for_another_content(change, file, open_search):
     add(file, ENTRY.format(2, "deep") + '"optim.learning_rate" = 0.001\n')
-    begun(requests.of_sweep(file, ())).next_job(anything)
-    begun(requests.of_sweep(file, ()))
+    next_jobs(open_search(requests.of_sweep(file, ())))
+    open_search(requests.of_sweep(file, ()))
     text = file.read_text()
     file.write_text(
         text.replace("= 0.001\n", "= 0.002\n") if "rate" in change else text.replace("n_layers = 2", change)
     )
     before = (file.parent / "outputs" / "tiny" / "study.json").read_bytes()
     with pytest.raises(queue.QueueError) as caught:
-        begun(requests.of_sweep(file, ()))
+        open_search(requests.of_sweep(file, ()))
     assert str(caught.value).startswith(
         f"{file}:{line_of(file, 0)}: queue[0]: its id deep is that of trial 0, which has"
     )
@@ -88,14 +84,14 @@ def test_an_id_that_a_trial_has_is_refused_for_another_content(change, file, beg
     assert (file.parent / "outputs" / "tiny" / "study.json").read_bytes() == before
 
 
-def test_and_while_the_study_runs(file, begun, told):
+def test_and_while_the_study_runs(file, open_search, notices):
     add(file, ENTRY.format(2, "deep"))
-    course = begun(requests.of_sweep(file, ()))
-    assert course.next_job(anything).entry == "deep"
+    search = open_search(requests.of_sweep(file, ()))
+    assert next_jobs(search)[0].entry == "deep"
     file.write_text(file.read_text().replace("n_layers = 2\n", "n_layers = 3\n"))
-    course.tick()
-    assert any("is not taken" in words and "its id deep is that of trial 0" in words for words in told)
-    assert course.spec.queue[0].n_layers == 2
+    search.tick()
+    assert any("is not taken" in words and "its id deep is that of trial 0" in words for words in notices)
+    assert search.spec.queue[0].n_layers == 2
 
 
 def test_what_is_wrong_with_a_manual_files_entry_is_told_at_its_line_there(file, tmp_path):
@@ -116,65 +112,66 @@ def test_a_queue_in_a_base_is_told_at_its_line_there(file, tmp_path):
     assert str(result.problem).startswith(f"{file}:{line_of(file, 0)}: queue[0]: d_model 8, n_layers 90")
 
 
-def test_a_manual_file_can_be_filled_while_it_runs(file, begun, told):
+def test_a_manual_file_can_be_filled_while_it_runs(file, open_search, notices):
     manual = file.with_name("manual.toml")
     manual.write_text(MANUAL.format(2, "first"))
-    (order,) = requests.of_manual(manual, ())
-    course = begun(order)
-    assert course.next_job(anything).entry == "first" and course.next_job(anything) is None
+    (request,) = requests.of_manual(manual, ())
+    search = open_search(request)
+    assert next_jobs(search)[0].entry == "first" and not next_jobs(search)
     add(manual, MANUAL.format(3, "second"))
-    course.tick()
-    assert course.next_job(anything).entry == "second"
-    known = study_file.read_study(course.opened.folder)
+    search.tick()
+    assert next_jobs(search)[0].entry == "second"
+    known = study_file.read_study(search.study.folder)
     assert known is not None and known.spec.queue == ()
     add(manual, MANUAL.format(90, "wrong"))
-    course._look_at = 0.0
-    course.tick()
-    assert f"{manual}:{line_of(manual, 2)}: queue[2]: d_model 8, n_layers 90" in told[-1]
+    search._look_at = 0.0
+    search.tick()
+    assert f"{manual}:{line_of(manual, 2)}: queue[2]: d_model 8, n_layers 90" in notices[-1]
 
 
-def test_the_base_may_be_edited_too(file, begun):
+def test_the_base_may_be_edited_too(file, open_search):
     own = file.with_name("own.toml")
     own.write_text('extends = "tiny.toml"\n[study]\nname = "own"\n')
-    course = begun(requests.of_sweep(own, ()))
+    search = open_search(requests.of_sweep(own, ()))
     file.write_text(file.read_text().replace("n_trials = 3", "n_trials = 30"))
-    course.tick()
-    assert course.spec.study.n_trials == 30
+    search.tick()
+    assert search.spec.study.n_trials == 30
 
 
-def test_a_manual_run_keeps_the_studys_own_queue_and_its_extremes(file, begun):
+def test_a_manual_run_keeps_the_studys_own_queue_and_its_extremes(file, open_search):
     add(file, ENTRY.format(2, "own"))
     file.write_text(file.read_text().replace("[data]", "queue_extremes = true\n\n[data]", 1))
-    begun(requests.of_sweep(file, ()))
+    open_search(requests.of_sweep(file, ()))
     manual = file.with_name("manual.toml")
     manual.write_text(MANUAL.format(3, "manual"))
-    (order,) = requests.of_manual(manual, ())
-    course = begun(order)
-    assert course.next_job(anything).entry == "manual" and course.waiting == ()
-    known = study_file.read_study(course.opened.folder)
+    (request,) = requests.of_manual(manual, ())
+    search = open_search(request)
+    assert next_jobs(search)[0].entry == "manual" and search.result(interrupted=True).waiting == ()
+    known = study_file.read_study(search.study.folder)
     assert known is not None and known.spec.study.queue_extremes and [each.id for each in known.spec.queue] == ["own"]
-    again = begun(requests.of_sweep(file, ()))
-    assert len(again.waiting) > 1 and "own" in again.waiting
+    again = open_search(requests.of_sweep(file, ()))
+    waiting = again.result(interrupted=True).waiting
+    assert len(waiting) > 1 and "own" in waiting
 
 
-def test_execution_is_taken_while_the_study_runs_and_what_waits_is_told(file, begun, told):
-    course = begun(requests.of_sweep(file, ()))
+def test_execution_is_taken_while_the_study_runs_and_what_waits_is_told(file, open_search, notices):
+    search = open_search(requests.of_sweep(file, ()))
     text = file.read_text().replace("high = 1e-2", "high = 2e-2").replace("seed = 0", "seed = 1")
     file.write_text(text + "\n[execution]\nhang_s = 77\nstorage = 'postgresql://me@there/x'\n[mesh]\nmodel = 2\n")
-    course.tick()
-    assert course.spec.execution.hang_s == 77 and course.spec.execution.storage == "journal"
-    assert course.next_job(anything).spec.execution.hang_s == 77
-    assert course.spec.mesh.model == 1
-    (words,) = [words for words in told if "hold from the next start" in words]
+    search.tick()
+    assert search.spec.execution.hang_s == 77 and search.spec.execution.storage == "journal"
+    assert next_jobs(search)[0].spec.execution.hang_s == 77
+    assert search.spec.mesh.model == 1
+    (words,) = [words for words in notices if "hold from the next start" in words]
     assert all(key in words for key in ("execution.storage", "mesh.model", "space.optim.learning_rate.high"))
     assert "hang_s" not in words
 
 
-def test_a_fork_keeps_the_bars_of_the_old_study(file, begun):
-    course = begun(requests.of_sweep(file, ()))
-    versions = course.spec.data.versions
+def test_a_fork_keeps_the_bars_of_the_old_study(file, open_search):
+    search = open_search(requests.of_sweep(file, ()))
+    versions = search.spec.data.versions
     assert versions
-    forked = requests.of_fork(requests.of_sweep(file, ()), "forked", outputs=course.context.study_root)
+    forked = requests.of_fork(requests.of_sweep(file, ()), "forked", outputs=search.context.study_root)
     assert forked.spec.data.versions == versions and forked.spec.study.name == "forked"
     add(file, ENTRY.format(2, "later"))
     fresh = forked.reload()

@@ -106,7 +106,7 @@ def test_a_raised_total_continues_the_same_study(tiny_study, spec, tmp_path):
 
 @pytest.mark.slow
 def test_a_killed_process_between_record_and_tell_is_told(spec, tmp_path):
-    """A record that the sampler never heard of is told, not trained again."""
+    """A record that the sampler never heard of is events, not trained again."""
     one = spec.model_copy(update={"study": spec.study.model_copy(update={"n_trials": 1})})
 
     class Killed(BaseException):
@@ -169,8 +169,8 @@ def test_the_queue_runs_first_in_order_and_counts(tiny_file, tmp_path):
 def test_a_bug_ends_its_own_study_alone_and_its_traceback_is_named(tiny_file, tmp_path, data_root):
     short = ["study.n_trials=1", "train.max_epochs=1"]
     broken, good = (load.study(tiny_file, overrides=[*short, f"study.name='{name}'"]) for name in ("b", "g"))
-    orders = [lifecycle.StudyRequest(broken, reload=lambda: 1 // 0), lifecycle.StudyRequest(good)]
-    first, second = scheduler.run_studies(orders, RunContext(tmp_path / "outputs", data_root))
+    requests = [lifecycle.StudyRequest(broken, reload=lambda: 1 // 0), lifecycle.StudyRequest(good)]
+    first, second = scheduler.run_studies(requests, RunContext(tmp_path / "outputs", data_root))
     assert len(second.records) == 1 and second.problem is None
     assert isinstance(first.problem, Bug) and str(first.problem).startswith("b: ZeroDivisionError: ")
     (named,) = re.findall(r"/\S+traceback\.txt", str(first.problem))
@@ -180,14 +180,14 @@ def test_a_bug_ends_its_own_study_alone_and_its_traceback_is_named(tiny_file, tm
 
 
 def test_a_stop_while_a_study_begins_begins_no_other(tiny_file, tmp_path):
-    orders = [lifecycle.StudyRequest(load.study(tiny_file, overrides=[f"study.name='{name}'"])) for name in "ab"]
-    told = []
+    requests = [lifecycle.StudyRequest(load.study(tiny_file, overrides=[f"study.name='{name}'"])) for name in "ab"]
+    events = []
 
     def stop_once_it_fits():
-        return any("fitting" in getattr(event, "words", "") for event in told)
+        return any("fitting" in getattr(event, "text", "") for event in events)
 
-    context = RunContext(tmp_path / "outputs", tmp_path / "data", told.append, stop_once_it_fits)
-    results = scheduler.run_studies(orders, context)
+    context = RunContext(tmp_path / "outputs", tmp_path / "data", events.append, stop_once_it_fits)
+    results = scheduler.run_studies(requests, context)
     assert [result.interrupted and result.records == () for result in results] == [True, True]
     assert [path.name for path in (tmp_path / "outputs").iterdir()] == ["a"]
     assert not (tmp_path / "outputs" / "a" / "baselines.json").exists()

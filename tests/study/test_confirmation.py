@@ -19,6 +19,7 @@ from fintx.run import confirm
 from fintx.run.search import Search
 from fintx.study import lifecycle, locks, records, search_space, study_file
 from fintx.study.events import RunContext
+from tests.helpers.jobs import next_jobs
 from tests.helpers.planted_predictions import Planted
 
 SEEDS = (11, 12, 13)
@@ -239,114 +240,113 @@ def test_fresh_seeds_are_the_same_for_ever_and_none_of_the_searchs():
 
 
 @pytest.fixture
-def course(tiny_study, tmp_path):
-    """The best two of a real study, three seeds each, and what it tells."""
+def opened(tiny_study, tmp_path):
+    """A confirmation of the best two of a real study, three seeds each, and its events."""
     folder = shutil.copytree(tiny_study, tmp_path / "tiny")
-    told: list = []
-    wanted = ConfirmConfig(top_k=2, n_seeds=3)
-    with confirm.open_confirmation(
-        folder, wanted, RunContext(tmp_path, tiny_study.parents[1] / "data", told.append)
-    ) as made:
-        yield made, told
+    events: list = []
+    config = ConfirmConfig(top_k=2, n_seeds=3)
+    context = RunContext(tmp_path, tiny_study.parents[1] / "data", events.append)
+    with confirm.open_confirmation(folder, config, context) as confirmation_run:
+        yield confirmation_run, events
 
 
-def test_each_of_the_best_gets_the_same_seeds_in_turn(course, tiny_study):
-    made, _ = course
+def test_each_of_the_best_gets_the_same_seeds_in_turn(opened, tiny_study):
+    source, _ = opened
     ranked = records.ranked(records.read_all(tiny_study), minimize=True)
-    jobs = [made.next_job(lambda config: 0) for _ in range(6)]
-    assert made.next_job(lambda config: 0) is None and not made.over and not made.settled
+    jobs = [next_jobs(source)[0] for _ in range(6)]
+    assert not next_jobs(source) and not source.over and not source.settled
     assert [job.number for job in jobs] == [ranked[0].trial_number, ranked[1].trial_number] * 3
-    assert [job.config.seed for job in jobs] == [seed for seed in made.seeds for _ in range(2)]
+    assert [job.config.seed for job in jobs] == [seed for seed in source.seeds for _ in range(2)]
     assert len({job.folder for job in jobs}) == 6 and [job.key for job in jobs] == list(range(6))
     first = ranked[0].config
-    assert jobs[0].config == first.model_copy(update={"seed": made.seeds[0]})
-    assert not {record.config.seed for record in ranked} & set(made.seeds)
+    assert jobs[0].config == first.model_copy(update={"seed": source.seeds[0]})
+    assert not {record.config.seed for record in ranked} & set(source.seeds)
 
 
-def test_a_rerun_that_crashes_is_tried_again_and_then_left_aside(course):
-    made, told = course
+def test_a_rerun_that_crashes_is_tried_again_and_then_left_aside(opened):
+    source, events = opened
     for attempt in range(1, 4):
-        job = made.next_job(lambda config: 0)
+        job = next_jobs(source)[0]
         assert (job.key, job.attempt) == (0, attempt)
-        made.heard(job.key, "died", {"text": "killed by SIGSEGV", "beside": False}, pid=1)
-    assert made.run.left_aside(made.done) == (
-        f"trial {made.trials[0].trial_number} again, seed 1 of 3 died: killed by SIGSEGV",
+        source.handle(job.key, "died", {"text": "killed by SIGSEGV", "beside": False}, pid=1)
+    assert source.run.given_up(source.done) == (
+        f"trial {source.trials[0].trial_number} again, seed 1 of 3 died: killed by SIGSEGV",
     )
-    assert "2 attempts left" in told[2].text and "left aside; the next run tries it again" in told[-1].words
-    assert made.next_job(lambda config: 0).key == 1
-    assert made.next_job(lambda config: None) is None, "no memory for it now"
-    made.heard(1, "mistake", {"text": "No space left on device"}, pid=1)
-    assert "No space left" in str(made.run.problem) and made.next_job(lambda config: 0) is None
-    result = made.result(interrupted=False)
-    assert result.problem is made.run.problem and not result.confirmation.complete
+    assert "2 attempts left" in events[2].text and "given up; the next run tries it again" in events[-1].text
+    assert next_jobs(source)[0].key == 1
+    assert not list(source.next_jobs(lambda config: None)), "no memory for it now"
+    source.handle(1, "mistake", {"text": "No space left on device"}, pid=1)
+    assert "No space left" in str(source.run.problem) and not next_jobs(source)
+    result = source.result(interrupted=False)
+    assert result.problem is source.run.problem and not result.confirmation.complete
 
 
-def test_failures_in_a_row_stop_it(course):
-    made, _ = course
-    made.run.spec = made.spec.model_copy(
-        update={"execution": made.spec.execution.model_copy(update={"max_failures": 4})}
+def test_failures_in_a_row_stop_it(opened):
+    source, _ = opened
+    source.run.spec = source.spec.model_copy(
+        update={"execution": source.spec.execution.model_copy(update={"max_failures": 4})}
     )  # fmt: skip
     for _ in range(4):
-        made.heard(made.next_job(lambda config: 0).key, "hung", {"text": "no step for 900 s", "beside": False}, pid=1)
-    assert "stopped after 4 failures in a row of the same kind, hung" in str(made.run.problem) and made.settled
+        source.handle(next_jobs(source)[0].key, "hung", {"text": "no step for 900 s", "beside": False}, pid=1)
+    assert "stopped after 4 failures in a row of the same kind, hung" in str(source.run.problem) and source.settled
 
 
 @pytest.mark.parametrize("of_reruns", [False, True], ids=["of a search", "of a confirmation"])
-def test_failures_of_different_kinds_in_a_row_do_not_stop_it(course, tiny_study, tiny_file, tmp_path, of_reruns):
+def test_failures_of_different_kinds_in_a_row_do_not_stop_it(opened, tiny_study, tiny_file, tmp_path, of_reruns):
     """One policy for both: what stops a study is one cause that more trials won't cure."""
     if of_reruns:
-        made, _ = course
+        source, _ = opened
     else:
         order = lifecycle.StudyRequest(load.study(tiny_file, overrides=["study.name='another'"]))
         context = RunContext(tmp_path, tiny_study.parents[1] / "data")
         stack = contextlib.ExitStack()
-        made = Search(stack.enter_context(lifecycle.open_study(order, context)), order, context)
-    limits = made.spec.execution.model_copy(update={"max_failures": 3, "max_attempts": 9})
-    made.run.spec = made.spec.model_copy(update={"execution": limits})
+        source = Search(stack.enter_context(lifecycle.open_study(order, context)), order, context)
+    limits = source.spec.execution.model_copy(update={"max_failures": 3, "max_attempts": 9})
+    source.run.spec = source.spec.model_copy(update={"execution": limits})
 
     def fails(kind, text):
-        made.heard(made.next_job(lambda config: 0).key, kind, {"text": text, "beside": False}, pid=1)
+        source.handle(next_jobs(source)[0].key, kind, {"text": text, "beside": False}, pid=1)
 
     for _ in range(2):
         fails("died", "killed by SIGKILL")
         fails("failed", "OSError: [Errno 5] Input/output error: 'a'")
     fails("failed", "OSError: [Errno 5] Input/output error: 'b'")
-    assert made.run.problem is None
+    assert source.run.problem is None
     fails("failed", "OSError: [Errno 5] Input/output error: 'c'")
     wanted = "stopped after 3 failures in a row of the same kind, failed (OSError)"
-    assert wanted in str(made.run.problem) and made.next_job(lambda config: 0) is None
+    assert wanted in str(source.run.problem) and not next_jobs(source)
     if not of_reruns:
         stack.close()
 
 
-def test_reruns_that_diverge_one_after_the_other_stop_a_confirmation_as_they_stop_a_search(course):
-    made, _ = course
-    limits = made.spec.execution.model_copy(update={"max_failures": 2})
-    made.run.spec = made.spec.model_copy(update={"execution": limits})
-    for record in made.trials:
-        job = made.next_job(lambda config: 0)
+def test_reruns_that_diverge_one_after_the_other_stop_a_confirmation_as_they_stop_a_search(opened):
+    source, _ = opened
+    limits = source.spec.execution.model_copy(update={"max_failures": 2})
+    source.run.spec = source.spec.model_copy(update={"execution": limits})
+    for record in source.trials:
+        job = next_jobs(source)[0]
         diverged = {"value": None, "outcome": "diverged", "detail": "the loss is nan"}
         mine = {"config": job.config, "config_hash": config_hash(job.config)}
         records.write_record(job.folder, record.model_copy(update=mine | diverged))
-        made.heard(job.key, "done", {}, pid=1)
-    assert "stopped after 2 failures in a row of the same kind, diverged: the loss is nan" in str(made.run.problem)
-    assert made.done == {0, 1} and made.run.left_aside(made.done) == ()
+        source.handle(job.key, "done", {}, pid=1)
+    assert "stopped after 2 failures in a row of the same kind, diverged: the loss is nan" in str(source.run.problem)
+    assert source.done == {0, 1} and source.run.given_up(source.done) == ()
 
 
-def test_a_request_to_stop_is_heard_once_and_no_rerun_begins_after_it(course):
-    made, told = course
-    made.tick()
-    locks.ask_to_stop(str(made.folder), outputs=made.folder.parent)
-    before = len(told)
-    made.tick()
-    made.tick()
-    assert [event.text for event in told[before:]] == [locks.STOP_HEARD]
-    assert made.next_job(lambda config: 0) is None and made.result(interrupted=False).interrupted
+def test_a_request_to_stop_is_heard_once_and_no_rerun_begins_after_it(opened):
+    source, events = opened
+    source.tick()
+    locks.ask_to_stop(str(source.folder), outputs=source.folder.parent)
+    before = len(events)
+    source.tick()
+    source.tick()
+    assert [event.text for event in events[before:]] == [locks.STOP_HEARD]
+    assert not next_jobs(source) and source.result(interrupted=False).interrupted
 
 
 def test_who_asks_before_the_first_rerun_is_heard_too(tiny_study, tmp_path):
     folder = shutil.copytree(tiny_study, tmp_path / "tiny")
-    (folder / "baselines.json").unlink()  # made again: it is asked for on the way
+    (folder / "baselines.json").unlink()  # source again: it is asked for on the way
     asked = []
 
     def ask() -> bool:

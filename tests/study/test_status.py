@@ -12,6 +12,7 @@ from fintx.config import load
 from fintx.run.search import Search
 from fintx.study import lifecycle
 from fintx.study.events import RunContext
+from tests.helpers.jobs import next_jobs
 
 
 @pytest.fixture
@@ -54,15 +55,14 @@ def test_a_storage_whose_password_was_not_kept_is_noted(folder):
 def test_time_to_go_is_shared_out_among_those_that_train(folder, tiny_file, tiny_study):
     data = tiny_study.parents[1] / "data"
     spec = load.study(tiny_file, overrides=["study.n_trials=9"])
-    with lifecycle.open_study(
-        order := lifecycle.StudyRequest(spec), context := RunContext(folder.parent, data, n_workers=2)
-    ) as opened:
-        course = Search(opened, order, context)
+    request, context = lifecycle.StudyRequest(spec), RunContext(folder.parent, data, n_workers=2)
+    with lifecycle.open_study(request, context) as study:
+        search = Search(study, request, context)
         alone = status.read(folder).eta
         for number in (3, 4):
-            assert course.next_job(lambda config: 0) is not None
-            course.heard(number, "progress", {"step": 5}, pid=number)
-        course.tick()
+            assert next_jobs(search)
+            search.handle(number, "progress", {"step": 5}, pid=number)
+        search.tick()
         shared = status.read(folder).eta
     assert alone is not None and shared is not None
     assert shared.total_seconds() == pytest.approx(alone.total_seconds() / 2, abs=1)
