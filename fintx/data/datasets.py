@@ -146,7 +146,7 @@ def build_test(spec: StudySpec | TrialConfig, root: Path, *, scaling: Standardiz
     first = loaded.split.test_first
     if first is None:
         raise splits.BadSplit("this walk-forward split has no test part (no split.test_start): nothing is sealed")
-    panel = loaded.panel(spec.task.rule)
+    panel = loaded.panel(spec.task.rule, before=None)
     return _samples(panel, panel.dates >= first, scaling, spec.model.context_length, f"the test part, from {first}")
 
 
@@ -199,8 +199,8 @@ class _Loaded:
     """By symbol, from before start on: an indicator's warm-up costs the asset no day."""
     split: Split
 
-    def panel(self, task: Task, *, before: np.datetime64 | None = None) -> Panel:
-        """Of all bars, or of those before a day."""
+    def panel(self, task: Task, *, before: np.datetime64 | None) -> Panel:
+        """Of the bars before a day; None: of all, the test part's too."""
         context = {symbol: bars.before(before) for symbol, bars in self.context.items()}
         return Panel.of([bars.before(before) for bars in self.assets], context, self.data.features, task)
 
