@@ -47,7 +47,7 @@ def test_the_target_is_sold_at_on_the_day_it_is_reached():
     bars = make(FLAT["open_"], [100.5, 100.5, 102, 100.5, 100.5, 100.5], FLAT["low"], FLAT["close"])
     found = trade(bars, [0])
     np.testing.assert_allclose(found.returns, [0, 0.01, 0, 0, 0], atol=1e-12)  # days 1 … 5
-    assert (found.trades, found.wins, found.at_target) == (1, 1, 1)
+    assert (found.trades, found.wins) == (1, 1)
     np.testing.assert_array_equal(found.held, [True, True, False, False, False])
 
 
@@ -60,7 +60,7 @@ def test_what_never_reaches_the_target_is_sold_at_the_end():
     bars = make(FLAT["open_"], FLAT["high"], FLAT["low"], [100, 99.5, 99.2, 100, 100, 100])
     found = trade(bars, [0])
     np.testing.assert_allclose(np.prod(1 + found.returns), 0.992)
-    assert (found.wins, found.at_target) == (0, 0)
+    assert found.wins == 0
 
 
 def test_entry_at_the_close_earns_the_night_and_entry_at_the_open_does_not():
@@ -158,31 +158,31 @@ def test_buy_and_hold_is_the_price_less_costs():
 
 def test_performance_by_hand():
     days = np.datetime64("2020-01-01") + np.arange(4)
-    ledger = backtest.StrategyReturns(
-        days, np.array([0.1, -0.2, 0.0, 0.1]), np.array([True, True, False, True]), 2, 1, 1
+    strategy = backtest.StrategyReturns(
+        days, np.array([0.1, -0.2, 0.0, 0.1]), np.array([True, True, False, True]), 2, 1
     )
-    found = backtest.performance("x", ledger)
-    assert found.total_return == pytest.approx(1.1 * 0.8 * 1.1 - 1)
+    found = backtest.performance("x", strategy)
+    assert found.annual_return == pytest.approx((1.1 * 0.8 * 1.1) ** (252 / 4) - 1)
     assert found.max_drawdown == pytest.approx(0.2)
-    assert (found.win_rate, found.exposure, found.days) == (0.5, 0.75, 4)
+    assert (found.win_rate, found.exposure) == (0.5, 0.75)
     assert found.sharpe == pytest.approx(0.0, abs=1e-12)
-    still = backtest.performance("cash", backtest.StrategyReturns(days, np.zeros(4), np.zeros(4, bool), 0, 0, 0))
+    still = backtest.performance("cash", backtest.StrategyReturns(days, np.zeros(4), np.zeros(4, bool), 0, 0))
     assert still.sharpe is None and still.win_rate is None and still.max_drawdown == 0.0
 
 
 def test_a_fall_from_the_start_is_a_drawdown():
     days = np.datetime64("2020-01-01") + np.arange(2)
-    ledger = backtest.StrategyReturns(days, np.array([-0.5, 0.0]), np.ones(2, bool), 1, 0, 0)
-    assert backtest.performance("x", ledger).max_drawdown == pytest.approx(0.5)
+    strategy = backtest.StrategyReturns(days, np.array([-0.5, 0.0]), np.ones(2, bool), 1, 0)
+    assert backtest.performance("x", strategy).max_drawdown == pytest.approx(0.5)
 
 
 def test_a_portfolio_gives_every_asset_its_share():
     days = np.datetime64("2020-01-01") + np.arange(3)
-    one = backtest.StrategyReturns(days, np.array([0.1, 0.0, 0.2]), np.array([True, False, True]), 2, 2, 1)
-    two = backtest.StrategyReturns(days[1:], np.array([0.3, 0.0]), np.array([True, False]), 1, 1, 1)
+    one = backtest.StrategyReturns(days, np.array([0.1, 0.0, 0.2]), np.array([True, False, True]), 2, 2)
+    two = backtest.StrategyReturns(days[1:], np.array([0.3, 0.0]), np.array([True, False]), 1, 1)
     found = backtest.portfolio([one, two])
     np.testing.assert_allclose(found.returns, [0.05, 0.15, 0.1])
-    assert (found.trades, found.wins, found.at_target, found.held.tolist()) == (3, 3, 2, [True, True, True])
+    assert (found.trades, found.wins, found.held.tolist()) == (3, 3, [True, True, True])
 
 
 def test_the_papers_example_of_a_deflated_sharpe_ratio():
@@ -213,7 +213,7 @@ def test_cash_has_no_deflated_sharpe_ratio():
 
 
 def test_assumptions_name_entry_target_and_costs():
-    said = " ".join(backtest.assumptions(TradingRules("next_open", 5.0), TASK))
-    assert all(words in said for words in ("next day's open", "1.01 ×", "5 basis points", "training base rate"))
+    text = " ".join(backtest.assumptions(TradingRules("next_open", 5.0), TASK))
+    assert all(words in text for words in ("next day's open", "1.01 ×", "5 basis points", "training base rate"))
     close = " ".join(backtest.assumptions(TradingRules("close"), Threshold(price="close", threshold=0.01, horizon=3)))
     assert "an input" in close and "high reaches" not in close
