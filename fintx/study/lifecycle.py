@@ -1,7 +1,7 @@
 """Lifecycle of a study: opening, resuming and forking it.
 
-A study is opened whole before anything is trained: what is asked for agrees with what its folder and storage hold, its
-data are ready, its queue can run, and its baselines are fitted.
+Before anything is trained, a study is checked and prepared as a whole: its definition is that of its folder and its
+storage, its data are ready, its queue can run, and its baselines are fitted.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from fintx.study import environment, locks, queue, records, storage, study_file,
 from fintx.study.events import RunContext
 from fintx.study.records import TrialRecord
 from fintx.study.search_space import SearchSpace
+from fintx.study.storage import Warn
 from fintx.study.study_file import StudyFile
 from fintx.study.trial_table import Lease, TrialTable
 
-Warn = Callable[[str], None]
 TakeOver = Callable[[Path, StudySpec, SearchSpace, Warn], None]
 """Brings trials into the folder of a new study."""
 
@@ -48,7 +48,7 @@ class StudyRequest:
     reload: Callable[[], StudySpec | None] = lambda: None
     """The sweep file again, if it has changed since the last call."""
     where: Where = spelled
-    """Tells where a key of its file stands."""
+    """Where a key of its file is, for messages."""
     queue_only: bool = False
     """Run what is queued, beyond n_trials too, and nothing else: the queue is another file's, not the study's own."""
     take_over: TakeOver | None = None
@@ -143,7 +143,7 @@ def open_study(request: StudyRequest, context: RunContext) -> Iterator[OpenStudy
             table = TrialTable(opened, trial_table.owner_of(folder, shared=opened.shared))
             queue.check_against_trials(spec, space, table.leases(), counted=counted, where=request.where)
             check_same(folder, table.definition(definition), definition, where=opened.name)
-            pending = folder / "fork-pending"  # stands until every old trial has come over
+            pending = folder / "fork-pending"  # there until every old trial has been taken over
             if existing is None and take_over is not None:
                 records.write_atomically(pending, "trials are being taken over from another study\n")
             write_definition(folder, spec, queue_only=request.queue_only)

@@ -144,7 +144,7 @@ def plan_study(spec: StudySpec, *, data_root: Path, on: Machine | None = None, w
 
     Args:
         on: the devices to plan for; none: this machine's.
-        where: tells where a key of the file stands.
+        where: where a key of the file is, for messages.
 
     Raises:
         FintxError: whatever would stop the study from starting.

@@ -67,12 +67,12 @@ def entry_id(entry: QueueEntry) -> str:
 
 
 def entries(spec: StudySpec, space: SearchSpace) -> tuple[QueueEntry, ...]:
-    """What is to be run first, in order: the file's entries, and the extremes where the study asks for them."""
+    """What runs first, in order: the file's entries, and the extremes if `queue_extremes` is set."""
     return tuple(entry for entry in spec.queue if not entry.cancelled) + unlisted_extremes(spec, space)
 
 
 def unlisted_extremes(spec: StudySpec, space: SearchSpace) -> tuple[QueueEntry, ...]:
-    """The extremes where the study asks for them, without the shapes that its file lists, cancelled ones included."""
+    """The extremes if `queue_extremes` is set, without the shapes that the file lists, cancelled ones included."""
     listed = {entry.shape for entry in spec.queue}
     return tuple(entry for entry in extremes(space) if entry.shape not in listed) if spec.study.queue_extremes else ()
 
@@ -104,7 +104,7 @@ def validate(spec: StudySpec, *, n_features: int, where: Where = spelled) -> Non
     """Check the entries as a whole before anything runs.
 
     Args:
-        where: tells where a key stands; asked where something is wrong.
+        where: where a key of the file is, for messages.
 
     Raises:
         QueueError: every entry outside the budget (unless it is cancelled), and every repeated one.
@@ -165,7 +165,7 @@ def check_against_trials(
 
 
 def _latest(leases: Sequence[Lease]) -> dict[str | None, Lease]:
-    """Identity → the trial that counts: of several the latest."""
+    """Identity → its trial, the latest of several."""
     return {lease.entry: lease for lease in sorted(leases, key=lambda lease: lease.number)}
 
 
@@ -198,7 +198,7 @@ def settle(entry: QueueEntry, space: SearchSpace, *, best: TrialRecord | None) -
 
 
 def _typed(space: SearchSpace, path: str, value: Any) -> Any:
-    """In the distribution's own type: the very choice, so that 1.0 for 1 is no other category; 4 for 4.0."""
+    """A value in its distribution's own type: the very choice, so that 1.0 for 1 is no other category; 4 for 4.0."""
     distribution = space.distributions[path]
     return distribution.to_external_repr(distribution.to_internal_repr(value))
 

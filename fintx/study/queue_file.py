@@ -63,7 +63,7 @@ class QueueListing:
 
 
 def listings(path: Path, *, outputs: Path, data_root: Path) -> tuple[QueueListing, ...]:
-    """The queue of every study of a file, extremes included where the study asks for them.
+    """The queue of every study of a file, extremes included if `queue_extremes` is set.
 
     Raises:
         FintxError: the file is wrong, or its data are missing.
@@ -88,7 +88,7 @@ def listings(path: Path, *, outputs: Path, data_root: Path) -> tuple[QueueListin
 
 
 def _extremes(spec: StudySpec, n_features: int) -> tuple[QueueEntry, ...]:
-    """Entries that stand in no file, because the study asks for them."""
+    """The study's extremes that its file doesn't list."""
     if not spec.study.queue_extremes:
         return ()  # without solving the budget
     return queue.unlisted_extremes(spec, SearchSpace.build(spec, n_features=n_features))

@@ -6,7 +6,7 @@ config trained is a pure function of a trial's parameters and its shape.
 
 The space is the study's definition and nothing else, so it stays the same for the study's whole life: the queue moves
 no bound and gives no older trial's coordinates another meaning. A queued shape off the candidates' grid keeps its own
-numbers; the sampler sees it where it lies, or at the nearest bound.
+numbers; the sampler sees it at its true coordinates, or at the nearest bound.
 
 The sampler works on a copy of the study in memory: a proposal that is refused, because its config was trained already,
 leaves no trace. It is made anew for each trial, seeded by the trial's number: a stopped study proposes what an
@@ -45,7 +45,7 @@ from fintx.model import family, param_count
 from fintx.types import Floats
 
 _NUDGE = 1e-6
-"""Shapes of equal coordinates are told apart by this much on the first axis, in the order of the feasible set."""
+"""Shapes of equal coordinates are moved apart by this much on the first axis, in the order of the feasible set."""
 _TRIES = 20
 """Proposals of a sampler before a finite space is walked through instead."""
 _ENUMERABLE = 200_000
@@ -75,7 +75,7 @@ class SearchSpace:
 
     @staticmethod
     def build(spec: StudySpec, *, n_features: int) -> SearchSpace:
-        """Solve the budget and lay out the space.
+        """Solve the budget and build the space.
 
         Raises:
             InfeasibleBudget: no candidate fits.
@@ -117,7 +117,7 @@ class SearchSpace:
     def decode(self, params: Mapping[str, Any]) -> Shape:
         """The candidate nearest to the coordinates, each axis measured by its range; the first of equally near.
 
-        For the sampler's proposals alone: a queued trial's shape stands beside its parameters in the storage.
+        For the sampler's proposals alone: the storage keeps a queued trial's shape beside its parameters.
         """
         distance = np.zeros(len(self.shapes))
         for axis, name in enumerate(self.axes):

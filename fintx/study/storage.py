@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import hashlib
 import json
 import os
@@ -38,7 +39,7 @@ _PATIENCE_S = 60
 
 
 class StorageAway(Exception):
-    """The database does not answer now; what was asked may be asked again."""
+    """The database does not answer now; the request may be repeated."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ class Storage:
 
     @contextlib.contextmanager
     def exclusive(self) -> Iterator[Check]:
-        """Alone with the storage, over all machines; call what it gives right before a write that others rely on.
+        """Hold the storage alone, over all machines; call the value right before a write that others rely on.
 
         Raises:
             StorageAway: the database is away, or was lost inside: look again before deciding anything.
@@ -80,24 +81,22 @@ def open_storage(url: str, folder: Path, study: str, *, minimize: bool, warn: Wa
     """
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     direction = StudyDirection.MINIMIZE if minimize else StudyDirection.MAXIMIZE
+    create = functools.partial(optuna.create_study, study_name=study, direction=direction, load_if_exists=True)
     name = "the journal" if url == JOURNAL else without_passwords(url)
     with contextlib.ExitStack() as stack:
         with _translated(name):
             if url == JOURNAL:
-                first_lock = lock = _journal_lock(folder, warn)
+                lock = _journal_lock(folder, warn)
+                with lock():
+                    _repair(folder / "journal.log", warn)
+                    backend: BaseStorage = _open_journal(folder / "journal.log")
+                    opened = create(storage=backend)
             else:
                 engine, text = _engine(url)
                 lock = _advisory_lock(engine, study)
-                first_lock = _advisory_lock(engine, "fintx")  # tables are made once: CREATE TYPE has no "if not exists"
-            with first_lock():
-                if url == JOURNAL:
-                    _repair(folder / "journal.log", warn)
-                    backend: BaseStorage = _open_journal(folder / "journal.log")
-                else:
+                with _advisory_lock(engine, "fintx")():  # tables are made once: CREATE TYPE has no "if not exists"
                     backend = _open_database(text, stack)
-                opened = optuna.create_study(
-                    storage=backend, study_name=study, direction=direction, load_if_exists=True
-                )
+                    opened = create(storage=backend)
         yield Storage(name, backend, opened, lock, shared=url != JOURNAL)
 
 
@@ -133,7 +132,7 @@ def read_only(url: str, folder: Path, study: str) -> Iterator[optuna.Study | Non
 
 @contextlib.contextmanager
 def _translated(name: str) -> Iterator[None]:
-    """The libraries' errors as ours."""
+    """The libraries' errors as `StorageAway` or `FintxError`."""
     import sqlalchemy.exc
 
     try:
@@ -226,7 +225,7 @@ def _repair(path: Path, warn: Warn) -> None:
 
 
 def _engine(url: str) -> tuple[Any, str]:
-    """A connection pool of our own, for the lock, and the URL's text as Optuna wants it."""
+    """An engine for the lock's own connections, and the URL as Optuna expects it."""
     import sqlalchemy
 
     try:
@@ -249,7 +248,7 @@ def _engine(url: str) -> tuple[Any, str]:
 
 
 def _open_database(text: str, stack: contextlib.ExitStack) -> BaseStorage:
-    """Its connections are closed with the stack."""
+    """A database as Optuna's storage; the stack closes its connections."""
     backend = optuna.storages.RDBStorage(
         text, engine_kwargs={"pool_pre_ping": True, "connect_args": {"connect_timeout": _CONNECT_S}}
     )
@@ -259,7 +258,7 @@ def _open_database(text: str, stack: contextlib.ExitStack) -> BaseStorage:
 
 
 def _advisory_lock(engine: Any, name: str) -> Lock:
-    """A lock of the database's, by name; PostgreSQL lets go of it when its connection is lost, or silent for long."""
+    """A lock in the database, by name; PostgreSQL releases it when its connection is lost, or silent for long."""
     import sqlalchemy
 
     key = int.from_bytes(hashlib.sha256(f"fintx/{name}".encode()).digest()[:8], signed=True)

@@ -1,7 +1,7 @@
 """Files of a study beside its trials: study.json, the fitted baselines, the openings of the sealed test part.
 
 study.json holds the definition, which never changes under a study's name. Baselines are fitted once per data, label and
-split, kept beside the data, and copied into the folder of every study that asks for them.
+split, kept beside the data, and copied into the folder of every study that needs them.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _SOFTWARE = ("fintx", "jax", "jaxlib", "flax", "optax", "optuna", "numpy", "TA-L
 
 
 class StudyFile(RecordModel):
-    """study.json: what the study asks, with its data pinned by content hash."""
+    """study.json: the study's spec and definition, with its data pinned by content hash."""
 
     spec: StudySpec
     definition: dict[str, Any]
@@ -134,7 +134,7 @@ def ensure_baselines(
     notify: Callable[[str], None],
     check_stop: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
-    """What must be beaten on the very same rows: fitted once per data, label and split, whatever study asks.
+    """Baselines on the very same rows, fitted once per data, label and split for all studies.
 
     Args:
         notify: called with a line of progress per fold.

@@ -103,10 +103,10 @@ Choice = Lease | Proposal | SameTrial | Withdrawal | None
 
 
 def owner_of(study_folder: Path, *, shared: bool) -> str:
-    """Names a coordinator's place.
+    """A coordinator's name in its leases.
 
-    A journal lies in the study's folder, whose lock lets one coordinator in per host; the folder may be moved. Two on
-    one host that share a database have different folders.
+    With a journal the host is enough: the study's folder, which may be moved, is locked by one coordinator per host.
+    Two on one host that share a database have different folders.
     """
     return f"{socket.gethostname()}:{study_folder.resolve()}" if shared else socket.gethostname()
 
@@ -122,7 +122,7 @@ def read(study_folder: Path, *, url: str = storage.JOURNAL) -> tuple[Lease, ...]
 
 
 def _leases_of(study: optuna.Study) -> tuple[Lease, ...]:
-    """Every trial by number; one that answers more than one queue entry stands once for each."""
+    """Every trial by number; one that answers more than one queue entry appears once for each."""
     by_number = {}
     for frozen in study.get_trials(deepcopy=False):
         stored = frozen.user_attrs
@@ -153,7 +153,7 @@ class TrialTable:
     owner: str
 
     def leases(self) -> tuple[Lease, ...]:
-        """Every trial by number; one that answers more than one queue entry stands once for each."""
+        """Every trial by number; one that answers more than one queue entry appears once for each."""
         with self.storage.exclusive():
             return _leases_of(self.storage.study)
 

@@ -75,9 +75,9 @@ def test_a_queued_shape_and_its_values_are_what_runs_in_their_own_types(space):
     trial = study.ask(space.distributions)
     config = space.trial_config(trial.params, settled.shape, seed=0)
     assert config.shape == ENTRY.shape
-    found = (config.train.batch_size, config.train.patience, config.optim.learning_rate, config.model.revin)
-    assert found == (64, 4, 1.0, True)
-    assert [type(each) for each in found] == [int, int, float, bool]
+    values = (config.train.batch_size, config.train.patience, config.optim.learning_rate, config.model.revin)
+    assert values == (64, 4, 1.0, True)
+    assert [type(value) for value in values] == [int, int, float, bool]
     json.dumps(trial.params)
     assert settled.training == ""
 
@@ -107,12 +107,12 @@ def test_or_from_the_files_defaults_brought_into_the_searched_range(training, be
     space = SearchSpace.build(spec, n_features=N_FEATURES)
     entry = ENTRY.model_copy(update={"values": {}, "training": training})
     settled = queue.settle(entry, space, best=best)
-    found = {path: settled.params[path] for path in spec.space}
-    assert found == {
+    values = {path: settled.params[path] for path in spec.space}
+    assert values == {
         "optim.learning_rate": 3e-4, "optim.weight_decay": 0.25, "train.batch_size": 32, "train.patience": 9,
         "model.revin": False,
     }  # fmt: skip
-    assert [type(each) for each in found.values()] == [float, float, int, int, bool]
+    assert [type(value) for value in values.values()] == [float, float, int, int, bool]
     assert settled.training == "defaults"
 
 
@@ -136,8 +136,8 @@ values = st.fixed_dictionaries(
     },
 )
 queued = st.builds(
-    lambda heads, width, depth, d_ff, held, training: EncoderEntry(
-        d_model=heads * width, n_layers=depth, n_heads=heads, d_ff=d_ff, values=held, training=training
+    lambda heads, width, depth, d_ff, values, training: EncoderEntry(
+        d_model=heads * width, n_layers=depth, n_heads=heads, d_ff=d_ff, values=values, training=training
     ),
     st.integers(1, 64), st.integers(1, 64), st.integers(1, 4096), st.integers(1, 10_000), values,
     st.sampled_from(["best", "defaults"]),
@@ -145,12 +145,12 @@ queued = st.builds(
 
 
 @given(queued, st.none() | values)
-def test_what_is_settled_trains_the_entrys_very_shape_and_values(space, entry, known):
-    settled = queue.settle(entry, space, best=None if known is None else record(known))
+def test_what_is_settled_trains_the_entrys_very_shape_and_values(space, entry, best):
+    settled = queue.settle(entry, space, best=None if best is None else record(best))
     assert settled.params.keys() == space.distributions.keys()
     for name, value in settled.params.items():
-        held = space.distributions[name]
-        assert held._contains(held.to_internal_repr(value))
+        distribution = space.distributions[name]
+        assert distribution._contains(distribution.to_internal_repr(value))
     config = space.trial_config(settled.params, settled.shape, seed=0)
     assert config.shape == entry.shape
     for path, value in entry.values.items():
@@ -166,13 +166,13 @@ def test_the_extremes_of_every_axis_are_entries_of_their_own():
     space = SearchSpace.build(spec, n_features=N_FEATURES)
     first, *edges = queue.entries(spec, space)
     assert first == ENTRY
-    words = [each for entry in edges for each in entry.note.split(", ")]
-    assert sorted(words) == sorted(
+    notes = [note for entry in edges for note in entry.note.split(", ")]
+    assert sorted(notes) == sorted(
         f"{end} {axis}" for axis in ("d_model", "n_layers", "d_ff ratio", "n_heads") for end in ("smallest", "largest")
     )
     for axis in ("d_model", "n_layers", "n_heads"):
-        held = [getattr(shape, axis) for shape in space.shapes]
-        for word, end in (("smallest", min(held)), ("largest", max(held))):
+        sizes = [getattr(shape, axis) for shape in space.shapes]
+        for word, end in (("smallest", min(sizes)), ("largest", max(sizes))):
             assert [getattr(e, axis) for e in edges if f"{word} {axis}" in e.note.split(", ")] == [end]
     assert len({entry.shape for entry in edges}) == len(edges)
     assert all(entry.shape in space.shapes for entry in edges)
@@ -195,8 +195,8 @@ def test_one_shape_may_be_the_extreme_of_two_axes_and_its_notes_merge():
         d_model=(64, 128), n_layers=LayerRange(low=12, high=30), n_heads=(4,), d_ff_ratio=(4.0,)
     )
     space = SearchSpace.build(make_spec(architecture=architecture), n_features=N_FEATURES)
-    found = {(entry.d_model, entry.n_layers): entry.note for entry in queue.extremes(space)}
-    assert found == {(64, 30): "smallest d_model, largest n_layers", (128, 12): "largest d_model, smallest n_layers"}
+    notes = {(entry.d_model, entry.n_layers): entry.note for entry in queue.extremes(space)}
+    assert notes == {(64, 30): "smallest d_model, largest n_layers", (128, 12): "largest d_model, smallest n_layers"}
 
 
 def test_an_extreme_that_the_file_holds_or_has_cancelled_is_not_queued_again():
@@ -227,7 +227,7 @@ def lease(entry: QueueEntry, number: int = 3, **changes) -> Lease:
 
 
 @pytest.mark.parametrize(
-    ("changes", "cancelled", "wanted"),
+    ("changes", "cancelled", "expected"),
     [
         (None, False, "queued"),
         (None, True, "cancelled"),
@@ -242,14 +242,14 @@ def lease(entry: QueueEntry, number: int = 3, **changes) -> Lease:
         ({"finished": True}, True, "done"),
     ],
 )
-def test_an_entrys_state_is_that_of_its_trial(changes, cancelled, wanted):
+def test_an_entrys_state_is_that_of_its_trial(changes, cancelled, expected):
     entry = ENTRY.model_copy(update={"cancelled": cancelled})
     stranger = lease(ENTRY.model_copy(update={"n_heads": 10}), number=9)
     leases = [stranger, dataclasses.replace(stranger, number=10, entry=None)]
     leases += [] if changes is None else [lease(entry, **changes)]
-    (found,) = queue.states([entry], leases)
-    assert (found.state, found.identity, found.entry) == (wanted, queue.entry_id(ENTRY), entry)
-    assert (found.number, found.training) == ((None, "") if changes is None else (3, "trial 1"))
+    (state,) = queue.states([entry], leases)
+    assert (state.state, state.identity, state.entry) == (expected, queue.entry_id(ENTRY), entry)
+    assert (state.number, state.training) == ((None, "") if changes is None else (3, "trial 1"))
 
 
 def test_of_two_trials_of_an_entry_the_later_one_counts():
@@ -360,8 +360,8 @@ def test_the_total_may_fall_below_a_queue_that_is_done(space):
 def test_an_id_of_another_shape_is_no_state_of_the_entry(space):
     named = ENTRY.model_copy(update={"id": "deep"})
     other = named.model_copy(update={"n_heads": 10})
-    (found,) = queue.states([other], [lease(named, finished=True)])
-    assert found.state == "clash" and found.number == 3
+    (state,) = queue.states([other], [lease(named, finished=True)])
+    assert state.state == "clash" and state.number == 3
     with pytest.raises(queue.QueueError, match=r"^queue\[0\]: its id deep is that of trial 3, which has another shape"):
         queue.check_against_trials(make_spec(other), space, [lease(named, params=entry_params(space))], counted=True)
 

@@ -121,8 +121,8 @@ def test_an_entry_is_added_behind_all_there_is(text, end, tmp_path):
 def test_a_second_entry_of_the_same_content_is_refused(tmp_path):
     path = write(tmp_path, HEAD)
     identity = add(path).identity
-    said = refused(path, add, note="another note")
-    assert said == f"{path}: holds the entry {identity} of small already"
+    message = refused(path, add, note="another note")
+    assert message == f"{path}: holds the entry {identity} of small already"
     add(path, id="again")
     assert "holds the entry again of small already" in refused(path, add, id="again", n_layers=7)
     cancel(path, identity)
@@ -146,8 +146,8 @@ def test_a_second_entry_of_the_same_content_is_refused(tmp_path):
 )
 def test_a_wrong_entry_is_refused_in_one_line(changes, words, tmp_path):
     path = write(tmp_path, HEAD + FIRST)
-    said = refused(path, add, **changes)
-    assert said.startswith(words) and "\n" not in said
+    message = refused(path, add, **changes)
+    assert message.startswith(words) and "\n" not in message
 
 
 def test_a_queue_that_would_outgrow_the_total_is_refused_where_the_total_stands(tmp_path):
@@ -173,8 +173,8 @@ def test_mistakes_that_the_file_has_already_keep_their_lines(tmp_path):
 def test_an_inline_queue_is_refused(inline, tmp_path):
     path = write(tmp_path, f"{inline}\n{HEAD}")
     for act, arguments in ((add, ()), (cancel, ("x",))):
-        said = refused(path, act, *arguments)
-        assert said == f"{path}:1: the queue is written inline; write each entry as a [[queue]] block"
+        message = refused(path, act, *arguments)
+        assert message == f"{path}:1: the queue is written inline; write each entry as a [[queue]] block"
 
 
 def test_a_bases_queue_is_edited_in_the_base(tmp_path):
@@ -194,7 +194,7 @@ def test_mode_and_link_are_kept_and_nothing_is_left_beside(tmp_path):
     link.symlink_to("real.toml")
     add(link)
     assert link.is_symlink() and real.stat().st_mode & 0o777 == 0o640 and b"[[queue]]" in real.read_bytes()
-    assert sorted(each.name for each in tmp_path.iterdir()) == ["real.toml", "small.toml"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["real.toml", "small.toml"]
 
 
 def test_a_file_that_cannot_be_replaced_stays_whole(tmp_path, monkeypatch):
@@ -223,8 +223,8 @@ def test_an_entry_of_a_manual_file_names_its_study(tmp_path):
     write(tmp_path, HEAD)
     path = write(tmp_path, MANUAL, "manual.toml")
     assert refused(path, add).startswith("the new entry: sweep: is missing")
-    said = refused(path, add, sweep="smal.toml")
-    assert said == 'the new entry: sweep: "smal.toml" is not there; did you mean "small.toml"?'
+    message = refused(path, add, sweep="smal.toml")
+    assert message == 'the new entry: sweep: "smal.toml" is not there; did you mean "small.toml"?'
     assert "holds the entry" in refused(path, add, {"sweep": "small.toml", "d_model": 32, "n_layers": 3, "n_heads": 4,
                                                    "d_ff": 64, "optim.learning_rate": 1e-3})  # fmt: skip
     assert add(path, sweep="small.toml").study == "small"
@@ -244,9 +244,9 @@ def test_cancelling_adds_one_line_below_the_blocks_head(end, tmp_path):
     first, second = map(queue.entry_id, load.study(path).queue)
     cancel(path, first)
     cancel(path, second)
-    wanted = text.replace("# the first\n", "# the first\ncancelled = true\n")
-    wanted = wanted.replace("[[ 'queue' ]]\n", "[[ 'queue' ]]\n  cancelled = true\n")
-    assert path.read_bytes() == wanted.replace("\n", end).encode()
+    expected = text.replace("# the first\n", "# the first\ncancelled = true\n")
+    expected = expected.replace("[[ 'queue' ]]\n", "[[ 'queue' ]]\n  cancelled = true\n")
+    assert path.read_bytes() == expected.replace("\n", end).encode()
     assert [entry.cancelled for entry in load.study(path).queue] == [True, True]
     assert refused(path, cancel, first) == f"{path}: {first} is cancelled already"
 
@@ -261,8 +261,10 @@ def test_a_false_is_turned_into_true(key, tmp_path):
 def test_what_an_edit_of_lines_would_spoil_is_left_to_the_user(tmp_path):
     path = write(tmp_path, HEAD + FIRST + '"can\\u0063elled" = false\n')
     identity = queue.entry_id(load.study(path).queue[0])
-    said = refused(path, cancel, identity)
-    assert re.fullmatch(rf"{path}:\d+: can't be edited safely; write cancelled = true into that entry yourself", said)
+    message = refused(path, cancel, identity)
+    assert re.fullmatch(
+        rf"{path}:\d+: can't be edited safely; write cancelled = true into that entry yourself", message
+    )
 
 
 def test_an_unknown_entry_is_told_with_the_nearest(tmp_path):
@@ -280,8 +282,8 @@ def test_an_identity_of_two_studies_needs_the_sweep_file(tmp_path):
     write(tmp_path, HEAD.replace('"small"', '"other"'), "other.toml")
     path = write(tmp_path, MANUAL + MANUAL.replace("small.toml", "other.toml"), "manual.toml")
     identity = queue.entry_id(next(iter(load.manual(path).values())).queue[0])
-    said = refused(path, cancel, identity)
-    assert said.endswith(f"{identity} stands there for other.toml and small.toml; name one with --sweep")
+    message = refused(path, cancel, identity)
+    assert message.endswith(f"{identity} stands there for other.toml and small.toml; name one with --sweep")
     assert cancel(path, identity, sweep="./other.toml").study == "other"
     small, other = load.manual(path).values()
     assert (small.queue[0].cancelled, other.queue[0].cancelled) == (False, True)
@@ -310,8 +312,8 @@ def lease(entry, **changes) -> Lease:
 def test_what_runs_or_is_done_is_not_cancelled(changes, words, tmp_path, monkeypatch):
     path = write(tmp_path, HEAD + FIRST)
     (entry,) = load.study(path).queue
-    held = {tmp_path / "outputs" / "small": (lease(entry, **changes),)}
-    monkeypatch.setattr(trial_table, "read", lambda folder, url: held[folder])
+    leases = {tmp_path / "outputs" / "small": (lease(entry, **changes),)}
+    monkeypatch.setattr(trial_table, "read", lambda folder, url: leases[folder])
     if words is None:
         cancel(path, queue.entry_id(entry))
         assert load.study(path).queue[0].cancelled
@@ -354,7 +356,7 @@ _blocks = st.builds(
 _texts = st.builds(
     lambda head, blocks, tail, end: f"{head}{''.join(blocks)}{tail}".replace("\n", end),
     st.sampled_from(["", "\ufeff", HEAD, "\ufeff" + HEAD]),
-    st.lists(_blocks, max_size=3).filter(lambda blocks: sum("[other" in each for each in blocks) < 2),
+    st.lists(_blocks, max_size=3).filter(lambda blocks: sum("[other" in block for block in blocks) < 2),
     st.sampled_from(["", "# end", "\n\n", "[train]\npatience = 3", "[train]\n"]),
     st.sampled_from(["\n", "\r\n"]),
 )
@@ -375,11 +377,11 @@ def test_appending_keeps_every_byte_and_adds_one_entry(text):
 
 @given(_texts.filter(lambda text: "queue" in tree(text)), st.data())
 def test_cancelling_changes_one_entry_by_one_line(text, data):
-    wanted = tree(text)
-    index = data.draw(st.integers(0, len(wanted["queue"]) - 1))
+    expected = tree(text)
+    index = data.draw(st.integers(0, len(expected["queue"]) - 1))
     changed = queue_file.with_cancelled(Path("x.toml"), text, index)
-    wanted["queue"][index]["cancelled"] = True
-    assert tree(changed) == wanted
+    expected["queue"][index]["cancelled"] = True
+    assert tree(changed) == expected
     lines, more = text.split("\n"), changed.split("\n")
     new = next(i for i, line in enumerate(more) if i == len(lines) or line != lines[i])
     assert [*more[:new], *more[new + 1 :]] == lines and more[new].strip() == "cancelled = true"
@@ -391,16 +393,16 @@ def test_cancelling_changes_one_entry_by_one_line(text, data):
 
 def fintx(*arguments: object, code: int = 0) -> str:
     """What `fintx queue …` prints, on both streams."""
-    out, found, argv = io.StringIO(), 0, sys.argv
+    out, status, argv = io.StringIO(), 0, sys.argv
     sys.argv = ["fintx", "queue", *map(str, arguments)]
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
             main.main()
     except SystemExit as exit_:
-        found = exit_.code or 0
+        status = exit_.code or 0
     finally:
         sys.argv = argv
-    assert found == code, (found, out.getvalue())
+    assert status == code, (status, out.getvalue())
     return out.getvalue()
 
 
@@ -415,13 +417,13 @@ def test_a_listing_shows_state_trial_outcome_and_training(tmp_path, monkeypatch)
     )
     monkeypatch.setattr(trial_table, "read", lambda _, url: leases)
     trained = TrialConfig.model_construct(shape=third.shape)
-    kept = [
+    trial_records = [
         TrialRecord.model_construct(trial_number=0, entry=None, outcome="diverged"),
         TrialRecord.model_construct(
             trial_number=6, entry="third", outcome="completed", training="trial 5", config=trained
         ),
     ]
-    monkeypatch.setattr(records, "read_all", lambda _: kept)
+    monkeypatch.setattr(records, "read_all", lambda _: trial_records)
     shown = fintx("list", path, "--outputs", tmp_path / "outputs", "--data-dir", tmp_path / "data")
     title, _, *lines = shown.lstrip().splitlines()
     assert title.strip() == "small: 2 done, 1 failed"
@@ -451,6 +453,6 @@ def test_the_commands_add_show_and_cancel(tmp_path):
     assert re.search(r"mine +cancelled +– ", fintx("list", path, *where, "--outputs", tmp_path))
     assert "is cancelled already" in fintx("cancel", path, "mine", *where, "--outputs", tmp_path, code=2)
     for wrong in ("x", "optim.learning_rate=nan", "a.b=[1]", "d_model=3", "a.b=2020-01-01", "=3"):
-        said = fintx("add", path, *shape, "--value", wrong, *where, code=2)
-        assert "wanted a path and a number, true, false or text" in said and len(said.splitlines()) == 1, said
+        message = fintx("add", path, *shape, "--value", wrong, *where, code=2)
+        assert "wanted a path and a number, true, false or text" in message and len(message.splitlines()) == 1, message
     assert "outside the budget" in fintx("add", path, *shape[:2], "--n-layers", 60, *shape[4:], *where, code=2)

@@ -149,9 +149,11 @@ def test_a_shape_off_the_grid_lies_where_it_is_or_at_the_nearest_bound(space, en
     encoded = space.encode(entry.shape)
     assert encoded.keys() == set(AXES)
     for name, value in zip(AXES, true, strict=True):
-        held = space.distributions[name]
-        assert held.low <= encoded[name] <= held.high
-        assert encoded[name] == pytest.approx(np.clip(value, held.low, held.high), abs=1e-5)  # ties are nudged apart
+        bounds = space.distributions[name]
+        assert bounds.low <= encoded[name] <= bounds.high
+        assert encoded[name] == pytest.approx(
+            np.clip(value, bounds.low, bounds.high), abs=1e-5
+        )  # ties are nudged apart
 
 
 def test_a_queue_alone_makes_no_space():
