@@ -230,7 +230,7 @@ def describe(error: Mapping[str, Any], tree: Mapping[str, Any]) -> tuple[KeyPath
     """One of a ValidationError's `errors()` on a tree, as (key path, message); none for an echo of another one."""
     kind, value, context = error["type"], error.get("input"), error.get("ctx", {})
     path = tuple(error["loc"])
-    if path[0] == "space":  # the third part is the union's tag, which stands in no file
+    if path[:1] == ("space",):  # the third part is the union's tag, which stands in no file
         path = path[:2] + path[3:]
     if kind == "too_short" and value:
         return None  # its entries are wrong, and each is reported

@@ -1,7 +1,8 @@
 """Model families: what training, the budget solver and the search ask of a model, and the table of those there are.
 
 A family is a module of pure functions over a nested dict of arrays, an entry in `FAMILIES`, and its candidates' entry
-in `schema.FAMILIES` (a sweep file is checked before JAX is loaded). No other module knows how its shapes are named.
+in `config.families.FAMILIES` (a sweep file is checked before JAX is loaded). No other module knows how its shapes are
+named.
 """
 
 from __future__ import annotations

@@ -81,9 +81,9 @@ FOLDS = "split={kind='walk_forward', validation_start=2005-01-01, window='rollin
 @pytest.mark.parametrize(("override", "words"), [*HUGE, (FOLDS % 10**9, "≤ 100"), (FOLDS % 1000, "≤ 100")])
 def test_a_number_beyond_sense_is_refused_at_once(file, override, words):
     begin = time.monotonic()
-    said = refusal(file, override)
-    assert words in said and said.count("\n") == 0 and time.monotonic() - begin < 1
-    assert said.startswith("--set ")
+    message = refusal(file, override)
+    assert words in message and message.count("\n") == 0 and time.monotonic() - begin < 1
+    assert message.startswith("--set ")
 
 
 @pytest.mark.parametrize(
@@ -98,8 +98,8 @@ def test_a_number_beyond_sense_is_refused_at_once(file, override, words):
     ],
 )
 def test_patches_leave_no_bar_unseen(file, overrides, words):
-    said = refusal(file, *overrides)
-    assert words in said and "never be seen" in said
+    message = refusal(file, *overrides)
+    assert words in message and "never be seen" in message
 
 
 def test_a_searched_stride_needs_no_fixed_one_that_fits(file):
@@ -192,5 +192,5 @@ def test_a_plan_of_the_largest_numbers_answers(file, tmp_path, override):
     try:
         plan.plan_study(spec, data_root=tmp_path, on=plan.machine(None, None))
     except FintxError:
-        pass  # the data are too few, or no shape fits: said in words
+        pass  # the data are too few, or no shape fits, which one line says
     assert time.monotonic() - begin < 10  # a second or two on a quiet machine

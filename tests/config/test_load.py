@@ -158,22 +158,22 @@ def sweeps_copy(tmp_path_factory):
 
 
 @pytest.mark.parametrize(("name", "path", "change"), list(cases()))
-def test_a_mutated_key_is_named_with_file_line_and_mend(name, path, change, sweeps_copy):
+def test_a_mutated_key_is_named_with_file_line_and_fix(name, path, change, sweeps_copy):
     tree = tomllib.loads((SWEEPS / name).read_text())
     broken = copy.deepcopy(tree)
     change(inside(broken, path[:-1]), path[-1])
     text = as_toml(broken)
     file = write(sweeps_copy, text, f"mutated_{name}")
-    found = problems(file)
+    messages = problems(file)
     key = path[-1]
     if change is typo:
         key = next(iter(inside(broken, path[:-1]).keys() - inside(tree, path[:-1]).keys()))
     line = locate(text)[(*path[:-1], key)]
-    own = [each for each in found if each.startswith(f"{file}:{line}: ") and key in each]
-    assert own, (line, found)
+    own = [message for message in messages if message.startswith(f"{file}:{line}: ") and key in message]
+    assert own, (line, messages)
     wanted = f'did you mean "{path[-1]}"?' if change is typo else "got "
-    assert any(wanted in each for each in own), own
-    assert all(re.match(r".+?(:\d+)?: \S.*", each) and "Input should" not in each for each in found)
+    assert any(wanted in message for message in own), own
+    assert all(re.match(r".+?(:\d+)?: \S.*", message) and "Input should" not in message for message in messages)
 
 
 # --- single mistakes --------------------------------------------------------------------------------------------------
@@ -242,15 +242,17 @@ def test_a_mutated_key_is_named_with_file_line_and_mend(name, path, change, swee
 def test_a_mistake_is_one_line_at_its_place(old, new, line, words, tmp_path):
     assert old in GOOD
     path = write(tmp_path, GOOD.replace(old, new, 1))
-    found = problems(path)
-    assert any(each.startswith(f"{path}:{line}: ") and words in each for each in found), found
+    messages = problems(path)
+    assert any(message.startswith(f"{path}:{line}: ") and words in message for message in messages), messages
 
 
 def test_a_whole_number_is_asked_of_a_queued_whole_number(tmp_path):
     text = GOOD.replace('"train.batch_size" = { choices = [32, 64] }', '"train.patience" = { low = 2, high = 9 }')
     for value, words in (("4.5", "got 4.5"), ("nan", "got nan"), ('"4"', 'got "4"'), ("10", "got 10")):
-        found = problems(write(tmp_path, text.replace('"optim.learning_rate" = 3e-4', f'"train.patience" = {value}')))
-        assert found == [f"{tmp_path}/x.toml:24: queue[0].train.patience: wanted a whole number in 2 … 9, {words}"]
+        messages = problems(
+            write(tmp_path, text.replace('"optim.learning_rate" = 3e-4', f'"train.patience" = {value}'))
+        )
+        assert messages == [f"{tmp_path}/x.toml:24: queue[0].train.patience: wanted a whole number in 2 … 9, {words}"]
     spec = load.study(write(tmp_path, text.replace('"optim.learning_rate" = 3e-4', '"train.patience" = 4.0')))
     assert spec.queue[0].values == {"train.patience": 4.0}
 
@@ -282,8 +284,8 @@ def test_a_whole_number_is_asked_of_a_queued_whole_number(tmp_path):
     ],
 )  # fmt: skip
 def test_a_mistake_in_how_it_is_run_is_named(key, wrong, words, tmp_path):
-    (found,) = problems(write(tmp_path, f"[execution]\n{key} = {wrong}\n{GOOD}"))
-    assert found.startswith(f"{tmp_path}/x.toml:2: execution.{key}: ") and words in found, found
+    (message,) = problems(write(tmp_path, f"[execution]\n{key} = {wrong}\n{GOOD}"))
+    assert message.startswith(f"{tmp_path}/x.toml:2: execution.{key}: ") and words in message, message
 
 
 @pytest.mark.parametrize(
@@ -301,8 +303,8 @@ def test_a_mistake_in_how_it_is_run_is_named(key, wrong, words, tmp_path):
     ],
 )
 def test_a_mistake_in_the_mesh_is_named(key, wrong, words, tmp_path):
-    (found,) = problems(write(tmp_path, f"[mesh]\n{key} = {wrong}\n{GOOD}"))
-    assert found.startswith(f"{tmp_path}/x.toml:2: mesh.{key}: ") and words in found, found
+    (message,) = problems(write(tmp_path, f"[mesh]\n{key} = {wrong}\n{GOOD}"))
+    assert message.startswith(f"{tmp_path}/x.toml:2: mesh.{key}: ") and words in message, message
 
 
 def test_a_mesh_survives_a_round_trip(tmp_path):
@@ -318,8 +320,8 @@ def test_how_it_is_run_survives_a_round_trip_and_its_section_is_found_by_its_nea
     spec = load.study(write(tmp_path, text + GOOD))
     assert (spec.execution.memory, spec.execution.hang_s) == (1_500_000_000, 60.0)
     assert load.study(write(tmp_path, load.dump(spec))) == spec
-    (found,) = problems(write(tmp_path, text.replace("[execution]", "[executon]") + GOOD))
-    assert 'unknown section; did you mean "execution"?' in found
+    (message,) = problems(write(tmp_path, text.replace("[execution]", "[executon]") + GOOD))
+    assert 'unknown section; did you mean "execution"?' in message
     assert 'did you mean "execution.hang_s"?' in problems(write(tmp_path, GOOD), "hang_s=3")[0]
 
 
@@ -333,8 +335,8 @@ def test_how_it_is_run_survives_a_round_trip_and_its_section_is_found_by_its_nea
     ],
 )
 def test_a_mistake_in_how_it_is_confirmed_is_named(lines, words, tmp_path):
-    (found,) = problems(write(tmp_path, f"[confirm]\n{lines}\n{GOOD}"))
-    assert found == f"{tmp_path}/x.toml:2: {words}"
+    (message,) = problems(write(tmp_path, f"[confirm]\n{lines}\n{GOOD}"))
+    assert message == f"{tmp_path}/x.toml:2: {words}"
 
 
 def test_a_confirmation_is_asked_for_by_its_section_and_defines_no_study(tmp_path):
@@ -390,13 +392,15 @@ def test_whole_numbers_of_a_shape_may_be_written_with_a_point(tmp_path):
     spec = load.study(write(tmp_path, GOOD.replace("d_model = 64", "d_model = 64.0")))
     assert spec.queue[0].d_model == 64 and type(spec.queue[0].d_model) is int
     for wrong in ("64.5", "true", "nan", "1e300"):
-        (found,) = problems(write(tmp_path, GOOD.replace("d_model = 64", f"d_model = {wrong}")))
-        assert "queue[0].d_model: wanted a whole number, got" in found
+        (message,) = problems(write(tmp_path, GOOD.replace("d_model = 64", f"d_model = {wrong}")))
+        assert "queue[0].d_model: wanted a whole number, got" in message
 
 
 def test_more_queue_entries_than_trials_are_refused(tmp_path):
-    found = problems(write(tmp_path, GOOD + GOOD[GOOD.index("[[queue]]") :].replace("48", "40")), "study.n_trials=1")
-    assert len(found) == 1 and found[0].startswith("--set study.n_trials=1: study.n_trials: 1 is fewer than the 2")
+    messages = problems(write(tmp_path, GOOD + GOOD[GOOD.index("[[queue]]") :].replace("48", "40")), "study.n_trials=1")
+    assert len(messages) == 1 and messages[0].startswith(
+        "--set study.n_trials=1: study.n_trials: 1 is fewer than the 2"
+    )
     cancelled = GOOD[GOOD.index("[[queue]]") :].replace("48", "40") + "cancelled = true\n"
     assert len(load.study(write(tmp_path, GOOD + cancelled), overrides=["study.n_trials=1"]).queue) == 2
 
@@ -419,52 +423,54 @@ def test_dates_may_be_written_either_way(dates, tmp_path):
 
 @pytest.mark.parametrize("wrong", ["07:30:00", "2008-01-31T07:30:00", "20080131", '"31.1.2008"', "true"])
 def test_no_date_is_refused(wrong, tmp_path):
-    found = problems(write(tmp_path, f"[data]\nstart = {wrong}\n{GOOD}"))
-    assert len(found) == 1 and ":2: data.start: wanted a date like 2024-01-31, got" in found[0]
+    messages = problems(write(tmp_path, f"[data]\nstart = {wrong}\n{GOOD}"))
+    assert len(messages) == 1 and ":2: data.start: wanted a date like 2024-01-31, got" in messages[0]
 
 
 def test_mistakes_of_type_hide_none_between_parts(tmp_path):
     text = GOOD.replace("horizon = 3", "horizon = -3").replace('"train.batch_size"', '"train.batchsize"')
     text = text.replace("n_heads = 2", "n_heads = 3") + "[data]\nassets = ['SPX', 'SPX']\n"
-    found = problems(write(tmp_path, text))
-    assert [int(re.match(r".*?:(\d+): ", each)[1]) for each in found] == [9, 26, 16, 21]
+    messages = problems(write(tmp_path, text))
+    assert [int(re.match(r".*?:(\d+): ", message)[1]) for message in messages] == [9, 26, 16, 21]
 
 
-def test_nothing_is_said_of_what_depends_on_a_broken_part(tmp_path):
+def test_nothing_is_reported_of_what_depends_on_a_broken_part(tmp_path):
     """A misspelt [space] entry makes no queue entry wrong, nor a misspelt metric the task."""
     text = GOOD.replace("log = true }", "log = 3 }").replace('name = "x"', 'name = "x"\nmetric = "auk"')
-    found = problems(write(tmp_path, text))
-    assert len(found) == 2 and 'did you mean "auc"?' in found[0] and "learning_rate.log" in found[1]
+    messages = problems(write(tmp_path, text))
+    assert len(messages) == 2 and 'did you mean "auc"?' in messages[0] and "learning_rate.log" in messages[1]
 
 
 def test_a_thousand_mistakes_are_counted_not_shown(tmp_path):
-    found = problems(write(tmp_path, GOOD + "[train]\n" + "\n".join(f"wrong_{i} = 1" for i in range(1000))))
-    assert len(found) == 101 and found[-1] == "… and 900 problems more"
-    assert all("unknown key" in each for each in found[:-1])
+    messages = problems(write(tmp_path, GOOD + "[train]\n" + "\n".join(f"wrong_{i} = 1" for i in range(1000))))
+    assert len(messages) == 101 and messages[-1] == "… and 900 problems more"
+    assert all("unknown key" in message for message in messages[:-1])
 
 
 def test_a_key_cannot_write_to_the_terminal(tmp_path):
-    found = problems(write(tmp_path, GOOD + '[train]\n"a\\nb\\u001b[31m" = 1\n'))
-    assert len(found) == 1 and found[0].isprintable() and "a\\nb\\x1b[31m: unknown key" in found[0]
+    messages = problems(write(tmp_path, GOOD + '[train]\n"a\\nb\\u001b[31m" = 1\n'))
+    assert len(messages) == 1 and messages[0].isprintable() and "a\\nb\\x1b[31m: unknown key" in messages[0]
 
 
-def test_all_mistakes_are_told_at_once(tmp_path):
+def test_all_mistakes_are_reported_at_once(tmp_path):
     text = (
         GOOD.replace("horizon = 3", "horizon = -3")
         .replace('note = "deep"', "note = 3")
         .replace("high = 1e-3", "hig = 1e-3")
     )
-    found = problems(write(tmp_path, text))
-    assert {int(re.match(r".*?:(\d+): ", each)[1]) for each in found} == {9, 15, 23}
+    messages = problems(write(tmp_path, text))
+    assert {int(re.match(r".*?:(\d+): ", message)[1]) for message in messages} == {9, 15, 23}
 
 
 def test_metric_and_loss_must_fit_the_task(tmp_path):
     text = GOOD.replace('name = "x"', 'name = "x"\nmetric = "mse"')
-    assert any('study.metric: "mse" does not fit' in each for each in problems(write(tmp_path, text)))
+    assert any('study.metric: "mse" does not fit' in message for message in problems(write(tmp_path, text)))
     regression = 'kind = "regression"\nhorizon = 3'
     text = re.sub(r'kind = "threshold".*?horizon = 3', regression, GOOD, flags=re.DOTALL)
-    found = problems(write(tmp_path, text))
-    assert any("study.metric" in each for each in found) and any("train.loss" in each for each in found)
+    messages = problems(write(tmp_path, text))
+    assert any("study.metric" in message for message in messages) and any(
+        "train.loss" in message for message in messages
+    )
 
 
 @pytest.mark.parametrize(
@@ -488,8 +494,8 @@ train.{searched}
 """
     if key == "loss":
         text = text.replace('[train]\nloss = "huber"\n', "\n\n")
-    (found,) = problems(write(tmp_path, text))
-    assert found.startswith(f"{tmp_path}/x.toml:12: space.train.{key}: train.{key}")
+    (message,) = problems(write(tmp_path, text))
+    assert message.startswith(f"{tmp_path}/x.toml:12: space.train.{key}: train.{key}")
 
 
 # --- inheritance and overrides ----------------------------------------------------------------------------------------
@@ -498,9 +504,9 @@ train.{searched}
 def test_a_mistake_in_the_base_is_placed_in_the_base(tmp_path):
     base = write(tmp_path, GOOD.replace("horizon = 3", "horizon = -3"), "base.toml")
     child = write(tmp_path, 'extends = "base.toml"\n[study]\nname = "child"\n')
-    assert any(each.startswith(f"{base}:9: task.horizon") for each in problems(child))
-    mended = write(tmp_path, 'extends = "base.toml"\n[task]\nhorizon = 2\n')
-    spec = load.study(mended)
+    assert any(message.startswith(f"{base}:9: task.horizon") for message in problems(child))
+    fixed = write(tmp_path, 'extends = "base.toml"\n[task]\nhorizon = 2\n')
+    spec = load.study(fixed)
     assert (spec.task.horizon, spec.task.threshold, spec.study.name) == (2, 0.01, "x")
 
 
@@ -517,8 +523,8 @@ def test_a_mistake_in_the_base_is_placed_in_the_base(tmp_path):
 )
 def test_a_mistake_is_placed_in_the_file_that_makes_it(own, where, tmp_path):
     write(tmp_path, GOOD.replace("horizon = 3", "horizon = -3"), "base.toml")
-    found = problems(write(tmp_path, f'extends = "base.toml"\n{own}\n'))
-    assert any(each.startswith(f"{tmp_path}/{where}") for each in found), found
+    messages = problems(write(tmp_path, f'extends = "base.toml"\n{own}\n'))
+    assert any(message.startswith(f"{tmp_path}/{where}") for message in messages), messages
 
 
 def test_dotted_paths_without_quotes_merge_like_quoted_ones(tmp_path):
@@ -529,8 +535,8 @@ def test_dotted_paths_without_quotes_merge_like_quoted_ones(tmp_path):
     assert set(load.study(write(tmp_path, child)).space) == {
         "optim.learning_rate", "optim.weight_decay", "train.batch_size"
     }  # fmt: skip
-    found = problems(write(tmp_path, child.replace("optim", "optimm")))
-    assert found == [
+    messages = problems(write(tmp_path, child.replace("optim", "optimm")))
+    assert messages == [
         f'{tmp_path}/x.toml:3: space.optimm.weight_decay: unknown path; did you mean "optim.weight_decay"?'
     ]
 
@@ -542,8 +548,10 @@ def test_a_value_that_is_also_searched_is_never_silently_without_effect(tmp_path
         "take one of the two out"
     ]
     plain = write(tmp_path, GOOD)
-    (found,) = problems(plain, "optim.learning_rate=2e-4")
-    assert found.startswith("--set optim.learning_rate=2e-4: optim.learning_rate: is searched") and "choices" in found
+    (message,) = problems(plain, "optim.learning_rate=2e-4")
+    assert (
+        message.startswith("--set optim.learning_rate=2e-4: optim.learning_rate: is searched") and "choices" in message
+    )
     fixed = load.study(plain, overrides=['space."optim.learning_rate"={choices=[3e-4]}', "queue=[]"])
     assert fixed.space["optim.learning_rate"] == Choices(choices=(3e-4,))
 
@@ -581,8 +589,8 @@ horizon = 1
 )
 def test_a_bad_base_is_one_line(text, words, tmp_path):
     write(tmp_path, 'extends = "x.toml"', "middle.toml")
-    found = problems(write(tmp_path, text + "\n"))
-    assert len(found) == 1 and words in found[0]
+    messages = problems(write(tmp_path, text + "\n"))
+    assert len(messages) == 1 and words in messages[0]
 
 
 def test_overrides_win_and_their_mistakes_are_theirs(tmp_path):
@@ -640,11 +648,11 @@ def test_an_override_of_a_table_replaces_it(tmp_path):
     ],
 )
 def test_a_mistaken_override_is_shown_itself(override, words, tmp_path):
-    began = time.monotonic()
-    found = problems(write(tmp_path, GOOD), override)
-    assert len(found) == 1 and found[0].startswith("--set ") and len(found[0]) < 400
-    assert words in found[0], found
-    assert time.monotonic() - began < 2
+    begin = time.monotonic()
+    messages = problems(write(tmp_path, GOOD), override)
+    assert len(messages) == 1 and messages[0].startswith("--set ") and len(messages[0]) < 400
+    assert words in messages[0], messages
+    assert time.monotonic() - begin < 2
 
 
 # --- hostile texts ----------------------------------------------------------------------------------------------------
@@ -688,10 +696,10 @@ def test_a_mistaken_override_is_shown_itself(override, words, tmp_path):
     ],
 )
 def test_hostile_toml_is_refused_in_one_line_and_soon(text, tmp_path):
-    began = time.monotonic()
-    found = problems(write(tmp_path, text))
-    assert len(found) <= 4 and all(len(each) < 600 for each in found)
-    assert time.monotonic() - began < 2
+    begin = time.monotonic()
+    messages = problems(write(tmp_path, text))
+    assert len(messages) <= 4 and all(len(message) < 600 for message in messages)
+    assert time.monotonic() - begin < 2
 
 
 def test_large_binary_missing_and_folder_are_refused(tmp_path):

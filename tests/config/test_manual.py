@@ -81,12 +81,12 @@ def problems(path: Path, *overrides: str) -> list[str]:
 def test_the_nine_that_ship_are_those_that_were_asked_for():
     """d_model, n_layers, n_heads, d_ff, note, exact parameters with the 28 features of the embedded data."""
     specs = {spec.study.name: spec for spec in load.manual(SWEEPS / "manual.toml").values()}
-    found = {
+    messages = {
         name: [(e.d_model, e.n_layers, e.n_heads, e.d_ff, e.note, e.training) for e in spec.queue]
         for name, spec in specs.items()
     }
     deep, limit, tried = "push depth beyond L=24", "depth limit", "h3 winner, not tried on h1"
-    assert found == {
+    assert messages == {
         "200M_h3": [
             *((768, 28, heads, 3072, deep, "best") for heads in (12, 16, 24)),
             *((768, 30, heads, 3072, limit, "best") for heads in (12, 16, 24)),
@@ -119,7 +119,7 @@ def test_one_study_per_sweep_file_in_order_of_first_mention_whatever_the_total(f
     assert load.is_manual(folder / "manual.toml") and not load.is_manual(folder / "a.toml")
 
 
-def test_every_mistake_of_every_entry_is_said_at_once_at_its_line(folder):
+def test_every_mistake_of_every_entry_is_reported_at_once_at_its_line(folder):
     text = MANUAL.replace("n_layers = 40", "n_layers = 0").replace("n_heads = 2\nd_ff = 256\nnote", "n_heads = 3\nnote")
     text = text.replace('rate" = 3e-4', 'rate" = 3e-2').replace("n_layers = 42", "n_layers = 42\nn_head = 2")
     path = folder / "manual.toml"
@@ -157,8 +157,8 @@ def test_heads_that_do_not_divide_are_placed_in_the_manual_file(folder):
 def test_a_mistake_is_one_line_at_its_place(old, new, line, words, folder):
     path = folder / "manual.toml"
     path.write_text(MANUAL.replace(old, new, 1))
-    (found,) = problems(path)
-    assert found.startswith(f"{path}:{line}: ") and words in found and len(found) < 400
+    (message,) = problems(path)
+    assert message.startswith(f"{path}:{line}: ") and words in message and len(message) < 400
 
 
 def test_an_entry_without_a_study_is_still_checked_for_itself(folder):
@@ -172,34 +172,34 @@ def test_an_entry_without_a_study_is_still_checked_for_itself(folder):
 def test_an_empty_manual_file_is_one_line(text, folder):
     path = folder / "manual.toml"
     path.write_text(text)
-    (found,) = problems(path)
-    assert found.startswith(f"{path}: holds no [[queue]] entry") and load.is_manual(path)
+    (message,) = problems(path)
+    assert message.startswith(f"{path}: holds no [[queue]] entry") and load.is_manual(path)
 
 
 @pytest.mark.parametrize("text", ["queue = 3\n", "[queue]\nsweep = 'a.toml'\n", "queue = [1, 'a']\n"])
 def test_a_queue_that_is_no_list_of_tables_is_refused(text, folder):
     path = folder / "manual.toml"
     path.write_text(text)
-    assert all(each.startswith(f"{path}:1: queue") and "wanted" in each for each in problems(path))
+    assert all(message.startswith(f"{path}:1: queue") and "wanted" in message for message in problems(path))
 
 
-def test_mistakes_of_a_sweep_file_are_told_beside_those_of_the_entries(folder):
+def test_mistakes_of_a_sweep_file_are_reported_beside_those_of_the_entries(folder):
     (folder / "a.toml").write_text(SWEEP.replace("horizon = 3", "horizon = -3"))
     (folder / "b.toml").write_text("[study\n")
     path = folder / "manual.toml"
     path.write_text(MANUAL.replace("n_layers = 41", "n_layers = 0"))
-    found = problems(path)
-    assert any(each.startswith(f"{folder}/b.toml:1: is not valid TOML") for each in found)
-    assert f"{folder}/a.toml:8: task.horizon: wanted a value ≥ 1, got -3" in found
-    assert f"{path}:12: queue[1].n_layers: wanted a value ≥ 1, got 0" in found and len(found) == 3
+    messages = problems(path)
+    assert any(message.startswith(f"{folder}/b.toml:1: is not valid TOML") for message in messages)
+    assert f"{folder}/a.toml:8: task.horizon: wanted a value ≥ 1, got -3" in messages
+    assert f"{path}:12: queue[1].n_layers: wanted a value ≥ 1, got 0" in messages and len(messages) == 3
 
 
 def test_overrides_are_of_the_sweep_files_alone(folder):
     path = folder / "manual.toml"
-    (found,) = problems(path, "train.patience=0")
-    assert found == "--set train.patience=0: train.patience: wanted a value ≥ 1, got 0"
-    (found,) = problems(path, "queue=[]")
-    assert found == "--set queue=[]: a manual file's queue is its own entries; edit them there"
+    (message,) = problems(path, "train.patience=0")
+    assert message == "--set train.patience=0: train.patience: wanted a value ≥ 1, got 0"
+    (message,) = problems(path, "queue=[]")
+    assert message == "--set queue=[]: a manual file's queue is its own entries; edit them there"
 
 
 def test_a_manual_file_is_no_sweep_file(folder):

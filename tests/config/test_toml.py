@@ -44,7 +44,7 @@ def bare(names: list[str]) -> tuple[str, ...]:
 
 def paths(tree: Any, path: tuple = ()) -> set[tuple]:
     children = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
-    return {path} - {()} | {found for key, value in children for found in paths(value, (*path, key))}
+    return {path} - {()} | {inner for key, value in children for inner in paths(value, (*path, key))}
 
 
 @given(_tables)
@@ -68,9 +68,9 @@ def test_every_key_and_element_is_found_on_its_line(tables):
         assume(False)
     # Tables below an array of tables go to its last element; those cases are the next test's.
     assume(not any(double for double, header, _ in tables) or len(tables) == 1 or expected.keys() <= paths(tree))
-    found = locate(text)
-    assert {path: found.get(path) for path in expected} == expected
-    assert found.keys() == paths(tree)
+    located = locate(text)
+    assert {path: located.get(path) for path in expected} == expected
+    assert located.keys() == paths(tree)
 
 
 _tokens = st.lists(
@@ -89,10 +89,10 @@ def test_whatever_tomllib_reads_is_located(text):
         tree = tomllib.loads(text)
     except tomllib.TOMLDecodeError:
         return
-    found = locate(text)
-    assert all(1 <= line <= text.count("\n") + 1 for line in found.values())
+    located = locate(text)
+    assert all(1 <= line <= text.count("\n") + 1 for line in located.values())
     if "\\" not in text:  # escapes in keys are not decoded
-        assert found.keys() == paths(tree)
+        assert located.keys() == paths(tree)
 
 
 _scalars = st.one_of(
@@ -116,8 +116,8 @@ def test_what_the_writer_writes_is_read_back_and_located(tree):
             expected[(spelled(section), spelled(key))] = len(lines)
     text = "\n".join(lines) + "\n"
     assert tomllib.loads(text) == tree
-    found = locate(text)
-    assert {path: found.get(path) for path in expected} == expected
+    located = locate(text)
+    assert {path: located.get(path) for path in expected} == expected
 
 
 def spelled(key: str) -> str:
