@@ -31,20 +31,20 @@ from fintx.types import Floats, Ints
 VERSION = 2
 """Of all baselines: kept forecasts of another version are fitted anew."""
 
-VIX = ("vix_log",)
 VOLATILITIES = ("realized_vol_5", "realized_vol_21", "realized_vol_63")
 """A week, a month and a quarter: the cascade of horizons of HAR models (Corsi 2009)."""
 RETURNS = ("log_return_1", "log_return_5", "log_return_21")
 """The same cascade, of returns."""
-
 TRADING_DAYS = 252
 """A year's, which VIX annualises over."""
-_MIN_VOLATILITY = 1e-4
-"""Per day. A price that stands still for a week has a realised volatility of 0, whose logarithm is infinite."""
-_MIN_GARCH_DAYS = 250
-"""Returns below which no GARCH model is fitted: a year of days."""
 _CLIP = 1e-6
-"""Touch probabilities and mean probabilities are kept this far from 0 and 1."""
+"""Distance of probabilities from 0 and 1."""
+
+Fit = Callable[[Floats, Floats, Floats], Floats]
+"""(training inputs (S, K), labels (S,), validation inputs (S', K)) → outputs (S',) float64.
+
+Inputs are finite, labels of both classes: logits come out of labels of 0 or 1, values of values.
+"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -159,12 +159,13 @@ class BaselineInputs:
     @functools.cached_property
     def vix(self) -> Floats | None:
         """(rows, 1) ln VIX; None: the context doesn't hold it."""
-        return self.features(VIX) if features.VIX in self.context else None
+        return self.features(("vix_log",)) if features.VIX in self.context else None
 
     @functools.cached_property
     def volatilities(self) -> Floats:
         """(rows, 3) ln realised volatility per day."""
-        return np.log(np.maximum(self.features(VOLATILITIES), _MIN_VOLATILITY))
+        # Of a price that stands still for a week it is 0, whose logarithm is infinite.
+        return np.log(np.maximum(self.features(VOLATILITIES), 1e-4))
 
     def vix_and_volatilities(self) -> Floats | None:
         """(rows, 4)."""
@@ -237,25 +238,14 @@ def climatology(labels: Floats, known_from: np.ndarray, days: np.ndarray) -> Flo
 
 
 def persistence(train: Floats, labels: Floats, validation: Floats) -> Floats:
-    """Logits of P(label | last known label), both frequencies from training, with half a case added to each class.
-
-    Args:
-        train: (S, 1) 0 or 1: the last known label of the same asset.
-        labels: (S,) 0 or 1.
-        validation: (S', 1) 0 or 1.
-
-    Returns:
-        (S',) float64.
-    """
+    """Logits of P(label | last known label), both frequencies from training, with half a case added to each class."""
     last = train[:, 0]
     rates = [(labels[last == value].sum() + 0.5) / ((last == value).sum() + 1) for value in (0, 1)]
     probability = np.where(validation[:, 0] > 0.5, rates[1], rates[0])
     return np.log(probability) - np.log1p(-probability)
 
 
-# --- models of several inputs -----------------------------------------------------------------------------------------
-# Each takes (S, K) training inputs, finite; (S,) labels, both classes present; (S', K) inputs to predict; and returns
-# (S',) float64.
+# --- fitted models ----------------------------------------------------------------------------------------------------
 
 
 def volatility_logistic(train: Floats, labels: Floats, validation: Floats) -> Floats:
@@ -335,13 +325,7 @@ def touch_applies(level: Threshold | None) -> bool:
 def touch(level: Threshold, train: Floats, labels: Floats, validation: Floats) -> Floats:
     """Logits of the touch probability, k fitted by the mean log loss of the training rows.
 
-    Args:
-        train: (S, 1) forecast SD of the log return over the horizon, positive; in any unit, which k takes up.
-        labels: (S,) 0 or 1.
-        validation: (S', 1), in the same unit.
-
-    Returns:
-        (S',) float64.
+    Inputs are forecast SDs of the log return over the horizon, positive; in any one unit, which k takes up.
     """
     from scipy import optimize
 
@@ -378,7 +362,7 @@ def garch_sd(close: Floats, *, n_train: int, horizon: int) -> Floats:
     from arch import arch_model
 
     percent = 100 * np.diff(np.log(close))
-    if n_train - 1 < _MIN_GARCH_DAYS or np.ptp(percent[: n_train - 1]) == 0:
+    if n_train - 1 < 250 or np.ptp(percent[: n_train - 1]) == 0:  # less than a year, or a price that never moved
         return np.full(len(close), np.nan)
     model = arch_model(percent[: n_train - 1], mean="Constant", vol="GARCH", p=1, o=1, q=1, rescale=False)
     with warnings.catch_warnings():
@@ -399,9 +383,6 @@ def garch_sd(close: Floats, *, n_train: int, horizon: int) -> Floats:
 
 
 # --- the baselines ----------------------------------------------------------------------------------------------------
-
-Fit = Callable[[Floats, Floats, Floats], Floats]
-"""(training inputs (S, K), labels (S,), validation inputs (S', K)) → outputs (S',)."""
 
 
 @dataclass(frozen=True)

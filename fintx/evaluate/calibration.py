@@ -1,7 +1,7 @@
 """Calibration: reliability, recalibration, precision at thresholds, and conformal intervals.
 
-Functions of probabilities take logits, which is what models and baselines put out. The expected calibration error
-stands in `metrics`.
+Functions of probabilities take (S,) logits, which is what models and baselines put out, and (S,) labels of 0 or 1. The
+expected calibration error is in `metrics`.
 """
 
 from __future__ import annotations
@@ -84,10 +84,6 @@ def reliability(logits: Floats, labels: Floats) -> tuple[ReliabilityBin, ...]:
     """The reliability curve, over the bins of `metrics.equal_mass_bins` from low to high; empty ones are left out.
 
     Wilson's interval assumes independent rows; labels that overlap over h days make it too narrow by up to √h.
-
-    Args:
-        logits: (S,).
-        labels: (S,) 0 or 1.
     """
     p, bins, curve = metrics.sigmoid(logits), metrics.equal_mass_bins(logits), []
     for index in np.unique(bins):
@@ -169,10 +165,7 @@ def fit_isotonic(logits: Floats, labels: Floats) -> Recalibrator:
     return recalibrate
 
 
-RECALIBRATORS: dict[str, Callable[[Floats, Floats], Recalibrator]] = {
-    "temperature": fit_temperature,
-    "isotonic": fit_isotonic,
-}
+RECALIBRATORS = {"temperature": fit_temperature, "isotonic": fit_isotonic}
 
 
 def recalibrate_forward(logits: Floats, labels: Floats, groups: Ints) -> tuple[RecalibrationScore, ...]:
@@ -258,10 +251,6 @@ def threshold_table(logits: Floats, labels: Floats) -> tuple[ThresholdRow, ...]:
 
     Thresholds are deciles of these very rows, so they describe and were not known beforehand. Intervals are Wilson's,
     of independent rows: labels that overlap over h days make them too narrow by up to √h.
-
-    Args:
-        logits: (S,), S > 0.
-        labels: (S,) 0 or 1.
     """
     ordered, positives = np.sort(logits), int(np.sum(labels > 0.5))
     base_rate = positives / len(labels)
@@ -288,7 +277,7 @@ def threshold_table(logits: Floats, labels: Floats) -> tuple[ThresholdRow, ...]:
 
 
 def precision_recall(logits: Floats, labels: Floats) -> PrecisionRecall:
-    """Precision and recall with a threshold at every distinct output; arguments as `threshold_table`."""
+    """Precision and recall with a threshold at every distinct output."""
     order = np.argsort(-logits, kind="stable")
     scores, is_positive = logits[order], labels[order] > 0.5
     ends = np.flatnonzero(np.append(scores[1:] != scores[:-1], True))

@@ -1,7 +1,7 @@
 """Volatility or direction: the mirror test, results by calendar year, and the gain over a baseline through time.
 
 A forecaster that knows tomorrow's volatility finds +1 % likely, and −1 % as likely. Such skill is not knowledge of
-direction.
+direction. Logits are (S,), labels (S,) of 0 or 1, dates (S,) datetime64[D].
 """
 
 from __future__ import annotations
@@ -85,8 +85,6 @@ def mirror_test(logits: Floats, labels: Floats, opposite: Floats, *, horizon: in
     """Score the same outputs against the event and against its mirror image.
 
     Args:
-        logits: (S,).
-        labels: (S,) 0 or 1.
         opposite: (S,) 0 or 1, of `tasks.mirror_labels`.
         horizon: h, days over which labels overlap.
 
@@ -121,7 +119,6 @@ def by_year(
     """Skill, AUC and gain of every calendar year that has rows, oldest first.
 
     Args:
-        dates: (S,) datetime64[D].
         prior: training base rate, or (S,) of each row's own fold.
         baseline: (S,) logits.
 
@@ -172,8 +169,7 @@ def cumulative_gain(losses: Floats, baseline_losses: Floats, dates: np.ndarray) 
 
     Args:
         losses: (S,) per row, in any order, S > 0; of `metrics.per_sample_loss`.
-        baseline_losses: (S,).
-        dates: (S,) datetime64[D]; the rows of one day (a panel's assets) are summed.
+        dates: the rows of one day (a panel's assets) are summed.
     """
     days, place = np.unique(dates.astype("datetime64[D]"), return_inverse=True)
     gains = np.asarray(baseline_losses, np.float64) - np.asarray(losses, np.float64)

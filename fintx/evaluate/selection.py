@@ -12,16 +12,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fintx.evaluate.significance import (
-    LEVEL,
-    REPS,
-    Estimate,
-    Resamples,
-    block_length,
-    estimate,
-    resample,
-    standard_errors,
-)
+from fintx.evaluate import significance
+from fintx.evaluate.significance import LEVEL, REPS, Estimate, Resamples, estimate
 from fintx.types import Floats
 
 N_BLOCKS = 16
@@ -31,17 +23,7 @@ N_BLOCKS = 16
 # --- tests over many models -------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Superiority:
-    """Whether any of many models beats a benchmark."""
-
-    p_value: float
-    """Of "none does", with all models counted."""
-    better: tuple[int, ...]
-    """Columns that do."""
-
-
-def superiority(benchmark: Floats, models: Floats, resamples: Resamples) -> Superiority:
+def superiority(benchmark: Floats, models: Floats, resamples: Resamples) -> tuple[float, tuple[int, ...]]:
     """Hansen's test for superior predictive ability (2005), its consistent p-value.
 
     arch 8.0 does not divide by standard errors, whatever its `studentize` says: it is given studentised differences.
@@ -50,23 +32,21 @@ def superiority(benchmark: Floats, models: Floats, resamples: Resamples) -> Supe
     Args:
         benchmark: (D,) losses.
         models: (D, M) losses of all models that were tried.
+
+    Returns:
+        The p-value of "none beats the benchmark", with all models counted; and the columns of those that do.
     """
     from arch.bootstrap import SPA
 
     gains = benchmark[:, None] - models
-    errors = standard_errors(gains, resamples) * math.sqrt(len(gains))
+    errors = significance.standard_errors(gains, resamples) * math.sqrt(len(gains))
     tested = np.flatnonzero(errors > 0)
     if len(tested) == 0:
-        return Superiority(1.0, ())
-    test = SPA(
-        np.zeros(len(gains)),
-        -gains[:, tested] / errors[tested],
-        block_size=resamples.block,
-        reps=len(resamples.weights),
-        seed=0,
-    )
+        return 1.0, ()
+    studentised, reps = gains[:, tested] / errors[tested], len(resamples.weights)
+    test = SPA(np.zeros(len(gains)), -studentised, block_size=resamples.block, reps=reps, seed=0)
     test.compute()
-    return Superiority(float(test.pvalues["consistent"]), tuple(int(tested[i]) for i in test.better_models(LEVEL)))
+    return float(test.pvalues["consistent"]), tuple(int(tested[i]) for i in test.better_models(LEVEL))
 
 
 def confidence_set(series: Floats, *, block: int, reps: int = REPS) -> Floats:
@@ -163,7 +143,7 @@ class Judgement:
 
     verdicts: tuple[Verdict, ...]
     superior_p_value: float
-    """Of "none of all that was tried beats the baseline"."""
+    """Of "none of all trials beats the baseline"."""
     n_models: int
     """The candidates and the search's other trials."""
     resamples: Resamples
@@ -188,8 +168,8 @@ def judge(fresh: Floats, baseline: Floats, others: Floats, *, horizon: int, reps
     seed_losses = fresh.mean(axis=2)  # (K, N)
     n_days, n_candidates = losses.shape
     gains, models = baseline[:, None] - losses, np.column_stack([losses, others])
-    resamples = resample(n_days, block_length(gains, horizon=horizon), reps=reps)
-    spa = superiority(baseline, models, resamples)
+    resamples = significance.resample(n_days, significance.block_length(gains, horizon=horizon), reps=reps)
+    superior_p_value, superior = superiority(baseline, models, resamples)
     set_p_values = confidence_set(losses, block=resamples.block, reps=reps)
     best = int(losses.mean(axis=0).argmin())
     verdicts = []
@@ -204,7 +184,7 @@ def judge(fresh: Floats, baseline: Floats, others: Floats, *, horizon: int, reps
                 behind=None if i == best else estimate(behind, resamples, seeds=seeds_behind),
                 best=i == best,
                 indistinguishable=bool(set_p_values[i] > LEVEL) or not corrected.positive,
-                confirmed=gain.positive and i in spa.better,
+                confirmed=gain.positive and i in superior,
             )
         )
-    return Judgement(tuple(verdicts), spa.p_value, models.shape[1], resamples)
+    return Judgement(tuple(verdicts), superior_p_value, models.shape[1], resamples)

@@ -150,7 +150,7 @@ def test_labels_that_are_shuffled_leave_no_skill():
             [metrics.per_sample_loss("probability", scale * 1.7 * signal, truth) for scale in (0.1, 0.5, 1.0)]
         )
         baseline = metrics.per_sample_loss("probability", prior, truth)
-        p_values[name] = selection.superiority(baseline, models, resamples).p_value
+        p_values[name], _ = selection.superiority(baseline, models, resamples)
     assert p_values["as they are"] < 0.01 and p_values["shuffled"] > 0.2
 
 
