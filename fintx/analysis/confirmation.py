@@ -138,28 +138,25 @@ class Confirmation(RecordModel):
     candidates: tuple[Candidate, ...]
     notes: tuple[str, ...]
 
+    def _judged(self) -> list[tuple[Candidate, Verdict]]:
+        return [(candidate, candidate.verdict) for candidate in self.candidates if candidate.verdict is not None]
+
     @property
     def best(self) -> Candidate | None:
         """That with the least mean loss over fresh seeds."""
-        return next((each for each in self.candidates if each.verdict is not None and each.verdict.best), None)
+        return next((candidate for candidate, verdict in self._judged() if verdict.best), None)
 
     @property
     def confirmed(self) -> tuple[Candidate, ...]:
         """Those that beat the best baseline with confidence, the best first."""
-        ranked = [
-            (each.verdict.loss.mean, i)
-            for i, each in enumerate(self.candidates)
-            if each.verdict and each.verdict.confirmed
-        ]
-        return tuple(self.candidates[i] for _, i in sorted(ranked))
+        ranked = sorted(self._judged(), key=lambda pair: pair[1].loss.mean)
+        return tuple(candidate for candidate, verdict in ranked if verdict.confirmed)
 
     @property
     def alike(self) -> tuple[Candidate, ...]:
         """Those that can't be told from the best, itself left out."""
-        return tuple(
-            each for each in self.candidates
-            if each.verdict is not None and not each.verdict.best and each.verdict.indistinguishable
-        )  # fmt: skip
+        judged = self._judged()
+        return tuple(candidate for candidate, verdict in judged if verdict.indistinguishable and not verdict.best)
 
 
 def _spread(values: Sequence[float]) -> float | None:
@@ -261,16 +258,8 @@ def build(
         overfitting=selection.overfitting_probability(search_days) if several and can_split else None,
         luck=selection.luck_of_the_best(search_days, judgement.resamples) if judgement and several else None,
         candidates=tuple(
-            _candidate(
-                record,
-                reruns_of[number],
-                verdicts.get(number),
-                outputs.get(number),
-                search_losses.get(number),
-                against,
-            )
-            for record in trials
-            for number in [record.trial_number]
+            _candidate(record, reruns_of[n], verdicts.get(n), outputs.get(n), search_losses.get(n), against)
+            for n, record in ((record.trial_number, record) for record in trials)
         ),
         notes=_notes(study_folder, spec, finished, missing),
     )

@@ -72,9 +72,9 @@ def on_validation(path: Path, *, data_root: Path) -> Evaluation:
     trained_on = Layout(**metas[0].get("layout", {}))
     if _layout(trained_on) != trained_on:
         notes.append(f"trained on {trained_on}, scored on one device: last digits may differ from the recorded ones")
-    kept = {} if checkpoints.study is None else predictions.read_baselines(checkpoints.study)
+    fitted = {} if checkpoints.study is None else predictions.read_baselines(checkpoints.study)
     baseline_metrics = {
-        name: records.mean_metrics([own["folds"][meta["fold"]] for meta in metas]) for name, own in kept.items()
+        name: records.mean_metrics([own["folds"][meta["fold"]] for meta in metas]) for name, own in fitted.items()
     }
     recorded = records.mean_metrics([meta["best"] for meta in metas])
     return _evaluation("validation", checkpoints, scores, baseline_metrics, recorded=recorded, notes=notes)

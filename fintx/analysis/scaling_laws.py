@@ -254,8 +254,8 @@ def envelope(flops: Floats, loss: Floats) -> tuple[Floats, Floats]:
     """The least loss reached with up to so much compute: a falling staircase through the best trials."""
     order = np.argsort(flops, kind="stable")
     least = np.array(list(itertools.accumulate(loss[order], min)))
-    kept = np.append(True, least[1:] < least[:-1])
-    return flops[order][kept], least[kept]
+    falls = np.append(True, least[1:] < least[:-1])
+    return flops[order][falls], least[falls]
 
 
 # --- gathering trials -------------------------------------------------------------------------------------------------

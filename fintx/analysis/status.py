@@ -102,8 +102,8 @@ def _leases(study_folder: Path, spec: StudySpec, finished: set[int]) -> tuple[tu
 
 def _comparison(study_folder: Path, spec: StudySpec, best: TrialRecord) -> tuple[BaselineComparison | None, str]:
     """The best trial against the best baseline, or why they can't be compared."""
-    kept = records.trial_folder(study_folder, best.trial_number) / "predictions.parquet"
-    if not kept.is_file() or not (study_folder / "baselines.parquet").is_file():
+    trial_predictions = records.trial_folder(study_folder, best.trial_number) / "predictions.parquet"
+    if not trial_predictions.is_file() or not (study_folder / "baselines.parquet").is_file():
         return None, ""
     try:
         return predictions.compare_trial(study_folder, spec, best), ""
