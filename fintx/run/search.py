@@ -142,12 +142,7 @@ class Search:
             limit = fits(config)
             return limit is not None
 
-        lease = None
-        try:
-            lease = self._acquire(suits)
-        except search_space.SpaceExhausted as error:
-            if not self.run.running:  # else what runs comes to its end first
-                self.run.fail(error)
+        lease = self._acquire(suits, ahead=True)
         if lease is None:
             self._idle_until = time.monotonic() + _IDLE_S
             return
@@ -177,21 +172,13 @@ class Search:
             entry = next(entry for entry in self._entries() if queue.entry_id(entry) == choice.entry)
             return entry.training == "defaults"
 
-        try:
-            return self._acquire(suits, ahead=setting != "auto")
-        except search_space.SpaceExhausted:
-            return None
+        return self._acquire(suits, ahead=setting != "auto")
 
-    def _acquire(
-        self, suits: Callable[[Lease | Proposal, TrialConfig], bool], *, ahead: bool = True
-    ) -> Lease | None:  # fmt: skip
+    def _acquire(self, suits: Callable[[Lease | Proposal, TrialConfig], bool], *, ahead: bool) -> Lease | None:
         """Take the next trial, if it suits.
 
         Args:
             ahead: ask the sampler for more than its random start too.
-
-        Raises:
-            SpaceExhausted: the sampler knows no config that was not trained.
         """
 
         def choose(leases: tuple[Lease, ...]) -> Choice:
@@ -202,18 +189,23 @@ class Search:
             number = choice.number if isinstance(choice, Lease) else n_trials
             return choice if suits(choice, self._config(choice, number)) else None
 
-        lease: Lease | None = self._reach(lambda: self.study.trial_table.acquire(choose))
-        return lease
+        try:
+            lease: Lease | None = self._reach(lambda: self.study.trial_table.acquire(choose))
+            return lease
+        except search_space.SpaceExhausted as error:
+            if not self.run.running:  # else what runs comes to its end first
+                self.run.fail(error)
+            return None
 
     def _begin(self, lease: Lease, limit: int | None, population_size: int) -> Job:
         self.leases[lease.number], self.run.last_step[lease.number] = lease, lease.step
-        config = self._config(lease, lease.number)
-        on_cores = memory.on_cores(config, self.spec.execution.population, on_gpu=self.context.on_gpu)
+        config, population = self._config(lease, lease.number), self.spec.execution.population
+        on_cores = not self.context.hosts and memory.on_cores(config, population, on_gpu=self.context.on_gpu)
         job = Job(
             spec=self.spec.model_copy(update={"queue": ()}), config=config, number=lease.number, attempt=lease.attempt,
             params=lease.params, entry=lease.entry, note=lease.note, training=lease.training,
             study_folder=self.study.folder.resolve(), data_root=self.context.data_root.resolve(), memory_limit=limit,
-            population_size=population_size, on_cores=on_cores and not self.context.hosts,
+            population_size=population_size, on_cores=on_cores,
         )  # fmt: skip
         return self.run.begin(job)
 
@@ -321,18 +313,15 @@ class Search:
         result = self.run.handle(number, kind, values)
         if result is None:
             return
-        lease, table = self.leases.pop(number), self.study.trial_table
+        lease, table, step = self.leases.pop(number), self.study.trial_table, self.run.last_step[number]
         if isinstance(result, TrialRecord):
             self._finish(lease, result)
         elif result.state != "superseded":  # then whoever took it has released the lease
-            step = self.run.last_step[number]
-            self._pending.append(functools.partial(table.release, lease, result.state, result.detail, step=step))
-            self._send_pending()
+            self._send(functools.partial(table.release, lease, result.state, result.detail, step=step))
 
     def _finish(self, lease: Lease, record: TrialRecord) -> None:
         self.finished[lease.number] = record
-        self._pending.append(functools.partial(self._report_to_storage, lease, record))
-        self._send_pending()
+        self._send(functools.partial(self._report_to_storage, lease, record))
         if lease.number in self.finished:
             self._notify_finished(record)
             ranked = records.ranked(list(self.finished.values()), minimize=self.study.minimize)
@@ -388,7 +377,7 @@ class Search:
 
     def tick(self) -> None:
         """Renew leases, send what is pending, and look for requests, edits and other machines' results."""
-        self._send_pending()
+        self._send()
         self.run.check_stop()
         now = time.monotonic()
         if self._progressed and now >= self._renew_at:
@@ -472,7 +461,9 @@ class Search:
             self._away_since, self._away_tries = None, 0
         return answer
 
-    def _send_pending(self) -> None:
+    def _send(self, *results: Callable[[], object]) -> None:
+        """Give the storage these results and those that it has yet to get, as far as it can be reached."""
+        self._pending += results
         while self._pending:
             if self._reach(lambda: (self._pending[0](),)) is None:
                 return

@@ -297,7 +297,19 @@ def follow_group(place: ProcessPlace, *, should_stop: Callable[[], bool]) -> Non
     """
     waiting_since = time.monotonic()
     while not should_stop():
-        joined, code = _follow_once(should_stop)
+        code, joined = None, False
+        with subprocess.Popen(
+            [*_COMMAND, "--follow"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
+        ) as process:
+            assert process.stdout is not None
+            os.set_blocking(process.stdout.fileno(), False)
+            try:
+                while code is None and (joined or not should_stop()):
+                    time.sleep(0.2)
+                    code = process.poll()
+                    joined = joined or JOINED in (process.stdout.read() or b"")
+            finally:
+                process.kill()
         if code == 0:
             return
         if joined:
@@ -305,26 +317,6 @@ def follow_group(place: ProcessPlace, *, should_stop: Callable[[], bool]) -> Non
         elif time.monotonic() - waiting_since > _PATIENCE_S:
             where = f" at {place.address}" if place.address else ""
             raise FintxError(f"{place}: no answer{where}; does process 0 run, and can it be reached?")
-        time.sleep(0.2)
-
-
-def _follow_once(should_stop: Callable[[], bool]) -> tuple[bool, int | None]:
-    """One following worker: whether it met the others, and its exit code; none: it was ended before it met them."""
-    joined = False
-    with subprocess.Popen(
-        [*_COMMAND, "--follow"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
-    ) as process:
-        assert process.stdout is not None
-        os.set_blocking(process.stdout.fileno(), False)
-        try:
-            while True:
-                code = process.poll()
-                joined = joined or JOINED in (process.stdout.read() or b"")
-                if code is not None or (should_stop() and not joined):
-                    return joined, code
-                time.sleep(0.2)
-        finally:
-            process.kill()
 
 
 def dismiss_group(place: ProcessPlace) -> None:

@@ -50,10 +50,10 @@ def server(request: pytest.FixtureRequest) -> Iterator[postgres.Server]:
         assert not request.config.getoption("--require-postgres"), "there is no PostgreSQL server on this machine"
         pytest.skip("no PostgreSQL server on this machine (Debian: apt-get install postgresql)")
     with tempfile.TemporaryDirectory(prefix="fintx-postgres-") as folder:  # pytest's folders are closed to its user
-        made = postgres.Server.make(programs, Path(folder))
-        made.start()
-        yield made
-        made.stop()
+        server = postgres.Server.make(programs, Path(folder))
+        server.start()
+        yield server
+        server.stop()
 
 
 _QUICK = ("test_hostile.py", "test_reliability_page.py")

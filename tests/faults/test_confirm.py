@@ -34,14 +34,14 @@ def reruns(machine: Machine) -> dict[tuple[str, str], tuple]:
 
 def verdict(machine: Machine) -> dict:
     """confirmation.json without the time."""
-    held = json.loads((machine.folder / confirmation.FILE).read_text())
-    return {key: value for key, value in held.items() if key != "created"}
+    tree = json.loads((machine.folder / confirmation.FILE).read_text())
+    return {key: value for key, value in tree.items() if key != "created"}
 
 
 def steps(machine: Machine) -> list[Path]:
     """Training states of unfinished reruns."""
-    found = machine.folder.glob("confirm/*/*/run/fold_*/step_*[0-9]")
-    return sorted(path for path in found if not (path.parents[2] / "record.json").exists())
+    states = machine.folder.glob("confirm/*/*/run/fold_*/step_*[0-9]")
+    return sorted(path for path in states if not (path.parents[2] / "record.json").exists())
 
 
 def starts(machine: Machine) -> dict[str, list[int]]:
@@ -88,11 +88,11 @@ def test_a_killed_confirmation_continues_to_the_same_numbers(confirming, undistu
     running.everyone(signal.SIGKILL)
     running.process.wait()
     assert not (confirming.folder / confirmation.FILE).exists()
-    said = confirming.start(command="confirm", options=WANTED).end(code=0, timeout_s=PATIENCE_S)
-    assert "1 of 4 done before" in said
+    output = confirming.start(command="confirm", options=WANTED).end(code=0, timeout_s=PATIENCE_S)
+    assert "1 of 4 done before" in output
     assert (reruns(confirming), verdict(confirming)) == undisturbed
     assert all(path.stat().st_mtime_ns == time for path, time in done.items()), "trained twice"
-    resumed = [each for each in starts(confirming).values() if len(each) == 2]
+    resumed = [steps for steps in starts(confirming).values() if len(steps) == 2]
     assert len(resumed) == 1 and resumed[0][1] > 1, "the unfinished rerun went on from its last save"
 
 
@@ -100,8 +100,8 @@ def test_a_dead_worker_costs_neither_reruns_nor_numbers(confirming, undisturbed)
     running = confirming.start(command="confirm", options=WANTED)
     wait_for(lambda: steps(confirming), running=running, timeout_s=PATIENCE_S)
     os.kill(running.workers()[0], signal.SIGKILL)
-    said = running.end(code=0, timeout_s=PATIENCE_S)
-    assert "died: killed by SIGKILL" in said and "again, seed 1 of 2, attempt 2" in said
+    output = running.end(code=0, timeout_s=PATIENCE_S)
+    assert "died: killed by SIGKILL" in output and "again, seed 1 of 2, attempt 2" in output
     assert (reruns(confirming), verdict(confirming)) == undisturbed
 
 
@@ -109,8 +109,8 @@ def test_a_request_to_stop_saves_tells_how_far_it_is_and_exits_with_75(confirmin
     running = confirming.start(command="confirm", options=WANTED)
     wait_for(lambda: len(reruns(confirming)) == 2 and steps(confirming), running=running, timeout_s=PATIENCE_S)
     running.process.send_signal(signal.SIGINT)
-    said = running.end(code=75, timeout_s=PATIENCE_S)
-    assert "give the same command again to continue" in said and "2 of 4 trainings are done" in said
+    output = running.end(code=75, timeout_s=PATIENCE_S)
+    assert "give the same command again to continue" in output and "2 of 4 trainings are done" in output
     half = confirmation.read(confirming.folder)
     assert not half.complete and len(half.seeds) == 1 and half.best is not None
     confirming.start(command="confirm", options=(*WANTED, "--workers", "2")).end(code=0, timeout_s=PATIENCE_S)

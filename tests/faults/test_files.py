@@ -50,8 +50,8 @@ def test_a_damaged_newest_state_is_set_aside_and_the_one_before_used(damage, tor
         largest.write_bytes(largest.read_bytes()[:-1])
     else:
         newest.with_name("step_99999999").mkdir()
-    said = here.run(*MEDIUM, ONE)
-    assert "set aside" in said
+    output = here.run(*MEDIUM, ONE)
+    assert "set aside" in output
     assert here.numbers() == undisturbed[:1]
     (warning,) = here.records()[0].warnings
     assert "training state can't be used" in warning
@@ -67,8 +67,8 @@ def test_a_torn_journal_tail_is_mended_between_runs_and_while_a_study_runs(machi
     wait_for(lambda: here.leases().get(1), running=running)
     with journal.open("ab") as file:  # as another machine that shares the folder, and is killed
         file.write(TORN)
-    said = running.end(code=0)
-    assert "was torn" in said and len(here.records()) == 2
+    output = running.end(code=0)
+    assert "was torn" in output and len(here.records()) == 2
     assert journal.read_bytes().startswith(whole)
     assert all(isinstance(json.loads(line), dict) for line in journal.read_text().splitlines())
     assert len(list(here.folder.glob("journal.torn-*"))) == 2
@@ -85,8 +85,8 @@ def test_a_journal_damaged_in_the_middle_is_said_and_made_again_from_the_records
     assert "journal.log:3: is damaged" in here.run(*SHORT, "study.n_trials=4", code=2)
     journal.unlink()
     before = here.numbers()
-    said = here.run(*SHORT, "study.n_trials=4")
-    assert here.numbers()[:3] == before and "trial 0 (" not in said and "trial 3 (" in said
+    output = here.run(*SHORT, "study.n_trials=4")
+    assert here.numbers()[:3] == before and "trial 0 (" not in output and "trial 3 (" in output
     assert [lease.finished for lease in here.leases().values()] == [True] * 4
     assert len({record.config_hash for record in here.records()}) == 4
 
@@ -97,8 +97,8 @@ def test_a_record_that_was_never_told_is_told(machine, finished):
     shutil.copytree(finished.root, here.root)
     journal = here.folder / "journal.log"
     lines = journal.read_text().splitlines(keepends=True)
-    told = [index for index, line in enumerate(lines) if json.loads(line).get("values")]
-    journal.write_text("".join(lines[: told[-1]]))
+    results = [index for index, line in enumerate(lines) if json.loads(line).get("values")]
+    journal.write_text("".join(lines[: results[-1]]))
     before = here.numbers()
     assert not here.leases()[2].finished
     assert "trial 2 (" not in here.run(*SHORT, "study.n_trials=3")
@@ -112,8 +112,8 @@ def test_a_full_disk_in_the_middle_of_training_is_one_line_and_costs_nothing(mac
     wait_for(here.steps, running=running)
     for pid in running.workers():
         resource.prlimit(pid, resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
-    said = running.end(code=2)
-    assert "could not save" in said and "File too large" in said and "fix that" in said
+    output = running.end(code=2)
+    assert "could not save" in output and "File too large" in output and "fix that" in output
     assert here.leases()[0].failures == 0
     here.run(*MEDIUM, ONE)
     assert here.numbers() == undisturbed[:1]
@@ -133,8 +133,8 @@ def test_a_full_disk_under_the_journal_loses_neither_record_nor_journal(machine,
     resource.prlimit(running.process.pid, resource.RLIMIT_FSIZE, (size + 40, resource.RLIM_INFINITY))
     running.end(code=2)
     if before:
-        wait_for(lambda: "File too large" in running.said)
-        assert len(running.said.split("fintx: ")) == 2
+        wait_for(lambda: "File too large" in running.output)
+        assert len(running.output.split("fintx: ")) == 2
     here.run(*MEDIUM, TWO)
     assert here.numbers() == undisturbed
     assert [lease.finished for lease in here.leases().values()] == [True, True]
@@ -170,8 +170,8 @@ def test_a_second_coordinator_learns_who_runs_the_study(machine):
     here = machine()
     running = here.start(*MEDIUM, ONE)
     wait_for(lambda: list(here.folder.glob("lock-*")), running=running)
-    said = here.run(*MEDIUM, ONE, code=2)
-    assert f"is being run by process {running.process.pid}" in said.replace("\n", " ")
+    output = here.run(*MEDIUM, ONE, code=2)
+    assert f"is being run by process {running.process.pid}" in output.replace("\n", " ")
     running.end(code=0)
     assert here.records()[0].attempt == 1
 
@@ -182,8 +182,8 @@ def test_a_damaged_record_of_one_study_stops_no_other(machine, finished):
     other = here.folder.rename(here.folder.with_name("other"))
     damaged = other / "trials" / "0001" / "record.json"
     damaged.write_text(damaged.read_text().replace('"completed"', '"compelted"'))
-    said = here.run(*SHORT, ONE)
-    assert str(damaged) in said.replace("\n", "") and len(here.records()) == 1
+    output = here.run(*SHORT, ONE)
+    assert str(damaged) in output.replace("\n", "") and len(here.records()) == 1
 
 
 def test_a_damaged_record_of_its_own_stops_a_study(machine, finished):
@@ -191,16 +191,16 @@ def test_a_damaged_record_of_its_own_stops_a_study(machine, finished):
     shutil.copytree(finished.root, here.root)
     damaged = here.folder / "trials" / "0001" / "record.json"
     damaged.write_bytes(damaged.read_bytes()[:-100])
-    said = here.run(*SHORT, "study.n_trials=4", code=2)
-    assert f"{damaged}: is no trial record" in said.replace("\n", " ") and "trial 3 (" not in said
+    output = here.run(*SHORT, "study.n_trials=4", code=2)
+    assert f"{damaged}: is no trial record" in output.replace("\n", " ") and "trial 3 (" not in output
 
 
 def test_a_finished_trial_whose_record_is_gone_is_said_and_can_be_trained_again(machine, finished):
     here = machine()
     shutil.copytree(finished.root, here.root)
     shutil.rmtree(here.folder / "trials" / "0001")
-    said = here.run(*SHORT, "study.n_trials=3", code=2).replace("\n", " ")
-    assert "the records of trials 1 are gone" in said and "move journal.log away" in said
+    output = here.run(*SHORT, "study.n_trials=3", code=2).replace("\n", " ")
+    assert "the records of trials 1 are gone" in output and "move journal.log away" in output
     (here.folder / "journal.log").rename(here.root / "journal.log")
     assert "3 of 3 trials finished" in here.run(*SHORT, "study.n_trials=3")
     assert len({record.config_hash for record in here.records()}) == 3

@@ -31,8 +31,8 @@ FILES = {
 
 @pytest.mark.parametrize("name", NAMES.values(), ids=NAMES.keys())
 def test_a_hostile_study_name_is_refused(name, fault_file, tmp_path):
-    said = mistake("sweep", fault_file, "--set", f"study.name={json.dumps(name)}", cwd=tmp_path)
-    assert "study.name" in said and "\x1b" not in said
+    output = mistake("sweep", fault_file, "--set", f"study.name={json.dumps(name)}", cwd=tmp_path)
+    assert "study.name" in output and "\x1b" not in output
     assert list(tmp_path.iterdir()) == [] and not (tmp_path.parent / "x").exists()
 
 
@@ -40,8 +40,8 @@ def test_a_hostile_study_name_is_refused(name, fault_file, tmp_path):
 @pytest.mark.parametrize("command", ["stop", "fork"])
 def test_a_hostile_name_on_the_command_line_is_refused(command, name, fault_file, tmp_path):
     arguments = ["stop", name] if command == "stop" else ["sweep", fault_file, "--fork", name]
-    said = mistake(*arguments, cwd=tmp_path)
-    assert said.startswith("fintx: ") and "\x1b[2J" not in said
+    output = mistake(*arguments, cwd=tmp_path)
+    assert output.startswith("fintx: ") and "\x1b[2J" not in output
     assert list(tmp_path.iterdir()) == []
 
 

@@ -44,15 +44,19 @@ def test_two_hosts_train_the_trials_of_one(machine: Machines) -> None:
     first.end(code=0)
     second.end(code=0, timeout_s=60)
     assert len(together.records()) == 2
-    for got, wanted in zip(together.records(), alone.records(), strict=True):
-        assert (got.layout, got.attempt) == (LAYOUT, 1)
-        assert (got.params, got.config_hash, got.outcome) == (wanted.params, wanted.config_hash, wanted.outcome)
-        for epoch, wanted_epoch in zip(got.folds[0].curve, wanted.folds[0].curve, strict=True):
-            assert epoch == pytest.approx(wanted_epoch, rel=1e-3)
-        assert len(together.first_steps(got.trial_number)) == 1, "one process logs the attempt"
+    for ours, expected in zip(together.records(), alone.records(), strict=True):
+        assert (ours.layout, ours.attempt) == (LAYOUT, 1)
+        assert (ours.params, ours.config_hash, ours.outcome) == (
+            expected.params,
+            expected.config_hash,
+            expected.outcome,
+        )
+        for epoch, expected_epoch in zip(ours.folds[0].curve, expected.folds[0].curve, strict=True):
+            assert epoch == pytest.approx(expected_epoch, rel=1e-3)
+        assert len(together.first_steps(ours.trial_number)) == 1, "one process logs the attempt"
     written = {path.name for path in together.root.rglob("*") if path.is_file()}
     assert not {name for name in written if "partial" in name or name.endswith(".tmp")}
-    assert "trials finished" in first.said and "trials finished" not in second.said
+    assert "trials finished" in first.output and "trials finished" not in second.output
 
 
 @pytest.mark.long

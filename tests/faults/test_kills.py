@@ -46,8 +46,8 @@ def test_a_worker_that_dies_costs_neither_study_nor_numbers(machine, undisturbed
     os.kill(worker, signal.SIGKILL)
     wait_for(lambda: len(here.first_steps()) == 2, running=running)
     os.kill(running.workers()[0], signal.SIGSEGV)
-    said = running.end(code=0)
-    assert "died: killed by SIGKILL" in said and "died: killed by SIGSEGV" in said and "attempt 3" in said
+    output = running.end(code=0)
+    assert "died: killed by SIGKILL" in output and "died: killed by SIGSEGV" in output and "attempt 3" in output
     assert here.numbers() == undisturbed
     assert here.records()[0].attempt == 3
     first, second, third = here.first_steps()
@@ -61,8 +61,8 @@ def test_a_worker_killed_in_the_middle_of_a_save_goes_on_from_the_state_before(m
     while not (partial := list(here.folder.glob("trials/0000/run/fold_0/.step_*.partial-*"))):
         assert time.monotonic() < deadline and running.process.poll() is None  # no pause: a save is over in a moment
     os.kill(worker, signal.SIGKILL)
-    said = running.end(code=0)
-    assert "attempt 2" in said and partial
+    output = running.end(code=0)
+    assert "attempt 2" in output and partial
     assert here.numbers() == undisturbed[:1]
     assert not (here.folder / "trials" / "0000" / "run").exists()
 
@@ -134,7 +134,7 @@ def test_a_request_to_stop_is_heeded_while_the_baselines_are_fitted(machine):
     here = machine()
     (here.root / "data" / "baselines").mkdir(parents=True)  # fitted nowhere before
     running = here.start(*SHORT, "study.n_trials=1")
-    wait_for(lambda: "fitting what must be beaten" in running.said, running=running)
+    wait_for(lambda: "fitting what must be beaten" in running.output, running=running)
     running.process.send_signal(signal.SIGINT)
     assert "give the same command again" in running.end(code=75)
     assert not (here.folder / "baselines.json").exists() and here.leases() == {}
@@ -147,7 +147,7 @@ def test_asked_twice_it_ends_at_once_and_loses_nothing(machine):
     os.kill(worker, signal.SIGSTOP)  # so that it can't obey the first request
     states = here.steps()
     running.process.send_signal(signal.SIGINT)
-    wait_for(lambda: "saving what runs" in running.said, running=running)
+    wait_for(lambda: "saving what runs" in running.output, running=running)
     running.process.send_signal(signal.SIGINT)
     assert "nothing finished is lost" in running.end(code=75)
     assert here.steps() == states and not is_alive(worker)
@@ -208,8 +208,8 @@ def test_a_hung_worker_is_stopped_and_its_trial_taken_up_again(machine, undistur
     here = machine()
     running, worker = under_way(here, *MEDIUM, ONE, "execution.hang_s=15")
     os.kill(worker, signal.SIGSTOP)
-    said = running.end(code=0)
-    assert "hung: no step for" in said and "attempt 2" in said
+    output = running.end(code=0)
+    assert "hung: no step for" in output and "attempt 2" in output
     assert here.numbers() == undisturbed[:1]
     assert not is_alive(worker)
 
@@ -261,15 +261,15 @@ def test_killed_at_random_until_it_is_finished(machine):
             running = here.start(*changes)
         steps |= {number: here.first_steps(number) for number in range(5)}
     running.end(code=0)
-    found = here.records()
-    assert [record.trial_number for record in found] == list(range(5))
-    assert len({record.config_hash for record in found}) == 5
+    records = here.records()
+    assert [record.trial_number for record in records] == list(range(5))
+    assert len({record.config_hash for record in records}) == 5
     leases = here.leases()
     assert sorted(leases) == list(range(5)) and all(lease.finished for lease in leases.values())
     for number in range(5):
         began = here.first_steps(number)
         assert began == sorted(began) and began[: len(steps[number])] == steps[number]
-        assert found[number].folds[0].steps >= max(began, default=0)
+        assert records[number].folds[0].steps >= max(began, default=0)
     calm = machine("calm")
     calm.run(*changes)
     assert here.numbers() == calm.numbers()

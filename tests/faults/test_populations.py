@@ -44,8 +44,8 @@ def test_a_worker_that_dies_in_a_population_costs_no_member_its_numbers(machine,
     here = machine()
     running, worker = under_way(here)
     os.kill(worker, signal.SIGKILL)
-    said = running.end(code=0)
-    assert said.count("died: killed by SIGKILL") == 3
+    output = running.end(code=0)
+    assert output.count("died: killed by SIGKILL") == 3
     assert here.numbers() == undisturbed_three
     assert [record.attempt for record in here.records()] == [2, 2, 2]
     for number in range(3):
@@ -76,10 +76,10 @@ def test_one_member_diverges_and_the_others_come_to_their_end(machine, tmp_path,
     file.write_text(fault_file.read_text().replace("high = 1e-2", "high = 1e30") + entries)
     here = machine("queued", file=file)
     here.run(*SHORT, *THREE)
-    found = here.records()
-    assert [record.config.optim.learning_rate for record in found] == list(rates)
-    assert [record.outcome for record in found] == ["completed", "diverged", "completed"]
-    assert found[1].value is None and found[0].value != found[2].value
+    records = here.records()
+    assert [record.config.optim.learning_rate for record in records] == list(rates)
+    assert [record.outcome for record in records] == ["completed", "diverged", "completed"]
+    assert records[1].value is None and records[0].value != records[2].value
     assert [len(here.first_steps(number)) for number in range(3)] == [1, 1, 1]
 
 
@@ -103,7 +103,7 @@ def test_a_trial_that_waits_is_not_blamed_for_its_workers_death(machine):
     wait_for(lambda: len(here.first_steps()) == 2, running=running)
     leases = here.leases()
     assert [leases[n].failures for n in (0, 1)] == [1, 0]
-    assert "its worker died before its turn" in running.said.replace("\n", " ")
+    assert "its worker died before its turn" in running.output.replace("\n", " ")
 
 
 def test_stop_lets_the_running_trial_finish_and_not_the_one_behind_it(machine, undisturbed):

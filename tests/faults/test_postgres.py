@@ -61,8 +61,8 @@ def test_a_storage_that_cannot_be_opened_is_one_line_without_the_password(change
     address = server.url(change.get("database", "postgres"), password=change.get("password", postgres.PASSWORD))
     if "port" in change:
         address = address.replace(f":{server.port}/", f":{change['port']}/")
-    said = machine().run(code=2, options=sharing(address))
-    assert words in said.replace("\n", " ") and "wrong-pass" not in said
+    output = machine().run(code=2, options=sharing(address))
+    assert words in output.replace("\n", " ") and "wrong-pass" not in output
     assert not list(machine().folder.glob("trials/*"))
     assert leaks(tmp_path) == []
 
@@ -72,24 +72,24 @@ def test_a_planted_password_is_in_no_output_whatever_goes_wrong(how, machine, se
     address = server.url()
     here = machine()
     if how == "option":
-        said = here.run("study.n_trial=3", code=2, options=sharing(address))
+        output = here.run("study.n_trial=3", code=2, options=sharing(address))
     elif how == "set":
-        said = here.run(f"execution.storage=[{address!r}]", code=2)
+        output = here.run(f"execution.storage=[{address!r}]", code=2)
     elif how == "file":
         file = tmp_path / "mine.toml"
         file.write_text(f'{tiny_file.read_text()}\n[execution]\nstorage = "{address}"\nhang_s = -1\n')
-        said = machine("mine", file=file).run(code=2)
+        output = machine("mine", file=file).run(code=2)
         file.unlink()
     else:
-        said = here.run(code=2, options=sharing(address + " and more"))
-    assert "fintx:" in said and postgres.PASSWORD not in said
+        output = here.run(code=2, options=sharing(address + " and more"))
+    assert "fintx:" in output and postgres.PASSWORD not in output
     assert leaks(tmp_path) == []
 
 
 def test_another_definition_under_the_same_name_is_refused_on_another_machine(machine, url):
     machine("here").run(*SHORT, "study.n_trials=1", options=sharing(url))
-    said = machine("there").run(*SHORT, "study.n_trials=1", "task.horizon=2", code=2, options=sharing(url))
-    assert "task.horizon: 3 there, 2 here" in said and "--fork" in said
+    output = machine("there").run(*SHORT, "study.n_trials=1", "task.horizon=2", code=2, options=sharing(url))
+    assert "task.horizon: 3 there, 2 here" in output and "--fork" in output
     assert machine("there").records() == []
 
 
@@ -99,7 +99,7 @@ def test_a_result_earned_while_the_database_is_away_is_told_when_it_is_back(mach
     wait_for(lambda: list(here.folder.glob("trials/0000/attempts.jsonl")), running=running)
     server.stop()
     try:
-        wait_for(lambda: "does not answer; waiting for it" in running.said, running=running)
+        wait_for(lambda: "does not answer; waiting for it" in running.output, running=running)
         wait_for(lambda: here.records(), running=running)
         running.everyone(signal.SIGKILL)
         running.process.wait()
@@ -107,8 +107,8 @@ def test_a_result_earned_while_the_database_is_away_is_told_when_it_is_back(mach
         server.start()
     assert not held(url, here.folder)[0].finished
     before = (here.folder / "trials" / "0000" / "record.json").read_bytes()
-    said = here.run("study.n_trials=2", "train.max_epochs=400", "train.patience=400", options=sharing(url))
-    assert "trial 0 (" not in said and "trial 1 (" in said
+    output = here.run("study.n_trials=2", "train.max_epochs=400", "train.patience=400", options=sharing(url))
+    assert "trial 0 (" not in output and "trial 1 (" in output
     assert (here.folder / "trials" / "0000" / "record.json").read_bytes() == before
     assert [lease.finished for lease in held(url, here.folder).values()] == [True, True]
 
@@ -121,10 +121,10 @@ def test_a_database_that_is_restarted_three_times_costs_nothing_but_time(machine
         wait_for(lambda outage=outage: len(here.records()) > outage, running=running)
         server.stop()
         try:
-            wait_for(lambda outage=outage: running.said.count("waiting for it") > outage, running=running)
+            wait_for(lambda outage=outage: running.output.count("waiting for it") > outage, running=running)
         finally:
             server.start()
-        wait_for(lambda outage=outage: running.said.count("the storage is back") > outage, running=running)
+        wait_for(lambda outage=outage: running.output.count("the storage is back") > outage, running=running)
     assert "6 of 6 trials finished" in running.end(code=0)
     assert [record.trial_number for record in here.records()] == list(range(6))
     assert all(record.attempt == 1 for record in here.records())
@@ -152,8 +152,8 @@ def test_a_frozen_machine_that_wakes_up_superseded_can_neither_save_nor_report(m
     assert "1 of 1 trials finished" in second.end(code=0)
     states = frozen.steps()
     first.everyone(signal.SIGCONT)
-    said = first.end(code=0)
-    assert "taken over by another attempt" in said
+    output = first.end(code=0)
+    assert "taken over by another attempt" in output
     assert frozen.numbers() == other.numbers()
     assert frozen.records()[0].attempt >= 2
     assert not list(frozen.folder.glob("trials/0000/predictions.parquet"))

@@ -24,8 +24,8 @@ def test_ten_and_ten_more_are_twenty_at_once(machine):
     short = ("train.max_epochs=1", "study.n_startup_trials=5")  # most are then proposed from what was learnt
     at_once.run(*short, "study.n_trials=20")
     in_two.run(*short, "study.n_trials=10")
-    said = in_two.run(*short, "study.n_trials=20")
-    assert in_two.numbers() == at_once.numbers() and "trial 9 (" not in said
+    output = in_two.run(*short, "study.n_trials=20")
+    assert in_two.numbers() == at_once.numbers() and "trial 9 (" not in output
     assert distinct(in_two) == len(in_two.records()) == 20
     assert "trial 0 (" not in in_two.run(*short, "study.n_trials=20") and len(in_two.records()) == 20
 
@@ -35,11 +35,11 @@ def test_an_edited_space_is_shown_and_nothing_runs_until_it_is_forked(finished, 
     shutil.copytree(finished.root, here.root)
     edit = 'space."optim.learning_rate"={low=1e-3, high=2e-2, log=true}'
     before = here.numbers()
-    said = here.run(*SHORT, "study.n_trials=4", edit, code=2)
-    assert "space.optim.learning_rate.high: 0.01 there, 0.02 here" in said and "--fork NAME" in said
-    assert "trial 3 (" not in said and here.numbers() == before
-    said = here.run(*SHORT, "study.n_trials=4", edit, options=("--fork", "wider"))
-    assert "3 trials taken over from tiny" in said and "4 of 4 trials finished" in said
+    output = here.run(*SHORT, "study.n_trials=4", edit, code=2)
+    assert "space.optim.learning_rate.high: 0.01 there, 0.02 here" in output and "--fork NAME" in output
+    assert "trial 3 (" not in output and here.numbers() == before
+    output = here.run(*SHORT, "study.n_trials=4", edit, options=("--fork", "wider"))
+    assert "3 trials taken over from tiny" in output and "4 of 4 trials finished" in output
     taken = records.read_all(here.folder.parent / "wider")
     assert [record.origin for record in taken] == ["tiny/0", "tiny/1", "tiny/2", ""]
     assert [record.value for record in taken[:3]] == [record.value for record in here.records()]
@@ -57,8 +57,8 @@ def test_a_fork_that_was_cut_off_is_made_whole_by_the_same_command(machine, fini
     (other / "journal.log").unlink()
     for number in (1, 2):
         (other / "trials" / f"{number:04d}" / "record.json").unlink()
-    said = here.run(*SHORT, "study.n_trials=3", options=fork)
-    assert "3 trials taken over from tiny" in said and "trial 1 (" not in said
+    output = here.run(*SHORT, "study.n_trials=3", options=fork)
+    assert "3 trials taken over from tiny" in output and "trial 1 (" not in output
     assert [record.origin for record in records.read_all(other)] == ["tiny/0", "tiny/1", "tiny/2"]
     assert not (other / "fork-pending").exists()
 
@@ -72,11 +72,11 @@ def test_a_queue_is_run_once_and_can_be_filled_while_the_study_runs(machine, tmp
     wait_for(here.steps, running=running)
     file.write_text(file.read_text() + QUEUED.replace("n_heads = 2", "n_heads = 1").replace("deep", "later"))
     running.end(code=0)
-    found = here.records()
-    assert [record.note for record in found] == ["deep", "later", "", ""]
-    assert [record.config.shape.n_heads for record in found[:2]] == [2, 1]
+    records = here.records()
+    assert [record.note for record in records] == ["deep", "later", "", ""]
+    assert [record.config.shape.n_heads for record in records[:2]] == [2, 1]
     assert "trial 0 (" not in here.run(*changes)
-    assert here.records() == found and distinct(here) == 4
+    assert here.records() == records and distinct(here) == 4
 
 
 def test_several_files_go_side_by_side_and_one_that_fails_stops_no_other(machine, tmp_path, fault_file):
@@ -84,8 +84,8 @@ def test_several_files_go_side_by_side_and_one_that_fails_stops_no_other(machine
     other.write_text(fault_file.read_text().replace('"tiny"', '"other"'))
     wrong.write_text(fault_file.read_text().replace('"tiny"', '"wrong"').replace("1.2K", "900M"))
     here = machine()
-    said = here.run(*SHORT, "study.n_trials=2", code=2, options=(wrong, other, "--workers", "2"))
-    assert "no candidate shape holds" in said and "All studies" in said
+    output = here.run(*SHORT, "study.n_trials=2", code=2, options=(wrong, other, "--workers", "2"))
+    assert "no candidate shape holds" in output and "All studies" in output
     assert len(here.records()) == 2 and len(records.read_all(here.folder.parent / "other")) == 2
 
 

@@ -18,12 +18,12 @@ ABSURD = 'space."optim.learning_rate"={low=1e29, high=1e30, log=true}'
 
 def test_a_loss_of_nan_is_an_outcome_and_many_in_a_row_stop_the_study(machine):
     here = machine()
-    said = here.run(*SHORT, "study.n_trials=9", "execution.max_failures=3", ABSURD, code=2)
-    assert "stopped after 3 failures in a row of the same kind, diverged" in said.replace("\n", " ")
-    found = here.records()
-    assert [record.outcome for record in found] == ["diverged"] * 3
-    assert all(record.value is None for record in found)
-    assert len({record.config_hash for record in found}) == 3
+    output = here.run(*SHORT, "study.n_trials=9", "execution.max_failures=3", ABSURD, code=2)
+    assert "stopped after 3 failures in a row of the same kind, diverged" in output.replace("\n", " ")
+    records = here.records()
+    assert [record.outcome for record in records] == ["diverged"] * 3
+    assert all(record.value is None for record in records)
+    assert len({record.config_hash for record in records}) == 3
     assert [lease.finished for lease in here.leases().values()] == [True] * 3
     json.loads((here.folder / "tiny_all_trials.json").read_text(), parse_constant=_no_nan)
 
@@ -34,9 +34,9 @@ def _no_nan(text: str) -> None:
 
 def test_a_trial_too_big_for_memory_is_an_outcome(machine):
     here = machine()
-    said = here.run(*SHORT, "study.n_trials=2", "execution.memory=100000")
+    output = here.run(*SHORT, "study.n_trials=2", "execution.memory=100000")
     assert [record.outcome for record in here.records()] == ["out_of_memory"] * 2
-    assert all(record.value is None for record in here.records()) and "out of memory" in said
+    assert all(record.value is None for record in here.records()) and "out of memory" in output
     here.run(*SHORT, "study.n_trials=3")
     assert [record.outcome for record in here.records()][2] == "completed"
 
@@ -47,10 +47,10 @@ def test_an_exception_inside_a_trial_is_retried_and_then_given_up(machine, tmp_p
     (tmp_path / "broken" / "orbax").mkdir(parents=True)
     (tmp_path / "broken" / "orbax" / "__init__.py").write_text("raise ImportError('broken by hand')\n")
     broken = {"PYTHONPATH": str(tmp_path / "broken")}
-    said = here.run(*SHORT, ONE, "execution.max_attempts=2", code=1, environment=broken)
-    assert said.count("ImportError: broken by hand") >= 2 and "given up" in said
+    output = here.run(*SHORT, ONE, "execution.max_attempts=2", code=1, environment=broken)
+    assert output.count("ImportError: broken by hand") >= 2 and "given up" in output
     logs = sorted((here.folder / "trials" / "0000" / "run").glob("attempt-*.log"))
-    assert len(logs) == 2 and all("Traceback" in log.read_text() and str(log) in said for log in logs)
+    assert len(logs) == 2 and all("Traceback" in log.read_text() and str(log) in output for log in logs)
     assert here.records() == [] and here.leases()[0].failures == 2
     here.run(*SHORT, ONE, "execution.max_attempts=2")
     assert here.records()[0].attempt == 3
@@ -62,8 +62,8 @@ def test_crashes_of_one_kind_in_a_row_stop_the_study(machine, tmp_path):
     (tmp_path / "broken" / "orbax" / "__init__.py").write_text("raise ImportError('broken by hand')\n")
     broken = {"PYTHONPATH": str(tmp_path / "broken")}
     limits = ("study.n_trials=50", "execution.max_attempts=1", "execution.max_failures=3")
-    said = here.run(*SHORT, *limits, code=2, environment=broken)
-    assert "stopped after 3 failures in a row of the same kind" in said.replace("\n", " ")
+    output = here.run(*SHORT, *limits, code=2, environment=broken)
+    assert "stopped after 3 failures in a row of the same kind" in output.replace("\n", " ")
     assert sorted(here.leases()) == [0, 1, 2]
 
 
@@ -78,17 +78,17 @@ def test_two_trials_that_are_too_big_together_run_one_after_the_other(machine, f
 
 def test_a_worker_that_is_asked_to_stop_with_its_first_job_gives_the_trial_back(finished, tmp_path):
     """A worker for a GPU imports JAX before it looks at its jobs, and the request may be there by then."""
-    known = study_file.read_study(finished.folder)
+    study = study_file.read_study(finished.folder)
     record = finished.records()[0]
     job = Job(
-        spec=known.spec, config=record.config, number=7, attempt=1, params=record.params, entry=None, note="",
+        spec=study.spec, config=record.config, number=7, attempt=1, params=record.params, entry=None, note="",
         training="", study_folder=tmp_path / "study", data_root=finished.root / "data", memory_limit=None,
     )  # fmt: skip
     command = [sys.executable, "-m", "fintx.run.worker", "--gpu", "0"]
-    said = subprocess.run(
+    output = subprocess.run(
         command, input=f"[{job.model_dump_json()}]\nstop\n", env={**ENVIRONMENT, "JAX_PLATFORMS": "cpu"},
         capture_output=True, text=True, timeout=120, cwd=Path(__file__).parents[2],
     )  # fmt: skip
-    assert said.returncode == 0, said.stderr[-2000:]
-    events = [json.loads(line)["event"] for line in said.stdout.splitlines()]
+    assert output.returncode == 0, output.stderr[-2000:]
+    events = [json.loads(line)["event"] for line in output.stdout.splitlines()]
     assert events[0] == "ready" and events[-1] == "interrupted"

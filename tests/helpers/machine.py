@@ -41,16 +41,16 @@ class Running:
     log: Path
 
     @property
-    def said(self) -> str:
+    def output(self) -> str:
         """Both streams, in the order of writing."""
         return self.log.read_text()
 
     def end(self, *, code: int, timeout_s: float = 300) -> str:
-        """Wait for its end; returns what it said."""
+        """Wait for its end; returns its output."""
         found = self.process.wait(timeout=timeout_s)
-        assert found == code, (found, self.said[-3000:])
-        assert "Traceback" not in self.said, self.said[-3000:]
-        return self.said
+        assert found == code, (found, self.output[-3000:])
+        assert "Traceback" not in self.output, self.output[-3000:]
+        return self.output
 
     def workers(self) -> list[int]:
         """Process ids of its children."""
@@ -111,13 +111,13 @@ class Machine:
         return self.start(*changes, **how).end(code=code, timeout_s=timeout_s)
 
     def stop(self, running: Running) -> str:
-        """`fintx stop`, heard while the only worker stands still: no trial ends before it. Returns what it said."""
+        """`fintx stop`, heard while the only worker stands still: no trial ends before it. Returns its output."""
         (worker,) = running.workers()
         os.kill(worker, signal.SIGSTOP)
         assert not self.records(), "it comes too late for this test"
         done = subprocess.run([FINTX, "stop", self.folder], env=ENVIRONMENT, capture_output=True, text=True)
         assert done.returncode == 0, done
-        wait_for(lambda: "asked to stop" in running.said, running=running)
+        wait_for(lambda: "asked to stop" in running.output, running=running)
         os.kill(worker, signal.SIGCONT)
         return done.stdout
 
@@ -174,10 +174,10 @@ def wait_for(condition: Callable[[], T], *, running: Running | None = None, time
     """Poll a condition until it holds; fails when the process ends first, or after a deadline."""
     deadline = time.monotonic() + timeout_s
     while not (found := condition()):
-        assert time.monotonic() < deadline, f"waited {timeout_s} s in vain; {running.said[-2000:] if running else ''}"
+        assert time.monotonic() < deadline, f"waited {timeout_s} s in vain; {running.output[-2000:] if running else ''}"
         if running is not None and running.process.poll() is not None:
             if found := condition():
                 return found
-            raise AssertionError(f"ended with {running.process.returncode}: {running.said[-2000:]}")
+            raise AssertionError(f"ended with {running.process.returncode}: {running.output[-2000:]}")
         time.sleep(0.05)
     return found

@@ -21,7 +21,7 @@ def spec(budget: str, *changes: str) -> StudySpec:
 
 
 @pytest.mark.parametrize(
-    ("budgets", "gpus", "wanted"),
+    ("budgets", "gpus", "expected"),
     [
         (["200M"], [], 1),
         (["200M"], [80 * GIB], 1),
@@ -33,9 +33,9 @@ def spec(budget: str, *changes: str) -> StudySpec:
     ],
 )
 def test_a_worker_gets_as_many_gpus_as_its_largest_trial_needs(
-    budgets: list[str], gpus: list[int], wanted: int
+    budgets: list[str], gpus: list[int], expected: int
 ) -> None:
-    assert machine.workers_that_fit([spec(each) for each in budgets], gpus) == wanted
+    assert machine.workers_that_fit([spec(budget) for budget in budgets], gpus) == expected
 
 
 def test_a_mesh_that_is_asked_for_is_one_workers(tmp_path: Path) -> None:
@@ -56,7 +56,7 @@ def test_a_set_of_features_counts_as_all_that_it_holds() -> None:
 
 
 @pytest.mark.parametrize(
-    ("says", "visible", "wanted"),
+    ("says", "visible", "expected"),
     [
         ("81559\\n81559\\n", None, [81559, 81559]),
         ("81559\\n40960\\n24576\\n", "2,0", [24576, 81559]),
@@ -66,7 +66,7 @@ def test_a_set_of_features_counts_as_all_that_it_holds() -> None:
     ],
 )
 def test_gpus_are_those_that_cuda_shows(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, says: str, visible: str | None, wanted: list[int]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, says: str, visible: str | None, expected: list[int]
 ) -> None:
     """A driver's tool of the same name, that answers as the real one does."""
     tool = tmp_path / "nvidia-smi"
@@ -77,7 +77,7 @@ def test_gpus_are_those_that_cuda_shows(
         monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     else:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    assert list(machine.gpu_bytes()) == [2**20 * each for each in wanted]
+    assert list(machine.gpu_bytes()) == [2**20 * mebibytes for mebibytes in expected]
 
 
 def test_without_a_driver_there_are_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -59,10 +59,10 @@ def values(record: TrialRecord) -> list[float]:
 
 def test_the_value_is_the_mean_and_has_its_standard_error(one_by_one: Path) -> None:
     record = only(one_by_one)
-    found = values(record)
-    assert len(set(found)) == 3
-    assert record.value == pytest.approx(np.mean(found), rel=1e-12)
-    assert record.value_se == pytest.approx(np.std(found, ddof=1) / np.sqrt(3), rel=1e-12)
+    by_seed = values(record)
+    assert len(set(by_seed)) == 3
+    assert record.value == pytest.approx(np.mean(by_seed), rel=1e-12)
+    assert record.value_se == pytest.approx(np.std(by_seed, ddof=1) / np.sqrt(3), rel=1e-12)
     assert record.best["log_loss"] == pytest.approx(record.value, rel=1e-12)
     assert record.best["n"] == record.folds[0].best["n"]
     row = json.loads((one_by_one / "tiny_best.json").read_text())
@@ -110,11 +110,11 @@ def test_on_the_cores_of_a_worker_they_come_to_the_same_bit_for_bit(
     if len(os.sched_getaffinity(0)) < 2:
         pytest.skip("this process may use a single core")
     monkeypatch.delenv("XLA_FLAGS")
-    found = [
+    folders = [
         run(spec_of(tiny_file, "study.replicates=4", "execution.checkpoint_s=0.01", setting), tmp_path / str(number))
         for number, setting in enumerate(("execution.population=false", "execution.population='auto'"))
     ]
-    single, at_once = (only(folder) for folder in found)
+    single, at_once = (only(folder) for folder in folders)
     assert values(at_once) == values(single) and at_once.value_se == single.value_se
     curves = [[replicate.folds[0].curve for replicate in record.replicates] for record in (single, at_once)]
     assert curves[0] == curves[1]
@@ -132,8 +132,8 @@ def test_predictions_and_checkpoint_are_the_first_seeds(how: str, request: pytes
         assert others[column].to_pylist() == table[column].to_pylist() * 2
     outputs = others["output"].to_numpy().reshape(2, -1)
     assert not np.array_equal(outputs[0], outputs[1]) and not np.array_equal(outputs[0], table["output"].to_numpy())
-    found = evaluation.on_validation(study, data_root=study.parents[1] / "data")
-    assert found.metrics == found.recorded == record.folds[0].best
+    evaluated = evaluation.on_validation(study, data_root=study.parents[1] / "data")
+    assert evaluated.metrics == evaluated.recorded == record.folds[0].best
 
 
 def test_replicates_are_what_a_study_is_and_one_says_nothing(tiny_file: Path) -> None:
@@ -143,17 +143,17 @@ def test_replicates_are_what_a_study_is_and_one_says_nothing(tiny_file: Path) ->
 
 
 def test_a_fork_takes_over_trials_of_as_many_seeds_alone(one_by_one: Path, tiny_file: Path, tmp_path: Path) -> None:
-    known = study_file.read_study(one_by_one)
-    assert known is not None
+    stored = study_file.read_study(one_by_one)
+    assert stored is not None
     for replicates, taken in ((3, 1), (2, 0)):
-        study = known.spec.study.model_copy(update={"name": f"of_{replicates}", "replicates": replicates})
-        spec = known.spec.model_copy(update={"study": study})
-        said: list[str] = []
+        study = stored.spec.study.model_copy(update={"name": f"of_{replicates}", "replicates": replicates})
+        spec = stored.spec.model_copy(update={"study": study})
+        notices: list[str] = []
         folder = tmp_path / study.name
         space = SearchSpace.build(spec, n_features=len(spec.data.features))
-        lifecycle.take_over_from(one_by_one)(folder, spec, space, said.append)
+        lifecycle.take_over_from(one_by_one)(folder, spec, space, notices.append)
         assert len(records.read_all(folder)) == taken
-        assert ("they have 3" in said[0]) == (taken == 0)
+        assert ("they have 3" in notices[0]) == (taken == 0)
         assert (folder / "trials" / "0000" / "replicates.parquet").is_file() == (taken == 1)
 
 

@@ -90,7 +90,7 @@ def test_and_while_the_study_runs(file, open_search, notices):
     assert next_jobs(search)[0].entry == "deep"
     file.write_text(file.read_text().replace("n_layers = 2\n", "n_layers = 3\n"))
     search.tick()
-    assert any("is not taken" in words and "its id deep is that of trial 0" in words for words in notices)
+    assert any("is not taken" in notice and "its id deep is that of trial 0" in notice for notice in notices)
     assert search.spec.queue[0].n_layers == 2
 
 
@@ -121,8 +121,8 @@ def test_a_manual_file_can_be_filled_while_it_runs(file, open_search, notices):
     add(manual, MANUAL.format(3, "second"))
     search.tick()
     assert next_jobs(search)[0].entry == "second"
-    known = study_file.read_study(search.study.folder)
-    assert known is not None and known.spec.queue == ()
+    stored = study_file.read_study(search.study.folder)
+    assert stored is not None and stored.spec.queue == ()
     add(manual, MANUAL.format(90, "wrong"))
     search._look_at = 0.0
     search.tick()
@@ -147,8 +147,10 @@ def test_a_manual_run_keeps_the_studys_own_queue_and_its_extremes(file, open_sea
     (request,) = requests.of_manual(manual, ())
     search = open_search(request)
     assert next_jobs(search)[0].entry == "manual" and search.result(interrupted=True).waiting == ()
-    known = study_file.read_study(search.study.folder)
-    assert known is not None and known.spec.study.queue_extremes and [each.id for each in known.spec.queue] == ["own"]
+    stored = study_file.read_study(search.study.folder)
+    assert (
+        stored is not None and stored.spec.study.queue_extremes and [entry.id for entry in stored.spec.queue] == ["own"]
+    )
     again = open_search(requests.of_sweep(file, ()))
     waiting = again.result(interrupted=True).waiting
     assert len(waiting) > 1 and "own" in waiting
@@ -162,9 +164,9 @@ def test_execution_is_taken_while_the_study_runs_and_what_waits_is_told(file, op
     assert search.spec.execution.hang_s == 77 and search.spec.execution.storage == "journal"
     assert next_jobs(search)[0].spec.execution.hang_s == 77
     assert search.spec.mesh.model == 1
-    (words,) = [words for words in notices if "hold from the next start" in words]
-    assert all(key in words for key in ("execution.storage", "mesh.model", "space.optim.learning_rate.high"))
-    assert "hang_s" not in words
+    (notice,) = [notice for notice in notices if "hold from the next start" in notice]
+    assert all(key in notice for key in ("execution.storage", "mesh.model", "space.optim.learning_rate.high"))
+    assert "hang_s" not in notice
 
 
 def test_a_fork_keeps_the_bars_of_the_old_study(file, open_search):
@@ -183,7 +185,7 @@ def test_a_study_that_a_manual_file_comes_to_name_is_run_too(file, tmp_path, dat
     manual, other = tmp_path / "manual.toml", tmp_path / "other.toml"
     other.write_text(file.read_text().replace('"tiny"', '"other"'))
     manual.write_text(MANUAL.format(2, "a"))
-    made, ready = requests.of_manual(manual, ()), []
+    studies, ready = requests.of_manual(manual, ()), []
 
     def notify(event: Event) -> None:
         if isinstance(event, StudyReady):
@@ -192,8 +194,8 @@ def test_a_study_that_a_manual_file_comes_to_name_is_run_too(file, tmp_path, dat
                 add(manual, MANUAL.format(3, "b").replace("tiny", "other"))
 
     results = scheduler.run_studies(
-        made, RunContext(tmp_path / "outputs", data_root, notify, lambda: "other" in ready), workers=2,
-        also=requests.added(manual, (), made),
+        studies, RunContext(tmp_path / "outputs", data_root, notify, lambda: "other" in ready), workers=2,
+        also=requests.added(manual, (), studies),
     )  # fmt: skip
     assert ready == ["tiny", "other"] and [result.spec.study.name for result in results] == ready
     assert [entry.id for entry in results[1].spec.queue] == ["b"]
@@ -208,7 +210,7 @@ def test_one_study_of_two_can_be_stopped_while_its_baselines_are_fitted(file, tm
         if isinstance(event, Notice) and event.study == "tiny" and "what must be beaten" in event.text:
             locks.ask_to_stop("tiny", outputs=outputs)
 
-    made = [requests.of_sweep(path, ("study.n_trials=1",)) for path in (file, other)]
-    stopped, run = scheduler.run_studies(made, RunContext(outputs, tmp_path / "data", hear))
+    studies = [requests.of_sweep(path, ("study.n_trials=1",)) for path in (file, other)]
+    stopped, run = scheduler.run_studies(studies, RunContext(outputs, tmp_path / "data", hear))
     assert stopped.interrupted and stopped.records == ()
     assert not run.interrupted and len(run.records) == 1

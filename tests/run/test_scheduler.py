@@ -39,12 +39,12 @@ def essence(folder):
 
 
 def test_a_finished_study_holds_all_that_was_asked_for(tiny_study):
-    found = records.read_all(tiny_study)
-    assert [record.trial_number for record in found] == [0, 1, 2]
+    finished = records.read_all(tiny_study)
+    assert [record.trial_number for record in finished] == [0, 1, 2]
     assert (tiny_study / "tiny_all_trials.json").is_file()
     assert (tiny_study / "tiny_best.json").is_file()
     assert (tiny_study.parent / "experiment_results.csv").is_file()
-    assert len({record.config_hash for record in found}) == 3
+    assert len({record.config_hash for record in finished}) == 3
 
 
 def test_every_record_rebuilds_a_model_of_its_count(tiny_study):
@@ -66,9 +66,11 @@ def test_recorded_metrics_follow_from_the_recorded_predictions(tiny_study):
 
 
 def test_only_the_best_keep_checkpoints(tiny_study):
-    found = sorted(records.read_all(tiny_study), key=lambda record: record.value)
-    kept = [(records.trial_folder(tiny_study, r.trial_number) / "checkpoint" / "fold_0").is_dir() for r in found]
-    assert kept == [True, True, False]
+    finished = sorted(records.read_all(tiny_study), key=lambda record: record.value)
+    has_checkpoint = [
+        (records.trial_folder(tiny_study, r.trial_number) / "checkpoint" / "fold_0").is_dir() for r in finished
+    ]
+    assert has_checkpoint == [True, True, False]
 
 
 def test_running_a_finished_study_again_changes_nothing(tiny_study, spec):

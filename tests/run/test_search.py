@@ -32,8 +32,8 @@ def open_search(tiny_file: Path, tmp_path: Path, data_root: Path) -> Iterator[Op
             spec = load.study(tiny_file, overrides=["study.n_trials=12", *ONE_SHAPE, *changes])
             tree = {**spec.model_dump(mode="json", exclude_none=True), "queue": list(queue)}
             spec = StudySpec.model_validate_json(json.dumps(tree))
-            given: dict[str, Any] = {"on_gpu": True} | options
-            request, context = lifecycle.StudyRequest(spec), RunContext(tmp_path / "outputs", data_root, **given)
+            settings: dict[str, Any] = {"on_gpu": True} | options
+            request, context = lifecycle.StudyRequest(spec), RunContext(tmp_path / "outputs", data_root, **settings)
             return Search(stack.enter_context(lifecycle.open_study(request, context)), request, context)
 
         yield make
@@ -85,11 +85,11 @@ def test_other_workers_get_their_share(open_search: OpenSearch) -> None:
 
 
 def test_trials_of_other_programs_are_not_of_the_party(open_search: OpenSearch) -> None:
-    queue = (SHAPE, {**SHAPE, "n_heads": 2})
-    given = [
-        {**entry, "values": {"optim.learning_rate": rate}} for entry, rate in zip(queue, (1e-3, 2e-3), strict=True)
+    shapes = (SHAPE, {**SHAPE, "n_heads": 2})
+    entries = [
+        {**entry, "values": {"optim.learning_rate": rate}} for entry, rate in zip(shapes, (1e-3, 2e-3), strict=True)
     ]
-    search = open_search(queue=tuple(given))
+    search = open_search(queue=tuple(entries))
     assert numbers(next_jobs(search)) == [0]
     assert [job.config.shape.n_heads for job in next_jobs(search)][:1] == [2]
 

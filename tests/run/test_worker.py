@@ -73,7 +73,7 @@ class Worker:
     def ends(self) -> dict[str, str]:
         """Ticket → how its job ended."""
         kinds = ("done", "interrupted", "superseded", "mistake", "failed")
-        return {each["ticket"]: each["event"] for each in self.events if each["event"] in kinds}
+        return {event["ticket"]: event["event"] for event in self.events if event["event"] in kinds}
 
     def compiled(self, *, by_main: bool) -> list[str]:
         lines = [line.split() for line in self.log.read_text().splitlines()]
@@ -82,24 +82,24 @@ class Worker:
 
 @pytest.fixture
 def worker(tmp_path: Path) -> Iterator[Worker]:
-    made = Worker(tmp_path)
-    yield made
-    made.process.kill()
-    made.process.communicate()
+    started = Worker(tmp_path)
+    yield started
+    started.process.kill()
+    started.process.communicate()
 
 
 @pytest.fixture
 def make_job(tiny_study: Path, tmp_path: Path) -> Callable[..., Job]:
     """Jobs of the tiny study, by number, in a folder of their own."""
-    known, record = study_file.read_study(tiny_study), records.read_all(tiny_study)[0]
-    assert known is not None
+    study, record = study_file.read_study(tiny_study), records.read_all(tiny_study)[0]
+    assert study is not None
 
     def make(number: int, *, n_heads: int = 1, max_epochs: int = 2, population_size: int = 1) -> Job:
         shape = Shape(d_model=8, n_layers=2, n_heads=n_heads, d_ff=16)
         train = record.config.train.model_copy(update={"max_epochs": max_epochs, "patience": max_epochs})
         config = record.config.model_copy(update={"shape": shape, "train": train, "seed": number})
         return Job(
-            spec=known.spec, config=config, number=number, attempt=1, params=record.params, entry=None, note="",
+            spec=study.spec, config=config, number=number, attempt=1, params=record.params, entry=None, note="",
             training="", study_folder=tmp_path / "study", data_root=tiny_study.parents[1] / "data", memory_limit=None,
             population_size=population_size,
         )  # fmt: skip

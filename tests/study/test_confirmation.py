@@ -263,7 +263,7 @@ def test_each_of_the_best_gets_the_same_seeds_in_turn(opened, tiny_study):
     assert not {record.config.seed for record in ranked} & set(source.seeds)
 
 
-def test_a_rerun_that_crashes_is_tried_again_and_then_left_aside(opened):
+def test_a_rerun_that_crashes_is_tried_again_and_then_given_up(opened):
     source, events = opened
     for attempt in range(1, 4):
         job = next_jobs(source)[0]
