@@ -99,28 +99,24 @@ def files(path: Path) -> tuple[Path, ...]:
 
 def watch(paths: Sequence[Path], read: Callable[[], T]) -> Callable[[], T | None]:
     """A function that reads again if one of the files was edited since its last call, and else returns none."""
-
-    def stamps() -> list[tuple[int, int]]:
-        found = []
-        for path in paths:
-            try:
-                stat = path.stat()
-                found.append((stat.st_mtime_ns, stat.st_size))
-            except OSError:  # an editor may be replacing it
-                found.append((0, 0))
-        return found
-
-    last = stamps()
+    last = [*map(_stamp, paths)]
 
     def read_if_edited() -> T | None:
         nonlocal last
-        current = stamps()
-        if current == last:
+        if (current := [*map(_stamp, paths)]) == last:
             return None
         last = current
         return read()
 
     return read_if_edited
+
+
+def _stamp(path: Path) -> tuple[int, int] | None:
+    try:
+        stat = path.stat()
+    except OSError:  # an editor may be replacing it
+        return None
+    return stat.st_mtime_ns, stat.st_size
 
 
 # --- manual files -----------------------------------------------------------------------------------------------------
@@ -186,14 +182,6 @@ def manual(path: Path, *, overrides: Sequence[str] = (), text: str | None = None
     if problems.lines:
         raise SweepFileError(problems.text())
     return {sweep: spec for sweep, spec in specs.items() if spec is not None}
-
-
-def _names_sweeps(tree: dict[str, Any]) -> bool:
-    """Is it a manual file's tree, and not an empty or broken one?"""
-    queue = tree.get("queue")
-    entries = queue if isinstance(queue, list) else []
-    named = any(isinstance(entry, dict) and "sweep" in entry for entry in entries)
-    return named and not is_study(tree)
 
 
 def _sweep_of(path: Path, entry: Any, index: int, problems: Problems) -> Path | None:
