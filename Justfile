@@ -1,43 +1,43 @@
 set positional-arguments
 
-# just lies in the same environment as fintx, whoever calls it from wherever
+# just is installed beside fintx: use the fintx of that environment, wherever just is called from
 export PATH := parent_directory(just_executable()) + ":" + env("PATH")
 
 [private]
 default:
     @just --list --unsorted
 
-# run studies: sweep FILE… (the same command again continues)
+# run studies, or continue them: sweep FILE…
 [no-exit-message]
 sweep *args:
     @fintx sweep "$@"
 
-# run what is not done yet of a file of hand-picked trials: manual [sweeps/manual.toml]
+# run the hand-picked trials that are not done yet: manual [sweeps/manual.toml]
 [no-exit-message]
 manual *args:
     @fintx manual "$@"
 
-# train a study's best again with fresh seeds, and say what holds: confirm STUDY (the same command again continues)
+# train a study's best trials again with fresh seeds, or continue that: confirm STUDY
 [no-exit-message]
 confirm *args:
     @fintx confirm "$@"
 
-# write a study's report, as far as the study is: report STUDY…
+# write a study's report, finished or not: report STUDY…
 [no-exit-message]
 report *args:
     @fintx report "$@"
 
-# set studies side by side: compare 2M_h1 2M_h3 2M_h5
+# compare studies: compare 2M_h1 2M_h3 2M_h5
 [no-exit-message]
 compare *args:
     @fintx compare "$@"
 
-# does loss fall with size: scaling 'outputs/*_h3'
+# does loss fall with size? scaling 'outputs/*_h3'
 [no-exit-message]
 scaling *args:
     @fintx scaling "$@"
 
-# ask a running study to stop when its running trials are finished: stop STUDY
+# ask a running study to stop once its running trials are finished: stop STUDY
 [no-exit-message]
 stop *args:
     @fintx stop "$@"
@@ -52,22 +52,22 @@ plan *args:
 queue *args:
     @fintx queue "$@"
 
-# how far is every study, and what is its best trial
+# show how far each study is, and its best trial
 [no-exit-message]
 status *args:
     @fintx status "$@"
 
-# restore a checkpoint and report its metrics: eval PATH [--data FILE] | eval STUDY --test (for what is confirmed)
+# restore a checkpoint and report its metrics: eval PATH [--data FILE] | eval STUDY --test (confirmed trials)
 [no-exit-message]
 eval *args:
     @fintx eval "$@"
 
-# bring in and list price histories: data import FILE --symbol SPY | data yahoo SPY ^VIX | data list
+# import and list price histories: data import FILE --symbol SPY | data yahoo SPY ^VIX | data list
 [no-exit-message]
 data *args:
     @fintx data "$@"
 
-# check every kept file against its manifest
+# check every imported file against its manifest
 [no-exit-message]
 verify *args:
     @fintx verify "$@"
@@ -77,16 +77,16 @@ verify *args:
 params *args:
     @fintx params "$@"
 
-# run the quick tests (those marked slow: just test -m slow)
+# run the quick tests (the slow ones: just test -m slow)
 [no-exit-message]
 test *args:
     @pytest -n auto --dist worksteal -m "not slow" "$@"
 
-# format, lint, types, then the quick tests
+# check format, lint and types, then run the quick tests
 [no-exit-message]
 check:
     @ruff format --check . && ruff check . && mypy && pytest -n auto --dist worksteal -m "not slow"
 
-# measure speed, beside rivals if given: bench [PART …] [--rivals PYTHON] [--write] (tools/bench/README.md)
+# measure speed, against rivals if given: bench [PART …] [--rivals PYTHON] [--write] (tools/bench/README.md)
 bench *args:
     @python tools/bench/drive.py "$@"

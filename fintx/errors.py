@@ -39,6 +39,10 @@ class Bug(FintxError):
     """An error that you can't fix. Its traceback is in a file that the message names; exit code 1."""
 
 
+class StopAtOnce(BaseException):
+    """The second request to stop. Not a KeyboardInterrupt: typer turns that into a silent exit code 130."""
+
+
 def as_fintx_error(error: Exception, *, of: str = "") -> FintxError:
     """Any exception as a FintxError: a full disk is for you to fix, anything unforeseen is a bug.
 

@@ -8,7 +8,7 @@
 from __future__ import annotations
 
 import datetime
-import functools
+import re
 import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -24,25 +24,29 @@ from fintx.report.figures import Picture
 from fintx.report.format import Tone
 from fintx.report.table import Table
 
-PAGE = "index.html"
+_TEMPLATES = jinja2.Environment(
+    loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined,
+    trim_blocks=True, lstrip_blocks=True,
+)  # fmt: skip
+_TEMPLATES.filters["with_code"] = lambda escaped: re.sub(r"`([^`]+)`", r"<code>\1</code>", escaped)
 
 
 @dataclass(frozen=True)
 class Prose:
-    """A paragraph, or a list of points."""
+    """A paragraph, or a list."""
 
     text: str | tuple[str, ...]
-    kind: Literal["plain", "note", "warning"] = "plain"
+    kind: Literal["plain", "note", "command"] = "plain"
 
     @property
     def points(self) -> tuple[str, ...]:
-        """Of a list; empty for a paragraph."""
+        """The items of a list; empty for a paragraph."""
         return () if isinstance(self.text, str) else self.text
 
 
 @dataclass(frozen=True)
 class Text:
-    """A file, shown as it is; closed until it is asked for."""
+    """A file, shown as it is; folded until opened."""
 
     title: str
     body: str
@@ -65,6 +69,8 @@ class Section:
 class Page:
     """A whole report."""
 
+    folder: Path
+    """Where it is written."""
     title: str
     kicker: str
     """A line above the title."""
@@ -72,74 +78,49 @@ class Page:
     answer: str
     """One sentence, or a few."""
     tone: Tone
-    warnings: tuple[str, ...]
-    facts: tuple[tuple[str, str], ...]
-    """(what, value) in a row below the answer."""
     sections: tuple[Section, ...]
-    footer: str
+    warnings: tuple[str, ...] = ()
+    facts: tuple[tuple[str, str], ...] = ()
+    """(name, value) in a row below the answer."""
 
-    @property
-    def tables(self) -> tuple[Table, ...]:
-        """Every table."""
-        return tuple(block for section in self.sections for block in section.blocks if isinstance(block, Table))
+    def render(self) -> str:
+        """The page as HTML."""
+        now = datetime.datetime.now(datetime.UTC).isoformat(sep=" ", timespec="minutes")
+        footer = f"Made by fintx {fintx.__version__} on {now} from records and predictions alone."
+        template = _TEMPLATES.get_template("page.html.j2")
+        return template.render(page=self, footer=footer, kind=lambda block: type(block).__name__)
 
-    @property
-    def pictures(self) -> tuple[Picture, ...]:
-        """Every figure."""
-        return tuple(block for section in self.sections for block in section.blocks if isinstance(block, Picture))
+    def write(self) -> Path:
+        """Write the page with its files, replacing those of an earlier report.
 
+        Returns:
+            The HTML file.
 
-def footer() -> str:
-    """Who made it, when."""
-    today = datetime.datetime.now(datetime.UTC).isoformat(sep=" ", timespec="minutes")
-    return f"Made by fintx {fintx.__version__} on {today} from records and predictions alone."
+        Raises:
+            FintxError: it can't be written.
+        """
+        blocks = [block for section in self.sections for block in section.blocks]
+        pictures = [block for block in blocks if isinstance(block, Picture)]
+        files = {
+            "figures": {f"{picture.name}.svg": picture.svg.encode() for picture in pictures}
+            | {f"{picture.name}.png": picture.png for picture in pictures},
+            "tables": {f"{table.name}.csv": table.csv.encode() for table in blocks if isinstance(table, Table)},
+        }
+        target = self.folder / "index.html"
+        try:
+            for subfolder, contents in files.items():
+                shutil.rmtree(self.folder / subfolder, ignore_errors=True)
+                (self.folder / subfolder).mkdir(parents=True, exist_ok=True)
+                for name, content in contents.items():
+                    (self.folder / subfolder / name).write_bytes(content)
+            with replacing(target) as temporary:
+                temporary.write_text(self.render(), encoding="utf-8")
+        except OSError as error:
+            raise FintxError(f"{target}: can't be written: {error.strerror}; fix that and run it again") from error
+        return target
 
 
 def folder_name(studies: Iterable[str]) -> str:
-    """Of a page on several studies: their names, cut where they are too many for a file system."""
+    """Folder of a page on several studies: their names, cut off if there are too many for a file system."""
     name = "+".join(studies)
     return name if len(name) <= 120 else f"{name[:110]}+more"
-
-
-def render(page: Page) -> str:
-    """The page as HTML."""
-    return _template().render(page=page, kind=lambda block: type(block).__name__)
-
-
-@functools.cache
-def _template() -> jinja2.Template:
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template("page.html.j2")
-
-
-def write(page: Page, folder: Path) -> Path:
-    """Write the page with its files; what an earlier report left there is replaced.
-
-    Returns:
-        The HTML file.
-
-    Raises:
-        FintxError: it can't be written.
-    """
-    target = folder / PAGE
-    try:
-        for name, files in (
-            ("figures", {f"{p.name}.svg": p.svg.encode() for p in page.pictures}
-             | {f"{p.name}.png": p.png for p in page.pictures}),
-            ("tables", {f"{table.name}.csv": table.csv.encode() for table in page.tables}),
-        ):  # fmt: skip
-            shutil.rmtree(folder / name, ignore_errors=True)
-            (folder / name).mkdir(parents=True, exist_ok=True)
-            for file, content in files.items():
-                (folder / name / file).write_bytes(content)
-        with replacing(target) as temporary:
-            temporary.write_text(render(page), encoding="utf-8")
-    except OSError as error:
-        raise FintxError(f"{target}: can't be written: {error.strerror}; fix that and run the command again") from error
-    return target

@@ -1,13 +1,13 @@
-"""Tables: rows of plain values with a format per column, shown alike by the terminal, a page and a CSV file.
+"""Tables: rows of plain values with a format per column, rendered alike by the terminal, a page and a CSV file.
 
-Below, the tables that both the terminal and a page show: data and split, scores beside baselines, a confirmation.
+Below: the tables that both the terminal and a page show, of data and split, scores, and a confirmation.
 """
 
 from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -15,18 +15,17 @@ from fintx.evaluate import metrics, significance
 from fintx.evaluate.significance import Estimate
 from fintx.report import format
 
-if TYPE_CHECKING:  # types alone: to import their makers takes seconds
+if TYPE_CHECKING:  # importing these takes seconds
     from fintx.analysis.confirmation import Confirmation
     from fintx.analysis.test_set import TestOpening
     from fintx.data.datasets import PreparedData
 
 Form = Literal["text", "whole", "number", "percent", "points", "size", "bytes", "seconds"]
-
 Column = str | tuple[str, Form]
-"""A head, with the format of its cells; a head alone is of text."""
+"""A head with the format of its cells; a head alone holds text."""
 
-_WORDS = {
-    "whole": lambda value: f"{value:,.0f}",
+_FORMATS = {
+    "whole": "{:,.0f}".format,
     "number": format.number,
     "percent": format.percent,
     "points": format.points,
@@ -38,34 +37,37 @@ _WORDS = {
 
 @dataclass(frozen=True)
 class Table:
-    """A table: what it is called as a file, how it is headed, and its cells as values."""
+    """A table, its cells as values."""
 
     name: str
     """File stem of its CSV."""
     title: str
-    columns: tuple[tuple[str, Form], ...]
-    """(head, format)."""
-    rows: tuple[tuple[Any, ...], ...]
+    columns: Sequence[Column]
+    rows: Sequence[Sequence[Any]]
     note: str = ""
-    """What its reader must know to read it rightly."""
-    marked: tuple[int, ...] = ()
-    """Rows that the eye should find first."""
+    """What a reader must know to read it correctly."""
+    marked: Sequence[int] = ()
+    """Rows to highlight."""
 
     @property
-    def heads(self) -> tuple[str, ...]:
-        """Column heads."""
-        return tuple(head for head, _ in self.columns)
+    def forms(self) -> list[Form]:
+        """Format of each column."""
+        return ["text" if isinstance(column, str) else column[1] for column in self.columns]
 
     @property
-    def left(self) -> tuple[bool, ...]:
-        """Which columns are words, and so stand to the left."""
-        return tuple(form == "text" for _, form in self.columns)
+    def heads(self) -> list[str]:
+        """Head of each column."""
+        return [column if isinstance(column, str) else column[0] for column in self.columns]
+
+    @property
+    def left(self) -> list[bool]:
+        """Which columns hold text, and so are left-aligned."""
+        return [form == "text" for form in self.forms]
 
     @property
     def cells(self) -> list[list[str]]:
         """The rows as a person reads them; "–" where there is no value."""
-        forms = [form for _, form in self.columns]
-        return [[_cell(value, form) for value, form in zip(row, forms, strict=True)] for row in self.rows]
+        return [[_cell(value, form) for value, form in zip(row, self.forms, strict=True)] for row in self.rows]
 
     @property
     def csv(self) -> str:
@@ -73,22 +75,8 @@ class Table:
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
         writer.writerow(self.heads)
-        writer.writerows([["" if value is None else value for value in row] for row in self.rows])
+        writer.writerows(self.rows)  # writes None as an empty cell
         return text.getvalue()
-
-
-def make(
-    name: str,
-    title: str,
-    columns: Sequence[Column],
-    rows: Iterable[Sequence[Any]],
-    *,
-    note: str = "",
-    marked: Sequence[int] = (),
-) -> Table:
-    """A table of lists."""
-    pairs: list[tuple[str, Form]] = [(each, "text") if isinstance(each, str) else each for each in columns]
-    return Table(name, title, tuple(pairs), tuple(tuple(row) for row in rows), note, tuple(marked))
 
 
 def _cell(value: Any, form: Form) -> str:
@@ -96,7 +84,7 @@ def _cell(value: Any, form: Form) -> str:
         return "–"
     if isinstance(value, str) or form == "text":
         return str(value)
-    return _WORDS[form](value).replace("-", "−", 1)  # type: ignore[operator]
+    return _FORMATS[form](value).replace("-", "−", 1)  # type: ignore[operator]
 
 
 def estimate_cells(estimate: Estimate | None) -> tuple[float | None, str | None]:
@@ -108,12 +96,12 @@ def estimate_cells(estimate: Estimate | None) -> tuple[float | None, str | None]
 
 
 def data_tables(prepared: PreparedData) -> tuple[Table, Table]:
-    """The assets' bars, and the split with its base rates and what its validation part can show."""
-    ranges = make(
+    """The assets' bars; and the split with base rates and standard errors."""
+    ranges = Table(
         "data", "Data", ["symbol", ("bars", "whole"), "first", "last", "version"],
         [(r.symbol, r.bars, r.first, r.last, r.version[:12]) for r in prepared.ranges],
     )  # fmt: skip
-    split = make(
+    split = Table(
         "split", "Split",
         ["part", "first", "last", ("n", "whole"), ("positives", "whole"), ("base rate", "number"),
          ("effective n", "whole"), ("SE log loss", "number"), ("SE AUC", "number")],
@@ -122,8 +110,8 @@ def data_tables(prepared: PreparedData) -> tuple[Table, Table]:
              round(p.n_effective), p.se_log_loss, p.se_auc)
             for p in prepared.parts
         ],
-        note="Effective n counts overlapping labels by their average uniqueness; the standard errors use it (AUC at "
-        ".7).",
+        note="Effective n counts overlapping labels by their average uniqueness; the standard errors use it (that of "
+        "AUC at AUC .7).",
     )  # fmt: skip
     return ranges, split
 
@@ -136,7 +124,7 @@ _SCORES_REGRESSION = ("mse", "mae", "correlation", "sign_accuracy")
 
 @dataclass(frozen=True)
 class Score:
-    """A model, or a baseline, with its metrics on the rows of a table."""
+    """A model or a baseline with its metrics."""
 
     name: str
     metrics: Mapping[str, Any]
@@ -145,22 +133,22 @@ class Score:
     """What it is."""
 
 
-def scores(
+def score_table(
     name: str, title: str, rows: Sequence[Score], *, metric: str | None = None, gain: str = "", what: bool = False,
     note: str = "", marked: Sequence[int] = (),
 ) -> Table:  # fmt: skip
     """Models and baselines on identical rows.
 
     Args:
-        metric: the study's; none: log loss, or squared error.
-        gain: head of the column of gains; empty: there is none.
-        what: add what each of them is.
+        metric: the study's; default: log loss, or squared error.
+        gain: head of the column of gains; empty: no such column.
+        what: add what each model is.
     """
     regression = not any("log_loss" in row.metrics for row in rows)
     first, *others = _SCORES_REGRESSION if regression else _SCORES
     skill = metrics.SKILLS[significance.skill_loss(metric or first)]
     gains: list[Column] = [(gain, "number"), "95 % interval"] if gain else []
-    return make(
+    return Table(
         name, title,
         ["", (format.metric_words(first), "number"), ("skill", "percent"), *gains,
          *((format.metric_words(key), "number") for key in others), *(["what it is"] if what else [])],
@@ -175,12 +163,12 @@ def scores(
 
 
 def opening_table(opening: TestOpening) -> Table:
-    """What an opening of the sealed test part said."""
-    return scores(
+    """Models and baselines on the test part, as one opening of it showed them."""
+    return score_table(
         f"test_opening_{opening.number}",
         f"Opening {opening.number}: {opening.n_rows:,} test rows, {opening.first_date} … {opening.last_date}",
-        [Score(each.name, each.metrics, each.gain) for each in (*opening.models, *opening.baselines)],
-        metric=opening.loss, gain=f"gains over {opening.baseline}", marked=range(len(opening.models)),
+        [Score(model.name, model.metrics, model.gain) for model in (*opening.models, *opening.baselines)],
+        metric=opening.loss, gain=f"gain over {opening.baseline}", marked=range(len(opening.models)),
         note=f"Gains are in {format.metric_words(opening.loss)} (blocks of {opening.block} days); {opening.baseline} "
         f"was the best baseline on validation.",
     )  # fmt: skip
@@ -189,19 +177,17 @@ def opening_table(opening: TestOpening) -> Table:
 # --- confirmation -----------------------------------------------------------------------------------------------------
 
 
-def confirmation_tables(confirmation: Confirmation) -> tuple[Table, ...]:
-    """Every candidate, then where the best one's gain comes from: folds, years, and the thirds of VIX."""
-    rows = []
-    for each in confirmation.candidates:
-        verdict, ensemble = each.verdict, each.ensemble
-        rows.append(
-            (str(each.trial), format.shape_words(each.shape), each.param_count, each.search_value, each.mean_value,
-             each.spread, *estimate_cells(verdict.gain if verdict else None),
-             *estimate_cells(verdict.behind if verdict else None),
-             *estimate_cells(ensemble.gain if ensemble else None), each.words)
-        )  # fmt: skip
+def confirmation_tables(confirmation: Confirmation) -> list[Table]:
+    """Every candidate; then the gain of the best one by fold, by year and by third of VIX."""
+    rows = [
+        (str(c.trial), format.shape_words(c.shape), c.param_count, c.search_value, c.mean_value, c.spread,
+         *estimate_cells(c.verdict.gain if c.verdict else None),
+         *estimate_cells(c.verdict.behind if c.verdict else None),
+         *estimate_cells(c.ensemble.gain if c.ensemble else None), c.words)
+        for c in confirmation.candidates
+    ]  # fmt: skip
     p = confirmation.superior_p_value
-    candidates = make(
+    candidates = Table(
         "confirmation", "Candidates",
         ["trial", "shape", ("parameters", "size"), (f"search {confirmation.metric}", "number"), ("fresh", "number"),
          ("SD of seeds", "number"), ("gain", "number"), "interval", ("behind the best", "number"), "interval",
@@ -217,7 +203,7 @@ def confirmation_tables(confirmation: Confirmation) -> tuple[Table, ...]:
         if best is not None and len(groups) > 1:
             ahead = sum(group.gain.mean > 0 for group in groups)
             tables.append(
-                make(
+                Table(
                     f"confirmed_by_{kind}", f"Gain of trial {best.trial} by {title}",
                     [title, ("rows", "whole"), ("gain", "number"), "interval"],
                     [(group.name, group.n, *estimate_cells(group.gain)) for group in groups],
@@ -225,4 +211,4 @@ def confirmation_tables(confirmation: Confirmation) -> tuple[Table, ...]:
                     f"{format.number(best.spread_of_gains(kind))}.",
                 )
             )  # fmt: skip
-    return tuple(tables)
+    return tables

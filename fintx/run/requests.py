@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from fintx.config import load
-from fintx.config.schema import StudySpec
-from fintx.study import lifecycle
+from fintx.config.schema import ConfirmConfig, StudySpec
+from fintx.study import lifecycle, study_file
 from fintx.study.lifecycle import StudyRequest
 
 
@@ -42,6 +42,22 @@ def of_fork(order: StudyRequest, name: str, *, outputs: Path) -> StudyRequest:
         return None if fresh is None else forked(fresh)
 
     return dataclasses.replace(order, spec=forked(order.spec), reload=reload, take_over=lifecycle.take_over_from(old))
+
+
+def of_confirmation(study: str, changes: dict[str, int], *, outputs: Path) -> tuple[Path, StudyRequest]:
+    """A study's folder, and the request to confirm it.
+
+    Args:
+        study: its name, or its folder.
+        changes: settings of `[confirm]` other than those in its file.
+    """
+    folder = study_file.find_study(study, outputs=outputs).resolve()
+    stored = study_file.read_study(folder)
+    assert stored is not None
+    confirm = (stored.spec.confirm or ConfirmConfig()).model_copy(update=changes)
+    # A study takes the name of its folder, which may have been renamed or copied.
+    named = stored.spec.study.model_copy(update={"name": folder.name})
+    return folder, StudyRequest(stored.spec.model_copy(update={"study": named}), confirm=confirm)
 
 
 def of_manual(path: Path, overrides: Sequence[str]) -> list[StudyRequest]:

@@ -8,6 +8,7 @@ import pytest
 from fintx.analysis import comparison, study_results
 from fintx.errors import FintxError
 from fintx.report import comparison_page
+from fintx.report.table import Table
 from tests.helpers import planted
 from tests.helpers.planted import return_study
 
@@ -43,7 +44,7 @@ def test_skills_stand_beside_baselines_with_intervals(found):
     assert found.rows[0].best[1] < 1 - 1.05 / 1.3 < found.rows[0].best[2]
 
 
-def test_losses_are_compared_only_where_labels_are_equal(found):
+def test_losses_are_compared_only_where_labels_are_equal(found, tmp_path):
     differences = {(pair.first, pair.second): pair.difference for pair in found.pairs}
     assert differences["h1", "big_h1"] is not None
     # The same target, excess .01 against .05, in units of σ².
@@ -51,8 +52,9 @@ def test_losses_are_compared_only_where_labels_are_equal(found):
     assert gain.low < 0.04 * SIGMA**2 < gain.high
     assert all(value is None for pair, value in differences.items() if pair != ("h1", "big_h1"))
     assert "Equal labels: h1 = big_h1" in found.notes[0]
-    told = [table.csv for table in comparison_page.tables(found)]
-    assert not any("mse" in text for text in told)
+    page = comparison_page.build(found, outputs=tmp_path)
+    tables = [block for section in page.sections for block in section.blocks if isinstance(block, Table)]
+    assert len(tables) == 4 and not any("mse" in table.csv for table in tables)
 
 
 def test_the_same_shapes_are_found_across_horizons(found, studies):
@@ -79,11 +81,11 @@ def test_transfers_say_how_to_fill_them(found):
         f"--n-heads {shape.n_heads} --d-ff {shape.d_ff}"
     )
     assert cells["h5", "h1"].skill is not None or cells["h5", "h1"].fill == wanted
-    assert any(command.startswith("just queue add sweeps/") for command in comparison_page.missing(found))
+    assert any(transfer.fill.startswith("just queue add sweeps/") for transfer in found.transfers)
 
 
 def test_the_page_holds_it_all(found, tmp_path):
-    target = comparison_page.write(found, outputs=tmp_path)
+    target = comparison_page.build(found, outputs=tmp_path).write()
     assert target == tmp_path / "_compare" / "h1+h3+h5+big_h1" / "index.html"
     text = target.read_text()
     for words in ("Skill of the best trials", "Rank correlation", "outside the budget", "just queue add"):

@@ -46,7 +46,7 @@ def read(folders, **options):
 def test_a_planted_power_law_is_recovered_within_its_interval(tmp_path):
     found = read(write(tmp_path, lambda n: 12 * n**-0.5), refits=40)
     assert found.verdict == "scales"
-    assert scaling_page.sentence(found).startswith(
+    assert scaling_page.answer(found).startswith(
         "Scales. From 2.0K to 250.0K parameters the squared error of tuned models falls"
     )
     law = next(each for each in found.all_trials.laws if each.fit.form == "power law")
@@ -61,15 +61,15 @@ def test_a_planted_power_law_is_recovered_within_its_interval(tmp_path):
 @pytest.mark.slow
 def test_a_flat_one_is_called_flat(tmp_path):
     found = read(write(tmp_path, lambda n: 0.01, n_rows=3000), difference=0.02, refits=20)
-    assert found.verdict == "flat" and scaling_page.sentence(found).startswith("Flat. ")
-    assert "less than the stated 2.0 %" in scaling_page.sentence(found)
+    assert found.verdict == "flat" and scaling_page.answer(found).startswith("Flat. ")
+    assert "less than the stated 2.0 %" in scaling_page.answer(found)
     assert found.preferred.fit.form == "constant"
 
 
 @pytest.mark.slow
 def test_what_it_would_take_is_said_where_it_cant_be_told(tmp_path):
     found = read(write(tmp_path, lambda n: 0.1, n_rows=400, n_trials=4), refits=20)
-    sentence = scaling_page.sentence(found)
+    sentence = scaling_page.answer(found)
     assert found.verdict == "can't tell"
     assert "more trials alone can't do it" in sentence and "validation rows would (there are 400" in sentence
 
@@ -218,7 +218,7 @@ def test_panels_are_read_over_their_data(tmp_path):
     found = scaling_laws.fit(gather([study_results.read(each) for each in folders], over="data"), refits=20)
     assert found.trials.size.min() == 2000 and found.trials.size.max() == 8000
     assert found.trials.n_rows == 2 * n_days  # what the smallest panel has, too
-    assert found.verdict == "scales" and "From 2.0K to 8.0K training rows" in scaling_page.sentence(found)
+    assert found.verdict == "scales" and "From 2.0K to 8.0K training rows" in scaling_page.answer(found)
 
 
 # --- the command ------------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import pytest
 from fintx.analysis.predictions import BaselineComparison
 from fintx.cli import display
 from fintx.evaluate.significance import Estimate
+from fintx.report import format
 
 
 def comparison_of(mean: float, half: float) -> BaselineComparison:
@@ -17,18 +18,17 @@ def comparison_of(mean: float, half: float) -> BaselineComparison:
 @pytest.mark.parametrize(
     "mean, half, begins, short",
     [
-        (-0.01, 0.002, "NO SKILL beyond garch_touch: it is better than the best of 50", "behind"),
-        (0.01, 0.02, "NO SKILL beyond garch_touch: the best of 50 trials can't be told apart", "can't be told apart"),
-        (0.01, 0.002, "The best trial is ahead of garch_touch", "ahead"),
+        (-0.01, 0.002, "No: garch_touch is better than the best of 50", "behind"),
+        (0.01, 0.02, "No: the best of 50 trials doesn't beat garch_touch with confidence", "can't be told apart"),
+        (0.01, 0.002, "Ahead, not confirmed: the best of 50 trials beats garch_touch", "ahead"),
     ],
     ids=["worse", "equal", "better"],
 )
 def test_the_verdict_is_that_of_the_interval(mean, half, begins, short):
-    found = comparison_of(mean, half)
-    assert display.sentence(found, 50).startswith(begins)
-    assert display.standing(found) == short
-    assert display.to_beat(found) == "garch_touch 0.6123"
+    comparison = comparison_of(mean, half)
+    assert format.comparison_verdict(comparison, "the best of 50 trials", "study")[0].startswith(begins)
+    assert display.baseline_cells(comparison) == ("garch_touch 0.6123", short)
 
 
-def test_nothing_to_compare_with_is_a_dash():
-    assert display.standing(None) == display.to_beat(None) == "–"
+def test_nothing_to_compare_with_leaves_the_cells_empty():
+    assert display.baseline_cells(None) == (None, None)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from fintx.analysis import comparison, study_analysis
-from fintx.report import comparison_page, page, study_page
+from fintx.report import comparison_page, study_page
 from tests.helpers import chromium
 from tests.helpers.planted import return_study
 
@@ -24,7 +24,7 @@ def browser(request, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def report(tiny_study):
-    return study_page.write(study_analysis.read(tiny_study, data_root=tiny_study.parents[1] / "data"))
+    return study_page.build(study_analysis.read(tiny_study, data_root=tiny_study.parents[1] / "data")).write()
 
 
 @pytest.mark.parametrize(("width", "dark"), WINDOWS)
@@ -105,8 +105,7 @@ def test_a_comparison_loads_as_quietly(browser, tmp_path):
         return_study(tmp_path, "h1", label_hash="a" * 64),
         return_study(tmp_path, "h3", horizon=3, label_hash="b" * 64),
     ]
-    target = comparison_page.write(comparison.read(folders), outputs=tmp_path)
-    assert target.name == page.PAGE
+    target = comparison_page.build(comparison.read(folders), outputs=tmp_path).write()
     browser.open(target, width=390)
     assert browser.complaints() == [] and browser.requests() == []
     assert browser.run("document.documentElement.scrollWidth <= window.innerWidth")

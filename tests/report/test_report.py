@@ -16,8 +16,9 @@ from fintx.analysis import study_analysis, study_results
 from fintx.errors import FintxError
 from fintx.evaluate import direction
 from fintx.evaluate.backtest import TradingRules
-from fintx.report import figures, format, page, study_page, table
+from fintx.report import figures, format, study_page
 from fintx.report.page import Page, Prose, Section, Text
+from fintx.report.table import Table
 from fintx.study import records, study_file
 from tests.helpers import planted
 from tests.helpers.planted import event_study
@@ -28,7 +29,7 @@ SECTIONS = ("asked", "baselines", "confirmation", "direction", "calibration", "c
 
 def report(folder, **options):
     """The page of a study, from its folder."""
-    return study_page.write(study_analysis.read(folder, **options))
+    return study_page.build(study_analysis.read(folder, **options)).write()
 
 
 def told(folder):
@@ -43,14 +44,17 @@ def test_a_baseline_that_is_truly_best_is_said_to_be(tmp_path):
     sentence, tone = told(event_study(tmp_path, skill=0.3, rival=1.0, n_trials=12))
     assert tone == "bad"
     assert sentence.startswith("No: volatility_logistic is better than the best of 12 trials, trial ")
-    assert re.search(r"which loses 0\.\d+ nats per row \(95 % interval of what it saves -0\.\d+ … -0\.\d+\)", sentence)
+    assert re.search(r"which loses 0\.\d+ nats per row \(95 % interval of what it saves −0\.\d+ … −0\.\d+\)", sentence)
 
 
 def test_a_trial_that_is_truly_better_is_ahead_but_not_confirmed(tmp_path):
     sentence, tone = told(event_study(tmp_path, skill=1.0, rival=0.2, n_trials=12))
     assert tone == "open"
     assert sentence.startswith("Ahead, not confirmed: the best of 12 trials")
-    assert "run `just confirm events` before you believe it" in sentence and "better by chance" in sentence
+    assert (
+        "run `just confirm events` before you believe it" in sentence
+        and "(by chance the best of as many equal trials looks" in sentence
+    )
 
 
 def test_a_trial_as_good_as_the_baseline_does_not_beat_it(tmp_path):
@@ -206,29 +210,29 @@ def test_a_second_report_replaces_the_first(tiny_study):
 def test_what_a_file_says_can_not_write_into_the_page(tmp_path):
     evil = '<script>alert(1)</script><b title="x">'
     made = Page(
-        title=evil, kicker=evil, question=evil, answer=evil, tone="open", warnings=(evil,), facts=((evil, evil),),
+        folder=tmp_path / "p", title=evil, kicker=evil, question=evil, answer=evil, tone="open", warnings=(evil,),
+        facts=((evil, evil),),
         sections=(Section("s", evil, (Prose(evil), Prose((evil,)), Text(evil, evil),
-                                      table.make("t", evil, [(evil, "text")], [[evil]], note=evil))),),
-        footer=evil,
+                                      Table("t", evil, [(evil, "text")], [[evil]], note=evil))),),
     )  # fmt: skip
-    text = page.render(made)
+    text = made.render()
     assert "<script" not in text and '<b title="x">' not in text and text.count("&lt;script&gt;") >= 12
-    assert page.write(made, tmp_path / "p").is_file()
+    assert made.write().is_file()
 
 
 def test_a_page_that_can_not_be_written_says_where(tmp_path):
     (tmp_path / "file").write_text("")
-    made = Page("t", "k", "", "a", "open", (), (), (), "f")
+    made = Page(tmp_path / "file", "t", "k", "", "a", "open", ())
     with pytest.raises(FintxError, match=r"file/index\.html: can't be written"):
-        page.write(made, tmp_path / "file")
+        made.write()
 
 
 def test_figures_are_svg_in_the_pages_colours():
-    with figures.canvas() as figure:
+    with figures.canvas(height=3) as figure:
         axes = figure.subplots()
         axes.plot([1, 2], [3, 4], color=figures.BLUE)
         axes.set_xlabel("x")
-        made = figures.keep(figure, "name", "title", "caption")
+        made = figures.picture(figure, "name", "title", "caption")
     tree = ET.fromstring(made.inline)
     assert tree.tag.endswith("svg") and "width" not in tree.attrib
     assert "var(--blue)" in made.inline and figures.BLUE in made.svg and figures.BLUE not in made.inline
@@ -248,7 +252,7 @@ def test_labels_are_moved_apart_and_keep_their_order():
 
 
 def test_tables_show_words_and_keep_numbers():
-    made = table.make("t", "T", [("a", "text"), ("b", "number"), ("c", "percent"), ("d", "whole")],
+    made = Table("t", "T", [("a", "text"), ("b", "number"), ("c", "percent"), ("d", "whole")],
                     [["x", -0.5, 0.123, 1234], [None, None, None, None]])  # fmt: skip
     assert made.cells == [["x", "−0.5000", "12.3 %", "1,234"], ["–"] * 4]
     assert made.csv.splitlines() == ["a,b,c,d", "x,-0.5,0.123,1234", ",,,"]
@@ -280,7 +284,7 @@ def test_openings_of_the_sealed_test_are_told(tmp_path):
     for confirmed in (True, False):
         study_file.log_opening(folder, {"confirmed": confirmed, "models": ["trial 1"], "checkpoints": []})
     text = report(folder, data_root=tmp_path).read_text()
-    assert "The sealed test part was opened 2 times." in text and "it is no test any more" in text
+    assert "The sealed test part was opened 2 times." in text and "it is no longer a test" in text
 
 
 def test_direction_is_told_from_volatility(tmp_path):

@@ -177,7 +177,7 @@ def test_a_bug_ends_its_own_study_alone_and_its_traceback_is_named(tiny_file, tm
     assert isinstance(first.problem, Bug) and str(first.problem).startswith("b: ZeroDivisionError: ")
     (named,) = re.findall(r"/\S+traceback\.txt", str(first.problem))
     assert "ZeroDivisionError" in Path(named).read_text()
-    assert main._complain_of([FintxError("x"), first.problem]) == 1 and main._complain_of([FintxError("x")]) == 2
+    assert main._print_problems([FintxError("x"), first.problem]) == 1 and main._print_problems([FintxError("x")]) == 2
     Path(named).unlink()
 
 

@@ -92,15 +92,15 @@ def test_all_name_the_same_baseline_and_the_same_verdict(metric, tmp_path):
     summary = scheduler.run_study(spec, context)
     assert (summary.problem, summary.comparison) == (None, seen)
     assert ready[0].to_beat == (name, seen.baseline_value)
-    said = {"ahead": f"is ahead of {name}", "behind": f"{name}: it is better", "can't be told apart": "told apart"}
-    assert said[verdict] in printed(display.print_summary, summary)
+    starts = {"ahead": "Ahead, not confirmed", "behind": f"No: {name} is better", "can't be told apart": "No: the best"}
+    end = printed(display.print_result, summary)
+    assert starts[verdict] in end and name in end
     assert verdict in printed(display.print_status, [status.read(folder)])
 
     page = analysed.read(folder)
     assert (page.best_baseline, page.comparison) == (name, seen)
     shown, kept = page.gain(name), seen.difference
     assert (shown.mean, shown.low, shown.high) == pytest.approx((kept.mean, kept.low, kept.high), rel=1e-9)
-    starts = {"ahead": "Ahead, not confirmed", "behind": f"No: {name} is better", "can't be told apart": "No: the best"}
     sentence = format.study_verdict(page, None)[0]
     assert sentence.startswith(starts[verdict]) and name in sentence
     assert ("nats per row" in sentence) == (metric == "log_loss")

@@ -100,7 +100,7 @@ def swept(name: str, strength: float, tmp_path: Path, *, split: str = FRACTIONS)
 
 def test_a_planted_signal_is_confirmed_and_opens_the_test_part(tmp_path):
     folder, said = swept("SIGNAL", 0.5, tmp_path, split=WALK_FORWARD)
-    assert "The best trial is ahead of" in said and "too good to be true" not in said
+    assert "Ahead, not confirmed: the best of" in said and "too good to be true" not in said
     assert re.search(r"confirmation of SIGNAL: the best 1 of 2 trials \(\d\), each trained again with the same 2", said)
     assert "CONFIRMED: trial" in said and "best, confirmed" in said
     assert re.search(r"by fold.*Ahead in 2 of 2.*by year.*Ahead in 2 of 2", said, re.DOTALL)
@@ -136,7 +136,7 @@ def test_a_planted_signal_is_confirmed_and_opens_the_test_part(tmp_path):
 def test_chance_is_called_chance_and_keeps_the_test_part_sealed(tmp_path):
     folder, said = swept("CHANCE", 0.0, tmp_path)
     first = said[said.index("2 of 2 trials finished") :].splitlines()[1]
-    assert first.startswith("NO SKILL beyond ")
+    assert first.startswith("No: ")
     assert "NOT CONFIRMED" in said and confirmation.read(folder).confirmed == ()
     refused = mistake("eval", folder, "--test", cwd=tmp_path).replace("\n", " ")
     assert "no trial was confirmed" in refused and "--unconfirmed" in refused
