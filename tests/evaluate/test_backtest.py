@@ -45,10 +45,10 @@ FLAT = {"open_": [100] * 6, "high": [100.5] * 6, "low": [99] * 6, "close": [100]
 
 def test_the_target_is_sold_at_on_the_day_it_is_reached():
     bars = make(FLAT["open_"], [100.5, 100.5, 102, 100.5, 100.5, 100.5], FLAT["low"], FLAT["close"])
-    found = trade(bars, [0])
-    np.testing.assert_allclose(found.returns, [0, 0.01, 0, 0, 0], atol=1e-12)  # days 1 … 5
-    assert (found.trades, found.wins) == (1, 1)
-    np.testing.assert_array_equal(found.held, [True, True, False, False, False])
+    strategy = trade(bars, [0])
+    np.testing.assert_allclose(strategy.returns, [0, 0.01, 0, 0, 0], atol=1e-12)  # days 1 … 5
+    assert (strategy.trades, strategy.wins) == (1, 1)
+    np.testing.assert_array_equal(strategy.held, [True, True, False, False, False])
 
 
 def test_an_open_above_the_target_sells_at_the_open():
@@ -58,9 +58,9 @@ def test_an_open_above_the_target_sells_at_the_open():
 
 def test_what_never_reaches_the_target_is_sold_at_the_end():
     bars = make(FLAT["open_"], FLAT["high"], FLAT["low"], [100, 99.5, 99.2, 100, 100, 100])
-    found = trade(bars, [0])
-    np.testing.assert_allclose(np.prod(1 + found.returns), 0.992)
-    assert found.wins == 0
+    strategy = trade(bars, [0])
+    np.testing.assert_allclose(np.prod(1 + strategy.returns), 0.992)
+    assert strategy.wins == 0
 
 
 def test_entry_at_the_close_earns_the_night_and_entry_at_the_open_does_not():
@@ -111,7 +111,7 @@ def test_daily_returns_multiply_to_the_trades(seed):
     """Another book-keeping: each trade's whole gain, by exit price over entry price."""
     bars = walk(80, seed)
     yes = np.random.default_rng(seed).random(78) < 0.4
-    found, day, wealth = backtest.trade(bars, bars.dates[:78], yes, TASK, TradingRules("close", 7.0)), 0, 1.0
+    strategy, day, wealth = backtest.trade(bars, bars.dates[:78], yes, TASK, TradingRules("close", 7.0)), 0, 1.0
     while day < 78:
         if not yes[day]:
             day += 1
@@ -122,7 +122,7 @@ def test_daily_returns_multiply_to_the_trades(seed):
         price = max(target, bars.open[out]) if ends else bars.close[out]
         wealth *= price / bars.close[day] * (1 - 7e-4) ** 2
         day = out
-    assert np.prod(1 + found.returns) == pytest.approx(wealth, rel=1e-9)
+    assert np.prod(1 + strategy.returns) == pytest.approx(wealth, rel=1e-9)
 
 
 def test_a_driftless_price_earns_nothing_before_costs_and_loses_them_after():
@@ -132,9 +132,9 @@ def test_a_driftless_price_earns_nothing_before_costs_and_loses_them_after():
     flat = make(close, close, close, close)
     task = Threshold(price="close", threshold=0.01, horizon=3)
     for cost, expected in ((0.0, 0.0), (20.0, -2 * 20e-4)):
-        found = trade(flat, list(range(0, 19_990, 4)), task, TradingRules("close", cost))
-        per_trade = np.log1p(found.returns).sum() / found.trades
-        assert per_trade == pytest.approx(expected, abs=3 * 0.01 * np.sqrt(3 / found.trades))
+        strategy = trade(flat, list(range(0, 19_990, 4)), task, TradingRules("close", cost))
+        per_trade = np.log1p(strategy.returns).sum() / strategy.trades
+        assert per_trade == pytest.approx(expected, abs=3 * 0.01 * np.sqrt(3 / strategy.trades))
 
 
 def test_tasks_without_a_target_above_are_refused():
@@ -161,11 +161,11 @@ def test_performance_by_hand():
     strategy = backtest.StrategyReturns(
         days, np.array([0.1, -0.2, 0.0, 0.1]), np.array([True, True, False, True]), 2, 1
     )
-    found = backtest.performance("x", strategy)
-    assert found.annual_return == pytest.approx((1.1 * 0.8 * 1.1) ** (252 / 4) - 1)
-    assert found.max_drawdown == pytest.approx(0.2)
-    assert (found.win_rate, found.exposure) == (0.5, 0.75)
-    assert found.sharpe == pytest.approx(0.0, abs=1e-12)
+    figures = backtest.performance("x", strategy)
+    assert figures.annual_return == pytest.approx((1.1 * 0.8 * 1.1) ** (252 / 4) - 1)
+    assert figures.max_drawdown == pytest.approx(0.2)
+    assert (figures.win_rate, figures.exposure) == (0.5, 0.75)
+    assert figures.sharpe == pytest.approx(0.0, abs=1e-12)
     still = backtest.performance("cash", backtest.StrategyReturns(days, np.zeros(4), np.zeros(4, bool), 0, 0))
     assert still.sharpe is None and still.win_rate is None and still.max_drawdown == 0.0
 
@@ -180,18 +180,18 @@ def test_a_portfolio_gives_every_asset_its_share():
     days = np.datetime64("2020-01-01") + np.arange(3)
     one = backtest.StrategyReturns(days, np.array([0.1, 0.0, 0.2]), np.array([True, False, True]), 2, 2)
     two = backtest.StrategyReturns(days[1:], np.array([0.3, 0.0]), np.array([True, False]), 1, 1)
-    found = backtest.portfolio([one, two])
-    np.testing.assert_allclose(found.returns, [0.05, 0.15, 0.1])
-    assert (found.trades, found.wins, found.held.tolist()) == (3, 3, [True, True, True])
+    combined = backtest.portfolio([one, two])
+    np.testing.assert_allclose(combined.returns, [0.05, 0.15, 0.1])
+    assert (combined.trades, combined.wins, combined.held.tolist()) == (3, 3, [True, True, True])
 
 
 def test_the_papers_example_of_a_deflated_sharpe_ratio():
     """Bailey & López de Prado 2014, "A numerical example": 2.5 a year over 1,250 days, skewness −3, kurtosis 10."""
-    found = backtest._deflated(
+    ratio = backtest._deflated(
         2.5 / np.sqrt(250), 1250, -3.0, 10.0, n_trials=100, variance=0.5 / 250
     )  # fmt: skip
-    assert found.threshold / np.sqrt(backtest.YEAR) == pytest.approx(0.1132, abs=5e-5)
-    assert found.probability == pytest.approx(0.9004, abs=5e-5)
+    assert ratio.threshold / np.sqrt(backtest.YEAR) == pytest.approx(0.1132, abs=5e-5)
+    assert ratio.probability == pytest.approx(0.9004, abs=5e-5)
 
 
 def test_the_best_of_worthless_trials_is_no_evidence():
@@ -202,8 +202,8 @@ def test_the_best_of_worthless_trials_is_no_evidence():
         ratios = np.array([backtest.sharpe(row) for row in trials])
         best = trials[ratios.argmax()]
         naive += backtest.deflated_sharpe(best, n_trials=1, sharpe_variance=0.0).probability > 0.95
-        found = backtest.deflated_sharpe(best, n_trials=50, sharpe_variance=float(ratios.var(ddof=1)))
-        deflated += found.probability > 0.95
+        ratio = backtest.deflated_sharpe(best, n_trials=50, sharpe_variance=float(ratios.var(ddof=1)))
+        deflated += ratio.probability > 0.95
     assert naive > 150  # the luckiest of fifty looks like skill
     assert deflated < 20  # no more than the stated 5 %, with room for chance
 

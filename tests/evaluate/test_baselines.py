@@ -130,11 +130,11 @@ def test_outputs_are_float32_on_the_validation_rows_and_give_the_metrics(market,
 
 def test_the_prior_has_no_skill_and_the_volatility_has_much_where_it_rules(market):
     bars, vix = market
-    found = by_name(stacked(bars, THRESHOLD), THRESHOLD, bars, vix)
-    assert found["prior"].metrics["skill"] == 0.0
-    assert found["prior"].metrics["prediction_spread"] == pytest.approx(0, abs=1e-12)
-    assert found["volatility_logistic"].metrics["auc"] > 0.7
-    assert found["volatility_logistic"].metrics["skill"] > 0.1
+    fitted_baselines = by_name(stacked(bars, THRESHOLD), THRESHOLD, bars, vix)
+    assert fitted_baselines["prior"].metrics["skill"] == 0.0
+    assert fitted_baselines["prior"].metrics["prediction_spread"] == pytest.approx(0, abs=1e-12)
+    assert fitted_baselines["volatility_logistic"].metrics["auc"] > 0.7
+    assert fitted_baselines["volatility_logistic"].metrics["skill"] > 0.1
 
 
 def test_shuffled_labels_leave_no_skill(market):
@@ -146,10 +146,10 @@ def test_shuffled_labels_leave_no_skill(market):
         train=Part(data.train.rows, rng.permutation(data.train.labels)),
         validation=Part(data.validation.rows, rng.permutation(data.validation.labels)),
     )
-    found = by_name(data, THRESHOLD, bars, vix)["volatility_logistic"].metrics
+    scores = by_name(data, THRESHOLD, bars, vix)["volatility_logistic"].metrics
     # n = 600: an AUC without skill has a standard error of .025
-    assert abs(found["auc"] - 0.5) < 0.08
-    assert found["skill"] < 0.01
+    assert abs(scores["auc"] - 0.5) < 0.08
+    assert scores["skill"] < 0.01
 
 
 def test_no_move_is_zero_and_has_the_mean_square_return_as_its_loss(market):
@@ -170,16 +170,16 @@ def test_climatology_is_the_mean_of_what_is_known(cases):
     labels = np.array([label for label, _ in cases], float)
     known_from = np.array([np.datetime64("NaT") if day is None else DAY + day for _, day in cases], "datetime64[D]")
     days = DAY + np.arange(35)
-    found = baselines.climatology(labels, known_from, days)
-    for value, day in zip(found, range(35), strict=True):
+    rates = baselines.climatology(labels, known_from, days)
+    for value, day in zip(rates, range(35), strict=True):
         seen = [label for label, when in cases if when is not None and when <= day]
         assert value == pytest.approx(np.mean(seen)) if seen else np.isnan(value)
 
 
 def test_persistence_counts():
     last, labels = np.array([0.0, 0, 0, 1, 1]), np.array([0.0, 1, 0, 1, 1])
-    found = 1 / (1 + np.exp(-baselines.persistence(last[:, None], labels, np.array([[0.0], [1.0]]))))
-    np.testing.assert_allclose(found, [1.5 / 4, 2.5 / 3])
+    rates = 1 / (1 + np.exp(-baselines.persistence(last[:, None], labels, np.array([[0.0], [1.0]]))))
+    np.testing.assert_allclose(rates, [1.5 / 4, 2.5 / 3])
 
 
 # --- models against other implementations -----------------------------------------------------------------------------
@@ -189,7 +189,7 @@ def test_logistic_equals_newtons_method_on_its_stated_objective():
     rng = np.random.default_rng(2)
     x, new = rng.normal(size=(400, 3)) * [1, 5, 0.1] + [0, 3, -1], rng.normal(size=(20, 3))
     y = (rng.random(400) < 1 / (1 + np.exp(-x[:, 0]))).astype(float)
-    found = baselines.volatility_logistic(x, y, new)
+    result = baselines.volatility_logistic(x, y, new)
     mean, std = x.mean(axis=0), x.std(axis=0)
     design, penalty = np.c_[np.ones(400), (x - mean) / std], np.diag([0, 1.0, 1, 1])
     beta = np.zeros(4)
@@ -199,8 +199,8 @@ def test_logistic_equals_newtons_method_on_its_stated_objective():
         beta -= np.linalg.solve(hessian, design.T @ (p - y) + penalty @ beta)
     expected = np.c_[np.ones(20), (new - mean) / std] @ beta
     # lbfgs stops at a gradient of 1e-8 per sample; the logits then agree to about 1e-6
-    np.testing.assert_allclose(found, expected, atol=1e-5)
-    np.testing.assert_array_equal(found, baselines.volatility_logistic(x, y, new))
+    np.testing.assert_allclose(result, expected, atol=1e-5)
+    np.testing.assert_array_equal(result, baselines.volatility_logistic(x, y, new))
 
 
 def test_linear_equals_a_polynomial_fit_of_degree_one():
@@ -214,9 +214,9 @@ def test_linear_equals_a_polynomial_fit_of_degree_one():
 @pytest.mark.parametrize("fit", [baselines.volatility_logistic, baselines.volatility_linear])
 def test_a_constant_input_teaches_nothing(fit):
     y = np.r_[np.zeros(30), np.ones(10)]
-    found = fit(np.full((40, 1), 0.1), y, np.array([[0.1], [0.2]]))
+    outputs = fit(np.full((40, 1), 0.1), y, np.array([[0.1], [0.2]]))
     expected = np.log(10 / 30) if fit is baselines.volatility_logistic else 0.25
-    np.testing.assert_allclose(found[0], expected, atol=1e-6)
+    np.testing.assert_allclose(outputs[0], expected, atol=1e-6)
 
 
 # --- inputs ----------------------------------------------------------------------------------------------------------
@@ -227,7 +227,7 @@ def test_inputs_are_those_of_the_rows_own_asset_and_day(market, names):
     bars, vix = market
     shorter = {symbol: b.between(datetime.date(2010, 9, 1), datetime.date(2011, 9, 1)) for symbol, b in bars.items()}
     data = stacked(shorter, THRESHOLD)
-    found = inputs_of(names, data, bars, vix)
+    values = inputs_of(names, data, bars, vix)
     for row in np.random.default_rng(4).integers(0, len(data.dates), 40):
         asset, day = bars[data.assets[data.asset_ids[row]]], data.dates[row]
         if names is None:
@@ -235,16 +235,16 @@ def test_inputs_are_those_of_the_rows_own_asset_and_day(market, names):
         else:
             until = np.diff(np.log(asset.close[asset.dates <= day]))
             expected = [0.5 * np.log(np.mean(until[-n:] ** 2)) for n in (5, 21, 63)]
-        np.testing.assert_allclose(found[row], expected, rtol=1e-9)
+        np.testing.assert_allclose(values[row], expected, rtol=1e-9)
 
 
 def test_a_price_that_stands_still_has_a_finite_volatility(market):
     bars, _ = market
     still = priced("AAA", bars["AAA"].dates, np.where(np.arange(N_DAYS) < 300, 0.0, 0.01))
     data = stacked({"AAA": still}, THRESHOLD)
-    found = inputs_of(baselines.VOLATILITIES, data, {"AAA": still}, {})
-    assert found[200].tolist() == [np.log(1e-4)] * 3
-    assert np.isfinite(found[63:]).all()
+    values = inputs_of(baselines.VOLATILITIES, data, {"AAA": still}, {})
+    assert values[200].tolist() == [np.log(1e-4)] * 3
+    assert np.isfinite(values[63:]).all()
 
 
 def test_nothing_after_the_last_validation_day_is_seen(market):
@@ -284,12 +284,12 @@ def test_days_without_vix_are_forecast_from_realised_volatility(market):
     data = stacked(bars, THRESHOLD, first=100)
     whole, none = (by_name(data, THRESHOLD, bars, c)["volatility_logistic"].outputs for c in (vix, {}))
     ended = vix["VIX"].take(np.flatnonzero(vix["VIX"].dates < vix["VIX"].dates[0] + 700))
-    found = by_name(data, THRESHOLD, bars, {"VIX": ended})["volatility_logistic"].outputs
+    outputs = by_name(data, THRESHOLD, bars, {"VIX": ended})["volatility_logistic"].outputs
     without = data.dates[data.validation.rows] > ended.dates[-1] + 5  # an as-of join carries a value for 5 days
     assert 0 < without.sum() < len(without)
-    np.testing.assert_array_equal(found[without], none[without])
+    np.testing.assert_array_equal(outputs[without], none[without])
     known = data.dates[data.validation.rows] <= ended.dates[-1]
-    np.testing.assert_array_equal(found[known], whole[known])
+    np.testing.assert_array_equal(outputs[known], whole[known])
     assert np.mean(whole == none) < 0.01
 
 
@@ -297,8 +297,8 @@ def test_vix_that_training_never_saw_is_not_used(market):
     bars, vix = market
     data = stacked(bars, THRESHOLD, first=100)
     late = vix["VIX"].take(np.flatnonzero(vix["VIX"].dates > vix["VIX"].dates[0] + 600))
-    found = by_name(data, THRESHOLD, bars, {"VIX": late})["volatility_logistic"].outputs
-    np.testing.assert_array_equal(found, by_name(data, THRESHOLD, bars, {})["volatility_logistic"].outputs)
+    outputs = by_name(data, THRESHOLD, bars, {"VIX": late})["volatility_logistic"].outputs
+    np.testing.assert_array_equal(outputs, by_name(data, THRESHOLD, bars, {})["volatility_logistic"].outputs)
 
 
 def test_vix_that_saw_one_class_in_training_is_not_used(market):
@@ -308,8 +308,8 @@ def test_vix_that_saw_one_class_in_training_is_not_used(market):
     seen = data.dates[data.train.rows] >= late.dates[0]
     assert 0 < seen.sum() < len(seen)
     data = replace(data, train=Part(data.train.rows, np.where(seen, np.float32(0), data.train.labels)))
-    found = by_name(data, THRESHOLD, bars, {"VIX": late})["volatility_logistic"].outputs
-    np.testing.assert_array_equal(found, by_name(data, THRESHOLD, bars, {})["volatility_logistic"].outputs)
+    outputs = by_name(data, THRESHOLD, bars, {"VIX": late})["volatility_logistic"].outputs
+    np.testing.assert_array_equal(outputs, by_name(data, THRESHOLD, bars, {})["volatility_logistic"].outputs)
 
 
 @pytest.mark.parametrize("task", [THRESHOLD, REGRESSION], ids=lambda task: task.kind)
@@ -317,9 +317,9 @@ def test_rows_in_the_warm_up_are_forecast_by_the_prior(market, task):
     bars, _ = market
     newcomer = {"AAA": bars["AAA"], "BBB": bars["BBB"].take(np.arange(500, len(bars["BBB"])))}
     data = stacked(newcomer, task)
-    found = by_name(data, task, newcomer, {})
-    fitted = found["volatility_linear" if task.kind == "regression" else "volatility_logistic"].outputs
-    prior = found["prior"].outputs
+    fitted_baselines = by_name(data, task, newcomer, {})
+    fitted = fitted_baselines["volatility_linear" if task.kind == "regression" else "volatility_logistic"].outputs
+    prior = fitted_baselines["prior"].outputs
     bar = data.validation.rows - np.flatnonzero(data.asset_ids == 1)[0]
     warming = (data.asset_ids[data.validation.rows] == 1) & (bar < 63)
     assert warming.sum() > 30
@@ -398,9 +398,9 @@ def test_walk_forward_figures_on_spy_and_vix(real, horizon):
     # .003 is the project's own margin: folds of equal length are not calendar years to the day. The published logistic
     # saw 19 features, this one all 36 of the set.
     for name, (loss, auc) in PUBLISHED[horizon].items():
-        found = 1 - losses[name] / losses["prior"] if name == "bar_boosting" else losses[name]
+        value = 1 - losses[name] / losses["prior"] if name == "bar_boosting" else losses[name]
         if loss is not None:
-            assert found == pytest.approx(loss, abs=0.003), name
+            assert value == pytest.approx(loss, abs=0.003), name
         if auc is not None:
             margin = 0.004 if name == "bar_logistic" else 0.003
             assert metrics.auc(outputs[name], truth) == pytest.approx(auc, abs=margin), name

@@ -25,10 +25,10 @@ def forecaster(n: int, *, sureness: float = 1.0, seed: int = 0):
 @given(st.integers(1, 400), st.data(), st.sampled_from([0.8, 0.95, 0.99]))
 def test_wilson_is_scipys(n, data, level):
     k = data.draw(st.integers(0, n))
-    found = calibration.wilson(k, n, level=level)
+    proportion = calibration.wilson(k, n, level=level)
     expected = binomtest(k, n).proportion_ci(level, method="wilson")
-    assert (found.low, found.high) == pytest.approx((expected.low, expected.high), abs=1e-12)
-    assert found.low <= found.value <= found.high
+    assert (proportion.low, proportion.high) == pytest.approx((expected.low, expected.high), abs=1e-12)
+    assert proportion.low <= proportion.value <= proportion.high
 
 
 def test_a_proportion_of_no_rows_has_no_value():
@@ -42,11 +42,11 @@ def test_a_proportion_of_no_rows_has_no_value():
 
 def test_bins_hold_equal_mass_and_agree_with_the_calibration_error():
     logits, truth = forecaster(1000)
-    found = calibration.reliability(logits, truth)
-    assert [row.observed.n for row in found] == [100] * 10
-    gap = sum(row.observed.n * abs(row.observed.value - row.mean) for row in found) / 1000
+    curve = calibration.reliability(logits, truth)
+    assert [row.observed.n for row in curve] == [100] * 10
+    gap = sum(row.observed.n * abs(row.observed.value - row.mean) for row in curve) / 1000
     assert gap == pytest.approx(metrics.calibration_error(logits, truth), rel=1e-9)
-    assert all(a.high < b.low for a, b in zip(found[:-1], found[1:], strict=True))
+    assert all(a.high < b.low for a, b in zip(curve[:-1], curve[1:], strict=True))
 
 
 def test_a_calibrated_forecast_lies_within_its_intervals():
@@ -111,8 +111,8 @@ def test_isotonic_is_the_least_squares_increasing_fit():
     y = truth[order]
     means = [[y[a : b + 1].mean() if b >= a else np.inf for b in range(40)] for a in range(40)]
     expected = [max(min(means[a][b] for b in range(i, 40)) for a in range(i + 1)) for i in range(40)]
-    found = metrics.sigmoid(calibration.fit_isotonic(logits, truth)(logits[order]))
-    np.testing.assert_allclose(found, expected, atol=2e-6)  # probabilities are kept 1e-6 off 0 and 1
+    result = metrics.sigmoid(calibration.fit_isotonic(logits, truth)(logits[order]))
+    np.testing.assert_allclose(result, expected, atol=2e-6)  # probabilities are kept 1e-6 off 0 and 1
 
 
 def test_recalibration_improves_rows_it_was_not_fitted_on():

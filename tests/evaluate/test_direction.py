@@ -24,24 +24,24 @@ def simulated(n: int, *, drift_known: bool, seed: int = 0):
 
 
 def test_who_knows_volatility_alone_scores_the_opposite_event_as_well():
-    found = direction.mirror_test(*simulated(20_000, drift_known=False), horizon=1)
-    assert found.auc > 0.64
-    assert abs(found.auc - found.opposite_auc) < 0.02
-    assert abs(found.direction_auc - 0.5) < 3 * found.direction_se
-    assert found.one_sided < found.n == 20_000
+    mirror = direction.mirror_test(*simulated(20_000, drift_known=False), horizon=1)
+    assert mirror.auc > 0.64
+    assert abs(mirror.auc - mirror.opposite_auc) < 0.02
+    assert abs(mirror.direction_auc - 0.5) < 3 * mirror.direction_se
+    assert mirror.one_sided < mirror.n == 20_000
 
 
 def test_who_knows_direction_scores_the_opposite_event_the_wrong_way_round():
-    found = direction.mirror_test(*simulated(20_000, drift_known=True), horizon=1)
-    assert found.auc > 0.6 and found.opposite_auc < 0.4
-    assert found.direction_auc - 0.5 > 10 * found.direction_se
+    mirror = direction.mirror_test(*simulated(20_000, drift_known=True), horizon=1)
+    assert mirror.auc > 0.6 and mirror.opposite_auc < 0.4
+    assert mirror.direction_auc - 0.5 > 10 * mirror.direction_se
 
 
 def test_the_standard_error_covers_one_half_as_often_as_it_says():
     inside = 0
     for seed in range(200):
-        found = direction.mirror_test(*simulated(600, drift_known=False, seed=seed), horizon=1)
-        inside += abs(found.direction_auc - 0.5) < 1.96 * found.direction_se
+        mirror = direction.mirror_test(*simulated(600, drift_known=False, seed=seed), horizon=1)
+        inside += abs(mirror.direction_auc - 0.5) < 1.96 * mirror.direction_se
     assert inside >= 180  # 95 % of 200 less three standard errors
 
 
@@ -54,8 +54,8 @@ def test_overlapping_labels_widen_the_error_by_the_root_of_the_horizon():
 def test_events_that_always_come_together_leave_no_direction():
     logits = np.arange(4.0)
     both = np.array([1.0, 0, 1, 0])
-    found = direction.mirror_test(logits, both, both, horizon=1)
-    assert found.one_sided == 0 and found.direction_auc is None and found.direction_se is None
+    mirror = direction.mirror_test(logits, both, both, horizon=1)
+    assert mirror.one_sided == 0 and mirror.direction_auc is None and mirror.direction_se is None
 
 
 def test_rows_without_an_opposite_are_refused():
@@ -73,11 +73,11 @@ def test_the_opposite_event_is_the_mirror_image(closes, horizon, threshold, pric
     days = np.datetime64("2020-01-01") + np.arange(len(close))
     bars = bars_module.make_bars("A", days, open=close, high=high, low=low, close=close, volume=np.ones(len(close)))
     task = TaskConfig(kind="threshold", price=price, threshold=threshold, horizon=horizon)
-    found = tasks.mirror_labels(task.rule.level, bars)
+    opposites = tasks.mirror_labels(task.rule.level, bars)
     for t in range(len(close) - horizon):
         lowest = low[t + 1 : t + 1 + horizon].min() if price == "high" else close[t + horizon]
-        assert found[t] == float(lowest <= (1 - threshold) * close[t])
-    assert np.isnan(found[len(close) - horizon :]).all()
+        assert opposites[t] == float(lowest <= (1 - threshold) * close[t])
+    assert np.isnan(opposites[len(close) - horizon :]).all()
 
 
 def test_other_tasks_have_no_level_and_so_no_opposite_event():
@@ -99,24 +99,24 @@ def rows():
 
 def test_years_add_up_to_the_whole(rows):
     logits, truth, dates = rows
-    found = direction.by_year(logits, truth, dates, prior=0.3, baseline=np.zeros(900))
-    assert [row.year for row in found] == [2018, 2019, 2020]
-    assert sum(row.n for row in found) == 900
+    years = direction.by_year(logits, truth, dates, prior=0.3, baseline=np.zeros(900))
+    assert [row.year for row in years] == [2018, 2019, 2020]
+    assert sum(row.n for row in years) == 900
     whole = metrics.evaluate("probability", logits, truth, prior=0.3)
-    assert sum(row.n * row.log_loss for row in found) / 900 == pytest.approx(whole["log_loss"], rel=1e-12)
-    assert sum(row.n * row.gain for row in found) / 900 == pytest.approx(np.log(2) - whole["log_loss"], rel=1e-12)
+    assert sum(row.n * row.log_loss for row in years) / 900 == pytest.approx(whole["log_loss"], rel=1e-12)
+    assert sum(row.n * row.gain for row in years) / 900 == pytest.approx(np.log(2) - whole["log_loss"], rel=1e-12)
     mine = dates.astype("datetime64[Y]") == np.datetime64("2019")
     alone = metrics.evaluate("probability", logits[mine], truth[mine], prior=0.3)
-    assert found[1].skill == pytest.approx(alone["skill"], rel=1e-12)
-    assert found[1].auc == alone["auc"]
+    assert years[1].skill == pytest.approx(alone["skill"], rel=1e-12)
+    assert years[1].auc == alone["auc"]
 
 
 def test_each_row_may_have_the_prior_of_its_fold(rows):
     logits, truth, dates = rows
     priors = np.where(dates < np.datetime64("2019"), 0.2, 0.4)
-    found = direction.by_year(logits, truth, dates, prior=priors)
-    assert found[0] == direction.by_year(logits, truth, dates, prior=0.2)[0]
-    assert found[1] == direction.by_year(logits, truth, dates, prior=0.4)[1]
+    years = direction.by_year(logits, truth, dates, prior=priors)
+    assert years[0] == direction.by_year(logits, truth, dates, prior=0.2)[0]
+    assert years[1] == direction.by_year(logits, truth, dates, prior=0.4)[1]
 
 
 def test_within_year_auc_counts_pairs_of_the_same_year(rows):
@@ -149,17 +149,17 @@ def test_gains_add_up_by_day_whatever_the_order_of_rows(rows):
     days = np.sort(np.r_[dates[:450], dates[:450]])
     mine, theirs = (metrics.per_sample_loss("probability", z, truth) for z in (logits, np.zeros(900)))
     order = np.random.default_rng(3).permutation(900)
-    found = direction.cumulative_gain(mine[order], theirs[order], days[order])
-    assert len(found.dates) == 450
-    np.testing.assert_allclose(found.gain, np.cumsum((theirs - mine).reshape(450, 2).sum(axis=1)), atol=1e-9)
-    assert found.total == pytest.approx(np.sum(theirs - mine))
+    cumulative = direction.cumulative_gain(mine[order], theirs[order], days[order])
+    assert len(cumulative.dates) == 450
+    np.testing.assert_allclose(cumulative.gain, np.cumsum((theirs - mine).reshape(450, 2).sum(axis=1)), atol=1e-9)
+    assert cumulative.total == pytest.approx(np.sum(theirs - mine))
 
 
 def test_a_lead_of_one_year_is_called_one():
     dates = np.array(["2019-03-01", "2019-06-01", "2020-03-01", "2021-03-01"], "datetime64[D]")
-    found = direction.cumulative_gain(np.array([0.0, 0, 1, 0]), np.array([3.0, 2, 0, 1]), dates)
-    np.testing.assert_array_equal(found.gain, [3, 5, 4, 5])
-    assert found.deepest_fall == 1.0
-    assert found.best_year_share == pytest.approx(5 / 5)
+    cumulative = direction.cumulative_gain(np.array([0.0, 0, 1, 0]), np.array([3.0, 2, 0, 1]), dates)
+    np.testing.assert_array_equal(cumulative.gain, [3, 5, 4, 5])
+    assert cumulative.deepest_fall == 1.0
+    assert cumulative.best_year_share == pytest.approx(5 / 5)
     worse = direction.cumulative_gain(np.array([1.0]), np.array([0.0]), dates[:1])
     assert worse.best_year_share is None and worse.deepest_fall == 1.0

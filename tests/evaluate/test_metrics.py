@@ -42,45 +42,45 @@ def classified(draw, *, both_classes: bool = False):
 def test_four_predictions_by_hand():
     """p = .8, .6, .4, .2 (odds 4, 1.5, 2/3, 1/4), labels 1 0 1 0, prior .25: every number below is worked on paper."""
     logits = np.log([4, 1.5, 2 / 3, 0.25])
-    found = metrics.evaluate(CLASSIFICATION, logits, np.array([1.0, 0, 1, 0]), prior=0.25)
+    scores = metrics.evaluate(CLASSIFICATION, logits, np.array([1.0, 0, 1, 0]), prior=0.25)
     log_loss = -(2 * math.log(0.8) + 2 * math.log(0.4)) / 4
     prior_log_loss = -(math.log(0.25) + math.log(0.75)) / 2
-    assert found["log_loss"] == pytest.approx(log_loss, abs=1e-12)
-    assert found["brier"] == pytest.approx((0.04 + 0.36 + 0.36 + 0.04) / 4, abs=1e-12)
-    assert found["auc"] == 3 / 4
-    assert found["average_precision"] == pytest.approx((1 + 2 / 3) / 2, abs=1e-12)
-    assert found["calibration_error"] == pytest.approx((0.2 + 0.6 + 0.6 + 0.2) / 4, abs=1e-12)
+    assert scores["log_loss"] == pytest.approx(log_loss, abs=1e-12)
+    assert scores["brier"] == pytest.approx((0.04 + 0.36 + 0.36 + 0.04) / 4, abs=1e-12)
+    assert scores["auc"] == 3 / 4
+    assert scores["average_precision"] == pytest.approx((1 + 2 / 3) / 2, abs=1e-12)
+    assert scores["calibration_error"] == pytest.approx((0.2 + 0.6 + 0.6 + 0.2) / 4, abs=1e-12)
     # 1e-6: the prior is scored as the float32 logit that a model would put out
-    assert found["prior_log_loss"] == pytest.approx(prior_log_loss, abs=1e-6)
-    assert found["skill"] == pytest.approx(1 - log_loss / prior_log_loss, abs=1e-6)
-    assert found["brier_skill"] == pytest.approx(1 - 0.2 / ((0.75**2 + 0.25**2) / 2), abs=1e-6)
-    counts = {at: [found[f"{cell}_at_{at}"] for cell in ("tp", "fp", "fn", "tn")] for at in ("half", "base_rate")}
+    assert scores["prior_log_loss"] == pytest.approx(prior_log_loss, abs=1e-6)
+    assert scores["skill"] == pytest.approx(1 - log_loss / prior_log_loss, abs=1e-6)
+    assert scores["brier_skill"] == pytest.approx(1 - 0.2 / ((0.75**2 + 0.25**2) / 2), abs=1e-6)
+    counts = {at: [scores[f"{cell}_at_{at}"] for cell in ("tp", "fp", "fn", "tn")] for at in ("half", "base_rate")}
     assert counts == {"half": [1, 1, 1, 1], "base_rate": [2, 1, 0, 1]}
-    assert (found["precision_at_half"], found["recall_at_half"]) == (0.5, 0.5)
-    assert (found["precision_at_base_rate"], found["recall_at_base_rate"]) == (2 / 3, 1.0)
-    assert found["prediction_min"] == pytest.approx(0.2, abs=1e-12)
-    assert found["prediction_max"] == pytest.approx(0.8, abs=1e-12)
-    assert found["prediction_spread"] == pytest.approx(math.sqrt((0.09 + 0.01) / 2), abs=1e-12)
-    assert (found["n"], found["positives"], found["base_rate"], found["prior"]) == (4, 2, 0.5, 0.25)
+    assert (scores["precision_at_half"], scores["recall_at_half"]) == (0.5, 0.5)
+    assert (scores["precision_at_base_rate"], scores["recall_at_base_rate"]) == (2 / 3, 1.0)
+    assert scores["prediction_min"] == pytest.approx(0.2, abs=1e-12)
+    assert scores["prediction_max"] == pytest.approx(0.8, abs=1e-12)
+    assert scores["prediction_spread"] == pytest.approx(math.sqrt((0.09 + 0.01) / 2), abs=1e-12)
+    assert (scores["n"], scores["positives"], scores["base_rate"], scores["prior"]) == (4, 2, 0.5, 0.25)
 
 
 def test_three_returns_by_hand():
-    found = metrics.evaluate(REGRESSION, np.array([0.5, -0.5, 1.0]), np.array([1.0, -1.0, -1.0]), prior=0.0)
-    assert found["mse"] == pytest.approx((0.25 + 0.25 + 4) / 3, abs=1e-12)
-    assert found["mae"] == pytest.approx((0.5 + 0.5 + 2) / 3, abs=1e-12)
-    assert found["prior_mse"] == 1.0
-    assert found["skill"] == pytest.approx(-0.5, abs=1e-12)
-    assert found["mae_skill"] == pytest.approx(0.0, abs=1e-12)
-    assert found["correlation"] == pytest.approx(0.1889822365046136, abs=1e-12)  # (1/3) / √(28/9) = 1 / (2 √7)
-    assert found["sign_accuracy"] == 2 / 3
-    assert found["n"] == 3
+    scores = metrics.evaluate(REGRESSION, np.array([0.5, -0.5, 1.0]), np.array([1.0, -1.0, -1.0]), prior=0.0)
+    assert scores["mse"] == pytest.approx((0.25 + 0.25 + 4) / 3, abs=1e-12)
+    assert scores["mae"] == pytest.approx((0.5 + 0.5 + 2) / 3, abs=1e-12)
+    assert scores["prior_mse"] == 1.0
+    assert scores["skill"] == pytest.approx(-0.5, abs=1e-12)
+    assert scores["mae_skill"] == pytest.approx(0.0, abs=1e-12)
+    assert scores["correlation"] == pytest.approx(0.1889822365046136, abs=1e-12)  # (1/3) / √(28/9) = 1 / (2 √7)
+    assert scores["sign_accuracy"] == 2 / 3
+    assert scores["n"] == 3
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["distinct scores", "tied scores"])
 @pytest.mark.parametrize("n", [20, 421, 3000])
 def test_metrics_equal_scikit_learns(n, tied):
     logits, labels = sample(n, n, tied=tied)
-    found = metrics.evaluate(CLASSIFICATION, logits, labels, prior=0.3)
+    scores = metrics.evaluate(CLASSIFICATION, logits, labels, prior=0.3)
     p = 1 / (1 + np.exp(-logits.astype(float)))
     truth, said = labels.astype(int), (p >= 0.3).astype(int)
     expected = {
@@ -91,9 +91,9 @@ def test_metrics_equal_scikit_learns(n, tied):
         "precision_at_base_rate": sklearn.metrics.precision_score(truth, said),
         "recall_at_base_rate": sklearn.metrics.recall_score(truth, said),
     }
-    assert {key: found[key] for key in expected} == pytest.approx(expected, abs=1e-12)
+    assert {key: scores[key] for key in expected} == pytest.approx(expected, abs=1e-12)
     tn, fp, fn, tp = sklearn.metrics.confusion_matrix(truth, said).ravel()
-    assert [found[f"{cell}_at_base_rate"] for cell in ("tn", "fp", "fn", "tp")] == [tn, fp, fn, tp]
+    assert [scores[f"{cell}_at_base_rate"] for cell in ("tn", "fp", "fn", "tp")] == [tn, fp, fn, tp]
 
 
 def test_calibration_error_equals_a_loop_over_tenths():
@@ -122,12 +122,12 @@ def test_equal_predictions_share_the_bin_of_their_mean_rank():
 
 def test_calibration_error_of_calibrated_predictions_is_the_stated_chance_level():
     rng = np.random.default_rng(3)
-    n, found = 1000, []
+    n, errors = 1000, []
     for _ in range(200):
         logits = rng.normal(scale=0.05, size=n)
-        found.append(metrics.calibration_error(logits, (rng.random(n) < 1 / (1 + np.exp(-logits))).astype(float)))
+        errors.append(metrics.calibration_error(logits, (rng.random(n) < 1 / (1 + np.exp(-logits))).astype(float)))
     # 5 %: the mean of 200 draws has a standard error of about 2 % here
-    assert np.mean(found) == pytest.approx(math.sqrt(2 * 10 * 0.25 / (math.pi * n)), rel=0.05)
+    assert np.mean(errors) == pytest.approx(math.sqrt(2 * 10 * 0.25 / (math.pi * n)), rel=0.05)
 
 
 def test_correlation_equals_numpys():
@@ -165,8 +165,8 @@ def test_average_precision_equals_a_loop_over_thresholds(drawn):
         said = logits >= threshold
         now = labels[said].sum() / max(positives, 1)
         expected, recall = expected + (now - recall) * labels[said].mean(), now
-    found = metrics.average_precision(logits, labels)
-    assert found is None if positives == 0 else found == pytest.approx(expected, abs=1e-12)
+    value = metrics.average_precision(logits, labels)
+    assert value is None if positives == 0 else value == pytest.approx(expected, abs=1e-12)
 
 
 @given(classified(both_classes=True), st.sampled_from([np.exp, np.arctan, lambda z: 3 * z - 7, lambda z: z**3]))
@@ -179,12 +179,12 @@ def test_ranking_metrics_do_not_change_under_a_monotone_map(drawn, monotone):
 @given(classified(both_classes=True), st.floats(0.05, 0.95))
 def test_flipping_labels_and_logits_mirrors_every_metric(drawn, prior):
     logits, labels = drawn
-    found = metrics.evaluate(CLASSIFICATION, logits, labels, prior=prior)
+    scores = metrics.evaluate(CLASSIFICATION, logits, labels, prior=prior)
     mirror = metrics.evaluate(CLASSIFICATION, -logits, 1 - labels, prior=1 - prior)
     for key in ("log_loss", "brier", "auc", "prediction_spread", "prior_log_loss"):
-        assert mirror[key] == pytest.approx(found[key], rel=1e-6, abs=1e-12), key
-    assert metrics.auc(-logits, labels) == pytest.approx(1 - found["auc"], abs=1e-12)
-    assert mirror["prediction_min"] == pytest.approx(1 - found["prediction_max"], abs=1e-12)
+        assert mirror[key] == pytest.approx(scores[key], rel=1e-6, abs=1e-12), key
+    assert metrics.auc(-logits, labels) == pytest.approx(1 - scores["auc"], abs=1e-12)
+    assert mirror["prediction_min"] == pytest.approx(1 - scores["prediction_max"], abs=1e-12)
 
 
 @given(classified(), st.randoms(use_true_random=False))
@@ -192,30 +192,30 @@ def test_the_order_of_rows_does_not_matter(drawn, random):
     logits, labels = drawn
     order = list(range(len(logits)))
     random.shuffle(order)
-    found = metrics.evaluate(CLASSIFICATION, logits, labels, prior=0.4)
+    scores = metrics.evaluate(CLASSIFICATION, logits, labels, prior=0.4)
     shuffled = metrics.evaluate(CLASSIFICATION, logits[order], labels[order], prior=0.4)
-    undefined = {key for key, value in found.items() if value is None}
+    undefined = {key for key, value in scores.items() if value is None}
     assert {key for key, value in shuffled.items() if value is None} == undefined
-    for key in found.keys() - undefined:
-        assert shuffled[key] == pytest.approx(found[key], rel=1e-9, abs=1e-12), key
+    for key in scores.keys() - undefined:
+        assert shuffled[key] == pytest.approx(scores[key], rel=1e-9, abs=1e-12), key
 
 
 @given(classified(), st.floats(0.001, 0.999))
 def test_the_prior_itself_has_exactly_no_skill(drawn, prior):
     labels = drawn[1]
     outputs = np.full(len(labels), metrics.prior_output(CLASSIFICATION, prior))
-    found = metrics.evaluate(CLASSIFICATION, outputs, labels, prior=prior)
-    assert (found["skill"], found["brier_skill"]) == (0.0, 0.0)
-    assert found["tp_at_base_rate"] + found["fp_at_base_rate"] == len(labels)  # ≥ the threshold: all are said yes
+    scores = metrics.evaluate(CLASSIFICATION, outputs, labels, prior=prior)
+    assert (scores["skill"], scores["brier_skill"]) == (0.0, 0.0)
+    assert scores["tp_at_base_rate"] + scores["fp_at_base_rate"] == len(labels)  # ≥ the threshold: all are said yes
 
 
 @given(st.lists(st.integers(-200, 200).map(lambda k: k / 1024), min_size=3, max_size=30), st.floats(-0.01, 0.01))
 def test_the_mean_return_itself_has_exactly_no_skill(returns, prior):
     outputs = np.full(len(returns), metrics.prior_output(REGRESSION, prior))
-    found = metrics.evaluate(REGRESSION, outputs, np.array(returns), prior=prior)
+    scores = metrics.evaluate(REGRESSION, outputs, np.array(returns), prior=prior)
     never_wrong = np.all(outputs == returns)
-    assert (found["skill"], found["mae_skill"]) == ((None, None) if never_wrong else (0.0, 0.0))
-    assert found["correlation"] is None
+    assert (scores["skill"], scores["mae_skill"]) == ((None, None) if never_wrong else (0.0, 0.0))
+    assert scores["correlation"] is None
 
 
 @given(classified(), st.integers(1, 4))
@@ -224,12 +224,12 @@ def test_assets_make_up_the_pool(drawn, n_assets):
     ids = np.arange(len(labels)) % n_assets
     assets = [f"A{i}" for i in range(n_assets)] + ["EMPTY"]
     pooled = metrics.evaluate(CLASSIFICATION, logits, labels, prior=0.3)
-    found = metrics.per_asset(CLASSIFICATION, logits, labels, ids, assets, prior=0.3)
-    assert list(found) == assets[: min(n_assets, len(labels))]
+    by_asset = metrics.per_asset(CLASSIFICATION, logits, labels, ids, assets, prior=0.3)
+    assert list(by_asset) == assets[: min(n_assets, len(labels))]
     for key in ("n", "positives", "tp_at_half", "fn_at_base_rate"):
-        assert sum(held[key] for held in found.values()) == pooled[key]
+        assert sum(held[key] for held in by_asset.values()) == pooled[key]
     for key in ("log_loss", "brier", "prior_log_loss"):
-        mean = sum(held[key] * held["n"] for held in found.values()) / pooled["n"]
+        mean = sum(held[key] * held["n"] for held in by_asset.values()) / pooled["n"]
         assert mean == pytest.approx(pooled[key], rel=1e-9, abs=1e-12)
 
 
@@ -241,10 +241,10 @@ def test_extreme_logits_have_their_exact_loss():
     labels = np.array([1.0, 0, 0, 1, 1])
     losses = metrics.per_sample_loss(CLASSIFICATION, logits, labels)
     assert losses.tolist() == [0.0, 0.0, 1e4, 1e4, math.log(2)]
-    found = metrics.evaluate(CLASSIFICATION, logits, labels, prior=0.5)
-    assert found["log_loss"] == pytest.approx((2e4 + math.log(2)) / 5)
-    assert (found["prediction_min"], found["prediction_max"]) == (0.0, 1.0)
-    assert (found["tp_at_half"], found["fp_at_half"]) == (2, 1)  # a logit of 0 is p = .5, which is said yes
+    scores = metrics.evaluate(CLASSIFICATION, logits, labels, prior=0.5)
+    assert scores["log_loss"] == pytest.approx((2e4 + math.log(2)) / 5)
+    assert (scores["prediction_min"], scores["prediction_max"]) == (0.0, 1.0)
+    assert (scores["tp_at_half"], scores["fp_at_half"]) == (2, 1)  # a logit of 0 is p = .5, which is said yes
 
 
 def test_a_small_loss_is_not_rounded_away():
@@ -265,9 +265,9 @@ def test_logits_beyond_the_resolution_of_probabilities_still_rank():
 )
 @pytest.mark.parametrize("n", [1, 2, 25])
 def test_one_class_leaves_some_metrics_undefined_and_none_nan(n, label, undefined):
-    found = metrics.evaluate(CLASSIFICATION, np.full(n, -0.5), np.full(n, label), prior=0.2)
-    assert {key for key, value in found.items() if value is None} == undefined
-    assert all(math.isfinite(value) for value in found.values() if value is not None)
+    scores = metrics.evaluate(CLASSIFICATION, np.full(n, -0.5), np.full(n, label), prior=0.2)
+    assert {key for key, value in scores.items() if value is None} == undefined
+    assert all(math.isfinite(value) for value in scores.values() if value is not None)
 
 
 @pytest.mark.parametrize(
@@ -281,16 +281,16 @@ def test_one_class_leaves_some_metrics_undefined_and_none_nan(n, label, undefine
     ids=["constant prediction", "constant target", "no signs", "prior never wrong"],
 )
 def test_undefined_regression_metrics_are_none(predicted, returns, undefined):
-    found = metrics.evaluate(REGRESSION, np.array(predicted), np.array(returns), prior=0.0)
-    assert {key for key, value in found.items() if value is None} == undefined
+    scores = metrics.evaluate(REGRESSION, np.array(predicted), np.array(returns), prior=0.0)
+    assert {key for key, value in scores.items() if value is None} == undefined
 
 
 @pytest.mark.parametrize("predicts", ["probability", "value"])
 def test_metrics_are_plain_numbers_that_survive_json(predicts):
     outputs, labels = sample(2, 60)
-    found = metrics.evaluate(predicts, outputs, labels, prior=0.25)
-    assert {type(value) for value in found.values()} <= {int, float}
-    assert json.loads(json.dumps(found, allow_nan=False)) == found
+    scores = metrics.evaluate(predicts, outputs, labels, prior=0.25)
+    assert {type(value) for value in scores.values()} <= {int, float}
+    assert json.loads(json.dumps(scores, allow_nan=False)) == scores
 
 
 @pytest.mark.parametrize(
@@ -316,10 +316,10 @@ def test_what_can_not_be_scored_is_refused(predicts, outputs, targets, prior, wo
 
 def test_an_ensemble_speaks_by_its_mean_probability_however_sure_its_members_are():
     logits = np.array([[2.0, -700.0, 40.0], [-1.0, -710.0, -40.0]])
-    found = metrics.ensemble("probability", logits)
-    assert metrics.sigmoid(found[0]) == pytest.approx((metrics.sigmoid(2.0) + metrics.sigmoid(-1.0)) / 2)
+    combined = metrics.ensemble("probability", logits)
+    assert metrics.sigmoid(combined[0]) == pytest.approx((metrics.sigmoid(2.0) + metrics.sigmoid(-1.0)) / 2)
     # Of the two small probabilities the larger counts; of two that are sure of opposite things, the mean is one half.
-    assert found[1] == pytest.approx(-700 - math.log(2), abs=1e-3) and found[2] == pytest.approx(0, abs=1e-12)
+    assert combined[1] == pytest.approx(-700 - math.log(2), abs=1e-3) and combined[2] == pytest.approx(0, abs=1e-12)
     np.testing.assert_allclose(metrics.ensemble("probability", logits[:1]), logits[0], rtol=1e-12)
     np.testing.assert_array_equal(metrics.ensemble("value", logits), logits.mean(axis=0))
 
@@ -353,6 +353,6 @@ def test_better_knows_the_direction_and_that_undefined_is_worst(metric, good, ba
 @pytest.mark.parametrize("predicts", ["probability", "value"])
 def test_every_study_metric_of_a_prediction_is_computed_for_it(predicts):
     outputs, labels = sample(4, 50)
-    found = metrics.evaluate(predicts, outputs, labels, prior=0.3)
-    assert {metric for metric in metrics.MINIMIZE if metric in found} == set(METRICS[predicts])
-    assert all(metrics.SKILLS[metric] in found for metric in metrics.SKILLS if metric in found)
+    scores = metrics.evaluate(predicts, outputs, labels, prior=0.3)
+    assert {metric for metric in metrics.MINIMIZE if metric in scores} == set(METRICS[predicts])
+    assert all(metrics.SKILLS[metric] in scores for metric in metrics.SKILLS if metric in scores)

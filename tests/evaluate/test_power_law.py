@@ -24,26 +24,26 @@ def points(law, *, n=12, noise=0.0, sizes=(2e6, 2e7, 2e8), seed=0):
 @given(alpha=st.floats(0.15, 1.2), reducible=st.floats(0.05, 0.5), floor=st.floats(0.2, 1.0))
 def test_without_noise_a_law_is_found_exactly(alpha, reducible, floor):
     size, loss = points(lambda n: floor + reducible * (n / 2e6) ** -alpha)
-    found = fit("power law", size, loss)
+    fitted = fit("power law", size, loss)
     # L-BFGS on a sum of 36 Hubers, tolerance 1e-15: three digits of an exponent are safe, and a loss far better.
-    assert found.exponents[0] == pytest.approx(alpha, rel=0.02)
-    assert found.floor == pytest.approx(floor, rel=0.02)
-    np.testing.assert_allclose(found(size), loss, rtol=1e-4)
-    assert found.coefficients[0] == pytest.approx(reducible * 2e6**alpha, rel=0.3)
+    assert fitted.exponents[0] == pytest.approx(alpha, rel=0.02)
+    assert fitted.floor == pytest.approx(floor, rel=0.02)
+    np.testing.assert_allclose(fitted(size), loss, rtol=1e-4)
+    assert fitted.coefficients[0] == pytest.approx(reducible * 2e6**alpha, rel=0.3)
 
 
 @pytest.mark.parametrize("form", ["constant", "power law"])
 @pytest.mark.parametrize(("height", "alpha"), [(40, 0.35), (0, 0.5)], ids=["falling", "flat"])
 def test_the_minimum_is_the_one_that_a_global_search_finds(form, height, alpha):
     size, loss = points(lambda n: 0.6 + height * n**-alpha, noise=0.003)
-    found = fit(form, size, loss)
+    law = fit(form, size, loss)
     signs = FORMS[form]
-    logs, wanted = np.log(size / found.unit), np.log(loss) - np.log(loss).mean()
+    logs, wanted = np.log(size / law.unit), np.log(loss) - np.log(loss).mean()
     bounds = [(math.log(1e-9), 2.0)] * (1 + len(signs)) + [power_law.BOUND] * len(signs)
     reference = optimize.differential_evolution(
         lambda theta: power_law._objective(theta, logs, wanted, signs, HUBER)[0], bounds, seed=0, tol=1e-10, popsize=20
     )
-    assert found.huber <= reference.fun * (1 + 1e-6)
+    assert law.huber <= reference.fun * (1 + 1e-6)
 
 
 @pytest.mark.parametrize(

@@ -50,32 +50,32 @@ def judged(seed: int, **truth) -> Judgement:
 
 def counted(runs: int, **truth) -> Counter[str]:
     """Over many studies: in how many is every candidate indistinguishable, any confirmed, the first behind, …"""
-    found: Counter[str] = Counter()
+    counts: Counter[str] = Counter()
     for seed in range(runs):
         verdicts = judged(seed, **truth).verdicts
-        found["all alike"] += all(each.indistinguishable for each in verdicts)
-        found["any confirmed"] += any(each.confirmed for each in verdicts)
-        found["baseline better"] += all(each.gain.negative for each in verdicts)
-        found["last told apart"] += not verdicts[-1].indistinguishable
-    return found
+        counts["all alike"] += all(each.indistinguishable for each in verdicts)
+        counts["any confirmed"] += any(each.confirmed for each in verdicts)
+        counts["baseline better"] += all(each.gain.negative for each in verdicts)
+        counts["last told apart"] += not verdicts[-1].indistinguishable
+    return counts
 
 
 def test_a_verdict_says_who_is_best_and_who_is_like_it():
-    found = judged(0, strength=1.0, noise=(0.1, 0.1, 3.0))
-    assert [each.best for each in found.verdicts].count(True) == 1
-    assert [each.indistinguishable for each in found.verdicts] == [True, True, False]
-    words = sorted(each.words for each in found.verdicts[:2])
+    judgement = judged(0, strength=1.0, noise=(0.1, 0.1, 3.0))
+    assert [each.best for each in judgement.verdicts].count(True) == 1
+    assert [each.indistinguishable for each in judgement.verdicts] == [True, True, False]
+    words = sorted(each.words for each in judgement.verdicts[:2])
     assert words == ["best, confirmed", "indistinguishable from the best, confirmed"]
-    assert found.verdicts[2].words == "not confirmed" and found.n_models == 13
-    behind = [each.behind for each in found.verdicts]
+    assert judgement.verdicts[2].words == "not confirmed" and judgement.n_models == 13
+    behind = [each.behind for each in judgement.verdicts]
     assert behind.count(None) == 1 and behind[2].positive
 
 
 def test_two_equal_seeds_of_two_equal_configs_are_equal():
     fresh, baseline, others = study(np.random.default_rng(1), strength=0.5, noise=(0.2,))
-    found = selection.judge(np.concatenate([fresh, fresh]), baseline, others, horizon=HORIZON, reps=REPS)
-    assert all(each.indistinguishable for each in found.verdicts)
-    assert found.verdicts[1].behind == significance.Estimate(0, 0, 0, 0)
+    judgement = selection.judge(np.concatenate([fresh, fresh]), baseline, others, horizon=HORIZON, reps=REPS)
+    assert all(each.indistinguishable for each in judgement.verdicts)
+    assert judgement.verdicts[1].behind == significance.Estimate(0, 0, 0, 0)
 
 
 @pytest.mark.slow
@@ -99,14 +99,14 @@ def test_without_skill_nothing_is_confirmed():
 
 @pytest.mark.slow
 def test_a_baseline_that_is_truly_best_is_reported_so():
-    found = counted(50, strength=0.5, noise=(1.5, 1.5), known=1.0)
-    assert found["any confirmed"] == 0 and found["baseline better"] >= 45
+    counts = counted(50, strength=0.5, noise=(1.5, 1.5), known=1.0)
+    assert counts["any confirmed"] == 0 and counts["baseline better"] >= 45
 
 
 @pytest.mark.slow
 def test_a_planted_signal_is_found_and_a_bad_model_is_told_apart():
-    found = counted(50, strength=0.7, noise=(0.1, 2.5))
-    assert found["any confirmed"] >= 45 and found["last told apart"] >= 45
+    counts = counted(50, strength=0.7, noise=(0.1, 2.5))
+    assert counts["any confirmed"] >= 45 and counts["last told apart"] >= 45
 
 
 @pytest.mark.slow
@@ -121,9 +121,9 @@ def test_the_gains_interval_covers_the_planted_one_at_its_rate():
     for seed in range(1000):
         fresh, baseline, _ = study(np.random.default_rng(seed), **truth)
         gain, seeds = baseline - fresh[0].mean(axis=0), baseline.mean() - fresh[0].mean(axis=1)
-        found = significance.estimate(gain, resamples, seeds=seeds)
-        covered += found.low <= planted <= found.high
-        found_positive += found.positive
+        estimate = significance.estimate(gain, resamples, seeds=seeds)
+        covered += estimate.low <= planted <= estimate.high
+        found_positive += estimate.positive
     assert 930 <= covered <= 970 and found_positive >= 900, (covered, found_positive)
 
 

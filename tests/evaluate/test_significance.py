@@ -131,9 +131,9 @@ def test_a_panel_that_grows_has_the_error_of_a_ratio():
     resamples = significance.resample(300, 5, reps=4000)
     sums = np.bincount(place, weights=losses)
     ratios = (resamples.weights @ sums) / (resamples.weights @ counts)
-    found = significance.estimate(significance.by_day(losses, dates), resamples)
-    assert found.mean == pytest.approx(losses.mean())
-    assert found.se == pytest.approx(ratios.std(), rel=0.05)  # linear against exact, 300 days
+    estimate = significance.estimate(significance.by_day(losses, dates), resamples)
+    assert estimate.mean == pytest.approx(losses.mean())
+    assert estimate.se == pytest.approx(ratios.std(), rel=0.05)  # linear against exact, 300 days
 
 
 # --- blocks -----------------------------------------------------------------------------------------------------------
@@ -144,8 +144,8 @@ def test_block_lengths_agree_with_pattons_program():
     losses = correlated_losses()
     patton = [9.074, 11.962, 11.907, 12.010, 7.952, 11.253]
     # arch takes autocovariances over the whole sample, Patton over a common one: they differ by 3 % here.
-    found = [significance.block_length(losses[:, i], horizon=1) for i in range(6)]
-    assert found == [math.ceil(length) for length in (9.2, *patton[1:4], 8.2, patton[5])]
+    lengths = [significance.block_length(losses[:, i], horizon=1) for i in range(6)]
+    assert lengths == [math.ceil(length) for length in (9.2, *patton[1:4], 8.2, patton[5])]
     assert significance.block_length(losses, horizon=1) == 12
     assert significance.block_length(losses, horizon=20) == 20
 
@@ -194,8 +194,8 @@ def test_the_bootstraps_variance_is_the_closed_form():
         kernel = (1 - i / n) * (1 - p) ** i + (i / n) * (1 - p) ** (n - i)
         wanted = wanted + 2 * kernel * (centred[:-i] * centred[i:]).sum(axis=0) / n
     resamples = significance.resample(n, block, reps=20_000)
-    found = significance.standard_errors(series, resamples) ** 2 * n
-    np.testing.assert_allclose(found, wanted, rtol=0.04)  # 20,000 draws: a variance to 1 %, six of them
+    variances = significance.standard_errors(series, resamples) ** 2 * n
+    np.testing.assert_allclose(variances, wanted, rtol=0.04)  # 20,000 draws: a variance to 1 %, six of them
     np.testing.assert_allclose(resamples.weights.sum(axis=1), 1, rtol=1e-5)
 
 
@@ -276,16 +276,16 @@ def test_overfitting_agrees_with_another_implementation(n_models, n_blocks, want
     rng = np.random.default_rng(7)
     noise = 0.2 * rng.standard_normal((610, 7))
     losses = 0.6 + noise + np.array([0, 0, 0.01, 0.002, 0.004, 0.003, -0.004])
-    found = selection.overfitting_probability(losses[:, :n_models], n_blocks=n_blocks)
-    assert found == pytest.approx(wanted, abs=1e-6)
+    probability = selection.overfitting_probability(losses[:, :n_models], n_blocks=n_blocks)
+    assert probability == pytest.approx(wanted, abs=1e-6)
 
 
 def test_a_choice_by_lot_is_overfitted_half_the_time():
     """Three models that take turns: whichever is chosen, the rest of the days knows nothing of it."""
     rng = np.random.default_rng(2)
-    found = [selection.overfitting_probability(rng.standard_normal((160, 3)), n_blocks=8) for _ in range(200)]
+    shares = [selection.overfitting_probability(rng.standard_normal((160, 3)), n_blocks=8) for _ in range(200)]
     # Of equal models the halves mirror each other, so that the better on one is the worse on the other.
-    assert 0.5 < np.mean(found) < 0.75
+    assert 0.5 < np.mean(shares) < 0.75
 
 
 def test_a_search_over_one_truly_better_model_is_not_overfitted():
@@ -319,13 +319,15 @@ def test_the_luck_of_equal_trials_is_the_expected_maximum_of_their_noise():
     ],
 )
 def test_what_is_too_good_to_be_true_is_said_in_a_line(scored, said):
-    found = significance.leakage_warning(scored)
-    assert found is None if said is None else (found.startswith(said) and "\n" not in found)
+    warning = significance.leakage_warning(scored)
+    assert warning is None if said is None else (warning.startswith(said) and "\n" not in warning)
 
 
 def test_terciles_hold_a_third_each_and_leave_out_what_is_unknown():
     values = np.append(np.random.default_rng(0).permutation(300).astype(float), [np.nan, np.nan])
-    found = significance.tercile_indices(values)
-    assert [int((found == i).sum()) for i in (-1, 0, 1, 2)] == [2, 100, 100, 100]
-    assert values[found == 0].max() < values[found == 1].min() <= values[found == 1].max() < values[found == 2].min()
+    thirds = significance.tercile_indices(values)
+    assert [int((thirds == i).sum()) for i in (-1, 0, 1, 2)] == [2, 100, 100, 100]
+    assert (
+        values[thirds == 0].max() < values[thirds == 1].min() <= values[thirds == 1].max() < values[thirds == 2].min()
+    )
     assert (significance.tercile_indices(np.full(3, np.nan)) == -1).all()

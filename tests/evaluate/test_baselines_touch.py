@@ -26,9 +26,9 @@ def test_the_formula_is_what_fine_paths_do(price, threshold):
         path += rng.normal(scale=sd / np.sqrt(n_steps), size=n_paths)
         np.maximum(highest, path, out=highest)
     reached = highest if price == "high" else path
-    found = probability(baselines.touch_logits(task(threshold, price), np.array([sd])))[0]
+    p = probability(baselines.touch_logits(task(threshold, price), np.array([sd])))[0]
     # watched 2,000 times, a maximum is missed by .58 · sd / √2000 (Broadie, Glasserman & Kou 1997); SE .0035
-    assert found == pytest.approx((reached >= np.log1p(threshold)).mean(), abs=0.02)
+    assert p == pytest.approx((reached >= np.log1p(threshold)).mean(), abs=0.02)
 
 
 @pytest.mark.parametrize("k", [0.6, 1.0, 1.7])
@@ -36,10 +36,10 @@ def test_a_planted_scale_is_found(k):
     rng = np.random.default_rng(1)
     sd = np.exp(rng.normal(-4.5, 0.5, 20_000))
     labels = (rng.random(len(sd)) < probability(baselines.touch_logits(task(), k * sd))).astype(np.float32)
-    found = baselines.touch(task(), sd[:, None], labels, sd[:100, None])
-    np.testing.assert_allclose(found, baselines.touch_logits(task(), k * sd[:100]), atol=0.1)
+    logits = baselines.touch(task(), sd[:, None], labels, sd[:100, None])
+    np.testing.assert_allclose(logits, baselines.touch_logits(task(), k * sd[:100]), atol=0.1)
     other_unit = baselines.touch(task(), 1e4 * sd[:, None], labels, 1e4 * sd[:100, None])
-    np.testing.assert_allclose(other_unit, found, atol=1e-3)
+    np.testing.assert_allclose(other_unit, logits, atol=1e-3)
 
 
 def test_where_the_formula_says_nothing():
@@ -62,13 +62,13 @@ def test_garch_is_what_arch_filters_and_foresees():
     from arch import arch_model
 
     close = closes()
-    found = baselines.garch_sd(close, n_train=len(close), horizon=5)
+    sds = baselines.garch_sd(close, n_train=len(close), horizon=5)
     percent = 100 * np.diff(np.log(close))
     model = arch_model(percent, mean="Constant", vol="GARCH", p=1, o=1, q=1, rescale=False)
     result = model.fit(disp="off", show_warning=False)
     ahead = result.forecast(horizon=5, start=len(percent) - 1).variance.to_numpy()[-1].sum()
     # the two filters begin with other variances, which 1,500 days forget
-    assert found[-1] == pytest.approx(np.sqrt(ahead) / 100, rel=1e-6)
+    assert sds[-1] == pytest.approx(np.sqrt(ahead) / 100, rel=1e-6)
     day_ahead = baselines.garch_sd(close, n_train=len(close), horizon=1)[500:-1]
     np.testing.assert_allclose(day_ahead, result.conditional_volatility[500:] / 100, rtol=1e-6)
 

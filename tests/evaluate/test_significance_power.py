@@ -40,16 +40,16 @@ def test_the_paired_error_is_that_of_two_forecasters_whose_logits_differ():
     y = (rng.random(n) < metrics.sigmoid(truth)).astype(float)
     gap = significance.LOGIT_GAP * rng.normal(size=n)
     difference = np.subtract(*(metrics.per_sample_loss("probability", truth + s * gap / 2, y) for s in (1, -1)))
-    found = significance.paired_power(rate, 1000, 500.0, n_trials=50)
-    assert found.paired_se == pytest.approx(difference.std() / np.sqrt(500), rel=0.02)
+    power = significance.paired_power(rate, 1000, 500.0, n_trials=50)
+    assert power.paired_se == pytest.approx(difference.std() / np.sqrt(500), rel=0.02)
 
 
 def test_the_best_of_equal_trials_looks_better_by_the_stated_luck():
     rng = np.random.default_rng(3)
-    found = significance.paired_power(0.25, 800, 800.0, n_trials=20)
-    own = found.paired_se / np.sqrt(2)  # two trials' difference has the paired error
+    power = significance.paired_power(0.25, 800, 800.0, n_trials=20)
+    own = power.paired_se / np.sqrt(2)  # two trials' difference has the paired error
     losses = own * rng.normal(size=(40_000, 20))
-    assert -losses.min(axis=1).mean() == pytest.approx(found.luck_nats, rel=0.02)
+    assert -losses.min(axis=1).mean() == pytest.approx(power.luck_nats, rel=0.02)
 
 
 def test_rows_that_can_show_nothing_are_refused():
