@@ -165,7 +165,7 @@ class SearchSpace:
                 free[name] = range(distribution.low, distribution.high + 1, distribution.step)
             else:
                 return None
-        positions: Sequence[Mapping[str, Any]] = [fixed] if shape else [self.encode(shape) for shape in self.shapes]
+        positions: Sequence[Mapping[str, Any]] = [fixed] if shape else list(map(self.encode, self.shapes))
         if len(positions) * np.prod([len(values) for values in free.values()], dtype=float) > _ENUMERABLE:
             return None
         combinations = [dict(zip(free, values, strict=True)) for values in itertools.product(*free.values())]
