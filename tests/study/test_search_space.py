@@ -23,7 +23,7 @@ from fintx.config.schema import (
     config_hash,
 )
 from fintx.model import encoder, param_count
-from fintx.study.search_space import SearchSpace
+from fintx.study.search_space import SearchSpace, SpaceExhausted, propose, trial_identity
 
 AXES = tuple(encoder.COORDINATES)
 TASK = TaskConfig(kind="threshold", horizon=3, price="high", threshold=0.01)
@@ -180,6 +180,24 @@ def test_a_whole_number_for_a_number_is_the_same_config():
         for zero, one in ((0, 1), (0.0, 1.0))
     ]
     assert config_hash(configs[0]) == config_hash(configs[1])
+
+
+def test_a_finite_space_is_proposed_to_its_last_point():
+    searched = {"model.dropout": Choices(choices=(0.0, 0.5)), "train.patience": FloatRange(low=2, high=4)}
+    spec = make_spec(space=searched)
+    space = SearchSpace.build(spec, n_features=N_FEATURES)
+    shape = space.shapes[3]
+    fixed = dict(space.encode(shape))
+    points = space.points(fixed, shape)
+    assert points is not None and len(points) == 6
+    *others, last = (trial_identity(space.trial_config(params, shape, seed=0)) for params in points)
+
+    def proposed(trained: set[str]) -> dict:
+        return propose(spec, space, [], number=0, fixed=fixed, shape=shape, trained=trained)
+
+    assert proposed(set(others)) == points[-1]
+    with pytest.raises(SpaceExhausted, match="every config of its space is trained already"):
+        proposed({*others, last})
 
 
 @pytest.mark.parametrize(
