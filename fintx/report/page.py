@@ -28,7 +28,7 @@ _TEMPLATES = jinja2.Environment(
     loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined,
     trim_blocks=True, lstrip_blocks=True,
 )  # fmt: skip
-_TEMPLATES.filters["with_code"] = lambda escaped: re.sub(r"`([^`]+)`", r"<code>\1</code>", escaped)
+_TEMPLATES.filters["with_code"] = lambda markup: re.sub(r"`([^`]+)`", r"<code>\1</code>", str(markup))
 
 
 @dataclass(frozen=True)

@@ -216,6 +216,7 @@ def test_what_a_file_says_can_not_write_into_the_page(tmp_path):
                                       Table("t", evil, [(evil, "text")], [[evil]], note=evil))),),
     )  # fmt: skip
     text = made.render()
+    assert Page(tmp_path, "", "", "", "run `a < b`", "open", ()).render().count("run <code>a &lt; b</code>") == 1
     assert "<script" not in text and '<b title="x">' not in text and text.count("&lt;script&gt;") >= 12
     assert made.write().is_file()
 
