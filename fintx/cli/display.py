@@ -93,8 +93,8 @@ def print_result(console: Console, result: Result) -> None:
         return
     if not isinstance(result, ConfirmationSummary) and (result.records or result.problem is None):
         _print_summary(console, result)
-    print_lines(console, *(f"left aside  {line}" for line in result.left_aside))
-    if result.left_aside:
+    print_lines(console, *(f"given up  {line}" for line in result.given_up))
+    if result.given_up:
         print_lines(console, "Give the same command again to try them again.")
     if not isinstance(result, ConfirmationSummary):
         if result.waiting and not result.interrupted:

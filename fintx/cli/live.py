@@ -55,7 +55,7 @@ def run(
     def run_watched(studies: Sequence[StudyRequest]) -> list[display.Result]:
         with View(console) as view:
             watched = dataclasses.replace(context, notify=view.notify)
-            results = scheduler.run_studies(studies, watched, workers=workers, also=added)
+            results = scheduler.run_studies(studies, watched, workers=workers, added=added)
         for result in results:
             display.print_result(console, result)
         return results

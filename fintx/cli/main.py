@@ -1,6 +1,6 @@
 """The `fintx` command: thin verbs. Each reads its arguments, calls one function and prints the result.
 
-Exit codes: 0 done; 1 a trial was left aside, `verify` found damage, or a bug in fintx; 2 something you can fix;
+Exit codes: 0 done; 1 a trial was given up, `verify` found damage, or a bug in fintx; 2 something you can fix;
 75 stopped on request (EX_TEMPFAIL of sysexits.h: give the same command again to continue).
 
 Verbs import what they call only when they run: a mistyped option or sweep file is reported before JAX is loaded.
@@ -220,7 +220,7 @@ def _run(
     if any(result.interrupted for result in ended):
         print("stopped on request; give the same command again to continue")
         raise typer.Exit(STOPPED)
-    if any(result.left_aside for result in ended):
+    if any(result.given_up for result in ended):
         raise typer.Exit(1)
 
 

@@ -37,7 +37,7 @@ class ConfirmationSummary:
     confirmation: Confirmation | None
     """As far as it has come; none where it can't be computed."""
     interrupted: bool
-    left_aside: tuple[str, ...]
+    given_up: tuple[str, ...]
     """Reruns whose attempts all crashed or hung, a line each: the next run tries them again."""
     problem: FintxError | None
 

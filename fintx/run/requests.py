@@ -1,4 +1,4 @@
-"""Orders from files: the studies that a command asks for, which follow their files' edits while they run."""
+"""Study requests: the studies that a command's files ask for; they follow edits of their files while they run."""
 
 from __future__ import annotations
 
@@ -20,28 +20,30 @@ def of_sweep(path: Path, overrides: Sequence[str]) -> StudyRequest:
     """
 
     def read() -> StudySpec:
-        return load.study(path, overrides=overrides, counted=False)  # what of the queue is done, the study knows
+        return load.study(path, overrides=overrides, counted=False)  # the study knows which queue entries are done
 
     spec = read()
     return StudyRequest(spec, load.watch(load.files(path), read), load.where(path, overrides=overrides))
 
 
-def of_fork(order: StudyRequest, name: str, *, outputs: Path) -> StudyRequest:
+def of_fork(request: StudyRequest, name: str, *, outputs: Path) -> StudyRequest:
     """The same file as a new study, with the bars of the old one and its trials.
 
     Raises:
-        FintxError: a name that is none, or no study to fork.
+        FintxError: no valid name, or no study to fork.
     """
-    old = outputs / order.spec.study.name
+    old = outputs / request.spec.study.name
 
     def forked(spec: StudySpec) -> StudySpec:
         return lifecycle.renamed(lifecycle.pin_versions(spec, old), name)
 
     def reload() -> StudySpec | None:
-        fresh = order.reload()
+        fresh = request.reload()
         return None if fresh is None else forked(fresh)
 
-    return dataclasses.replace(order, spec=forked(order.spec), reload=reload, take_over=lifecycle.take_over_from(old))
+    return dataclasses.replace(
+        request, spec=forked(request.spec), reload=reload, take_over=lifecycle.take_over_from(old)
+    )
 
 
 def of_confirmation(study: str, changes: dict[str, int], *, outputs: Path) -> tuple[Path, StudyRequest]:
@@ -69,14 +71,14 @@ def of_manual(path: Path, overrides: Sequence[str]) -> list[StudyRequest]:
     return [_of_group(path, sweep, spec, overrides) for sweep, spec in load.manual(path, overrides=overrides).items()]
 
 
-def added(path: Path, overrides: Sequence[str], made: Sequence[StudyRequest]) -> Callable[[], list[StudyRequest]]:
-    """Gives the studies that a manual file has come to name since the last look, beside those that are ordered."""
-    again = load.watch((path,), lambda: of_manual(path, overrides))
-    names = {order.spec.study.name for order in made}
+def added(path: Path, overrides: Sequence[str], studies: Sequence[StudyRequest]) -> Callable[[], list[StudyRequest]]:
+    """A function that returns the studies that were added to a manual file since the last call."""
+    reload = load.watch((path,), lambda: of_manual(path, overrides))
+    names = {request.spec.study.name for request in studies}
 
     def look() -> list[StudyRequest]:
-        fresh = [order for order in again() or () if order.spec.study.name not in names]
-        names.update(order.spec.study.name for order in fresh)
+        fresh = [request for request in reload() or () if request.spec.study.name not in names]
+        names.update(request.spec.study.name for request in fresh)
         return fresh
 
     return look
@@ -84,8 +86,8 @@ def added(path: Path, overrides: Sequence[str], made: Sequence[StudyRequest]) ->
 
 def _of_group(path: Path, sweep: Path, spec: StudySpec, overrides: Sequence[str]) -> StudyRequest:
     def read() -> StudySpec:
-        emptied = spec.model_copy(update={"queue": ()})
-        return load.manual(path, overrides=overrides).get(sweep, emptied)
+        without_queue = spec.model_copy(update={"queue": ()})
+        return load.manual(path, overrides=overrides).get(sweep, without_queue)
 
-    again = load.watch((path, *load.files(sweep)), read)
-    return StudyRequest(spec, again, load.where(path, overrides=overrides, sweep=sweep), queue_only=True)
+    reload = load.watch((path, *load.files(sweep)), read)
+    return StudyRequest(spec, reload, load.where(path, overrides=overrides, sweep=sweep), queue_only=True)

@@ -88,7 +88,7 @@ def run_studies(
     context: RunContext,
     *,
     workers: int | None = None,
-    also: Callable[[], Sequence[StudyRequest]] = tuple,
+    added: Callable[[], Sequence[StudyRequest]] = tuple,
 ) -> list[Result]:
     """Run studies: one after the other with one worker, else as many side by side as there are workers.
 
@@ -98,7 +98,7 @@ def run_studies(
         context: what the workers run on is found out here.
         workers: processes that train, each on its share of the GPUs or of the cores; none: one, and on several GPUs
             one for as few of them as the largest trial needs.
-        also: asked several times a second for studies to run after these.
+        added: asked several times a second for studies to run after these.
 
     Raises:
         FintxError: more workers than GPUs.
@@ -119,7 +119,7 @@ def run_studies(
     context = dataclasses.replace(context, on_gpu=len(gpus) > 0, n_workers=workers)
     with contextlib.ExitStack() as stack:
         pool = stack.enter_context(contextlib.closing(Pool(workers, gpus=len(gpus), hosts=context.hosts)))
-        return _Scheduler(list(requests), context, pool, stack, also).run()
+        return _Scheduler(list(requests), context, pool, stack, added).run()
 
 
 @dataclass(eq=False)
@@ -140,7 +140,7 @@ class _Scheduler:
     context: RunContext
     pool: Pool
     stack: contextlib.ExitStack
-    also: Callable[[], Sequence[StudyRequest]]
+    added: Callable[[], Sequence[StudyRequest]]
 
     def __post_init__(self) -> None:
         self.waiting = list(self.requests)
@@ -158,7 +158,7 @@ class _Scheduler:
             if self.context.should_stop():
                 self._stop()
             with contextlib.suppress(FintxError):  # each study of the file reports what is wrong with it
-                added = self.also()
+                added = self.added()
                 self.requests += added
                 self.waiting += added
             self._send_jobs()

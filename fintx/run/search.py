@@ -50,7 +50,7 @@ class StudySummary:
     baselines: dict[str, Any] = field(default_factory=dict)
     comparison: BaselineComparison | None = None
     """The best trial against the best baseline; none where its predictions lie on another machine."""
-    left_aside: tuple[str, ...] = ()
+    given_up: tuple[str, ...] = ()
     """Trials whose attempts all crashed or hung, a line each: the next run tries them again."""
     waiting: tuple[str, ...] = ()
     """Queue entries that n_trials left no room for."""
@@ -359,7 +359,7 @@ class Search:
             best=best,
             baselines=self.study.baselines,
             comparison=comparison,
-            left_aside=self.run.given_up(self.finished),
+            given_up=self.run.given_up(self.finished),
             waiting=tuple(identity for identity in map(queue.entry_id, self._entries()) if identity not in taken),
             problem=self.run.problem,
         )

@@ -195,7 +195,7 @@ def test_a_study_that_a_manual_file_comes_to_name_is_run_too(file, tmp_path, dat
 
     results = scheduler.run_studies(
         studies, RunContext(tmp_path / "outputs", data_root, notify, lambda: "other" in ready), workers=2,
-        also=requests.added(manual, (), studies),
+        added=requests.added(manual, (), studies),
     )  # fmt: skip
     assert ready == ["tiny", "other"] and [result.spec.study.name for result in results] == ready
     assert [entry.id for entry in results[1].spec.queue] == ["b"]
