@@ -292,9 +292,9 @@ def test_import_verify_and_list(tmp_path):
     file.write_text("Date,Open,High,Low,Close,Volume\n" + "\n".join(rows) + "\n")
     data = tmp_path / "data"
     first = fintx("data", "import", file, "--symbol", "ABC", "--data-dir", data).stdout
-    assert "ABC.OHLCV.daily: 5,031 bars 1999-01-04 … 2018-12-31, kept as a new version" in first
+    assert "ABC.OHLCV.daily: 5,031 bars 1999-01-04 … 2018-12-31, stored as a new version" in first
     assert (
-        "is known already; nothing written"
+        "already imported; nothing written"
         in fintx("data", "import", file, "--symbol", "ABC", "--data-dir", data).stdout
     )
     assert "ABC.OHLCV.daily" in fintx("data", "list", "--data-dir", data).stdout
