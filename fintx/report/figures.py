@@ -31,6 +31,7 @@ from fintx.analysis.study_results import StudyResults
 from fintx.config.schema import Shape
 from fintx.evaluate.calibration import PrecisionRecall, ReliabilityBin
 from fintx.evaluate.significance import Estimate
+from fintx.model.family import Family
 from fintx.report.format import LOSSES, count, metric_words
 from fintx.types import Floats
 
@@ -411,14 +412,14 @@ def _set_log_ticks(axes: Axes, values: Sequence[float]) -> None:
     axes.minorticks_off()
 
 
-def plot_shape_map(trained: Sequence[tuple[Shape, float]], feasible: Sequence[Shape]) -> Picture:
+def plot_shape_map(trained: Sequence[tuple[Shape, float]], feasible: Sequence[Shape], kind: Family) -> Picture:
     """Width against depth of each trial's (shape, skill), skill as colour, the feasible set outlined."""
     with canvas(height=3.8) as figure:
         axes = figure.subplots()
         shapes = [*feasible, *(shape for shape, _ in trained)]
-        widths, depths = sorted({s.d_model for s in shapes}), sorted({s.n_layers for s in shapes})
-        for width in {shape.d_model for shape in feasible}:
-            fitting = [math.log2(shape.n_layers) for shape in feasible if shape.d_model == width]
+        widths, depths = sorted({*map(kind.width, shapes)}), sorted({*map(kind.depth, shapes)})
+        for width in {kind.width(shape) for shape in feasible}:
+            fitting = [math.log2(kind.depth(shape)) for shape in feasible if kind.width(shape) == width]
             corner = widths.index(width) - 0.3, min(fitting) - 0.18
             axes.add_patch(
                 FancyBboxPatch(corner, 0.6, max(fitting) - min(fitting) + 0.36, facecolor="none", edgecolor=MUTED,
@@ -426,10 +427,8 @@ def plot_shape_map(trained: Sequence[tuple[Shape, float]], feasible: Sequence[Sh
             )  # fmt: skip
         ordered = sorted(trained, key=lambda pair: pair[1])
         skills = [skill for _, skill in ordered]
-        # Heads and feed-forward ratio move a point a little, so that equal widths and depths don't hide each other.
-        x = [widths.index(s.d_model) + 0.07 * (math.log2(s.n_heads) % 4 - 1.5)
-             + 0.03 * (1 if s.d_ff > 2 * s.d_model else -1) for s, _ in ordered]  # fmt: skip
-        y = [math.log2(shape.n_layers) for shape, _ in ordered]
+        x = [widths.index(kind.width(shape)) + _aside(shape) for shape, _ in ordered]
+        y = [math.log2(kind.depth(shape)) for shape, _ in ordered]
         points = axes.scatter(x, y, c=skills, cmap="cividis", s=52, edgecolors=INK, linewidths=0.6, zorder=3,
                               vmin=max(_limits(skills)[0], skills[0]), vmax=skills[-1])  # fmt: skip
         axes.annotate("best", (x[-1], y[-1]), xytext=(8, 8), textcoords="offset points", color=INK, fontsize=8.5)
@@ -437,7 +436,7 @@ def plot_shape_map(trained: Sequence[tuple[Shape, float]], feasible: Sequence[Sh
         ticks = [d for d in (1, 2, 4, 8, 12, 24, 48, 96, 192, 256) if depths[0] <= d <= depths[-1]] or [depths[0]]
         axes.set_yticks([math.log2(d) for d in ticks], list(map(str, ticks)))
         axes.set(xlim=(-0.6, len(widths) - 0.4), ylim=(math.log2(depths[0]) - 0.4, math.log2(depths[-1]) + 0.4))
-        axes.set(xlabel="d_model", ylabel="layers")
+        axes.set(xlabel=next(iter(kind.extents)), ylabel="layers")
         bar = figure.colorbar(points, ax=axes, pad=0.02, aspect=28, label="skill")
         bar.outline.set_visible(False)
         assert bar.solids is not None
@@ -448,6 +447,13 @@ def plot_shape_map(trained: Sequence[tuple[Shape, float]], feasible: Sequence[Sh
             "at each width. Points of one width are set side by side by number of heads."
         )
         return picture(figure, "shape_map", "Map of shapes", caption)
+
+
+def _aside(shape: Shape) -> float:
+    """Heads and feed-forward ratio move a point a little, so that equal widths and depths don't hide each other."""
+    if "n_heads" not in shape.model_dump():
+        return 0.0
+    return 0.07 * (math.log2(shape.n_heads) % 4 - 1.5) + 0.03 * (1 if shape.d_ff > 2 * shape.d_model else -1)
 
 
 def plot_learning_curves(results: StudyResults) -> Picture:

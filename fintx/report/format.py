@@ -78,9 +78,17 @@ def duration(seconds: float | datetime.timedelta | None) -> str:
     return " ".join(parts[:2]) or "0 s"
 
 
-def shape_words(shape: Shape | TrialRecord) -> str:
-    """d_model 768 · 28 layers · 12 heads · d_ff 3072."""
-    return f"d_model {shape.d_model} · {shape.n_layers} layers · {shape.n_heads} heads · d_ff {shape.d_ff}"
+def shape_words(shape: Shape) -> str:
+    """d_model 768 · 28 layers · 12 heads · d_ff 3072; of another model family than the encoder: width 16 · …"""
+    numbers = shape.model_dump()
+    if numbers.keys() == {"d_model", "n_layers", "n_heads", "d_ff"}:
+        return f"d_model {shape.d_model} · {shape.n_layers} layers · {shape.n_heads} heads · d_ff {shape.d_ff}"
+    return " · ".join(f"{name} {value}" for name, value in numbers.items())
+
+
+def shape_label(shape: Shape) -> str:
+    """768 × 28 of an encoder's width and depth, where there is no room for all numbers."""
+    return f"{shape.d_model} × {shape.n_layers}" if "n_layers" in shape.model_dump() else shape_words(shape)
 
 
 def metric_words(name: str) -> str:
@@ -157,7 +165,7 @@ def study_verdict(results: StudyResults, confirmation: Confirmation | None) -> t
 
 def best_of(n_trials: int, best: TrialRecord) -> str:
     """the best of 50 trials, trial 7 (d_model 768 · …),"""
-    return f"the best of {n_trials} trials, trial {best.trial_number} ({shape_words(best)}),"
+    return f"the best of {n_trials} trials, trial {best.trial_number} ({shape_words(best.config.shape)}),"
 
 
 def comparison_verdict(

@@ -8,6 +8,7 @@ from fintx.analysis.patterns import LEAST_TRIALS, Importance, Pattern, SearchSum
 from fintx.analysis.study_analysis import StudyAnalysis
 from fintx.analysis.study_results import StudyResults
 from fintx.config.schema import FloatRange, Shape
+from fintx.model import family
 from fintx.report import figures
 from fintx.report.figures import Slice
 from fintx.report.format import LOSSES, duration, listed, number, percent, percent_span, shape_words
@@ -15,6 +16,8 @@ from fintx.report.page import Block, Prose, Section
 from fintx.report.table import Table
 from fintx.study.records import TrialRecord
 
+_NUMBERS = {"n_layers": "layers", "n_heads": "heads", "d_ff ratio": "d_ff / d_model"}
+"""An encoder's numbers as a reader knows them; those of another family have their own names."""
 _AXES = {"shape.aspect": "d_model / layers", "shape.d_ff_ratio": "d_ff / d_model", "shape.heads": "heads"}
 
 
@@ -27,7 +30,10 @@ def course_section(results: StudyResults, feasible: Sequence[Shape]) -> Section:
         if slices := _slices(results, [record for record, _ in scored]):
             blocks.append(figures.plot_slices(slices, [skill for _, skill in scored]))
         if scored:
-            blocks.append(figures.plot_shape_map([(record.config.shape, skill) for record, skill in scored], feasible))
+            kind = family.of(results.spec.model)
+            blocks.append(
+                figures.plot_shape_map([(record.config.shape, skill) for record, skill in scored], feasible, kind)
+            )
         blocks.append(figures.plot_learning_curves(results))
     return Section("course", "Course of the search", tuple(blocks))
 
@@ -35,10 +41,8 @@ def course_section(results: StudyResults, feasible: Sequence[Shape]) -> Section:
 def _slices(results: StudyResults, trials: Sequence[TrialRecord]) -> list[Slice]:
     """The shape's numbers and the searched values, where trials differ in them."""
     slices = [
-        Slice("d_model", [r.d_model for r in trials], log=True),
-        Slice("layers", [r.n_layers for r in trials], log=True),
-        Slice("d_ff / d_model", [r.d_ff / r.d_model for r in trials], log=True),
-        Slice("heads", [r.n_heads for r in trials], log=True),
+        Slice(_NUMBERS.get(name, name), [extent(record.config.shape) for record in trials], log=True)
+        for name, extent in family.of(results.spec.model).extents.items()
     ]
     for path, searched in results.spec.space.items():
         values = [_searched_value(record, path) for record in trials]
@@ -175,15 +179,16 @@ def _trial_table(results: StudyResults) -> Table:
     for r in (*results.ranked, *(record for record in results.records if record.value is None)):
         values = [_searched_value(r, path) for path in paths]
         rows.append(
-            [str(r.trial_number), r.value, results.skill(r.best) if r.value is not None else None, str(r.d_model),
-             str(r.n_layers), str(r.n_heads), str(r.d_ff), r.param_count,
+            [str(r.trial_number), r.value, results.skill(r.best) if r.value is not None else None,
+             *map(str, r.config.shape.model_dump().values()), r.param_count,
              *(f"{v:.3g}" if isinstance(v, float) else str(v) for v in values),
              r.folds[-1].best_epoch if r.folds else None, r.outcome.replace("_", " "), r.source, str(r.config.seed),
              r.wall_s, r.note or None]
         )  # fmt: skip
     return Table(
         "all_trials", "Every trial, best first",
-        ["trial", (results.metric, "number"), ("skill", "percent"), "d_model", "layers", "heads", "d_ff",
+        ["trial", (results.metric, "number"), ("skill", "percent"),
+         *(_NUMBERS.get(name, name) for name in results.records[0].config.shape.model_dump()),
          ("parameters", "whole"), *map(_path_words, paths), ("best epoch", "whole"), "outcome", "source", "seed",
          ("time", "seconds"), "note"],
         rows, marked=(0,) if results.ranked else (),

@@ -80,8 +80,7 @@ def _facts(results: StudyResults) -> tuple[tuple[str, str], ...]:
         scores = results.baselines[baseline]["metrics"]
         value = f"{number(scores.get(results.metric))} ({percent(results.skill(scores))})"
         facts.append((f"best baseline, {baseline}", value))
-    shape = f"{best.d_model} × {best.n_layers}, {best.n_heads} heads"
-    return *facts, ("best shape", shape), ("parameters", f"{best.param_count:,}")
+    return *facts, ("best shape", shape_words(best.config.shape)), ("parameters", f"{best.param_count:,}")
 
 
 def _question_section(analysis: StudyAnalysis) -> Section:
@@ -113,7 +112,11 @@ def _recorded_split_table(results: StudyResults) -> Table:
 def _baseline_section(results: StudyResults) -> Section:
     """The best trial and every baseline on the same rows; gains with intervals."""
     best, sign = results.best, 1 if results.minimize else -1
-    rows = [] if best is None else [Score(f"best trial ({best.trial_number})", best.best, None, shape_words(best))]
+    rows = (
+        []
+        if best is None
+        else [Score(f"best trial ({best.trial_number})", best.best, None, shape_words(best.config.shape))]
+    )
     ordered = sorted(results.baselines.items(), key=lambda pair: sign * (pair[1]["metrics"].get(results.metric) or 0.0))
     rows += [Score(name, stored["metrics"], results.gain(name), stored["words"]) for name, stored in ordered]
     table = score_table(
@@ -132,7 +135,7 @@ def _confirmation_section(analysis: StudyAnalysis) -> Section:
     if confirmation is not None and any(candidate.verdict for candidate in confirmation.candidates):
         for candidate in confirmation.candidates:
             if candidate.verdict is not None:
-                label = f"trial {candidate.trial} · {candidate.shape.d_model} × {candidate.shape.n_layers}"
+                label = f"trial {candidate.trial} · {format.shape_label(candidate.shape)}"
                 rows.append(ForestRow(label, candidate.verdict.gain, candidate.verdict.confirmed))
                 if candidate.ensemble is not None:
                     gain = candidate.ensemble.gain
@@ -151,7 +154,7 @@ def _confirmation_section(analysis: StudyAnalysis) -> Section:
     blocks: list[Block] = [Prose(note, "note")]
     for record in results.ranked[:_N_FOREST]:
         if (gained := results.gain(results.best_baseline, record.trial_number)) is not None:
-            label = f"trial {record.trial_number} · {record.d_model} × {record.n_layers}"
+            label = f"trial {record.trial_number} · {format.shape_label(record.config.shape)}"
             rows.append(ForestRow(label, gained, gained.positive))
     if rows and results.best_baseline is not None:
         title = "The best trials against the best baseline, unconfirmed"

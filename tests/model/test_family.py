@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import pytest
 from jax.sharding import PartitionSpec
 from pydantic import BaseModel, ConfigDict
 
-from fintx.analysis import status
+from fintx.analysis import comparison, status, study_analysis
 from fintx.config import load, schema
 from fintx.config.bounds import PositiveInt
 from fintx.config.families import FamilyConfig
@@ -36,6 +37,7 @@ from fintx.errors import FintxError
 from fintx.model import family
 from fintx.model.family import Family
 from fintx.model.param_count import InfeasibleBudget, count_params, feasible_shapes
+from fintx.report import comparison_page, study_page
 from fintx.run import trial as trials
 from fintx.run.job import Job
 from fintx.run.trial import Hooks
@@ -45,6 +47,7 @@ from fintx.train import checkpoint, memory, sharding, train_step, trainer
 from fintx.train.resume import CheckpointPolicy
 from fintx.train.sharding import Layout
 from fintx.train.train_state import BatchLayout, static_config
+from tests.helpers import planted
 
 # --- the family: tanh(window · W) · w, of a width ---------------------------------------------------------------------
 
@@ -346,6 +349,30 @@ def test_a_trial_becomes_a_record(
     file.write_text(file.read_text().replace('"width": 16', '"width": 17'))
     with pytest.raises(records.DamagedRecord):
         records.read(file)
+
+
+def test_studies_of_it_are_reported_and_compared(tmp_path: Path) -> None:
+    """Tables, figures and patterns go over its own numbers."""
+    rng, n = np.random.default_rng(0), 300
+    labels, prior = (rng.random(n) < 0.4).astype(float), np.full(n, -0.4)
+    rivals = {"prior": prior, "volatility_logistic": prior + 0.1 * rng.normal(size=n)}
+    folders = []
+    for name in ("one", "two"):
+        text = SWEEP.replace('name = "mlp"', f'name = "{name}"') + '"model.dropout" = { low = 0.0, high = 0.5 }\n'
+        folders.append(
+            planted.write_study(
+                tmp_path, loaded(tmp_path, text), lambda *_: prior + 0.1 * rng.normal(size=n), labels=labels,
+                baselines=rivals,
+            )
+        )  # fmt: skip
+    analysis = study_analysis.read(folders[0], data_root=tmp_path)
+    assert [(pattern.name, len(pattern.groups)) for pattern in analysis.shapes] == [("width", 2)]
+    assert [(row.width, row.depths) for row in analysis.search.coverage] == [(16, "2"), (24, "2")]
+    page = study_page.build(analysis).write().read_text()
+    assert "By width" in page and re.search(r"trial \d+ · width (16|24)", page)
+    side_by_side = comparison.read(folders)
+    assert {row.shape for row in side_by_side.common} == {Shape(width=16), Shape(width=24)}
+    assert "width 16" in comparison_page.build(side_by_side, outputs=tmp_path).write().read_text()
 
 
 def test_what_it_holds_is_guessed_before_it_is_compiled(trial: TrialConfig) -> None:
