@@ -18,7 +18,8 @@ from fintx.run.job import Job
 from fintx.study import locks, records
 from fintx.study.events import EpochDone, RunContext, TrialEnded, TrialStarted
 from fintx.study.records import TrialRecord
-from fintx.train import memory, progress
+from fintx.train import memory
+from fintx.train.member_run import EpochReport
 
 
 class FailurePolicy:
@@ -134,7 +135,7 @@ class StudyRun:
                 self.last_step[key] = values["step"]
                 return None
             case "epoch":
-                epoch, n_replicates = progress.Epoch(**values["epoch"]), len(self.running[key].replicates)
+                epoch, n_replicates = EpochReport(**values["epoch"]), len(self.running[key].replicates)
                 replicate = values["replicate"]
                 self.context.notify(
                     EpochDone(self.name, key, values["fold"], self.n_folds, replicate, n_replicates, epoch)

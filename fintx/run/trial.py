@@ -30,16 +30,16 @@ from fintx.evaluate import metrics
 from fintx.run.job import Job
 from fintx.study import environment, locks, records
 from fintx.study.records import FoldRecord, Replicate, TrialRecord
-from fintx.train import checkpoint, compilation, multihost, progress, resume, trainer
-from fintx.train.member_run import Member
-from fintx.train.progress import FitResult, Timing
+from fintx.train import checkpoint, compilation, multihost, resume, trainer
+from fintx.train.member_run import EpochReport, FitResult, Member
+from fintx.train.train_state import Timing
 
 
 @dataclass(frozen=True)
 class Hooks:
     """What a running trial reports, and asks."""
 
-    on_epoch: Callable[[int, int, progress.Epoch], None] = lambda fold, replicate, epoch: None
+    on_epoch: Callable[[int, int, EpochReport], None] = lambda fold, replicate, epoch: None
     on_progress: Callable[[int, int], None] = lambda fold, step: None
     """At least every few seconds of training."""
     on_warning: Callable[[str], None] = lambda text: None
@@ -332,7 +332,7 @@ def _record(trial: _Trial, folds: tuple[Dataset, ...]) -> TrialRecord:
         warnings=tuple(warning for fit in fits for warning in fit.warnings),
         attempt=job.attempt,
         host=socket.gethostname(),
-        micro_batch=fits[-1].micro_batch,
+        micro_batch=fits[-1].batch_layout.micro_batch,
         remat=fits[-1].batch_layout.remat,
         layout=dataclasses.asdict(fits[-1].batch_layout.layout),
         memory_bytes=max((fit.memory_bytes for fit in fits if fit.memory_bytes is not None), default=None),

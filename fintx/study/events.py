@@ -9,7 +9,7 @@ from pathlib import Path
 from fintx.config.schema import ExecutionConfig, Shape, StudySpec
 from fintx.data import datasets
 from fintx.study.records import TrialRecord
-from fintx.train import progress
+from fintx.train.member_run import EpochReport
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class EpochDone:
     n_folds: int
     replicate: int
     n_replicates: int
-    epoch: progress.Epoch
+    epoch: EpochReport
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,7 @@
-"""What is one sample's training loss? Written on logits: finite and exact however sure the model is."""
+"""Training losses of single samples, written on logits: finite and exact however sure the model is."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -32,8 +31,24 @@ class LossValues:
     positive_weight: Any
 
 
-_Loss = Callable[[Float[Array, " B"], Float[Array, " B"], LossValues], Float[Array, " B"]]
-"""(outputs, targets, values) → loss of each sample."""
+def per_example(
+    kind: LossKind, outputs_B: Float[Array, " B"], targets_B: Float[Array, " B"], *, values: LossValues
+) -> Float[Array, " B"]:
+    """The training loss of each sample.
+
+    Args:
+        kind: bce, focal (outputs are logits, targets 0 or 1); mse, huber (both in SDs of the training target).
+        values: label smoothing and class weights are for bce and focal alone.
+    """
+    if kind == "mse":
+        return squared_error(outputs_B, targets_B)
+    if kind == "huber":
+        return huber(outputs_B, targets_B, delta=values.huber_delta)
+    weights_B = jnp.where(targets_B > 0.5, values.positive_weight, values.negative_weight)
+    smooth_B = smooth(targets_B, smoothing=values.label_smoothing)
+    if kind == "bce":
+        return weights_B * binary_cross_entropy(outputs_B, smooth_B)
+    return weights_B * focal(outputs_B, smooth_B, gamma=values.focal_gamma)
 
 
 def binary_cross_entropy(logits_B: Float[Array, " B"], targets_B: Float[Array, " B"]) -> Float[Array, " B"]:
@@ -86,31 +101,3 @@ def balanced_weights(labels: Floats) -> tuple[float, float]:
             f"{negatives} negatives; widen the training dates or choose another threshold"
         )
     return len(labels) / (2 * negatives), len(labels) / (2 * positives)
-
-
-def per_example(
-    kind: LossKind, outputs_B: Float[Array, " B"], targets_B: Float[Array, " B"], *, values: LossValues
-) -> Float[Array, " B"]:
-    """The training loss of each sample.
-
-    Args:
-        kind: bce, focal (outputs are logits, targets 0 or 1); mse, huber (both in SDs of the training target).
-        values: what the kind needs of them; label smoothing and class weights are for bce and focal.
-    """
-    return _LOSSES[kind](outputs_B, targets_B, values)
-
-
-def _classification(loss: _Loss) -> _Loss:
-    def weighted(logits_B: Float[Array, " B"], targets_B: Float[Array, " B"], values: LossValues) -> Float[Array, " B"]:
-        weights_B = jnp.where(targets_B > 0.5, values.positive_weight, values.negative_weight)
-        return weights_B * loss(logits_B, smooth(targets_B, smoothing=values.label_smoothing), values)
-
-    return weighted
-
-
-_LOSSES: dict[str, _Loss] = {
-    "bce": _classification(lambda logits_B, targets_B, _: binary_cross_entropy(logits_B, targets_B)),
-    "focal": _classification(lambda logits_B, targets_B, values: focal(logits_B, targets_B, gamma=values.focal_gamma)),
-    "mse": lambda outputs_B, targets_B, _: squared_error(outputs_B, targets_B),
-    "huber": lambda outputs_B, targets_B, values: huber(outputs_B, targets_B, delta=values.huber_delta),
-}

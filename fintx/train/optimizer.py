@@ -1,4 +1,4 @@
-"""Optimizer: AdamW behind a global-norm clip, with a rate that warms up and falls."""
+"""Optimizer: AdamW behind a global-norm clip, with a learning rate that warms up and falls."""
 
 from __future__ import annotations
 
@@ -15,11 +15,19 @@ from fintx.types import Params
 
 ScheduleKind = Literal["cosine", "constant", "linear", "inverse_sqrt"]
 
+# (progress from 0 at the peak to 1 at the last step, t / w, final fraction) → share of the peak
+_SCHEDULES: dict[str, Callable[[Any, Any, Any], Any]] = {
+    "cosine": lambda progress, _, final: final + (1 - final) * 0.5 * (1 + jnp.cos(jnp.pi * progress)),
+    "linear": lambda progress, _, final: final + (1 - final) * (1 - progress),
+    "constant": lambda progress, _, __: jnp.ones_like(progress),
+    "inverse_sqrt": lambda _, warmups, __: jax.lax.rsqrt(warmups),
+}
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class OptimValues:
-    """What the optimiser depends on: values of the compiled program, not constants in it."""
+    """What the optimizer depends on: values of the compiled program, not constants in it."""
 
     learning_rate: Any
     weight_decay: Any
@@ -31,6 +39,21 @@ class OptimValues:
     b1: Any
     b2: Any
     eps: Any
+
+
+def adamw(
+    values: OptimValues, *, schedule: ScheduleKind, mask: Callable[[Params], Params]
+) -> optax.GradientTransformation:
+    """Clip to the global norm, scale by Adam, add the weight decay of the masked leaves, multiply by minus the rate.
+
+    Loshchilov & Hutter 2019, https://arxiv.org/abs/1711.05101: the decay is decoupled, and scaled by the rate.
+    """
+    return optax.chain(
+        optax.stateless(lambda grads, _: clip_by_global_norm(grads, values.clip_norm)),
+        optax.scale_by_adam(b1=values.b1, b2=values.b2, eps=values.eps),
+        optax.add_decayed_weights(values.weight_decay, mask=mask),
+        optax.scale_by_learning_rate(lambda step: learning_rate(schedule, values, step)),
+    )
 
 
 def learning_rate(schedule: ScheduleKind, values: OptimValues, step: Int[Array, ""] | int) -> Float[Array, ""]:
@@ -49,19 +72,11 @@ def learning_rate(schedule: ScheduleKind, values: OptimValues, step: Int[Array, 
     return values.learning_rate * jnp.where(position <= warmup, climbing, falling)
 
 
-def adamw(
-    values: OptimValues, *, schedule: ScheduleKind, mask: Callable[[Params], Params]
-) -> optax.GradientTransformation:
-    """Clip to the global norm, scale by Adam, add the decay of what the mask says, multiply by minus the rate.
-
-    Loshchilov & Hutter 2019, https://arxiv.org/abs/1711.05101: the decay is decoupled, and scaled by the rate.
-    """
-    return optax.chain(
-        optax.stateless(lambda gradients, _: _clipped(gradients, values.clip_norm)),
-        optax.scale_by_adam(b1=values.b1, b2=values.b2, eps=values.eps),
-        optax.add_decayed_weights(values.weight_decay, mask=mask),
-        optax.scale_by_learning_rate(lambda count: learning_rate(schedule, values, count)),
-    )
+def clip_by_global_norm(grads: Params, limit: Any) -> Params:
+    """Gradients scaled down to a norm of at most `limit` (Pascanu et al. 2013, algorithm 1)."""
+    norm = global_norm(grads)
+    factor = jnp.where(norm < limit, jnp.float32(1), limit / norm)
+    return jax.tree.map(lambda grad: grad * factor, grads)
 
 
 def global_norm(tree: Params) -> Float[Array, ""]:
@@ -69,25 +84,9 @@ def global_norm(tree: Params) -> Float[Array, ""]:
 
     By dot products: on a CPU, XLA makes several kernels of each leaf's reduction, a tenth of a step's compile time.
     """
-    return jnp.sqrt(sum(map(_square, jax.tree.leaves(tree)), start=jnp.float32(0)))
 
+    def sum_of_squares(leaf: Array) -> Float[Array, ""]:
+        axes = tuple(range(leaf.ndim))
+        return jax.lax.dot_general(leaf, leaf, ((axes, axes), ((), ())), precision=jax.lax.Precision.HIGHEST)
 
-def _square(leaf: Array) -> Float[Array, ""]:
-    axes = tuple(range(leaf.ndim))
-    return jax.lax.dot_general(leaf, leaf, ((axes, axes), ((), ())), precision=jax.lax.Precision.HIGHEST)
-
-
-def _clipped(gradients: Params, limit: Any) -> Params:
-    """Scaled down to a norm of at most `limit` (Pascanu et al. 2013, algorithm 1)."""
-    size = global_norm(gradients)
-    factor = jnp.where(size < limit, jnp.float32(1), limit / size)
-    return jax.tree.map(lambda gradient: gradient * factor, gradients)
-
-
-# (progress from 0 at the peak to 1 at the last step, t / w, final fraction) → share of the peak
-_SCHEDULES: dict[str, Callable[[Any, Any, Any], Any]] = {
-    "cosine": lambda progress, _, final: final + (1 - final) * 0.5 * (1 + jnp.cos(jnp.pi * progress)),
-    "linear": lambda progress, _, final: final + (1 - final) * (1 - progress),
-    "constant": lambda progress, _, __: jnp.ones_like(progress),
-    "inverse_sqrt": lambda _, warmups, __: jax.lax.rsqrt(warmups),
-}
+    return jnp.sqrt(sum(map(sum_of_squares, jax.tree.leaves(tree)), start=jnp.float32(0)))

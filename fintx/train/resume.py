@@ -28,10 +28,17 @@ from fintx.errors import FintxError
 from fintx.model import family
 from fintx.train import checkpoint, multihost
 from fintx.train.checkpoint import CheckpointDamaged, Described, NotACheckpoint
-from fintx.train.progress import FitInputs, Progress, Timing
 from fintx.train.sharding import Layout
-from fintx.train.train_state import BatchLayout, TrainState, abstract_state, static_config
-from fintx.train.train_step import EpochSums, empty_sums
+from fintx.train.train_state import (
+    BatchLayout,
+    FitInputs,
+    Progress,
+    Timing,
+    TrainState,
+    abstract_state,
+    static_config,
+)
+from fintx.train.train_step import EpochSums
 from fintx.types import Params
 
 KEPT = 2
@@ -64,7 +71,7 @@ class TrainingState:
     """A trial between two segments, as whole host arrays, on however many devices they lay."""
 
     state: TrainState
-    tally: EpochSums
+    sums: EpochSums
     progress: Progress
     batch_layout: BatchLayout
     timing: Timing
@@ -129,7 +136,7 @@ class CheckpointManager:
         if training.step == self.saved_step or not multihost.is_first():
             return
         began = time.perf_counter()
-        items = {_TRAINING: _as_dicts((training.state, training.tally))}
+        items = {_TRAINING: _as_dicts((training.state, training.sums))}
         progress = training.progress
         if progress.params is not None:
             assert progress.outputs is not None
@@ -219,18 +226,18 @@ class CheckpointManager:
     def _read(self, described: Described) -> TrainingState:
         config, meta = described.config, described.meta
         n_features = len(config.data.features)
-        abstract = (abstract_state(static_config(config), n_features=n_features), jax.eval_shape(empty_sums))
+        abstract = (abstract_state(static_config(config), n_features=n_features), jax.eval_shape(EpochSums))
         items = {_TRAINING: _as_dicts(abstract)}
         if meta["progress"]["best_epoch"] > 0:
             outputs = jax.ShapeDtypeStruct((len(self._inputs.dataset.validation.rows),), np.float32)
             params = family.of(config.model).abstract_params(config.model, config.shape, n_features)
             items[_BEST] = {"params": params, "outputs": outputs}
         arrays = checkpoint.read(described, items)
-        state, tally = _from_dicts(arrays[_TRAINING], abstract)
+        state, sums = _from_dicts(arrays[_TRAINING], abstract)
         best = arrays.get(_BEST, {"params": None, "outputs": None})
         return TrainingState(
             state=state,
-            tally=tally,
+            sums=sums,
             progress=Progress(**meta["progress"], **best),
             batch_layout=BatchLayout(**{**meta["arrangement"], "layout": Layout(**meta["arrangement"]["layout"])}),
             timing=Timing(**{field.name: meta[field.name] for field in dataclasses.fields(Timing)}),

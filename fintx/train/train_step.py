@@ -1,12 +1,11 @@
-"""How many steps go into one dispatch? As many as take about a second and a half, by the clock.
+"""Train step: loss, gradients, update; a segment of steps as one program; the forward pass that evaluates.
 
-A dispatch can't be cut short: between two of them a trial can be stopped, saved and heard of. The steps of a small
-model take well below a millisecond, and its epochs are one dispatch each.
+The dataset lies on the device, and windows are gathered inside the program. Sizes are capacities, powers of two, and
+the number of steps is a value: folds and evaluations of other lengths find their program compiled.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -37,30 +36,11 @@ from fintx.train.train_state import (
 )
 from fintx.types import Floats, Ints, Params
 
-DISPATCH_S = 1.5
-"""Seconds that no dispatch should exceed by much; a single step may."""
-
-
-@dataclass
-class DispatchSize:
-    """What is known of a trial's speed. It decides where epochs are cut, which no result depends on."""
-
-    step_s: float = math.inf
-    """Seconds per step in the latest dispatch."""
-
-    def steps(self, left: int) -> int:
-        """Steps of the next dispatch, of `left` until the epoch's end: equal parts that are short enough, or one."""
-        parts = max(1, math.ceil(min(left, left * self.step_s / DISPATCH_S)))
-        return math.ceil(left / parts)
-
-    def note(self, n_steps: int, seconds: float) -> None:
-        """A dispatch is over."""
-        self.step_s = seconds / n_steps
-
-
 EVALUATION_BATCH = 256
 """Windows in a forward pass outside training: bounds its memory, and is part of the program, so that a number
 computed again is the same number."""
+
+# --- samples on the device --------------------------------------------------------------------------------------------
 
 
 @jax.tree_util.register_dataclass
@@ -78,6 +58,43 @@ class Windows:
     """int32: true samples among the S."""
 
 
+def place(features: Floats, rows: Ints, targets: Floats | None = None, *, layout: Layout = ONE) -> Windows:
+    """Samples onto the device, or whole onto each, padded to a capacity. Without targets they are zeros."""
+    n_rows, n = len(features), len(rows)
+    windows = Windows(
+        features=np.pad(np.asarray(features, np.float32), ((0, capacity(n_rows) - n_rows), (0, 0))),
+        rows=np.pad(np.asarray(rows, np.int32), (0, capacity(n) - n), constant_values=rows[0]),
+        targets=np.pad(np.asarray(np.zeros(n) if targets is None else targets, np.float32), (0, capacity(n) - n)),
+        n=np.int32(n),
+    )
+    return sharding.put_everywhere(layout, windows)  # type: ignore[no-any-return]
+
+
+def capacity(n: int) -> int:
+    """How many of something an array on the device holds for n of it: the next power of two, at least 256."""
+    return max(EVALUATION_BATCH, 1 << (n - 1).bit_length())
+
+
+def abstract_windows(*, n_features: int, n_rows: int, n_samples: int) -> Windows:
+    """`Windows` of shapes and dtypes, to compile with; sizes are capacities."""
+    return Windows(
+        features=jax.ShapeDtypeStruct((n_rows, n_features), jnp.float32),
+        rows=jax.ShapeDtypeStruct((n_samples,), jnp.int32),
+        targets=jax.ShapeDtypeStruct((n_samples,), jnp.float32),
+        n=jax.ShapeDtypeStruct((), jnp.int32),
+    )
+
+
+def _gather_windows(
+    context_length: int, features: Float[Array, "rows F"], rows_B: Int[Array, " B"]
+) -> Float[Array, "B T F"]:
+    offset_T = jnp.arange(1 - context_length, 1, dtype=jnp.int32)
+    return features.at[rows_B[:, None] + offset_T[None, :]].get(mode="promise_in_bounds")
+
+
+# --- one step ---------------------------------------------------------------------------------------------------------
+
+
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Batch:
@@ -93,47 +110,37 @@ class Batch:
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class StepReport:
-    """What a step says of itself."""
-
-    loss_sum: Any
-    """Over the batch's true samples."""
-    finite: Any
-    """bool: loss and gradients."""
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
 class EpochSums:
-    """What an epoch adds up from step to step; it goes from segment to segment, so that no cut shows in it."""
+    """What an epoch adds up from step to step, and hands from segment to segment, so that no cut shows in it."""
 
-    loss_sum: Any
+    loss_sum: Any = np.float32(0)
     """float32: over the samples so far, each under the parameters that its step began with."""
-    bad_step: Any
+    bad_step: Any = np.int32(-1)
     """int32: the first step (from 0) whose loss, gradients or parameters were not finite; −1: none."""
 
-
-def empty_sums() -> EpochSums:
-    """Of an epoch that begins."""
-    return EpochSums(loss_sum=np.float32(0), bad_step=np.int32(-1))
+    def add(self, *, loss_sum: Float[Array, ""], bad: Bool[Array, ""], step: Int[Array, ""]) -> EpochSums:
+        """The sums after one more step."""
+        first = bad & (self.bad_step < 0)
+        return EpochSums(loss_sum=self.loss_sum + loss_sum, bad_step=jnp.where(first, step, self.bad_step))
 
 
 def train_step(
-    static: StaticConfig, hyper: Hyperparameters, state: TrainState, batch: Batch
-) -> tuple[TrainState, StepReport]:
+    static: StaticConfig, hyper: Hyperparameters, state: TrainState, sums: EpochSums, batch: Batch
+) -> tuple[TrainState, EpochSums]:
     """One update on the mean loss of the batch's true samples."""
-    loss, gradients = _gradients(static, hyper, state, batch)
-    finite = jnp.isfinite(loss) & jnp.isfinite(global_norm(gradients))
+    loss, grads = loss_and_grads(static, hyper, state, batch)
+    finite = jnp.isfinite(loss) & jnp.isfinite(global_norm(grads))
     # optax mixes dtypes in its own arithmetic; nothing of ours does.
     with jax.numpy_dtype_promotion("standard"):
         transformation = adamw(hyper.optim, schedule=static.schedule, mask=static.family.weight_decay_mask)
-        updates, optimizer = transformation.update(gradients, state.optimizer, state.params)
+        updates, optimizer = transformation.update(grads, state.optimizer, state.params)
         params = optax.apply_updates(state.params, updates)
-    report = StepReport(loss_sum=loss * jnp.sum(batch.weights), finite=finite)
-    return TrainState(step=state.step + 1, params=params, optimizer=optimizer), report
+    loss_sum = loss * jnp.sum(batch.weights)
+    after = TrainState(step=state.step + 1, params=params, optimizer=optimizer)
+    return after, sums.add(loss_sum=loss_sum, bad=~finite, step=state.step)
 
 
-def _gradients(
+def loss_and_grads(
     static: StaticConfig, hyper: Hyperparameters, state: TrainState, batch: Batch
 ) -> tuple[Float[Array, ""], Params]:
     """The mean loss of the batch's true samples and its gradients, in as many passes as micro-batches fill the batch.
@@ -141,29 +148,29 @@ def _gradients(
     Passes differ in the dropout's key; but for that, and for the order of sums (1e-6), they don't show.
     """
     key = jax.random.fold_in(stream_key(hyper, STEP), state.step) if static.stochastic else None
-    total = jnp.sum(batch.weights)
+    n_samples = jnp.sum(batch.weights)
     before_layer = partial(sharding.before_layer, static.family, static.layout)
 
-    def share(params: Params, part: Batch, key: PRNGKeyArray | None) -> Float[Array, ""]:
+    def share_of_loss(params: Params, part: Batch, key: PRNGKeyArray | None) -> Float[Array, ""]:
         params, part = sharding.before_pass(static.family, static.layout, params, part)
         outputs_B = static.family.apply(
             static.model, static.shape, params, part.x,
             key=key, dropout=hyper.dropout, remat=static.remat, before_layer=before_layer,
         )  # fmt: skip
         losses_B = losses.per_example(static.loss, outputs_B, part.targets, values=hyper.loss)
-        return jnp.sum(part.weights * losses_B) / total
+        return jnp.sum(part.weights * losses_B) / n_samples
 
     if static.micro_batch >= static.batch_size:
-        return jax.value_and_grad(share)(state.params, batch, key)
+        return jax.value_and_grad(share_of_loss)(state.params, batch, key)
 
-    def add(carry: Any, indexed: tuple[Array, Batch]) -> tuple[Any, None]:
+    def add_pass(totals: Any, indexed: tuple[Array, Batch]) -> tuple[Any, None]:
         index, part = indexed
         part_key = None if key is None else jax.random.fold_in(key, index)
-        return jax.tree.map(jnp.add, carry, jax.value_and_grad(share)(state.params, part, part_key)), None
+        return jax.tree.map(jnp.add, totals, jax.value_and_grad(share_of_loss)(state.params, part, part_key)), None
 
     parts = _micro_batches(batch, size=static.micro_batch)
-    nothing = (jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, state.params))
-    return jax.lax.scan(add, nothing, (jnp.arange(len(parts.weights), dtype=jnp.int32), parts))[0]
+    zeros = (jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, state.params))
+    return jax.lax.scan(add_pass, zeros, (jnp.arange(len(parts.weights), dtype=jnp.int32), parts))[0]
 
 
 def _micro_batches(batch: Batch, *, size: int) -> Batch:
@@ -179,11 +186,14 @@ def _micro_batches(batch: Batch, *, size: int) -> Batch:
     return Batch(x=cut(batch.x), targets=cut(batch.targets), weights=weights)
 
 
+# --- a segment of an epoch, in one dispatch ---------------------------------------------------------------------------
+
+
 def train_segment(
     static: StaticConfig,
     hyper: Hyperparameters,
     state: TrainState,
-    tally: EpochSums,
+    sums: EpochSums,
     windows: Windows,
     n_steps: Int[Array, ""] | int,
 ) -> tuple[TrainState, EpochSums]:
@@ -194,21 +204,14 @@ def train_segment(
     order_S = epoch_order(hyper, epoch=epoch, n=windows.n, capacity=windows.rows.shape[0])
 
     def body(i: Any, carry: Any) -> Any:
-        state, tally = carry
-        step = state.step
+        state, sums = carry
         batch = gather_batch(static, windows, order_S, first=(done + i) * size)
-        state, report = train_step(static, hyper, state, batch)
-        return state, _add(tally, loss_sum=report.loss_sum, bad=~report.finite, step=step)
+        return train_step(static, hyper, state, sums, batch)
 
-    state, tally = jax.lax.fori_loop(0, n_steps, body, (state, tally))
+    state, sums = jax.lax.fori_loop(0, n_steps, body, (state, sums))
     # An update can overflow where loss and gradients did not; only an epoch's last would go unseen by the next step.
     overflown = (state.step % per_epoch == 0) & ~all_finite(state.params)
-    return state, _add(tally, loss_sum=jnp.zeros_like(tally.loss_sum), bad=overflown, step=state.step - 1)
-
-
-def _add(tally: EpochSums, *, loss_sum: Float[Array, ""], bad: Bool[Array, ""], step: Int[Array, ""]) -> EpochSums:
-    first = bad & (tally.bad_step < 0)
-    return EpochSums(loss_sum=tally.loss_sum + loss_sum, bad_step=jnp.where(first, step, tally.bad_step))
+    return state, sums.add(loss_sum=jnp.zeros_like(sums.loss_sum), bad=overflown, step=state.step - 1)
 
 
 def epoch_order(
@@ -232,10 +235,18 @@ def gather_batch(
     return Batch(x=x_BTF, targets=windows.targets[sample_B], weights=(position_B < windows.n).astype(jnp.float32))
 
 
+def all_finite(params: Params) -> Bool[Array, ""]:
+    """Is every number of the tree finite, and none so large (1e19) that float32 can't hold its square?"""
+    return jnp.isfinite(global_norm(params))
+
+
+# --- evaluation -------------------------------------------------------------------------------------------------------
+
+
 def logits(
     model: ModelConfig, shape: Shape, params: Params, windows: Windows, *, layout: Layout = ONE
 ) -> Float[Array, " S"]:
-    """The model's output for each sample, without dropout; rubbish beyond the n-th."""
+    """The model's output for each sample, without dropout; meaningless beyond the n-th."""
     kind = family.of(model)
     before_layer = partial(sharding.before_layer, kind, layout)
     n_batches = (windows.n + EVALUATION_BATCH - 1) // EVALUATION_BATCH
@@ -243,23 +254,14 @@ def logits(
     def body(i: Any, outputs_S: Any) -> Any:
         rows_B = jax.lax.dynamic_slice_in_dim(windows.rows, i * EVALUATION_BATCH, EVALUATION_BATCH)
         x_BTF = _gather_windows(model.context_length, windows.features, rows_B)
-        together, x_BTF = sharding.before_pass(kind, layout, params, x_BTF)
-        outputs_B = kind.apply(model, shape, together, x_BTF, before_layer=before_layer).astype(jnp.float32)
+        gathered, x_BTF = sharding.before_pass(kind, layout, params, x_BTF)
+        outputs_B = kind.apply(model, shape, gathered, x_BTF, before_layer=before_layer).astype(jnp.float32)
         return jax.lax.dynamic_update_slice_in_dim(outputs_S, outputs_B, i * EVALUATION_BATCH, axis=0)
 
     return jax.lax.fori_loop(0, n_batches, body, jnp.zeros(windows.rows.shape, jnp.float32))
 
 
-def all_finite(params: Params) -> Bool[Array, ""]:
-    """Is every number of the tree finite, and none so large (1e19) that float32 can't hold its square?"""
-    return jnp.isfinite(global_norm(params))
-
-
-def _gather_windows(
-    context_length: int, features: Float[Array, "rows F"], rows_B: Int[Array, " B"]
-) -> Float[Array, "B T F"]:
-    offset_T = jnp.arange(1 - context_length, 1, dtype=jnp.int32)
-    return features.at[rows_B[:, None] + offset_T[None, :]].get(mode="promise_in_bounds")
+# --- compiled programs ------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -269,8 +271,8 @@ class TrainPrograms:
     start: Callable[[Hyperparameters], TrainState]
     """Of one trial."""
     segment: Callable[[Hyperparameters, TrainState, EpochSums, Windows, np.int32], tuple[TrainState, EpochSums]]
-    """Takes the state over: the one that it was handed is gone afterwards. A population's hyper, state and tally have
-    a leading axis R; the number of steps is one for all."""
+    """Donates the state: the one that it is given is gone afterwards. A population's hyperparameters, state and sums
+    have a leading axis R; the number of steps is one for all."""
     n_bytes: int
     """What the largest of them holds on each device, its arguments included."""
     member: Callable[[Params, np.int32], Params] = lambda params, index: params
@@ -297,52 +299,51 @@ def compile_training(
     Args:
         n_members: R. Above 1, the segment is that of a population: `vmap` of the trial's, over one set of windows.
     """
-    windows = abstract_windows(n_features=n_features, n_rows=n_rows, n_samples=n_samples)
 
     def start(hyper: Hyperparameters) -> TrainState:
         return init_state(static, hyper, n_features=n_features)
 
     def segment(
-        hyper: Hyperparameters, state: TrainState, tally: EpochSums, windows: Windows, n_steps: Int[Array, ""]
+        hyper: Hyperparameters, state: TrainState, sums: EpochSums, windows: Windows, n_steps: Int[Array, ""]
     ) -> tuple[TrainState, EpochSums]:
-        return train_segment(static, hyper, state, tally, windows, n_steps)
+        return train_segment(static, hyper, state, sums, windows, n_steps)
 
-    state = abstract_state(static, n_features=n_features)
-    values = (abstract_hyperparameters(), state, jax.eval_shape(empty_sums))
+    def compiled(function: Callable[..., Any], *arguments: Any, **options: Any) -> jax.stages.Compiled:
+        return compile_lowered(jax.jit(function, **options).lower(*arguments), static.model, static.shape)
+
+    is_population = n_members > 1
+    windows = abstract_windows(n_features=n_features, n_rows=n_rows, n_samples=n_samples)
     count = jax.ShapeDtypeStruct((), jnp.int32)
-    starting, stepping = _placed(static, state)
-    started = compile_lowered(jax.jit(start, **starting).lower(abstract_hyperparameters()), static.model, static.shape)
-    if n_members == 1:
-        lowered = jax.jit(segment, donate_argnums=1, **stepping).lower(*values, windows, count)
-        running = compile_lowered(lowered, static.model, static.shape)
-        return TrainPrograms(start=started, segment=running, n_bytes=max(_bytes(started), _bytes(running)))
-    together = jax.vmap(segment, in_axes=(0, 0, 0, None, None))
-    values = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((n_members, *leaf.shape), leaf.dtype), values)
-    _, stepping = _placed(static, values[1], leading=1)
-    lowered = jax.jit(together, donate_argnums=1, **stepping).lower(*values, windows, count)
-    running = compile_lowered(lowered, static.model, static.shape)
-    taking: dict[str, Any] = {}
+    one = (abstract_hyperparameters(), abstract_state(static, n_features=n_features), jax.eval_shape(EpochSums))
+    hyper, state, sums = one
+    if is_population:
+        segment = jax.vmap(segment, in_axes=(0, 0, 0, None, None))
+        hyper, state, sums = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((n_members, *leaf.shape), leaf.dtype), one)
+
+    # Where arguments and results lie; on one device that goes without saying.
+    start_options: dict[str, Any] = {}
+    segment_options: dict[str, Any] = {}
+    member_options: dict[str, Any] = {}
     if static.layout.n_devices > 1:
-        cut = sharding.shardings(static.family, static.layout, state.params)
-        taking = {"in_shardings": (stepping["in_shardings"][1].params, None), "out_shardings": cut}
-    taken = compile_lowered(jax.jit(member_params, **taking).lower(values[1].params, count), static.model, static.shape)
-    n_bytes = max(map(_bytes, (started, running, taken)))
-    return TrainPrograms(start=started, segment=running, n_bytes=n_bytes, member=taken)
+        whole = sharding.everywhere(static.layout)
+        cut_one = sharding.shardings(static.family, static.layout, one[1])
+        cut = sharding.shardings(static.family, static.layout, state, leading=int(is_population))
+        start_options = {"in_shardings": whole, "out_shardings": cut_one}
+        segment_options = {"in_shardings": (whole, cut, whole, whole, whole), "out_shardings": (cut, whole)}
+        member_options = {"in_shardings": (cut.params, None), "out_shardings": cut_one.params}
+
+    programs = {
+        "start": compiled(start, one[0], **start_options),
+        "segment": compiled(segment, hyper, state, sums, windows, count, donate_argnums=1, **segment_options),
+    }
+    if is_population:
+        programs["member"] = compiled(member_params, state.params, count, **member_options)
+    return TrainPrograms(**programs, n_bytes=max(map(_bytes, programs.values())))
 
 
 def member_params(population: Params, index: Int[Array, ""] | int) -> Params:
     """One member's part of a tree whose leaves have a leading axis R."""
     return jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False), population)
-
-
-def _placed(static: StaticConfig, state: TrainState, *, leading: int = 0) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Where arguments and results of start and segment lie; on one device that goes without saying."""
-    if static.layout.n_devices == 1:
-        return {}, {}
-    whole = sharding.everywhere(static.layout)
-    cut = sharding.shardings(static.family, static.layout, state, leading=leading)
-    starting = {"in_shardings": whole, "out_shardings": cut}
-    return starting, {"in_shardings": (whole, cut, whole, whole, whole), "out_shardings": (cut, whole)}
 
 
 @locked_cache(kept=16)
@@ -356,46 +357,18 @@ def compile_logits(
 
     kind = family.of(model)
     params = kind.abstract_params(model, shape, n_features)
-    placed: dict[str, Any] = {}
+    options: dict[str, Any] = {}
     if layout.n_devices > 1:
         whole = sharding.everywhere(layout)
-        placed = {"in_shardings": (sharding.shardings(kind, layout, params), whole), "out_shardings": whole}
+        options = {"in_shardings": (sharding.shardings(kind, layout, params), whole), "out_shardings": whole}
     windows = abstract_windows(n_features=n_features, n_rows=n_rows, n_samples=n_samples)
-    run = compile_lowered(jax.jit(forward, **placed).lower(params, windows), model, shape)
-    return ForwardProgram(run=run, n_bytes=_bytes(run))
+    program = compile_lowered(jax.jit(forward, **options).lower(params, windows), model, shape)
+    return ForwardProgram(run=program, n_bytes=_bytes(program))
 
 
 def _bytes(program: jax.stages.Compiled) -> int:
     """Arguments, outputs and temporaries on each device; what is donated serves as both of the first two."""
     stats = program.memory_analysis()
     assert stats is not None
-    held = stats.argument_size_in_bytes + stats.output_size_in_bytes + stats.temp_size_in_bytes
-    return held - stats.alias_size_in_bytes
-
-
-def place(features: Floats, rows: Ints, targets: Floats | None = None, *, layout: Layout = ONE) -> Windows:
-    """Samples onto the device, or whole onto each, padded to a capacity. Without targets they are zeros."""
-    padded_features = np.zeros((capacity(len(features)), features.shape[1]), np.float32)
-    padded_features[: len(features)] = features
-    padded_rows = np.full(capacity(len(rows)), rows[0], np.int32)
-    padded_rows[: len(rows)] = rows
-    padded_targets = np.zeros(capacity(len(rows)), np.float32)
-    if targets is not None:
-        padded_targets[: len(rows)] = targets
-    arrays = (padded_features, padded_rows, padded_targets, np.int32(len(rows)))
-    return Windows(*sharding.put_everywhere(layout, arrays))
-
-
-def capacity(n: int) -> int:
-    """How many of something an array on the device holds for n of it: the next power of two, at least 256."""
-    return max(EVALUATION_BATCH, 1 << (n - 1).bit_length())
-
-
-def abstract_windows(*, n_features: int, n_rows: int, n_samples: int) -> Windows:
-    """`Windows` of shapes and dtypes, to compile with; sizes are capacities."""
-    return Windows(
-        features=jax.ShapeDtypeStruct((n_rows, n_features), jnp.float32),
-        rows=jax.ShapeDtypeStruct((n_samples,), jnp.int32),
-        targets=jax.ShapeDtypeStruct((n_samples,), jnp.float32),
-        n=jax.ShapeDtypeStruct((), jnp.int32),
-    )
+    total = stats.argument_size_in_bytes + stats.output_size_in_bytes + stats.temp_size_in_bytes
+    return total - stats.alias_size_in_bytes

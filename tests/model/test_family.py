@@ -296,7 +296,7 @@ def test_it_trains_on_real_data_and_its_model_comes_back(
     result = trainer.fit(trial, dataset, metric=metric)
     assert result.outcome == "completed" and result.params is not None and result.outputs is not None
     assert result.param_count == count_params(trial.model, trial.shape, 3).total
-    assert len({round(each[metric], 6) for each in result.curve}) == 2, "an epoch changes it"
+    assert len({round(epoch[metric], 6) for epoch in result.curve}) == 2, "an epoch changes it"
     checkpoint.save(tmp_path / "model", result.params, config=trial, meta={})
     restored = checkpoint.load(tmp_path / "model")
     assert restored.config == trial
@@ -378,8 +378,8 @@ def test_studies_of_it_are_reported_and_compared(tmp_path: Path) -> None:
 def test_what_it_holds_is_guessed_before_it_is_compiled(trial: TrialConfig) -> None:
     n = count_params(trial.model, trial.shape, 3).total
     assert memory.lower_bound(trial, host_is_device=False) == 16 * n
-    held = memory.footprint(trial.model, trial.shape, 3, BatchLayout(128))
-    assert (held.parameters, held.gradients, held.moments) == (4 * n, 4 * n, 8 * n)
+    footprint = memory.footprint(trial.model, trial.shape, 3, BatchLayout(128))
+    assert (footprint.parameters, footprint.gradients, footprint.moments) == (4 * n, 4 * n, 8 * n)
     needed = train_step.compile_training(static_config(trial), n_features=3, n_rows=512, n_samples=256).n_bytes
     assert needed > 12 * n
 
@@ -399,8 +399,8 @@ def test_it_lies_on_a_mesh_and_trains_to_the_same_numbers(
     trial = trial.model_copy(update={"optim": trial.optim.model_copy(update={"eps": 1e-3})})
     alone, spread = (trainer.fit(trial, dataset, metric="log_loss", mesh=each) for each in (None, mesh))
     assert spread.batch_layout.layout == layout
-    for got, wanted in zip(spread.curve, alone.curve, strict=True):
-        assert got == pytest.approx(wanted, rel=1e-4)
+    for spread_epoch, alone_epoch in zip(spread.curve, alone.curve, strict=True):
+        assert spread_epoch == pytest.approx(alone_epoch, rel=1e-4)
     specs = sharding.specs(MLP, layout, MLP.abstract_params(trial.model, trial.shape, 3))
     cut = layout.model > 1
     assert specs["hidden"]["kernel"] == (PartitionSpec("data", "model") if cut else PartitionSpec())

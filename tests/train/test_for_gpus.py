@@ -29,7 +29,7 @@ def lowered(dtype: str, *, n_members: int = 1, **batch_layout) -> str:
     values = (
         train_state.abstract_hyperparameters(),
         train_state.abstract_state(static, n_features=N_FEATURES),
-        jax.eval_shape(train_step.empty_sums),
+        jax.eval_shape(train_step.EpochSums),
     )
     segment = partial(train_step.train_segment, static)
     if n_members > 1:

@@ -21,7 +21,6 @@ from fintx.train import memory, train_step, trainer
 from fintx.train.memory import is_out_of_memory
 from fintx.train.resume import CheckpointPolicy
 from fintx.train.train_state import BatchLayout, abstract_state, static_config, static_model
-from fintx.train.train_step import DispatchSize
 
 Trials = Callable[..., TrialConfig]
 Datasets = Callable[..., Dataset]
@@ -53,7 +52,7 @@ def test_what_compiled_programs_take_lies_between_bound_and_guess(make_trial: Tr
     assert result.memory_bytes is not None
     assert memory.lower_bound(config) < result.memory_bytes < memory.upper_guess(config)
     assert result.memory_bytes > needs(config, 16)
-    assert result.micro_batch == 16
+    assert result.batch_layout.micro_batch == 16
 
 
 def test_evaluation_is_counted(make_trial: Trials, make_dataset: Datasets, compilations: Compilations) -> None:
@@ -142,7 +141,7 @@ def test_a_compiler_out_of_memory_counts_as_too_big(
         return compiling(static, **sizes)
 
     monkeypatch.setattr(train_step, "compile_training", picky)
-    assert trainer.fit(make_trial(), make_dataset(), metric="log_loss").micro_batch == 8
+    assert trainer.fit(make_trial(), make_dataset(), metric="log_loss").batch_layout.micro_batch == 8
 
 
 @pytest.mark.parametrize("then", ["more", "less"])
@@ -150,7 +149,7 @@ def test_a_trial_goes_on_in_the_micro_batch_that_it_began_with(
     make_trial: Trials, make_dataset: Datasets, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, then: str
 ) -> None:
     """Also where more memory is free by now; where less is, in a smaller one, and it says so."""
-    monkeypatch.setattr(DispatchSize, "steps", lambda self, left: 1)
+    monkeypatch.setattr(trainer, "dispatch_size", lambda left, step_s: 1)
     config, data = make_trial(LARGE_BATCH), make_dataset()
     between = (needs(config, 1024, remat=True) + needs(config, 512, remat=True)) // 2
     first, second = (between, None) if then == "more" else (None, between)
@@ -160,9 +159,9 @@ def test_a_trial_goes_on_in_the_micro_batch_that_it_began_with(
         config, data, metric="log_loss", saves=saves, memory_limit=first,
         on_progress=taken.append, should_stop=lambda: taken[-1] >= 2,
     )  # fmt: skip
-    assert (stopped.outcome, stopped.micro_batch) == ("interrupted", 512 if then == "more" else 1024)
+    assert (stopped.outcome, stopped.batch_layout.micro_batch) == ("interrupted", 512 if then == "more" else 1024)
     result = trainer.fit(config, data, metric="log_loss", saves=saves, memory_limit=second)
-    assert (result.outcome, result.resumed_step, result.micro_batch) == ("completed", 2, 512)
+    assert (result.outcome, result.resumed_step, result.batch_layout.micro_batch) == ("completed", 2, 512)
     if then == "more":
         reference = trainer.fit(config, data, metric="log_loss", memory_limit=between)
         assert (result.warnings, result.curve) == ((), reference.curve)

@@ -38,10 +38,10 @@ def test_cosine_is_optaxs_counted_from_one() -> None:
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "constant", "inverse_sqrt"])
 @pytest.mark.parametrize("warmup", [0, 1, 10, 99, 100])
 def test_rates_climb_to_the_peak_and_never_rise_after_it(schedule: str, warmup: int) -> None:
-    found = rates(schedule, values(warmup_steps=np.int32(warmup)))
-    np.testing.assert_allclose(found[:warmup], 0.1 * np.arange(1, warmup + 1) / max(warmup, 1), rtol=1e-6)
-    assert np.all(np.diff(found[max(warmup - 1, 0) :]) <= 0)
-    assert np.all(np.isfinite(found)) and found.max() <= 0.1 * (1 + 1e-6)
+    rate_of_step = rates(schedule, values(warmup_steps=np.int32(warmup)))
+    np.testing.assert_allclose(rate_of_step[:warmup], 0.1 * np.arange(1, warmup + 1) / max(warmup, 1), rtol=1e-6)
+    assert np.all(np.diff(rate_of_step[max(warmup - 1, 0) :]) <= 0)
+    assert np.all(np.isfinite(rate_of_step)) and rate_of_step.max() <= 0.1 * (1 + 1e-6)
 
 
 @pytest.mark.parametrize(
@@ -121,7 +121,7 @@ def test_gradients_are_clipped_as_by_optax(limit: float) -> None:
     rng = np.random.default_rng(1)
     gradients = {"a": jnp.asarray(rng.normal(size=(6, 4)), jnp.float32), "b": jnp.zeros((3,), jnp.float32)}
     clip = optax.clip_by_global_norm(jnp.float32(limit))
-    for each in (gradients, jax.tree.map(jnp.zeros_like, gradients)):
-        wanted, _ = clip.update(each, clip.init(each))
-        found = optimizer._clipped(each, jnp.float32(limit))
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), found, wanted)
+    for grads in (gradients, jax.tree.map(jnp.zeros_like, gradients)):
+        expected, _ = clip.update(grads, clip.init(grads))
+        clipped = optimizer.clip_by_global_norm(grads, jnp.float32(limit))
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), clipped, expected)

@@ -1,4 +1,4 @@
-"""Trials trained side by side come to what each comes to alone, whatever befalls one of them."""
+"""Trials trained side by side have the results of each alone, whatever happens to one of them."""
 
 from __future__ import annotations
 
@@ -18,11 +18,9 @@ from fintx.data.datasets import Dataset
 from fintx.errors import FintxError
 from fintx.train import memory, train_step, trainer
 from fintx.train.compilation import locked_cache
-from fintx.train.member_run import Member
-from fintx.train.progress import FitResult
+from fintx.train.member_run import FitResult, Member
 from fintx.train.resume import CheckpointPolicy
 from fintx.train.train_state import static_config
-from fintx.train.train_step import DispatchSize
 from fintx.train.trainer import fit_population
 
 Trials = Callable[..., TrialConfig]
@@ -69,9 +67,9 @@ def alone(configs: list[TrialConfig], data: Dataset) -> list[FitResult]:
 
 
 def together(members: list[Member], data: Dataset, **options: Any) -> list[FitResult]:
-    found = fit_population(members, data, **{"metric": "log_loss"} | options)
-    assert all(isinstance(result, FitResult) for result in found), found
-    return found  # type: ignore[return-value]
+    results = fit_population(members, data, **{"metric": "log_loss"} | options)
+    assert all(isinstance(result, FitResult) for result in results), results
+    return results  # type: ignore[return-value]
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +78,7 @@ def population_of_all(configs: list[TrialConfig], data: Dataset) -> list[FitResu
 
 
 def assert_close(result: FitResult, reference: FitResult) -> None:
-    for name in ("outcome", "detail", "best_epoch", "best_step", "epochs", "steps", "param_count", "micro_batch"):
+    for name in ("outcome", "detail", "best_epoch", "best_step", "epochs", "steps", "param_count", "batch_layout"):
         assert getattr(result, name) == getattr(reference, name), name
     assert len(result.curve) == len(reference.curve)
     for ours, theirs in zip(result.curve, reference.curve, strict=True):
@@ -129,7 +127,7 @@ def test_an_interrupted_population_goes_on_bit_for_bit(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     """Stopped in the second epoch, where one member has diverged, and in the fourth, where two more have ended."""
-    monkeypatch.setattr(DispatchSize, "steps", lambda self, left: 1)
+    monkeypatch.setattr(trainer, "dispatch_size", lambda left, step_s: 1)
     members = [Member(config, saves=saves(tmp_path / str(i))) for i, config in enumerate(configs)]
     for stop in (7, 16):
         steps: list[int] = [0]
@@ -148,7 +146,7 @@ def test_members_go_on_alone_and_in_other_company(
     configs: list[TrialConfig], data: Dataset, tmp_path: Path, alone: list[FitResult], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A state is a trial's own: one member trains on by itself, then joins again, steps ahead of the others."""
-    monkeypatch.setattr(DispatchSize, "steps", lambda self, left: 1)
+    monkeypatch.setattr(trainer, "dispatch_size", lambda left, step_s: 1)
     members = [Member(config, saves=saves(tmp_path / str(i))) for i, config in enumerate(configs[:2])]
     taken = [0]
     noisy = [Member(configs[0], on_progress=taken.append, saves=members[0].saves), members[1]]
@@ -239,7 +237,7 @@ def test_a_population_on_a_mesh_comes_to_the_same(
     configs: list[TrialConfig], data: Dataset, tmp_path: Path, alone: list[FitResult], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Windows shared out over 4 devices, heads over 2, every matrix cut; stopped there, and gone on with on one."""
-    monkeypatch.setattr(DispatchSize, "steps", lambda self, left: 1)
+    monkeypatch.setattr(trainer, "dispatch_size", lambda left, step_s: 1)
     mesh, taken = MeshConfig(data=4, model=2, fsdp=True), [0]
     members = [Member(config, saves=saves(tmp_path / str(i))) for i, config in enumerate(configs[:2])]
     noisy = [Member(configs[0], on_progress=taken.append, saves=members[0].saves), members[1]]
@@ -270,12 +268,12 @@ def test_what_was_prepared_is_not_compiled_again(
 
 
 def test_two_threads_that_want_the_same_make_it_once() -> None:
-    made: list[int] = []
+    compiled: list[int] = []
     both_ask = threading.Barrier(2)
 
     @locked_cache(kept=2)
     def square(n: int) -> int:
-        made.append(n)
+        compiled.append(n)
         return n * n
 
     def ask(_: int) -> int:
@@ -284,7 +282,7 @@ def test_two_threads_that_want_the_same_make_it_once() -> None:
 
     with ThreadPoolExecutor(2) as threads:
         assert list(threads.map(ask, range(2))) == [9, 9]
-    assert made == [3]
+    assert compiled == [3]
 
 
 def test_one_that_waits_for_another_thing_is_not_held_up() -> None:

@@ -21,10 +21,10 @@ from fintx.config.schema import TaskConfig, TrialConfig
 from fintx.data.datasets import Dataset
 from fintx.errors import FintxError
 from fintx.train import checkpoint, resume, trainer
-from fintx.train.progress import FitInputs, FitResult, Progress, Timing
+from fintx.train.member_run import FitResult
 from fintx.train.resume import CheckpointManager, CheckpointPolicy, TrainingState
-from fintx.train.train_state import BatchLayout, TrainState
-from fintx.train.train_step import DispatchSize, empty_sums
+from fintx.train.train_state import BatchLayout, FitInputs, Progress, Timing, TrainState
+from fintx.train.train_step import EpochSums
 
 Trials = Callable[..., TrialConfig]
 Datasets = Callable[..., Dataset]
@@ -53,7 +53,7 @@ def never(folder: Path) -> CheckpointPolicy:
 @pytest.fixture
 def single_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     """Segments of one step, so that a trial can be stopped at any."""
-    monkeypatch.setattr(DispatchSize, "steps", lambda self, left: 1)
+    monkeypatch.setattr(trainer, "dispatch_size", lambda left, step_s: 1)
 
 
 def stopped_at(config: TrialConfig, data: Dataset, folder: Path, step: int, **options: Any) -> FitResult:
@@ -116,7 +116,7 @@ def test_interrupted_is_never_interrupted_in_optimised_programs(
         for step in (3, 12):
             stopped_at(config, data, tmp_path, step)
         result = trainer.fit(config, data, metric="log_loss", saves=never(tmp_path))
-        monkeypatch.setattr(DispatchSize, "steps", lambda self, left: left)
+        monkeypatch.setattr(trainer, "dispatch_size", lambda left, step_s: left)
         assert_same(result, trainer.fit(config, data, metric="log_loss"))
     finally:
         jax.config.update("jax_disable_most_optimizations", True)
@@ -256,7 +256,7 @@ def two_states(make_trial: Trials, make_dataset: Datasets, tmp_path_factory: pyt
     """States at steps 7 and 12; 12 is the newest."""
     folder = tmp_path_factory.mktemp("states")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(DispatchSize, "steps", lambda self, left: 1)
+        patch.setattr(trainer, "dispatch_size", lambda left, step_s: 1)
         for step in (7, 12):
             stopped_at(make_trial(DROPOUT), make_dataset(), folder, step)
     return folder
@@ -424,7 +424,7 @@ def test_a_superseded_workers_failed_save_says_so(
 def training_state(step: int) -> TrainingState:
     return TrainingState(
         state=TrainState(step=np.int32(step), params={}, optimizer=()),
-        tally=empty_sums(),
+        sums=EpochSums(),
         progress=Progress(),
         batch_layout=BatchLayout(16),
         timing=Timing(),

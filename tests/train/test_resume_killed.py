@@ -16,10 +16,9 @@ import pytest
 
 from fintx.config.schema import TrialConfig
 from fintx.data.datasets import Dataset
-from fintx.train.progress import FitInputs, Progress, Timing
 from fintx.train.resume import CheckpointManager, CheckpointPolicy, TrainingState
-from fintx.train.train_state import BatchLayout, abstract_state, static_config
-from fintx.train.train_step import empty_sums
+from fintx.train.train_state import BatchLayout, FitInputs, Progress, Timing, abstract_state, static_config
+from fintx.train.train_step import EpochSums
 
 Trials = Callable[..., TrialConfig]
 Datasets = Callable[..., Dataset]
@@ -33,7 +32,7 @@ def filled(config: TrialConfig, step: int) -> TrainingState:
     abstract = abstract_state(static_config(config), n_features=3)
     return TrainingState(
         state=jax.tree.map(lambda leaf: np.full(leaf.shape, step, leaf.dtype), abstract),
-        tally=empty_sums(),
+        sums=EpochSums(),
         progress=Progress(),
         batch_layout=BatchLayout(16),
         timing=Timing(),

@@ -25,7 +25,6 @@ from fintx.train.train_state import (
     init_state,
     static_config,
 )
-from fintx.train.train_step import DispatchSize
 
 Trials = Callable[..., TrialConfig]
 Datasets = Callable[..., Dataset]
@@ -42,20 +41,20 @@ Segments = Callable[[list[int]], tuple[TrainState, list[train_step.EpochSums]]]
 
 @pytest.fixture(scope="module")
 def run(make_trial: Trials, make_dataset: Datasets) -> Segments:
-    """Two epochs in segments of the given lengths → the state, and the tally at each epoch's end."""
+    """Two epochs in segments of the given lengths → the state, and the sums at each epoch's end."""
     config, data = make_trial(DROPOUT), make_dataset()
     values = hyperparameters(config, labels=data.train.labels, scale=PLAIN)
     windows = train_step.place(data.features, data.train.rows, data.train.labels)
     training = train_step.compile_training(static_config(config), n_features=3, n_rows=256, n_samples=256)
 
     def epochs(lengths: list[int]) -> tuple[TrainState, list[train_step.EpochSums]]:
-        state, tally, tallies = training.start(values), train_step.empty_sums(), []
+        state, sums, epoch_sums = training.start(values), train_step.EpochSums(), []
         for n in lengths:
-            state, tally = training.segment(values, state, tally, windows, np.int32(n))
+            state, sums = training.segment(values, state, sums, windows, np.int32(n))
             if int(state.step) % N_STEPS == 0:
-                tallies.append(jax.tree.map(float, tally))
-                tally = train_step.empty_sums()
-        return jax.tree.map(np.array, state), tallies
+                epoch_sums.append(jax.tree.map(float, sums))
+                sums = train_step.EpochSums()
+        return jax.tree.map(np.array, state), epoch_sums
 
     return epochs
 
@@ -68,9 +67,9 @@ def lengths(cuts: set[int]) -> list[int]:
 
 @given(cuts=st.sets(st.integers(1, 2 * N_STEPS)))
 def test_no_cut_shows(run: Segments, cuts: set[int]) -> None:
-    whole, whole_tallies = run([N_STEPS, N_STEPS])
-    state, tallies = run(lengths(cuts))
-    assert tallies == whole_tallies
+    whole, whole_sums = run([N_STEPS, N_STEPS])
+    state, epoch_sums = run(lengths(cuts))
+    assert epoch_sums == whole_sums
     jax.tree.map(np.testing.assert_array_equal, state, whole)
 
 
@@ -83,15 +82,15 @@ def test_an_overflow_in_an_epochs_last_update_is_seen_whatever_the_cuts(
     values = hyperparameters(config, labels=data.train.labels, scale=PLAIN)
     windows = train_step.place(data.features, data.train.rows, data.train.labels)
     training = train_step.compile_training(static_config(config), n_features=3, n_rows=256, n_samples=256)
-    found = []
+    bad_steps = []
     for parts in ([5], [1, 4], [1, 1, 3]):
-        state, tally = training.start(values), train_step.empty_sums()
+        state, sums = training.start(values), train_step.EpochSums()
         for n in parts:
-            state, tally = training.segment(values, state, tally, windows, np.int32(n))
+            state, sums = training.segment(values, state, sums, windows, np.int32(n))
             if n == 1 and int(state.step) == 1:
-                assert not bool(train_step.all_finite(state.params)) and int(tally.bad_step) == -1
-        found.append(int(tally.bad_step))
-    assert found == [1, 1, 1]
+                assert not bool(train_step.all_finite(state.params)) and int(sums.bad_step) == -1
+        bad_steps.append(int(sums.bad_step))
+    assert bad_steps == [1, 1, 1]
 
 
 def test_segments_of_any_length_compile_nothing(
@@ -103,7 +102,7 @@ def test_segments_of_any_length_compile_nothing(
     config, data = make_trial(DROPOUT), make_dataset()
     whole = trainer.fit(config, data, metric="log_loss")
     rng, seen = np.random.default_rng(0), []
-    monkeypatch.setattr(DispatchSize, "steps", lambda self, left: int(rng.integers(1, left + 1)))
+    monkeypatch.setattr(trainer, "dispatch_size", lambda left, step_s: int(rng.integers(1, left + 1)))
     with compilations() as compiled:
         cut = trainer.fit(config, data, metric="log_loss", on_progress=seen.append)
     assert compiled == []
@@ -114,7 +113,7 @@ def test_segments_of_any_length_compile_nothing(
 def test_asked_and_told_between_segments(
     make_trial: Trials, make_dataset: Datasets, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(DispatchSize, "steps", lambda self, left: min(left, 3))
+    monkeypatch.setattr(trainer, "dispatch_size", lambda left, step_s: min(left, 3))
     events: list[object] = []
     trainer.fit(
         make_trial({"train.max_epochs": 2}),
@@ -143,17 +142,17 @@ def test_micro_batches_make_the_same_update(make_trial: Trials, make_dataset: Da
     config, data = make_trial(LARGE_EPS | NEXT_TO_NONE), make_dataset()
     values = hyperparameters(config, labels=data.train.labels, scale=PLAIN)
     windows = train_step.place(data.features, data.train.rows, data.train.labels)
-    found = []
+    runs = []
     for size in (16, micro_batch):
         training = train_step.compile_training(
             static_config(config, micro_batch=size), n_features=3, n_rows=256, n_samples=256
         )
-        found.append(
-            training.segment(values, training.start(values), train_step.empty_sums(), windows, np.int32(N_STEPS))
+        runs.append(
+            training.segment(values, training.start(values), train_step.EpochSums(), windows, np.int32(N_STEPS))
         )
-    (whole, whole_tally), (parts, tally) = found
-    assert float(tally.loss_sum) == pytest.approx(float(whole_tally.loss_sum), rel=1e-6)
-    assert int(tally.bad_step) == -1
+    (whole, whole_sums), (parts, sums) = runs
+    assert float(sums.loss_sum) == pytest.approx(float(whole_sums.loss_sum), rel=1e-6)
+    assert int(sums.bad_step) == -1
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=2e-6), parts.params, whole.params)
 
 
@@ -179,13 +178,13 @@ def test_every_micro_batch_draws_its_own_masks(make_trial: Trials, values: Hyper
     @jax.jit
     def both(values: Hyperparameters, batch: train_step.Batch, x_BTF: jax.Array) -> tuple[jax.Array, jax.Array]:
         state = init_state(static, values, n_features=3)
-        _, report = train_step.train_step(static, values, state, batch)
+        _, sums = train_step.train_step(static, values, state, train_step.EpochSums(), batch)
         keys = jax.vmap(lambda i: jax.random.fold_in(step_key, i))(jnp.arange(4))
         logits = jax.lax.map(
             lambda key: encoder.apply(static.model, static.shape, state.params, x_BTF, key=key, dropout=0.5)[0],
             keys,
         )
-        return report.loss_sum, losses.binary_cross_entropy(logits, jnp.ones(4, jnp.float32))
+        return sums.loss_sum, losses.binary_cross_entropy(logits, jnp.ones(4, jnp.float32))
 
     together, alone = both(values, batch, x_BTF)
     assert len(set(np.asarray(alone).tolist())) == 4

@@ -24,13 +24,15 @@ from fintx.errors import FintxError
 from fintx.model import encoder
 from fintx.model.family import FAMILIES
 from fintx.train import checkpoint, sharding, train_step, trainer
-from fintx.train.progress import FitInputs, Progress, Timing
 from fintx.train.resume import CheckpointManager, CheckpointPolicy, TrainingState
 from fintx.train.sharding import DATA, MODEL, ONE, Layout
 from fintx.train.train_state import (
     BatchLayout,
+    FitInputs,
     Hyperparameters,
+    Progress,
     TargetScale,
+    Timing,
     TrainState,
     abstract_hyperparameters,
     abstract_state,
@@ -38,7 +40,6 @@ from fintx.train.train_state import (
     init_state,
     static_config,
 )
-from fintx.train.train_step import DispatchSize
 
 Trials = Callable[..., TrialConfig]
 Datasets = Callable[..., Dataset]
@@ -98,7 +99,7 @@ def compiled(make_trial: Trials, batch: train_step.Batch) -> Compile:
                 whole, cut = sharding.everywhere(layout), sharding.shardings(ENCODER, layout, state)
             start = jax.jit(partial(init_state, static, n_features=3), in_shardings=whole, out_shardings=cut)
             slope = jax.jit(
-                partial(train_step._gradients, static),
+                partial(train_step.loss_and_grads, static),
                 in_shardings=None if cut is None else (whole, cut, whole),
                 out_shardings=None if cut is None else (whole, cut.params),
             )
@@ -271,7 +272,7 @@ def test_a_population_lies_on_a_mesh(
     cut, whole = sharding.shardings(ENCODER, layout, abstract, leading=1), sharding.everywhere(layout)
     states = jax.jit(start, in_shardings=whole, out_shardings=cut)(together)
     slope = jax.jit(
-        jax.vmap(partial(train_step._gradients, static), in_axes=(0, 0, None)),
+        jax.vmap(partial(train_step.loss_and_grads, static), in_axes=(0, 0, None)),
         in_shardings=(whole, cut, whole),
         out_shardings=(whole, cut.params),
     )
@@ -326,7 +327,7 @@ def test_a_state_saved_on_eight_devices_restores_on_one_and_on_four_and_back(
         CheckpointManager(saves, question).save(
             TrainingState(
                 sharding.to_host(placed(layout, state)),
-                train_step.empty_sums(),
+                train_step.EpochSums(),
                 Progress(),
                 batch_layout,
                 timing=Timing(),
@@ -377,7 +378,7 @@ def test_a_trial_on_a_mesh_is_the_trial(make_trial: Trials, make_dataset: Datase
 def test_a_trial_goes_on_where_there_are_fewer_devices(
     make_trial: Trials, make_dataset: Datasets, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(DispatchSize, "steps", lambda self, left: 1)
+    monkeypatch.setattr(trainer, "dispatch_size", lambda left, step_s: 1)
     config, data, saves = make_trial(WHOLE), make_dataset(), CheckpointPolicy(tmp_path, 1e9, lambda: None)
     taken = [0]
     stopped = trainer.fit(

@@ -34,10 +34,10 @@ def values(make_trial: Trials, make_dataset: Datasets) -> Hyperparameters:
 
 
 def test_order_is_a_permutation_with_the_padding_last(values: Hyperparameters) -> None:
-    found = order(values, epoch=0)
-    assert sorted(found[:75]) == list(range(75))
-    assert list(found[:75]) != list(range(75))
-    assert sorted(found[75:]) == list(range(75, 256))
+    samples = order(values, epoch=0)
+    assert sorted(samples[:75]) == list(range(75))
+    assert list(samples[:75]) != list(range(75))
+    assert sorted(samples[75:]) == list(range(75, 256))
 
 
 def test_order_depends_on_seed_and_epoch_alone(values: Hyperparameters, make_trial: Trials) -> None:
@@ -97,7 +97,7 @@ def test_epoch_equals_a_plain_loop(make_trial: Trials, make_dataset: Datasets) -
 
     moments = adamw.init(params)
     for epoch in range(2):
-        state, tally = training.segment(values, state, train_step.empty_sums(), windows, np.int32(5))
+        state, sums = training.segment(values, state, train_step.EpochSums(), windows, np.int32(5))
         picked = order(values, epoch=epoch)[:75]
         total = 0.0
         for first in range(0, 75, 16):
@@ -105,8 +105,8 @@ def test_epoch_equals_a_plain_loop(make_trial: Trials, make_dataset: Datasets) -
             x_BTF = np.stack([data.features[r - 11 : r + 1] for r in data.train.rows[batch]])
             loss, params, moments = plain_step(params, moments, x_BTF, data.train.labels[batch])
             total += float(loss) * len(batch)
-        assert float(tally.loss_sum) == pytest.approx(total, rel=1e-5)
-    assert int(state.step) == 10 and int(tally.bad_step) == -1
+        assert float(sums.loss_sum) == pytest.approx(total, rel=1e-5)
+    assert int(state.step) == 10 and int(sums.bad_step) == -1
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6), state.params, params)
 
 
@@ -123,13 +123,13 @@ def test_population_equals_single_runs(make_trial: Trials, make_dataset: Dataset
 
     def epoch(values: Hyperparameters) -> tuple:
         state = init_state(static, values, n_features=3)
-        return train_step.train_segment(static, values, state, train_step.empty_sums(), windows, 5)
+        return train_step.train_segment(static, values, state, train_step.EpochSums(), windows, 5)
 
-    together, tallies = jax.jit(jax.vmap(epoch))(jax.tree.map(lambda *leaves: np.stack(leaves), *members))
+    together, epoch_sums = jax.jit(jax.vmap(epoch))(jax.tree.map(lambda *leaves: np.stack(leaves), *members))
     training = train_step.compile_training(static, n_features=3, n_rows=256, n_samples=256)
     for r, values in enumerate(members):
-        alone, tally = training.segment(values, training.start(values), train_step.empty_sums(), windows, np.int32(5))
-        assert float(tallies.loss_sum[r]) == pytest.approx(float(tally.loss_sum), rel=1e-6)
+        alone, sums = training.segment(values, training.start(values), train_step.EpochSums(), windows, np.int32(5))
+        assert float(epoch_sums.loss_sum[r]) == pytest.approx(float(sums.loss_sum), rel=1e-6)
         jax.tree.map(lambda a, b, r=r: np.testing.assert_allclose(a[r], b, atol=1e-6), together.params, alone.params)
 
 
@@ -141,8 +141,8 @@ def test_bad_step_is_the_first_one(make_trial: Trials, make_dataset: Datasets) -
     targets = data.train.labels.copy()
     targets[order(values, epoch=0)[40]] = np.nan
     windows = train_step.place(data.features, data.train.rows, targets)
-    _, tally = training.segment(values, training.start(values), train_step.empty_sums(), windows, np.int32(5))
-    assert int(tally.bad_step) == 40 // 16
+    _, sums = training.segment(values, training.start(values), train_step.EpochSums(), windows, np.int32(5))
+    assert int(sums.bad_step) == 40 // 16
 
 
 @pytest.mark.parametrize(("n", "capacity"), [(1, 256), (256, 256), (257, 512), (5000, 8192)])

@@ -17,7 +17,7 @@ from fintx.data.datasets import Dataset
 from fintx.errors import FintxError
 from fintx.evaluate import metrics
 from fintx.train import train_step, trainer
-from fintx.train.progress import Epoch, FitResult
+from fintx.train.member_run import EpochReport, FitResult
 from fintx.train.train_state import static_config, static_model
 
 Trials = Callable[..., TrialConfig]
@@ -106,7 +106,7 @@ def test_same_trial_twice_is_the_same_trial(fitted: FitResult, make_trial: Trial
 
 
 def test_epochs_are_reported_as_they_come(make_trial: Trials, make_dataset: Datasets) -> None:
-    seen: list[Epoch] = []
+    seen: list[EpochReport] = []
     result = trainer.fit(make_trial(), make_dataset(), metric="auc", on_epoch=seen.append)
     assert [(e.epoch, e.max_epochs, e.step, e.max_steps) for e in seen] == [
         (1, 3, 5, 15),
@@ -176,7 +176,7 @@ def test_a_constant_best_step_is_collapsed_however_the_trial_ended(make_trial: T
 
 @pytest.mark.parametrize("after", [0, 2], ids=["before the first epoch", "after two epochs"])
 def test_interrupted_between_epochs(make_trial: Trials, make_dataset: Datasets, after: int) -> None:
-    seen: list[Epoch] = []
+    seen: list[EpochReport] = []
     result = trainer.fit(
         make_trial(),
         make_dataset(),
@@ -208,7 +208,7 @@ def test_out_of_memory_for_real(make_trial: Trials, make_dataset: Datasets) -> N
 
 
 def test_other_errors_are_not_swallowed(make_trial: Trials, make_dataset: Datasets) -> None:
-    def broken(_: Epoch) -> None:
+    def broken(_: EpochReport) -> None:
         raise RuntimeError("a bug in the caller")
 
     with pytest.raises(RuntimeError, match="a bug in the caller"):

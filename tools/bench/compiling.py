@@ -108,7 +108,7 @@ def main() -> None:
 
     jax.jit(lambda: 0)()  # the backend's own beginning
     began, cpu = time.perf_counter(), time.process_time()
-    state, tally = abstract_state(static, n_features=cases.N_FEATURES), jax.eval_shape(train_step.empty_sums)
+    state, tally = abstract_state(static, n_features=cases.N_FEATURES), jax.eval_shape(train_step.EpochSums)
     count = jax.ShapeDtypeStruct((), "int32")
     traced = jax.jit(segment, donate_argnums=1).trace(abstract_hyperparameters(), state, tally, windows, count)
     at_trace = time.perf_counter()

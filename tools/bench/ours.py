@@ -98,7 +98,7 @@ class Steps:
         (n_rows, n_features), n_samples = self.windows.features.shape, len(self.windows.rows)
         sizes = {"n_features": n_features, "n_rows": n_rows, "n_samples": n_samples}
         self.training = train_step.compile_training(static_config(config), **sizes)
-        self.state, self.tally, self.n = self.training.start(self.hyper), train_step.empty_sums(), np.int32(case.steps)
+        self.state, self.tally, self.n = self.training.start(self.hyper), train_step.EpochSums(), np.int32(case.steps)
 
     def turn(self) -> None:
         self.state, self.tally = self.training.segment(self.hyper, self.state, self.tally, self.windows, self.n)
@@ -116,7 +116,7 @@ class Eight:
 
     def __init__(self, case: cases.Case, n: int = MEMBERS):
         self.one, self.hypers = Steps(case), hypers(case, n)
-        self.members = [(self.one.training.start(values), train_step.empty_sums()) for values in self.hypers]
+        self.members = [(self.one.training.start(values), train_step.EpochSums()) for values in self.hypers]
 
     def turn(self) -> None:
         for i in range(len(self.members)):
