@@ -1,10 +1,10 @@
-"""What is the model? A PatchTST-like encoder (Nie et al. 2023, https://arxiv.org/abs/2211.14730) as pure functions.
+"""Encoder: a PatchTST-like transformer (Nie et al. 2023, https://arxiv.org/abs/2211.14730) as pure functions.
 
     window (T, F) → [RevIN] → patches (N, P·F) → linear + learned positions → L pre-norm blocks → norm → linear → logit
 
 Unlike PatchTST the features of a patch are embedded together: one series' channels are the inputs of one decision.
 Flax NNX declares the parameters; every transform is plain JAX over a nested dict of arrays. Blocks are stacked on a
-leading axis L at init and applied by one `lax.scan` (blocks), so compile time does not grow with depth.
+leading axis L at init and applied by one `lax.scan` (`blocks`), so compile time does not grow with depth.
 
 `compute_dtype` is that of the matmuls' operands and of what the backward pass keeps of them. All else is float32, the
 residual stream too: at 192 layers a bfloat16 stream puts logits off by 4 % of their SD, a float32 one by .4 %.
@@ -20,9 +20,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Float, PRNGKeyArray, UInt32
+from jaxtyping import Array, Float, PRNGKeyArray
 
 from fintx.config.schema import ArchitectureConfig, BudgetConfig, ModelConfig, Shape
 from fintx.model import blocks
@@ -80,7 +81,7 @@ def apply(
         dropout: rate; default `model.dropout`. Pass it traced to share one program between rates.
         remat: keep of each layer its input alone for the backward pass, and compute the layer again: least memory, a
             third more work. Values and gradients are the same but for rounding.
-        before_layer: called with what each layer works on, in the forward pass and in what is computed again.
+        before_layer: called with what each layer works on, also where it is computed again.
     """
     rate = jnp.asarray(model.dropout if dropout is None else dropout, jnp.float32)
     declared = _declare(model, shape, x_BTF.shape[-1])
@@ -88,18 +89,14 @@ def apply(
     embed_key, layer_key = (None, None) if key is None else jax.random.split(key)
     hidden_BND = drop(edges.embed(x_BTF), rate, embed_key)
     static = blocks.Static(shape.n_heads, model.compute_dtype, remat, before_layer)
-    masks_L4W = None if layer_key is None else _mask_words(layer_key, shape.n_layers)
-    hidden_BND = blocks.run(static, params["blocks"], hidden_BND, rate=rate, masks_L4W=masks_L4W)
-    return edges.read_out(hidden_BND)
 
-
-def _mask_words(key: PRNGKeyArray, n_layers: int) -> UInt32[Array, "L 4 W"]:
-    """Every layer's keys at once, outside the loops: threefry within them would be a loop of its own, each time."""
-
-    def of_layer(index: Array) -> Array:
-        return jax.random.key_data(jax.random.split(jax.random.fold_in(key, index), blocks.N_MASKS))
-
-    return jax.vmap(of_layer)(jnp.arange(n_layers))
+    masks_L4W = None
+    if layer_key is not None:
+        # Every layer's keys at once, outside the loops: threefry within them would be a loop of its own, each time.
+        masks_L4W = jax.vmap(
+            lambda layer: jax.random.key_data(jax.random.split(jax.random.fold_in(layer_key, layer), blocks.N_MASKS))
+        )(jnp.arange(shape.n_layers))
+    return edges.read_out(blocks.run(static, hidden_BND, params["blocks"], masks_L4W, rate))
 
 
 def patches(model: ModelConfig, x_BTF: Float[Array, "B T F"]) -> Float[Array, "B N PF"]:
@@ -122,63 +119,40 @@ _PARTS = {
 
 def param_count(model: ModelConfig, shape: Shape, n_features: int) -> dict[str, int]:
     """Exact number of parameters by part: embedding (with RevIN), positions, blocks, head (with the final norm)."""
-    polynomials = _polynomials(_geometry(model), n_features)
-    counts = {part: polynomial(shape.d_model, shape.d_ff) for part, polynomial in polynomials.items()}
+    # Equal counts are counted once: without what no parameter depends on.
+    geometry = model.model_copy(update={"dropout": 0.0, "compute_dtype": "float32"})
+    terms = _terms(shape.d_model, shape.d_ff)
+    counts = {
+        part: sum(coefficient * term for coefficient, term in zip(coefficients, terms, strict=True))
+        for part, coefficients in _count_coefficients(geometry, n_features).items()
+    }
     return {**counts, "blocks": counts["blocks"] * shape.n_layers}
 
 
-@dataclass(frozen=True)
-class _Polynomial:
-    """n(d, f) = a + b·d + c·d² + e·f + g·d·f: every axis of a parameter is a multiple of d_model or of d_ff, or fixed.
-
-    So five abstract evaluations fix a part's count for every shape, exactly, and counting a shape costs nothing. A
-    sixth, unlike the others, catches a model that has outgrown this form.
-    """
-
-    a: int
-    b: int
-    c: int
-    e: int
-    g: int
-
-    def __call__(self, d: int, f: int) -> int:
-        return self.a + self.b * d + self.c * d * d + self.e * f + self.g * d * f
-
-
-_POINTS = ((1, 1), (2, 1), (3, 1), (1, 2), (2, 2))
-_PROBE = (7, 5)
+def _terms(d: int, f: int) -> tuple[int, ...]:
+    """What a count is linear in: every axis of a parameter is a multiple of d_model or of d_ff, or fixed."""
+    return 1, d, d * d, f, d * f
 
 
 @functools.lru_cache(maxsize=64)
-def _polynomials(model: ModelConfig, n_features: int) -> dict[str, _Polynomial]:
-    """Each part's count; that of the blocks for one layer."""
-    counts = {point: _counted(model, *point, n_features) for point in _POINTS}
-    found = {}
-    for part in _PARTS:
-        n11, n21, n31, n12, n22 = (counts[point][part] for point in _POINTS)
-        g = n22 - n21 - n12 + n11
-        c = (n31 - 2 * n21 + n11) // 2
-        e = n12 - n11 - g
-        b = n21 - n11 - 3 * c - g
-        found[part] = _Polynomial(n11 - b - c - e - g, b, c, e, g)
-    probe = _counted(model, *_PROBE, n_features)
-    assert probe == {part: polynomial(*_PROBE) for part, polynomial in found.items()}, "not a + bd + cd² + ef + gdf"
-    return found
+def _count_coefficients(model: ModelConfig, n_features: int) -> dict[str, tuple[int, ...]]:
+    """Each part's count in `_terms`, that of the blocks for one layer; exact, by five abstract evaluations.
 
+    So counting another shape costs nothing. A sixth evaluation, unlike the others, catches a model that has outgrown
+    this form.
+    """
 
-def _counted(model: ModelConfig, d_model: int, d_ff: int, n_features: int) -> dict[str, int]:
-    one = Shape(d_model=d_model, n_layers=1, n_heads=1, d_ff=d_ff)
-    params = abstract_params(model, one, n_features)
-    assert params.keys() <= {name for names in _PARTS.values() for name in names}
-    return {
-        part: sum(math.prod(leaf.shape) for name in names for leaf in jax.tree.leaves(params.get(name, {})))
-        for part, names in _PARTS.items()
-    }
+    def count(d_model: int, d_ff: int) -> list[int]:
+        params = abstract_params(model, Shape(d_model=d_model, n_layers=1, n_heads=1, d_ff=d_ff), n_features)
+        assert params.keys() <= {name for names in _PARTS.values() for name in names}
+        leaves = [jax.tree.leaves([params.get(name, {}) for name in names]) for names in _PARTS.values()]
+        return [sum(math.prod(leaf.shape) for leaf in part) for part in leaves]
 
-
-def _geometry(model: ModelConfig) -> ModelConfig:
-    """The model without what no parameter depends on, so that equal counts are counted once."""
-    return model.model_copy(update={"dropout": 0.0, "compute_dtype": "float32"})
+    points = ((1, 1), (2, 1), (3, 1), (1, 2), (2, 2))
+    solution = np.linalg.solve([_terms(*point) for point in points], [count(*point) for point in points])
+    coefficients = np.rint(solution).astype(int)
+    assert count(7, 5) == list(_terms(7, 5) @ coefficients), "a parameter count is not linear in `_terms`"
+    return {part: tuple(column) for part, column in zip(_PARTS, coefficients.T.tolist(), strict=True)}
 
 
 def flops(model: ModelConfig, shape: Shape, n_features: int) -> float:
@@ -359,51 +333,39 @@ class _Linear(nnx.Module):
         return out.reshape(*x.shape[:-1], -1)
 
 
-class _LayerNorm(nnx.Module):
-    """Layer norm (Ba et al. 2016), in float32."""
+class _ScaleAndShift(nnx.Module):
+    """What follows a normalisation: a learned scale and shift of the last axis."""
 
     def __init__(self, width: int):
         self.scale = nnx.Param(jnp.ones(width, jnp.float32))
         self.bias = nnx.Param(jnp.zeros(width, jnp.float32))
 
-    def __call__(self, x_BND: Array) -> Array:
-        return blocks.normal(x_BND)[0] * self.scale[...][None, None, :] + self.bias[...][None, None, :]
-
-
-class _RevIN(nnx.Module):
-    """Normalise each feature within its window, then scale and shift it by learned amounts (Kim et al. 2022)."""
-
-    def __init__(self, n_features: int):
-        self.scale = nnx.Param(jnp.ones(n_features, jnp.float32))
-        self.bias = nnx.Param(jnp.zeros(n_features, jnp.float32))
-
     def __call__(self, x_BTF: Array) -> Array:
-        mean = x_BTF.mean(axis=1, keepdims=True)
-        variance = jnp.square(x_BTF - mean).mean(axis=1, keepdims=True)
-        normal_BTF = (x_BTF - mean) * jax.lax.rsqrt(variance + blocks.EPSILON)
-        return normal_BTF * self.scale[...][None, None, :] + self.bias[...][None, None, :]
+        return x_BTF * self.scale[...][None, None, :] + self.bias[...][None, None, :]
 
 
 class EmbeddingAndHead(nnx.Module):
-    """All but the blocks: the way in and the way out."""
+    """All but the blocks."""
 
     def __init__(self, model: ModelConfig, shape: Shape, n_features: int, rngs: nnx.Rngs):
         n, d = n_patches(model), shape.d_model
         self._model = model
         if model.revin:
-            self.revin = _RevIN(n_features)
+            self.revin = _ScaleAndShift(n_features)
         self.embedding = _Linear(model.patch_length * n_features, d, model.compute_dtype, rngs)
         self.positions = nnx.Param(_POSITION_STD * jax.random.normal(rngs.params(), (n, d), jnp.float32))
-        self.norm = _LayerNorm(d)
+        self.norm = _ScaleAndShift(d)
         self.head = _Linear(n * d, 1, jnp.float32, rngs, variance=_HEAD_STD**2)
 
     def embed(self, x_BTF: Array) -> Array:
-        if self._model.revin:
-            x_BTF = self.revin(x_BTF)
+        if self._model.revin:  # each feature within its window (Kim et al. 2022)
+            mean = x_BTF.mean(axis=1, keepdims=True)
+            variance = jnp.square(x_BTF - mean).mean(axis=1, keepdims=True)
+            x_BTF = self.revin((x_BTF - mean) * jax.lax.rsqrt(variance + blocks.EPSILON))
         return self.embedding(patches(self._model, x_BTF)) + self.positions[...][None]
 
     def read_out(self, hidden_BND: Array) -> Array:
-        flat = self.norm(hidden_BND).reshape(hidden_BND.shape[0], -1)
+        flat = self.norm(blocks.normal(hidden_BND)[0]).reshape(hidden_BND.shape[0], -1)
         return self.head(flat)[:, 0]
 
 
@@ -417,10 +379,10 @@ class _Block(nnx.Module):
     def __init__(self, model: ModelConfig, shape: Shape, rngs: nnx.Rngs):
         d, dtype = shape.d_model, model.compute_dtype
         residual = 1 / (2 * shape.n_layers)
-        self.attention_norm = _LayerNorm(d)
+        self.attention_norm = _ScaleAndShift(d)
         self.qkv = _Linear(d, 3 * d, dtype, rngs)
         self.attention_out = _Linear(d, d, dtype, rngs, variance=residual)
-        self.feed_forward_norm = _LayerNorm(d)
+        self.feed_forward_norm = _ScaleAndShift(d)
         self.feed_forward_in = _Linear(d, shape.d_ff, dtype, rngs)
         self.feed_forward_out = _Linear(shape.d_ff, d, dtype, rngs, variance=residual)
 

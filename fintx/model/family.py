@@ -1,4 +1,4 @@
-"""Model families: what training, the budget solver and the search ask of a model, and the table of those there are.
+"""Model families: the interface that training, the budget solver and the search use, and the table of families.
 
 A family is a module of pure functions over a nested dict of arrays, an entry in `FAMILIES`, and its candidates' entry
 in `config.families.FAMILIES` (a sweep file is checked before JAX is loaded). No other module knows how its shapes are
@@ -27,9 +27,9 @@ class Family:
     """(model, shape, n_features, key) → parameters, float32."""
     apply: Callable[..., Any]
     """(model, shape, params, x_BTF, *, key, dropout, remat, before_layer) → (B,) logits; without a key no dropout.
-    before_layer(hidden_BND, layer's parameters) is called with what each stacked layer works on."""
+    before_layer(hidden_BND, parameters of the layer) is called before each stacked layer, and returns both."""
     abstract_params: Callable[[ModelConfig, Shape, int], Params]
-    """(model, shape, n_features) → the tree of `init` as shapes and dtypes; nothing is allocated."""
+    """(model, shape, n_features) → the tree of `init` as shapes and dtypes, without allocating anything."""
     rescale_output: Callable[[Params, float, float], Params]
     """(params, mean, sd) → the parameters of the model whose output is mean + sd · output."""
 
@@ -39,31 +39,31 @@ class Family:
     """(model, shape, n_features) → FLOPs of one sample's forward pass: matmuls, a multiply-add is 2."""
     activation_bytes: Callable[..., int]
     """(model, shape, *, windows, remat, parts) → bytes that a pass forward and back holds beside parameters and
-    gradients, roughly; parts: devices that share out what `partition_rules` cuts."""
+    gradients, roughly; parts: the devices that `partition_rules` cuts the model over."""
 
     weight_decay_mask: Callable[[Params], Params]
-    """For each leaf: does it decay?"""
+    """Whether each leaf is subject to weight decay."""
     partition_rules: Mapping[str, PartitionSpec]
-    """Path of a parameter, such as "blocks/qkv/kernel" → which of its axes the mesh axis "model" cuts. One that isn't
-    listed lies whole on the devices along that axis."""
+    """Path of a parameter, such as "blocks/qkv/kernel" → which of its axes is cut over the mesh axis "model". All
+    others lie whole on every device along that axis."""
     model_parts: Callable[[Shape], int]
-    """The devices that the axis "model" may have are the divisors of this number; 1: none but one."""
+    """The axis "model" may have as many devices as divide this number."""
     stacked: str | None
-    """The parameters' key under which layers are stacked on a leading axis and applied by a loop; none: no such."""
+    """The parameters' key under which layers are stacked on a leading axis and applied by a loop; none: no key."""
     depth: Callable[[Shape], int]
     """Layers that run one after the other."""
     width: Callable[[Shape], int]
-    """Of the linear layers that most of the work is in."""
+    """Width of the linear layers that do most of the work."""
 
     feasible: Callable[..., tuple[Shape, ...]]
     """(architecture, budget, models, n_features) → the candidates that fit with every model, in a fixed order."""
     why_infeasible: Callable[..., str]
-    """The same arguments, where nothing fits → what is in the way and which bound to change, in one line."""
+    """The same arguments, where nothing fits → in one line, why, and which bound to change."""
     coordinates: Mapping[str, Callable[[Shape], float]]
-    """Name → a shape's ordered coordinate, which the sampler proposes; near shapes are alike. The first one tells apart
-    shapes that are equal in all."""
+    """Name → an ordered coordinate of a shape, which the sampler proposes: near shapes perform alike. Shapes that are
+    equal in all coordinates are told apart by the first."""
     extents: Mapping[str, Callable[[Shape], float]]
-    """Name → what of a shape has a smallest and a largest value worth trying first (`study.queue_extremes`)."""
+    """Name → a number of a shape whose smallest and largest value are worth trying first (`study.queue_extremes`)."""
 
 
 FAMILIES: dict[str, Family] = {
@@ -90,12 +90,12 @@ FAMILIES: dict[str, Family] = {
 
 
 def of(model: ModelConfig) -> Family:
-    """The family that a model belongs to.
+    """The family of a model.
 
     Raises:
-        FintxError: there is none of its name.
+        FintxError: there is none of that name.
     """
     if model.family not in FAMILIES:
-        known = " or ".join(f'"{name}"' for name in FAMILIES)
-        raise FintxError(f'model.family: wanted {known}, got "{model.family}"')
+        names = " or ".join(f'"{name}"' for name in FAMILIES)
+        raise FintxError(f'model.family: wanted {names}, got "{model.family}"')
     return FAMILIES[model.family]

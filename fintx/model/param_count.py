@@ -31,7 +31,7 @@ class ParamCount:
 class Flops:
     """Floating-point operations per sample: matmuls alone, a multiply-add is 2; backward is twice the forward.
 
-    What is done again to save memory (rematerialisation) is not counted: this is the model's work, as MFU wants it.
+    Rematerialisation isn't counted: this is the model's work, as MFU (model FLOPs utilisation) takes it.
     """
 
     forward: float
@@ -64,15 +64,15 @@ def feasible_shapes(
 
     Args:
         architecture: the candidates, as the family's [architecture] holds them.
-        models: of one family; the variants that a search may combine with a shape (a searched context_length changes
+        models: the variants, of one family, that a search may combine with a shape (a searched context_length changes
             the count a little). A shape must fit with each of them.
 
     Raises:
         InfeasibleBudget: none fits; says which bound to change.
     """
-    solver = family.of(models[0])
-    shapes = solver.feasible(architecture, budget, models, n_features)
+    kind = family.of(models[0])
+    shapes = kind.feasible(architecture, budget, models, n_features)
     if not shapes:
         where = f"no candidate shape holds {budget.low:,} … {budget.high:,} parameters (budget.parameters ± tolerance)"
-        raise InfeasibleBudget(f"{where}: {solver.why_infeasible(architecture, budget, models, n_features)}")
+        raise InfeasibleBudget(f"{where}: {kind.why_infeasible(architecture, budget, models, n_features)}")
     return shapes

@@ -1,4 +1,4 @@
-"""The model again, in plain NumPy: float64, loops, written from the papers and not from `transformer.py`."""
+"""The model again, in plain NumPy: float64, loops, written from the papers and not from `encoder.py`."""
 
 from __future__ import annotations
 

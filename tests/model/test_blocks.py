@@ -27,7 +27,7 @@ def static(shape: Shape, *, dtype: str = "float32", remat: bool = False, before_
 
 
 def drawn(shape: Shape, *, seed: int = 0) -> tuple[Any, jax.Array, jax.Array, jax.Array]:
-    """Blocks without a zero or a one left of an init, a residual stream, masks' words, and a slope to pull back."""
+    """Blocks without a zero or a one left of an init, a residual stream, masks' words, and a grad to pull back."""
     rng = np.random.default_rng(seed)
 
     def draw(leaf: jax.ShapeDtypeStruct) -> jax.Array:
@@ -35,18 +35,18 @@ def drawn(shape: Shape, *, seed: int = 0) -> tuple[Any, jax.Array, jax.Array, ja
         return jnp.asarray(sd * rng.standard_normal(leaf.shape), jnp.float32)
 
     stacked = jax.tree.map(draw, encoder.abstract_params(MODEL, shape, 2)["blocks"])
-    hidden, slope = (jnp.asarray(rng.standard_normal((B, N, shape.d_model)), jnp.float32) for _ in range(2))
+    hidden, grad = (jnp.asarray(rng.standard_normal((B, N, shape.d_model)), jnp.float32) for _ in range(2))
     words = jnp.asarray(rng.integers(0, 2**32, (shape.n_layers, blocks.N_MASKS, 2)), jnp.uint32)
-    return stacked, hidden, words, slope
+    return stacked, hidden, words, grad
 
 
-def by_hand(how: blocks.Static, stacked: Any, hidden: jax.Array, words: jax.Array | None, slope: jax.Array) -> Any:
-    """The slopes that training takes."""
-    run = lambda stacked, hidden: blocks.run(how, stacked, hidden, rate=jnp.float32(RATE), masks_L4W=words)  # noqa: E731
-    return jax.vjp(run, stacked, hidden)[1](slope)
+def by_hand(how: blocks.Static, stacked: Any, hidden: jax.Array, words: jax.Array | None, grad: jax.Array) -> Any:
+    """The gradients that training takes."""
+    run = lambda stacked, hidden: blocks.run(how, hidden, stacked, words, jnp.float32(RATE))  # noqa: E731
+    return jax.vjp(run, stacked, hidden)[1](grad)
 
 
-def by_autodiff(how: blocks.Static, stacked: Any, hidden: jax.Array, words: jax.Array | None, slope: jax.Array) -> Any:
+def by_autodiff(how: blocks.Static, stacked: Any, hidden: jax.Array, words: jax.Array | None, grad: jax.Array) -> Any:
     """JAX's own, through a Python loop over the forward pass of a layer."""
 
     def run(stacked: Any, hidden: jax.Array) -> jax.Array:
@@ -56,11 +56,11 @@ def by_autodiff(how: blocks.Static, stacked: Any, hidden: jax.Array, words: jax.
             hidden, _ = blocks._forward(how, hidden, block, masks, jnp.float32(RATE))
         return hidden
 
-    return jax.vjp(run, stacked, hidden)[1](slope)
+    return jax.vjp(run, stacked, hidden)[1](grad)
 
 
 def compare(ours: Any, theirs: Any, *, tolerance: float) -> None:
-    """Leaf by leaf, in the norm; a leaf that is zero but for rounding (a key's bias) against the largest slope."""
+    """Leaf by leaf, in the norm; a leaf that is zero but for rounding (a key's bias) against the largest grad."""
     for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(ours), jax.tree.leaves(theirs), strict=True):
         error, size = float(jnp.linalg.norm(a - b)), float(jnp.linalg.norm(b))
         assert error <= tolerance * max(size, 1.0), (jax.tree_util.keystr(path), error, size)
@@ -83,13 +83,13 @@ SHAPES = {
 )  # fmt: skip
 def test_the_backward_pass_by_hand_equals_autodiff(shape: str, dropped: bool, remat: bool) -> None:
     """Every pair of a shape, dropout or none, and products kept or computed again."""
-    stacked, hidden, words, slope = drawn(SHAPES[shape])
+    stacked, hidden, words, grad = drawn(SHAPES[shape])
     how = static(SHAPES[shape], remat=remat)
     words_or_none = words if dropped else None
-    slopes = [
-        jax.jit(functools.partial(each, how))(stacked, hidden, words_or_none, slope) for each in (by_hand, by_autodiff)
+    gradients = [
+        jax.jit(functools.partial(each, how))(stacked, hidden, words_or_none, grad) for each in (by_hand, by_autodiff)
     ]
-    compare(*slopes, tolerance=1e-5)  # the same sums in another order
+    compare(*gradients, tolerance=1e-5)  # the same sums in another order
 
 
 def test_in_bfloat16_it_is_as_close_to_float32_as_autodiff_is() -> None:
@@ -98,10 +98,10 @@ def test_in_bfloat16_it_is_as_close_to_float32_as_autodiff_is() -> None:
     exact = jax.jit(functools.partial(by_hand, static(shape)))(*drawn_ones)
     rough = static(shape, dtype="bfloat16")
     ours, theirs = (jax.jit(functools.partial(each, rough))(*drawn_ones) for each in (by_hand, by_autodiff))
-    distance = lambda slopes: math.sqrt(  # noqa: E731
+    distance = lambda gradients: math.sqrt(  # noqa: E731
         sum(
             float(jnp.sum(jnp.square(a - b)))
-            for a, b in zip(jax.tree.leaves(slopes), jax.tree.leaves(exact), strict=True)
+            for a, b in zip(jax.tree.leaves(gradients), jax.tree.leaves(exact), strict=True)
         )
     )
     assert {leaf.dtype for leaf in jax.tree.leaves(ours)} == {jnp.dtype("float32")}
@@ -109,14 +109,14 @@ def test_in_bfloat16_it_is_as_close_to_float32_as_autodiff_is() -> None:
 
 
 def test_what_comes_before_a_layer_is_pulled_back_through() -> None:
-    """A hook that doubles slopes and changes no value: each of three layers doubles the stream's once more."""
+    """A hook that doubles gradients and changes no value: each of three layers doubles the stream's once more."""
     shape = Shape(d_model=8, n_layers=3, n_heads=2, d_ff=16)
 
     @jax.custom_vjp
     def doubling(x: jax.Array) -> jax.Array:
         return x
 
-    doubling.defvjp(lambda x: (x, None), lambda _, slope: (2 * slope,))
+    doubling.defvjp(lambda x: (x, None), lambda _, grad: (2 * grad,))
     how = static(shape, before_layer=lambda hidden, block: (doubling(hidden), jax.tree.map(doubling, block)))
     drawn_ones = drawn(shape)
     ours, theirs = (jax.jit(functools.partial(each, how))(*drawn_ones) for each in (by_hand, by_autodiff))

@@ -199,9 +199,9 @@ def test_init_has_the_declared_distributions() -> None:
         "feed_forward_out": residual / math.sqrt(96),
         "head": 0.1 / math.sqrt(48 * encoder.n_patches(model)),
     }
-    for name, wanted in sd.items():
+    for name, expected_sd in sd.items():
         kernel = np.asarray((params["blocks"] | params)[name]["kernel"])
-        assert abs(kernel.std() / wanted - 1) < 5 / math.sqrt(2 * kernel.size), name
+        assert abs(kernel.std() / expected_sd - 1) < 5 / math.sqrt(2 * kernel.size), name
         np.testing.assert_array_equal((params["blocks"] | params)[name]["bias"], 0, err_msg=name)
     positions = np.asarray(params["positions"])
     assert positions.shape == (encoder.n_patches(model), 48)
@@ -257,11 +257,11 @@ def test_bfloat16_stays_close_to_float32_at_any_depth(n_layers: int) -> None:
 
 
 def test_bfloat16_gradients_are_float32_and_close() -> None:
-    def slope(model: ModelConfig) -> jax.Array:
+    def loss_and_grad(model: ModelConfig) -> jax.Array:
         loss = jax.grad(lambda params, x: jnp.square(encoder.apply(model, SHAPE, params, x) - 1).mean())
         return jnp.concatenate([leaf.ravel() for leaf in jax.tree.leaves(jax.jit(loss)(drawn(), windows()))])
 
-    exact, rough = slope(MODEL), slope(MODEL.model_copy(update={"compute_dtype": "bfloat16"}))
+    exact, rough = loss_and_grad(MODEL), loss_and_grad(MODEL.model_copy(update={"compute_dtype": "bfloat16"}))
     assert rough.dtype == jnp.float32
     assert 1e-4 < float(jnp.linalg.norm(rough - exact) / jnp.linalg.norm(exact)) < 0.05
 
@@ -288,8 +288,8 @@ def test_dropout_follows_key_and_rate() -> None:
 def test_default_rate_is_the_models() -> None:
     model, key = MODEL.model_copy(update={"dropout": 0.25}), jax.random.key(0)
     by_default = jax.jit(lambda params, x: encoder.apply(model, SHAPE, params, x, key=key))(drawn(), windows())
-    given = compiled_training()(drawn(), windows(), key, 0.25)
-    np.testing.assert_allclose(by_default, given, rtol=1e-5, atol=1e-6)
+    explicit = compiled_training()(drawn(), windows(), key, 0.25)
+    np.testing.assert_allclose(by_default, explicit, rtol=1e-5, atol=1e-6)
 
 
 def test_trials_that_differ_in_values_share_one_program() -> None:
@@ -303,12 +303,12 @@ def test_trials_that_differ_in_values_share_one_program() -> None:
 def test_members_of_a_population_equal_single_runs() -> None:
     members, x = [drawn(seed=seed) for seed in range(3)], windows()
     keys, rates = jax.random.split(jax.random.key(5), 3), jnp.array([0.0, 0.2, 0.5], jnp.float32)
-    slope = jax.value_and_grad(
+    loss_and_grad = jax.value_and_grad(
         lambda params, key, rate: encoder.apply(MODEL, SHAPE, params, x, key=key, dropout=rate).sum()
     )
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *members)
-    together, gradients = jax.jit(jax.vmap(slope))(stacked, keys, rates)
-    single = jax.jit(slope)
+    together, gradients = jax.jit(jax.vmap(loss_and_grad))(stacked, keys, rates)
+    single = jax.jit(loss_and_grad)
     for member, params in enumerate(members):
         logit, gradient = single(params, keys[member], rates[member])
         # The same sums in another order.

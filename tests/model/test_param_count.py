@@ -145,8 +145,8 @@ def test_activations_are_near_the_compiled_steps(remat: bool) -> None:
     params = encoder.abstract_params(MODEL, dimensions, 25)
     x = jax.ShapeDtypeStruct((batch_size, 60, 25), jnp.float32)
     key = jax.eval_shape(lambda: jax.random.key(0))
-    slope = jax.grad(lambda params, x, key: encoder.apply(MODEL, dimensions, params, x, key=key, remat=remat).sum())
-    measured = jax.jit(slope).lower(params, x, key).compile().memory_analysis()
+    gradient = jax.grad(lambda params, x, key: encoder.apply(MODEL, dimensions, params, x, key=key, remat=remat).sum())
+    measured = jax.jit(gradient).lower(params, x, key).compile().memory_analysis()
     activations = encoder.activation_bytes(MODEL, dimensions, windows=batch_size, remat=remat)
     assert activations == pytest.approx(measured.temp_size_in_bytes, rel=0.35)
 
@@ -168,15 +168,15 @@ VARIANTS = (MODEL, ModelConfig(context_length=600), ModelConfig(revin=True))
 
 
 def brute_force(budget: BudgetConfig, models: tuple[ModelConfig, ...]) -> list[tuple[int, int, int, int]]:
-    found = []
+    shapes = []
     for d_model in ARCHITECTURE.d_model:
         for ratio in ARCHITECTURE.d_ff_ratio:
             for n_layers in range(2, 31):
                 one = shape(d_model, n_layers, 1, round(ratio * d_model))
                 totals = [formula(model, one, 25) for model in models]
                 if all(abs(total / budget.parameters - 1) <= budget.tolerance for total in totals):
-                    found += [(d_model, one.d_ff, n_layers, heads) for heads in (2, 3, 4, 7) if d_model % heads == 0]
-    return sorted(found)
+                    shapes += [(d_model, one.d_ff, n_layers, heads) for heads in (2, 3, 4, 7) if d_model % heads == 0]
+    return sorted(shapes)
 
 
 @pytest.mark.parametrize("models", [VARIANTS[:1], VARIANTS], ids=["one model", "three variants"])
@@ -252,9 +252,9 @@ def test_ten_thousand_shapes_cost_a_few_abstract_evaluations() -> None:
         n_heads=(1, 2, 4, 8),
         d_ff_ratio=(1.0, 2.0, 3.0, 4.0),
     )
-    before = encoder._polynomials.cache_info().misses
+    before = encoder._count_coefficients.cache_info().misses
     shapes = param_count.feasible_shapes(architecture, BudgetConfig(parameters=20_000_000), VARIANTS[:2], 25)
     counts = [param_count.count_params(MODEL, candidate, 25).total for candidate in shapes]
     assert len(shapes) > 10_000
     assert all(15_000_000 <= total <= 25_000_000 for total in counts)
-    assert encoder._polynomials.cache_info().misses - before <= len(VARIANTS[:2]) + 1
+    assert encoder._count_coefficients.cache_info().misses - before <= len(VARIANTS[:2]) + 1
