@@ -64,21 +64,21 @@ def _run_forward(
     static: Static, hidden_BND: Array, blocks: Params, masks_L4W: Array | None, rate: Array
 ) -> tuple[Array, Any]:
     def body(hidden_BND: Array, layer: tuple[Params, Array | None]) -> tuple[Array, Any]:
-        after_BND, kept = _forward(static, hidden_BND, *layer, rate)
-        return after_BND, (hidden_BND, None if static.remat else kept)
+        after_BND, residuals = _forward(static, hidden_BND, *layer, rate)
+        return after_BND, (hidden_BND, None if static.remat else residuals)
 
-    after_BND, kept = jax.lax.scan(body, hidden_BND, (blocks, masks_L4W))
-    return after_BND, (kept, blocks, masks_L4W, rate)
+    after_BND, residuals = jax.lax.scan(body, hidden_BND, (blocks, masks_L4W))
+    return after_BND, (residuals, blocks, masks_L4W, rate)
 
 
-def _run_backward(static: Static, residuals: Any, grad_BND: Array) -> tuple[Array, Params, None, None]:
-    (inputs, kept), blocks, masks_L4W, rate = residuals
+def _run_backward(static: Static, saved: Any, grad_BND: Array) -> tuple[Array, Params, None, None]:
+    (inputs, residuals), blocks, masks_L4W, rate = saved
 
     def body(grad_BND: Array, layer: tuple[Any, ...]) -> tuple[Array, Params]:
-        hidden_BND, kept, block, masks_4W = layer
-        return _backward(static, grad_BND, hidden_BND, kept, block, masks_4W, rate)
+        hidden_BND, residuals, block, masks_4W = layer
+        return _backward(static, grad_BND, hidden_BND, residuals, block, masks_4W, rate)
 
-    grad_BND, grads = jax.lax.scan(body, grad_BND, (inputs, kept, blocks, masks_L4W), reverse=True)
+    grad_BND, grads = jax.lax.scan(body, grad_BND, (inputs, residuals, blocks, masks_L4W), reverse=True)
     return grad_BND, grads, None, None
 
 
@@ -89,7 +89,7 @@ run.defvjp(_run_forward, _run_backward)
 
 
 @dataclass(frozen=True)
-class _Kept:
+class _Residuals:
     """What the backward pass of a layer needs beside its input."""
 
     qkv: Any
@@ -100,12 +100,12 @@ class _Kept:
     """(Q, M) in the compute dtype: what the activation is applied to."""
 
 
-jax.tree_util.register_dataclass(_Kept)
+jax.tree_util.register_dataclass(_Residuals)
 
 
 def _forward(
     static: Static, hidden_BND: Array, block: Params, masks_4W: Array | None, rate: Array
-) -> tuple[Array, _Kept]:
+) -> tuple[Array, _Residuals]:
     hidden_BND, block = static.before_layer(hidden_BND, block)
     masks, dtype = _keys(masks_4W), jnp.dtype(static.dtype)
     x_QD = hidden_BND.reshape(-1, hidden_BND.shape[-1])
@@ -119,28 +119,28 @@ def _forward(
     u_QM = inner.astype(jnp.float32)
     active_QM = dropout(u_QM * _phi(u_QM), rate, masks[2])
     out_QD = dropout(_linear(block["feed_forward_out"], active_QM, dtype), rate, masks[3])
-    return (between_QD + out_QD).reshape(hidden_BND.shape), _Kept(qkv, between_QD, inner)
+    return (between_QD + out_QD).reshape(hidden_BND.shape), _Residuals(qkv, between_QD, inner)
 
 
 def _backward(
     static: Static,
     grad_BND: Array,
     hidden_BND: Array,
-    kept: _Kept | None,
+    residuals: _Residuals | None,
     block: Params,
     masks_4W: Array | None,
     rate: Array,
 ) -> tuple[Array, Params]:
     """Gradients of the layer's input and parameters, from that of its output."""
-    if kept is None:
-        kept = _forward(static, hidden_BND, block, masks_4W, rate)[1]
+    if residuals is None:
+        residuals = _forward(static, hidden_BND, block, masks_4W, rate)[1]
     (hidden_BND, block), before_layer_vjp = jax.vjp(static.before_layer, hidden_BND, block)
     masks, dtype = _keys(masks_4W), jnp.dtype(static.dtype)
     grads: Params = {}
 
     # feed-forward: between + drop(W₂ · drop(u · Φ(u))), u = W₁ · norm(between)
     grad_QD = grad_BND.reshape(-1, grad_BND.shape[-1])
-    u_QM = kept.inner.astype(jnp.float32)
+    u_QM = residuals.inner.astype(jnp.float32)
     phi_QM = _phi(u_QM)
     active_QM = dropout(u_QM * phi_QM, rate, masks[2])
     d_active_QM, grads["feed_forward_out"] = _linear_backward(
@@ -148,12 +148,12 @@ def _backward(
     )
     d_u_QM = dropout(d_active_QM, rate, masks[2]) * (phi_QM + u_QM * _density(u_QM))
     d_between_QD, grads["feed_forward_in"], grads["feed_forward_norm"] = _norm_linear_backward(
-        block["feed_forward_norm"], block["feed_forward_in"], kept.between, d_u_QM, dtype
+        block["feed_forward_norm"], block["feed_forward_in"], residuals.between, d_u_QM, dtype
     )
     d_between_QD += grad_QD
 
     # attention: x + drop(Wₒ · (drop(softmax(q·kᵀ)) · v)), qkv = W · norm(x)
-    q_BHNK, k_BHNK, v_BHNK = _heads(static, kept.qkv, n=hidden_BND.shape[1])
+    q_BHNK, k_BHNK, v_BHNK = _heads(static, residuals.qkv, n=hidden_BND.shape[1])
     weights_BHNN = _attention(q_BHNK, k_BHNK)
     used_BHNN = dropout(weights_BHNN, rate, masks[0]).astype(dtype)
     mixed_QD = _rows(jnp.matmul(used_BHNN, v_BHNK))
@@ -278,7 +278,7 @@ def _density(x: Array) -> Array:
 # --- dropout ----------------------------------------------------------------------------------------------------------
 # Masks come from a counter-based hash of (key, index). Keys are threefry, derived by `fold_in` and so independent; the
 # hash only spreads one key over a mask, which needs independence across elements, layers, steps and members, but no
-# cryptographic strength. `jax.random.bernoulli` doubles the compile time and adds a third to a small model's step.
+# cryptographic strength. `jax.random.bernoulli` doubles compile time and takes a third of a small model's step time.
 
 _GOLDEN = 0x9E3779B9
 """2³² / golden ratio, odd: neighbouring indices land far apart (Knuth, TAOCP vol. 3, 6.4: Fibonacci hashing)."""

@@ -107,7 +107,7 @@ def patches(model: ModelConfig, x_BTF: Float[Array, "B T F"]) -> Float[Array, "B
     return x_BTF[:, index_NP].reshape(x_BTF.shape[0], n, length * x_BTF.shape[-1])
 
 
-# --- counted, not made ------------------------------------------------------------------------------------------------
+# --- counts: nothing is allocated -------------------------------------------------------------------------------------
 
 _PARTS = {
     "embedding": ("revin", "embedding"),
@@ -173,7 +173,7 @@ def activation_bytes(model: ModelConfig, shape: Shape, *, windows: int, remat: b
     Args:
         windows: in the pass.
         remat: layers are computed again, each from its input.
-        parts: devices that share out heads and d_ff.
+        parts: devices that heads and d_ff are cut over.
     """
     n, width = n_patches(model), 2 if model.compute_dtype == "bfloat16" else 4
     tokens = windows * n
@@ -183,7 +183,7 @@ def activation_bytes(model: ModelConfig, shape: Shape, *, windows: int, remat: b
     return shape.n_layers * (stream if remat else whole) + 2 * whole + weights
 
 
-# --- what fits a budget -----------------------------------------------------------------------------------------------
+# --- shapes that fit a budget -----------------------------------------------------------------------------------------
 
 
 def head_counts(d_model: int) -> tuple[int, ...]:
@@ -274,7 +274,7 @@ EXTENTS: dict[str, Callable[[Shape], float]] = {
 }
 
 
-# --- what training asks -----------------------------------------------------------------------------------------------
+# --- for training: devices, weight decay, output scale ----------------------------------------------------------------
 
 PARTITION_RULES = {
     "blocks/qkv/kernel": PartitionSpec(None, None, "model"),  # (L, D, H·3·K): whole heads
@@ -284,11 +284,11 @@ PARTITION_RULES = {
     "blocks/feed_forward_in/bias": PartitionSpec(None, "model"),
     "blocks/feed_forward_out/kernel": PartitionSpec(None, "model", None),  # (L, M, D)
 }
-"""Heads and feed-forward width are shared out (Shoeybi et al. 2019, https://arxiv.org/abs/1909.08053)."""
+"""Heads and feed-forward width are cut over the devices (Shoeybi et al. 2019, https://arxiv.org/abs/1909.08053)."""
 
 
 def model_parts(shape: Shape) -> int:
-    """What devices share out by `PARTITION_RULES`: they have whole heads, and equal parts of the feed-forward width."""
+    """What `PARTITION_RULES` may cut: each device has whole heads, and an equal part of the feed-forward width."""
     return math.gcd(shape.n_heads, shape.d_ff)
 
 
@@ -296,7 +296,7 @@ _NEVER_DECAYED = frozenset({"bias", "scale", "positions"})
 
 
 def weight_decay_mask(params: Params) -> Params:
-    """For each leaf: is it a matrix, and so subject to weight decay? Not so: biases, norms, positions, RevIN's scales.
+    """Whether each leaf is a matrix, and so subject to weight decay: no bias, norm, position or scale of RevIN.
 
     The leading axis of a stacked layer does not count: (L, D) is L vectors.
     """
@@ -389,7 +389,7 @@ class _Block(nnx.Module):
 
 @dataclass(frozen=True)
 class _Declared:
-    """The edges' modules without their parameters, and all parameters as abstract shapes."""
+    """The modules of embedding and head without their parameters, and all parameters as abstract shapes."""
 
     edge_graph: Any
     edge_params: Params
