@@ -207,7 +207,7 @@ def test_out_of_memory_while_several_train_is_nobodys_outcome(
     def exhausted(*_: Any) -> None:
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 99 bytes.")
 
-    monkeypatch.setattr(trainer, "_segment", exhausted)
+    monkeypatch.setattr(trainer, "dispatch_size", exhausted)
     with pytest.raises(jax.errors.JaxRuntimeError):
         fit_population([Member(config) for config in configs[:2]], data, metric="log_loss")
     (single,) = together([Member(configs[0])], data)
