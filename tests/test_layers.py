@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -135,6 +136,12 @@ def test_no_cycles_within_a_room():
 
     for name in graph:
         visit(name, ())
+
+
+def test_the_map_names_every_module_once() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    listed = re.findall(r"^\| `([\w/]+\.py)` \|", text, flags=re.MULTILINE)
+    assert sorted(listed) == [path.removeprefix("fintx/") for path in modules() if not path.endswith("__init__.py")]
 
 
 def test_sub_packages_export_nothing():

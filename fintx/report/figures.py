@@ -1,8 +1,7 @@
 """Figures: one style, each kept as SVG for the page and as SVG and PNG beside it.
 
-The only module that imports matplotlib. Colours are Okabe & Ito's (2008), which colour-blind readers can tell apart.
-Ink, grid, paper and the darker hues become CSS variables inside a page, so that one figure serves a light screen, a
-dark screen and print.
+The only module that imports matplotlib. Colours are Okabe & Ito's (2008), which colour-blind readers can tell apart; on
+a page they become CSS variables, so that one figure serves a light screen, a dark screen and print.
 """
 
 from __future__ import annotations
@@ -26,7 +25,6 @@ from scipy.optimize import isotonic_regression
 
 from fintx.analysis import scaling_laws
 from fintx.analysis.comparison import StudyRow
-from fintx.analysis.scaling_laws import ScalingLaws
 from fintx.analysis.study_results import StudyResults
 from fintx.config.schema import Shape
 from fintx.evaluate.calibration import PrecisionRecall, ReliabilityBin
@@ -43,10 +41,8 @@ _VARIABLES = {
     VERMILLION: "var(--vermillion)", GREEN: "var(--green)", SKY: "var(--sky)",
 }  # fmt: skip
 _FONTS = "system-ui, -apple-system, 'Segoe UI', 'DejaVu Sans', sans-serif"
-_WIDTH = 7.6
-"""Inches; a column of the page."""
-_N_CURVES = 5
-"""Best trials whose learning curves are drawn."""
+_WIDTH = 7.6  # inches: a column of the page
+_N_CURVES = 5  # best trials whose learning curves are drawn
 _DASHED: Any = {"linewidth": 0.9, "linestyle": (0, (4, 3))}
 _STYLE: Any = {
     "figure.facecolor": PAPER, "axes.facecolor": "none", "savefig.facecolor": PAPER,
@@ -155,8 +151,7 @@ class ForestRow:
 
     label: str
     gain: Estimate
-    strong: bool
-    """Painted green."""
+    strong: bool  # green
 
 
 def plot_forest(rows: Sequence[ForestRow], *, baseline: str, unit: str, title: str, caption: str) -> Picture:
@@ -235,7 +230,7 @@ def plot_cumulative_gain(dates: np.ndarray, gain: Floats, *, name: str, against:
         return picture(figure, "cumulative_gain", f"Lead over {against} through time", caption)
 
 
-def plot_scaling(laws: ScalingLaws, *, size_label: str) -> Picture:
+def plot_scaling(laws: scaling_laws.ScalingLaws, *, size_label: str) -> Picture:
     """Relative loss against size and against compute: all trials, the frontier, the fit."""
     trials, loss = laws.trials, laws.trials.loss
     frontier = np.zeros(len(loss), bool)
