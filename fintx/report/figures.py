@@ -63,8 +63,7 @@ class Picture:
     name: str
     """File stem."""
     title: str
-    caption: str
-    """How to read it; screen readers say it too."""
+    caption: str  # how to read it; screen readers say it too
     inline: str
     """SVG for the page, in the page's colours."""
     svg: str
