@@ -149,7 +149,7 @@ def test_asked_twice_it_ends_at_once_and_loses_nothing(machine):
     running.process.send_signal(signal.SIGINT)
     wait_for(lambda: "saving what runs" in running.output, running=running)
     running.process.send_signal(signal.SIGINT)
-    assert "nothing finished is lost" in running.end(code=75)
+    assert "finished work is kept" in running.end(code=75)
     assert here.steps() == states and not is_alive(worker)
 
 
