@@ -22,6 +22,7 @@ from fintx.errors import FintxError
 from fintx.evaluate import baselines
 from fintx.evaluate.baselines import Input, Recipe
 from fintx.report import format, study_page
+from fintx.report.table import Table
 from fintx.study import study_file
 from fintx.types import Floats
 from tests.helpers import planted
@@ -135,7 +136,8 @@ def test_reports_describe_a_task_from_outside(toy, tmp_path):
     )
     shown = study_analysis.read(folder, data_root=tmp_path)
     assert format.study_verdict(shown.results, None)[0].startswith(("Ahead", "No"))
-    table = next(table for table in study_page.build(shown).tables if table.name == "baselines")
+    blocks = [block for section in study_page.build(shown).sections for block in section.blocks]
+    table = next(block for block in blocks if isinstance(block, Table) and block.name == "baselines")
     assert also.replace("_", " ") in str(table.columns).lower()
     assert shown.label == spec.task.rule.describe() and shown.prepared is not None
     assert shown.direction is None
