@@ -32,7 +32,7 @@ report *args:
 compare *args:
     @fintx compare "$@"
 
-# does loss fall with size? scaling 'outputs/*_h3'
+# fit studies that differ in size, and say whether loss falls with it: scaling 'outputs/*_h3'
 [no-exit-message]
 scaling *args:
     @fintx scaling "$@"

@@ -161,7 +161,7 @@ def test_reading_a_sweep_file_loads_neither_jax_nor_optuna():
 
 
 @pytest.mark.parametrize("command", ["plan", "sweep", "manual"])
-def test_a_typo_is_told_before_jax_is_loaded(tmp_path, command):
+def test_a_typo_is_reported_before_jax_is_loaded(tmp_path, command):
     file = tmp_path / "typo.toml"
     file.write_text('[study]\nnme = "x"\n' if command != "manual" else "[[queue]]\nd_modl = 8\n")
     code = (

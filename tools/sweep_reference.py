@@ -164,6 +164,7 @@ def _space() -> str:
         f"`{name}.{key}`"
         for name, model in (("model", schema.ModelConfig), ("optim", schema.OptimConfig), ("train", schema.TrainConfig))
         for key in model.model_fields
+        if key != "family"  # it says what [architecture] holds, so it can't be searched
     ]
     return (
         "## [space]\n\nWhat the sampler varies beside the shape: a dotted path in quotes, and a range or a list.\n\n"

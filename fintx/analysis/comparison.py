@@ -47,7 +47,7 @@ class StudyRow:
     baseline_skill: float | None
     comparison: BaselineComparison | None
     """Its best trial against its best baseline; none without predictions."""
-    lead_share: tuple[float, float, float] | None
+    gain_share: tuple[float, float, float] | None
     """Their difference as a share of the prior's loss, so that studies of other labels compare: (mean, low, high)."""
     shape: Shape
     param_count: int
@@ -152,7 +152,7 @@ def _row(results: StudyResults) -> StudyRow:
         baseline=baseline,
         baseline_skill=None if baseline is None else results.skill(results.baselines[baseline]["metrics"]),
         comparison=comparison,
-        lead_share=share,
+        gain_share=share,
         shape=best.config.shape,
         param_count=best.param_count,
     )

@@ -418,7 +418,7 @@ def scaling(
     difference: Annotated[float, typer.Option(help="Smallest gain that matters, as a share of the loss.")] = 0.01,
     outputs: Outputs = OUTPUTS,
 ) -> None:
-    """Does loss fall with size? Fit studies that differ in size alone, and answer in a sentence."""
+    """Fit studies that differ in size alone, and answer in a sentence whether loss falls with size."""
     from fintx.analysis import scaling_laws, study_results
     from fintx.cli import display
     from fintx.report import scaling_page

@@ -205,7 +205,7 @@ def _sweep_of(path: Path, entry: Any, index: int, problems: Problems) -> Path | 
 
 
 def _check_alone(tree: dict[str, Any], index: int, problems: Problems) -> None:
-    """What can be said of an entry whose study isn't known."""
+    """The mistakes that show in an entry whose study isn't known."""
     entry = tree["queue"][index]
     try:
         EncoderEntry.model_validate_json(_json(_without_sweep(entry) if isinstance(entry, dict) else entry))

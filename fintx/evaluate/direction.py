@@ -73,7 +73,7 @@ class CumulativeGain:
     def best_year_share(self) -> float | None:
         """Share of the total that the best calendar year contributed; None where the total is not a gain.
 
-        Near or above 1: one year made the lead.
+        Near or above 1: the gain is one year's.
         """
         if self.total <= 0:
             return None

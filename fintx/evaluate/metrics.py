@@ -98,7 +98,7 @@ def prior_output(predicts: Prediction, prior: float) -> np.float32:
 
 
 def better(metric: str, a: float | None, b: float | None) -> bool:
-    """Is a strictly better than b? An undefined value is worse than any number."""
+    """Whether a is strictly better than b; an undefined value is worse than any number."""
     if a is None or b is None:
         return a is not None
     return a < b if MINIMIZE[metric] else a > b

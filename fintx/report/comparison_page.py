@@ -58,12 +58,12 @@ def _study_table(comparison: Comparison) -> Table:
     return Table(
         "studies", "Studies",
         ["study", "budget", "trials", ("rows", "whole"), ("base rate", "percent"), ("best skill", "percent"),
-         "interval", "best baseline", ("its skill", "percent"), "lead, of the prior's loss", "best shape", "label",
+         "interval", "best baseline", ("its skill", "percent"), "gain, of the prior's loss", "best shape", "label",
          "label hash"],
         [
             (row.name, format.count(row.budget), f"{row.n_finished} of {row.n_trials}", row.n_rows, row.base_rate,
              row.best_skill, None if row.best is None else percent_span(*row.best[1:]), row.baseline,
-             row.baseline_skill, percent_interval(row.lead_share), shape_words(row.shape), row.label,
+             row.baseline_skill, percent_interval(row.gain_share), shape_words(row.shape), row.label,
              row.label_hash[:8])
             for row in comparison.rows
         ],

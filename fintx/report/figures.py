@@ -223,10 +223,10 @@ def plot_cumulative_gain(dates: np.ndarray, gain: Floats, *, name: str, against:
         _label_right(axes, [(float(gain[-1]), name, BLUE), (0.0, against, INK)])
         axes.set(xlabel="validation day", ylabel="nats saved so far")
         caption = (
-            f"Where it rises, the trial is ahead of {against}; where it falls, behind. A lead that comes from a single "
+            f"Where it rises, the trial is ahead of {against}; where it falls, behind. A gain that comes from a single "
             "stretch of days is not a steady one."
         )
-        return picture(figure, "cumulative_gain", f"Lead over {against} through time", caption)
+        return picture(figure, "cumulative_gain", f"Gain over {against} through time", caption)
 
 
 def plot_scaling(laws: scaling_laws.ScalingLaws, *, size_label: str) -> Picture:
@@ -348,7 +348,7 @@ def plot_history(results: StudyResults) -> Picture:
             + (f" Crosses at the edge: {len(failed)} failed trials." if failed else "")
             + (f" Triangles at the edge: {len(outside)} trials beyond it." if outside else "")
         )
-        return picture(figure, "history", "Course of the search", caption)
+        return picture(figure, "history", "Progress of the search", caption)
 
 
 @dataclass(frozen=True)

@@ -146,7 +146,7 @@ Tone = Literal["good", "bad", "open"]
 
 
 def study_verdict(results: StudyResults, confirmation: Confirmation | None) -> tuple[str, Tone]:
-    """Whether a study's best trial beats the best baseline, as far as can be said yet."""
+    """Whether a study's best trial beats the best baseline, as far as is known yet."""
     best, n, comparison = results.best, len(results.records), results.comparison
     if best is None:
         failures = Counter(record.outcome.replace("_", " ") for record in results.records)
@@ -155,7 +155,7 @@ def study_verdict(results: StudyResults, confirmation: Confirmation | None) -> t
         return confirmation_verdict(confirmation), "good" if confirmation.confirmed else "bad"
     if comparison is None:
         value = f"{results.metric} {number(best.value)}"
-        return f"Can't be said: {best_of(n, best)} has {value}, but there is nothing to compare it with.", "open"
+        return f"Not decided: {best_of(n, best)} has {value}, and there is nothing to compare it with.", "open"
     over_prior = results.gain("prior")
     if over_prior is not None and predictions.standing(over_prior) != "ahead":
         difference = _difference(over_prior, comparison)

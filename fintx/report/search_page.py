@@ -1,4 +1,4 @@
-"""Search sections of a study's page: the course of the search, patterns, outcomes, and every trial."""
+"""Search sections of a study's page: its progress, patterns, outcomes, and every trial."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _NUMBERS = {"n_layers": "layers", "n_heads": "heads", "d_ff ratio": "d_ff / d_mo
 _AXES = {"shape.aspect": "d_model / layers", "shape.d_ff_ratio": "d_ff / d_model", "shape.heads": "heads"}
 
 
-def course_section(results: StudyResults, feasible: Sequence[Shape]) -> Section:
+def progress_section(results: StudyResults, feasible: Sequence[Shape]) -> Section:
     """History, slices, the map of shapes, and learning curves."""
     blocks: list[Block] = [Prose("No trial has succeeded yet: there is nothing to draw.", "note")]
     if results.ranked:
@@ -35,7 +35,7 @@ def course_section(results: StudyResults, feasible: Sequence[Shape]) -> Section:
                 figures.plot_shape_map([(record.config.shape, skill) for record, skill in scored], feasible, kind)
             )
         blocks.append(figures.plot_learning_curves(results))
-    return Section("course", "Course of the search", tuple(blocks))
+    return Section("search", "Progress of the search", tuple(blocks))
 
 
 def _slices(results: StudyResults, trials: Sequence[TrialRecord]) -> list[Slice]:

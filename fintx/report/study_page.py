@@ -39,7 +39,7 @@ def build(analysis: StudyAnalysis) -> Page:
         _calibration_section(analysis.calibration),
         _interval_section(analysis.coverage),
         _backtest_section(analysis.backtest, results),
-        search_page.course_section(results, analysis.search.shapes),
+        search_page.progress_section(results, analysis.search.shapes),
         search_page.patterns_section(analysis),
         siblings_section(analysis.scaling),
         search_page.outcomes_section(analysis),
@@ -169,7 +169,7 @@ def _confirmation_section(analysis: StudyAnalysis) -> Section:
 
 
 def _direction_section(direction: DirectionAnalysis | None, results: StudyResults) -> Section | None:
-    """For threshold tasks: the mirror test, years, and the lead over volatility through time."""
+    """For threshold tasks: the mirror test, years, and the gain over volatility through time."""
     if direction is None or results.best is None:
         return None
     trial, volatility, gain = f"trial {results.best.trial_number}", direction.volatility, direction.gain
@@ -201,7 +201,7 @@ def _direction_section(direction: DirectionAnalysis | None, results: StudyResult
         if gain.best_year_share is not None:
             blocks.append(
                 Prose(
-                    f"The best year brought {percent(gain.best_year_share)} of the whole lead over {volatility} "
+                    f"The best year brought {percent(gain.best_year_share)} of the whole gain over {volatility} "
                     f"({number(gain.total, 2)} nats); the deepest fall from a peak was {number(gain.deepest_fall, 2)} "
                     "nats."
                 )
@@ -330,7 +330,7 @@ def _test_section(analysis: StudyAnalysis) -> Section:
     ]  # fmt: skip
     text = f"The sealed test part was opened {'once' if len(log) == 1 else f'{len(log)} times'}."
     if len(log) > 1:
-        text += " From the second time on it is no longer a test: whoever looks again can choose by it."
+        text += " From the second time on it is no longer a test: if you look again, you can choose by it."
     blocks: list[Block] = [Prose(text), Table("openings", "Openings", ["", "opened", "for", "confirmed"], rows)]
     for opening in analysis.openings:
         blocks += [opening_table(opening), Prose(tuple(map(format.as_sentence, opening.notes)), "note")]

@@ -278,7 +278,7 @@ def validation_metrics(inputs: FitInputs, outputs: Floats) -> Metrics:
 
 
 def is_collapsed(config: TrialConfig, outputs: Floats, scale: TargetScale) -> bool:
-    """Is the spread below the floor, or the output the same whatever the input?
+    """Whether the spread is below the floor, or the output the same whatever the input.
 
     The spread is the SD of the probabilities, or of the log returns as a share of the training target's SD.
     """

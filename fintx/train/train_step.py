@@ -236,7 +236,7 @@ def gather_batch(
 
 
 def all_finite(params: Params) -> Bool[Array, ""]:
-    """Is every number of the tree finite, and none so large (1e19) that float32 can't hold its square?"""
+    """Whether every number of the tree is finite, and none so large (1e19) that float32 can't hold its square."""
     return jnp.isfinite(global_norm(params))
 
 

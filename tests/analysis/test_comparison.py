@@ -95,7 +95,7 @@ def test_the_page_holds_it_all(found, tmp_path):
     }  # fmt: skip
 
 
-def test_what_can_not_be_compared_is_said(studies, tmp_path):
+def test_what_can_not_be_compared_is_reported(studies, tmp_path):
     with pytest.raises(FintxError, match="wanted two studies or more"):
         comparison.read(studies[:1])
     nothing = return_study(tmp_path, "nothing", n_trials=2, failed=[0, 1])

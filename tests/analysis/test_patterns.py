@@ -83,7 +83,7 @@ def test_equal_groups_are_rarely_told_apart(tmp_path):
     assert told <= 5
 
 
-def test_a_planted_difference_is_told(tmp_path):
+def test_a_planted_difference_is_found(tmp_path):
     folder = study(tmp_path, lambda i, n: 0.02 if i % 3 == 0 else 0.3)
     found = pattern(study_results.read(folder), "x", "x", lambda r: r.trial_number % 3, "group {:.0f}".format)
     assert [group.verdict for group in found.groups] == ["best mean", "worse", "worse"]
@@ -100,9 +100,9 @@ def test_every_pattern_counts_every_successful_trial(tmp_path):
         assert sum(group.behind is None for group in each.groups) == 1
     names = [each.name for each in patterns.by_shape(made)]
     assert names == ["d_model", "depth", "d_ff_ratio", "n_heads", "aspect"]
-    knobs = patterns.by_values(made)
-    assert [each.name for each in knobs] == ["learning_rate", "dropout"]
-    assert all(len(each.groups) == 3 and each.trend is not None for each in knobs)
+    by_values = patterns.by_values(made)
+    assert [each.name for each in by_values] == ["learning_rate", "dropout"]
+    assert all(len(each.groups) == 3 and each.trend is not None for each in by_values)
 
 
 @pytest.mark.parametrize(

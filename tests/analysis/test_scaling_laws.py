@@ -1,4 +1,4 @@
-"""Does it scale? On studies whose law is known, and on sets of studies through which no line may be drawn."""
+"""Scaling laws: the answer where the law is known, and refusals where no line may be drawn through the studies."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_a_flat_one_is_called_flat(tmp_path):
 
 
 @pytest.mark.slow
-def test_what_it_would_take_is_said_where_it_cant_be_told(tmp_path):
+def test_what_it_would_take_is_stated_where_it_cant_be_told(tmp_path):
     found = read(write(tmp_path, lambda n: 0.1, n_rows=400, n_trials=4), refits=20)
     sentence = scaling_page.answer(found)
     assert found.verdict == "can't tell"
@@ -153,9 +153,9 @@ def refusal(*folders, over="parameters"):
 def test_studies_that_differ_in_kind_are_refused_with_what_differs(tmp_path):
     a, b = noise_study(tmp_path, "a", budget="2K"), noise_study(tmp_path, "b", budget="10K")
     other_hash = noise_study(tmp_path, "c", budget="50K", label_hash="m" * 64, data_hash="e" * 64)
-    said = refusal(a, b, other_hash)
-    assert "no fit: the studies differ in their label hashes (a, b: llllllllllll; c: mmmmmmmmmmmm)" in said
-    assert "differ in their data" in said
+    message = refusal(a, b, other_hash)
+    assert "no fit: the studies differ in their label hashes (a, b: llllllllllll; c: mmmmmmmmmmmm)" in message
+    assert "differ in their data" in message
 
 
 def test_other_splits_and_tolerances_are_refused(tmp_path, monkeypatch):
@@ -164,17 +164,17 @@ def test_other_splits_and_tolerances_are_refused(tmp_path, monkeypatch):
     folders.append(noise_study(tmp_path, "c", budget="50K"))
     monkeypatch.setattr(planted, "SWEEP", planted.SWEEP.replace('"BUDGET"', '"BUDGET"\ntolerance = 0.4'))
     folders.append(noise_study(tmp_path, "d", budget="250K"))
-    said = refusal(*folders)
-    assert "differ in their splits" in said and "train 0.5" in said
-    assert "differ in their budget tolerances (a, b, c: ± 25 %; d: ± 40 %)" in said
+    message = refusal(*folders)
+    assert "differ in their splits" in message and "train 0.5" in message
+    assert "differ in their budget tolerances (a, b, c: ± 25 %; d: ± 40 %)" in message
 
 
 def test_too_few_points_are_counted(tmp_path):
     a, b = noise_study(tmp_path, "a", budget="2K", n_trials=1), noise_study(tmp_path, "b", budget="10K")
-    said = refusal(a, b)
-    assert "2 different parameter budgets, wanted at least 3" in said
-    assert "too few successful trials to know their spread: 2,000 has 1" in said
-    assert "4 successful trials in all, wanted at least 8" in said
+    message = refusal(a, b)
+    assert "2 different parameter budgets, wanted at least 3" in message
+    assert "too few successful trials to know their spread: 2,000 has 1" in message
+    assert "4 successful trials in all, wanted at least 8" in message
 
 
 def test_missing_predictions_and_other_rows_are_named(tmp_path):

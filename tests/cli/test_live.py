@@ -63,18 +63,18 @@ def shown(events: list[Event], *, terminal: bool) -> str:
 @pytest.mark.parametrize("terminal", [False, True])
 def test_what_has_to_be_beaten_stands_beside_the_best(events, best_baseline, terminal):
     name, score = best_baseline
-    said = shown(events, terminal=terminal)
-    assert f"to beat: {name}, log_loss {score}" in said
+    output = shown(events, terminal=terminal)
+    assert f"to beat: {name}, log_loss {score}" in output
     if terminal:
-        row = next(line for line in said.splitlines() if line.startswith("to beat "))
+        row = next(line for line in output.splitlines() if line.startswith("to beat "))
         assert score in row and name in row
     else:
-        assert f"to beat {score} ({name})" in said
+        assert f"to beat {score} ({name})" in output
 
 
 def test_a_run_by_hand_counts_to_its_own_end(events):
     (ready,) = [event for event in events if isinstance(event, StudyReady)]
     (ended,) = [event for event in events if isinstance(event, TrialFinished)]
     assert (ready.finished, ready.total, ended.total, ended.record.entry) == (3, 4, 4, "by-hand")
-    said = shown(events, terminal=False)
-    assert "4 trials, 3 finished before" in said and "4/4 done" in said
+    output = shown(events, terminal=False)
+    assert "4 trials, 3 finished before" in output and "4/4 done" in output

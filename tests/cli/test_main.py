@@ -28,8 +28,8 @@ from tests.helpers.command import ENVIRONMENT, FINTX, ROOT, fintx, mistake, proc
     ],
 )
 def test_a_mistyped_command_is_a_line(arguments, words):
-    said = mistake(*arguments)
-    assert said.startswith("fintx: ") and words in said and said.count("\n") == 1
+    message = mistake(*arguments)
+    assert message.startswith("fintx: ") and words in message and message.count("\n") == 1
 
 
 def test_without_a_command_the_commands_are_shown():
@@ -60,9 +60,9 @@ def test_params_lists_depths_for_a_budget():
 def test_plan_says_what_a_trial_must_gain_to_be_seen(tmp_path):
     """Of 753 rows with a base rate of .22: 2.80 × .5 × √(E[p(1 − p)] / 753); pooled over folds."""
     file = ROOT / "sweeps" / "2M_h1.toml"
-    said = " ".join(fintx("plan", file, cwd=tmp_path).stdout.split())
-    assert "a true gain below 0.0187 stays unseen in most studies" in said
-    assert "of 50 equal trials the best looks 0.0106 better" in said
+    output = " ".join(fintx("plan", file, cwd=tmp_path).stdout.split())
+    assert "a true gain below 0.0187 stays unseen in most studies" in output
+    assert "of 50 equal trials the best looks 0.0106 better" in output
     fold = "validation_start=2006-01-01, test_start=2016-01-01, n_folds=5"
     folds = f'split={{kind="walk_forward", window="expanding", {fold}}}'
     found = fintx("plan", file, "--set", folds, cwd=tmp_path).stdout
@@ -76,7 +76,7 @@ def test_plan_says_what_a_trial_must_gain_to_be_seen(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["2M_h1", "200M_h3", "2B_h5", "demo"])
-def test_plan_tells_everything_and_writes_nothing(name, tmp_path):
+def test_plan_prints_everything_and_writes_nothing(name, tmp_path):
     shown = fintx("plan", ROOT / "sweeps" / f"{name}.toml", cwd=tmp_path).stdout
     for part in (
         "[study]",
@@ -121,8 +121,8 @@ def test_eval_repeats_the_recorded_metrics_exactly(tiny_study):
 def test_the_test_part_stays_sealed_without_a_confirmation(tiny_study, tmp_path):
     study = Path(shutil.copytree(tiny_study, tmp_path / "outputs" / "tiny"))
     data = tiny_study.parents[1] / "data"
-    said = mistake("eval", study, "--test", "--data-dir", data).replace("\n", " ")
-    assert f"no trial is confirmed yet; run first: just confirm {study}" in said and "--unconfirmed" in said
+    message = mistake("eval", study, "--test", "--data-dir", data).replace("\n", " ")
+    assert f"no trial is confirmed yet; run first: just confirm {study}" in message and "--unconfirmed" in message
     trial = study / "trials" / "0000"
     assert "is no study's folder" in mistake("eval", trial, "--test", "--data-dir", data).replace("\n", " ")
     assert "goes with --test" in mistake("eval", study, "--unconfirmed", "--data-dir", data)
@@ -189,8 +189,8 @@ def test_a_damaged_checkpoint_is_refused(damage, tiny_study, tmp_path):
         shutil.rmtree(folder)
         folder.mkdir()
         (folder / "model.pt").write_text("torch")
-    said = mistake("eval", study, "--data-dir", tiny_study.parents[1] / "data")
-    assert str(folder) in said.replace("\n", "")
+    message = mistake("eval", study, "--data-dir", tiny_study.parents[1] / "data")
+    assert str(folder) in message.replace("\n", "")
 
 
 @pytest.mark.parametrize(
@@ -215,8 +215,8 @@ def test_a_damaged_checkpoint_is_refused(damage, tiny_study, tmp_path):
 )  # fmt: skip
 def test_a_users_mistake_is_one_line_and_exit_code_2(arguments, words, tmp_path):
     fixed = [ROOT / a if str(a).startswith(("sweeps", "README")) else a for a in arguments]
-    said = mistake(*fixed, cwd=tmp_path).replace("\n", " ").replace(f"{ROOT}/", "")
-    assert said.startswith("fintx: ") and words in said, said
+    message = mistake(*fixed, cwd=tmp_path).replace("\n", " ").replace(f"{ROOT}/", "")
+    assert message.startswith("fintx: ") and words in message, message
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
 
 
@@ -233,8 +233,8 @@ def test_a_second_run_learns_that_the_first_is_running(tiny_study):
     with locks.hold(tiny_study):
         file = tiny_study.parents[1] / "again.toml"
         shutil.copy(next(iter(tiny_study.parents[1].parent.glob("sweeps*/tiny.toml"))), file)
-        said = mistake("sweep", file, "--outputs", tiny_study.parent, "--data-dir", tiny_study.parents[1] / "data")
-    assert f"is being run by process {os.getpid()}" in said
+        message = mistake("sweep", file, "--outputs", tiny_study.parent, "--data-dir", tiny_study.parents[1] / "data")
+    assert f"is being run by process {os.getpid()}" in message
 
 
 @pytest.mark.slow
@@ -265,7 +265,7 @@ def test_sigint_stops_cleanly_and_the_same_command_continues(tiny_file, tmp_path
 
 
 @pytest.mark.slow
-def test_a_full_disk_is_said_and_the_same_command_continues(tiny_file, tmp_path, data_root):
+def test_a_full_disk_is_reported_and_the_same_command_continues(tiny_file, tmp_path, data_root):
     """A file-size limit stands for a full disk: the kernel refuses every write beyond it."""
     outputs = tmp_path / "outputs"
     arguments = ["sweep", tiny_file, "--outputs", outputs, "--data-dir", data_root, "--set", "study.n_trials=1"]

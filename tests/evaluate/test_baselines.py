@@ -94,13 +94,13 @@ def inputs_of(names, data, bars, context) -> np.ndarray:
 
 def test_names_and_words_say_what_was_fitted(market):
     bars, vix = market
-    said = {
+    fitted = {
         (task.kind, "VIX" in context): [(b.name, b.words) for b in baselines.for_dataset(data, task, bars, context)]
         for task in (THRESHOLD, REGRESSION)
         for data in [stacked(bars, task)]
         for context in (vix, {})
     }
-    names = {key: [name for name, _ in value] for key, value in said.items()}
+    names = {key: [name for name, _ in value] for key, value in fitted.items()}
     assert names["threshold", True] == [
         "prior", "climatology", "last_label", "volatility_logistic", "vix_har_logistic", "volatility_touch",
         "garch_touch", "bar_logistic", "bar_boosting", "bar_mlp",
@@ -110,7 +110,7 @@ def test_names_and_words_say_what_was_fitted(market):
         "prior", "zero", "har_linear", "volatility_linear",
     ]  # fmt: skip
     realised = "ln realised volatility of 5, 21 and 63 days"
-    words = {key: dict(value) for key, value in said.items()}
+    words = {key: dict(value) for key, value in fitted.items()}
     assert words["threshold", True]["volatility_logistic"] == "logistic regression on ln VIX"
     assert words["threshold", False]["volatility_logistic"] == f"logistic regression on {realised}"
     assert words["regression", False]["volatility_linear"] == f"linear regression on {realised}"

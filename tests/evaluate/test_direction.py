@@ -124,9 +124,9 @@ def test_within_year_auc_counts_pairs_of_the_same_year(rows):
     years = dates.astype("datetime64[Y]")
     wins = pairs = 0
     for i in np.flatnonzero(truth == 1):
-        rivals = (truth == 0) & (years == years[i])
-        wins += np.sum(logits[i] > logits[rivals]) + 0.5 * np.sum(logits[i] == logits[rivals])
-        pairs += rivals.sum()
+        negatives = (truth == 0) & (years == years[i])
+        wins += np.sum(logits[i] > logits[negatives]) + 0.5 * np.sum(logits[i] == logits[negatives])
+        pairs += negatives.sum()
     assert direction.within_year_auc(logits, truth, dates) == pytest.approx(wins / pairs, rel=1e-12)
 
 
@@ -155,7 +155,7 @@ def test_gains_add_up_by_day_whatever_the_order_of_rows(rows):
     assert cumulative.total == pytest.approx(np.sum(theirs - mine))
 
 
-def test_a_lead_of_one_year_is_called_one():
+def test_a_gain_of_one_year_is_called_one():
     dates = np.array(["2019-03-01", "2019-06-01", "2020-03-01", "2021-03-01"], "datetime64[D]")
     cumulative = direction.cumulative_gain(np.array([0.0, 0, 1, 0]), np.array([3.0, 2, 0, 1]), dates)
     np.testing.assert_array_equal(cumulative.gain, [3, 5, 4, 5])

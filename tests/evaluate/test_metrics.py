@@ -82,17 +82,17 @@ def test_metrics_equal_scikit_learns(n, tied):
     logits, labels = sample(n, n, tied=tied)
     scores = metrics.evaluate(CLASSIFICATION, logits, labels, prior=0.3)
     p = 1 / (1 + np.exp(-logits.astype(float)))
-    truth, said = labels.astype(int), (p >= 0.3).astype(int)
+    truth, predicted = labels.astype(int), (p >= 0.3).astype(int)
     expected = {
         "log_loss": sklearn.metrics.log_loss(truth, p),
         "brier": sklearn.metrics.brier_score_loss(truth, p),
         "auc": sklearn.metrics.roc_auc_score(truth, p),
         "average_precision": sklearn.metrics.average_precision_score(truth, p),
-        "precision_at_base_rate": sklearn.metrics.precision_score(truth, said),
-        "recall_at_base_rate": sklearn.metrics.recall_score(truth, said),
+        "precision_at_base_rate": sklearn.metrics.precision_score(truth, predicted),
+        "recall_at_base_rate": sklearn.metrics.recall_score(truth, predicted),
     }
     assert {key: scores[key] for key in expected} == pytest.approx(expected, abs=1e-12)
-    tn, fp, fn, tp = sklearn.metrics.confusion_matrix(truth, said).ravel()
+    tn, fp, fn, tp = sklearn.metrics.confusion_matrix(truth, predicted).ravel()
     assert [scores[f"{cell}_at_base_rate"] for cell in ("tn", "fp", "fn", "tp")] == [tn, fp, fn, tp]
 
 
@@ -162,9 +162,9 @@ def test_average_precision_equals_a_loop_over_thresholds(drawn):
     logits, labels = drawn
     positives, expected, recall = labels.sum(), 0.0, 0.0
     for threshold in sorted(set(logits), reverse=True):
-        said = logits >= threshold
-        now = labels[said].sum() / max(positives, 1)
-        expected, recall = expected + (now - recall) * labels[said].mean(), now
+        predicted = logits >= threshold
+        now = labels[predicted].sum() / max(positives, 1)
+        expected, recall = expected + (now - recall) * labels[predicted].mean(), now
     value = metrics.average_precision(logits, labels)
     assert value is None if positives == 0 else value == pytest.approx(expected, abs=1e-12)
 

@@ -309,7 +309,7 @@ def test_the_luck_of_equal_trials_is_the_expected_maximum_of_their_noise():
 
 
 @pytest.mark.parametrize(
-    ("scored", "said"),
+    ("scored", "expected"),
     [
         ({"auc": 0.97}, "AUC 0.970 is too good to be true"),
         ({"auc": 0.95}, None),
@@ -318,9 +318,9 @@ def test_the_luck_of_equal_trials_is_the_expected_maximum_of_their_noise():
         ({"mse": 1e-9}, None),
     ],
 )
-def test_what_is_too_good_to_be_true_is_said_in_a_line(scored, said):
+def test_what_is_too_good_to_be_true_is_flagged_in_a_line(scored, expected):
     warning = significance.leakage_warning(scored)
-    assert warning is None if said is None else (warning.startswith(said) and "\n" not in warning)
+    assert warning is None if expected is None else (warning.startswith(expected) and "\n" not in warning)
 
 
 def test_terciles_hold_a_third_each_and_leave_out_what_is_unknown():

@@ -105,7 +105,7 @@ def test_a_dead_worker_costs_neither_reruns_nor_numbers(confirming, undisturbed)
     assert (reruns(confirming), verdict(confirming)) == undisturbed
 
 
-def test_a_request_to_stop_saves_tells_how_far_it_is_and_exits_with_75(confirming, undisturbed):
+def test_a_request_to_stop_saves_reports_how_far_it_is_and_exits_with_75(confirming, undisturbed):
     running = confirming.start(command="confirm", options=WANTED)
     wait_for(lambda: len(reruns(confirming)) == 2 and steps(confirming), running=running, timeout_s=PATIENCE_S)
     running.process.send_signal(signal.SIGINT)

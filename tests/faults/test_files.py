@@ -57,7 +57,7 @@ def test_a_damaged_newest_state_is_set_aside_and_the_one_before_used(damage, tor
     assert "training state can't be used" in warning
 
 
-def test_a_torn_journal_tail_is_mended_between_runs_and_while_a_study_runs(machine):
+def test_a_torn_journal_tail_is_repaired_between_runs_and_while_a_study_runs(machine):
     here = machine()
     here.run(*SHORT, ONE)
     journal = here.folder / "journal.log"
@@ -75,7 +75,7 @@ def test_a_torn_journal_tail_is_mended_between_runs_and_while_a_study_runs(machi
     assert [lease.finished for lease in here.leases().values()] == [True, True]
 
 
-def test_a_journal_damaged_in_the_middle_is_said_and_made_again_from_the_records(machine, finished):
+def test_a_journal_damaged_in_the_middle_is_reported_and_made_again_from_the_records(machine, finished):
     """Moved away as the message says, it is rebuilt; nothing is trained twice."""
     here = machine()
     shutil.copytree(finished.root, here.root)
@@ -91,7 +91,7 @@ def test_a_journal_damaged_in_the_middle_is_said_and_made_again_from_the_records
     assert len({record.config_hash for record in here.records()}) == 4
 
 
-def test_a_record_that_was_never_told_is_told(machine, finished):
+def test_a_record_that_was_never_reported_is_reported(machine, finished):
     """As if the coordinator had been killed between a trial's record and the word to the storage."""
     here = machine()
     shutil.copytree(finished.root, here.root)
@@ -195,7 +195,7 @@ def test_a_damaged_record_of_its_own_stops_a_study(machine, finished):
     assert f"{damaged}: is no trial record" in output.replace("\n", " ") and "trial 3 (" not in output
 
 
-def test_a_finished_trial_whose_record_is_gone_is_said_and_can_be_trained_again(machine, finished):
+def test_a_finished_trial_whose_record_is_gone_is_reported_and_can_be_trained_again(machine, finished):
     here = machine()
     shutil.copytree(finished.root, here.root)
     shutil.rmtree(here.folder / "trials" / "0001")

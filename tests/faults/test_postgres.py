@@ -93,7 +93,7 @@ def test_another_definition_under_the_same_name_is_refused_on_another_machine(ma
     assert machine("there").records() == []
 
 
-def test_a_result_earned_while_the_database_is_away_is_told_when_it_is_back(machine, server, url):
+def test_a_result_earned_while_the_database_is_away_is_reported_when_it_is_back(machine, server, url):
     here = machine()
     running = here.start("study.n_trials=2", "train.max_epochs=400", "train.patience=400", options=sharing(url))
     wait_for(lambda: list(here.folder.glob("trials/0000/attempts.jsonl")), running=running)
@@ -161,7 +161,7 @@ def test_a_frozen_machine_that_wakes_up_superseded_can_neither_save_nor_report(m
 
 
 def test_a_lock_that_was_lost_is_noticed_before_anything_is_written(server, url, tmp_path):
-    """The server ends a silent holder's transaction; what he would write then must not be written."""
+    """The server ends a silent holder's transaction; what it would write then must not be written."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     with storage.open_storage(url, tmp_path, "x", minimize=True, warn=lambda words: None) as opened:
         with pytest.raises(storage.StorageAway), opened.exclusive() as check:

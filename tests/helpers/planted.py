@@ -186,15 +186,17 @@ def _record(
     )  # fmt: skip
 
 
-def event_study(outputs, name="events", *, skill=1.0, rival=0.8, n_rows=900, n_trials=6, seed=0, asset="SPX", **more):
-    """A threshold study: the true logit is z; models say skill · z and a little noise, the best baseline rival · z."""
+def event_study(
+    outputs, name="events", *, skill=1.0, baseline_skill=0.8, n_rows=900, n_trials=6, seed=0, asset="SPX", **more
+):
+    """A threshold study: the true logit is z; models say skill · z and a little noise, the best baseline baseline_skill · z."""
     rng = np.random.default_rng(seed)
     z = rng.normal(-0.3, 1.2, n_rows)
     labels = (rng.random(n_rows) < 1 / (1 + np.exp(-z))).astype(float)
     spec = spec_of(outputs / "files", name, task=THRESHOLD)
     spec = spec.model_copy(update={"data": spec.data.model_copy(update={"assets": (asset,)})})
     prior = np.full(n_rows, -0.3)
-    beaten = {"prior": prior, "volatility_logistic": -0.3 + rival * (z + 0.3)}
+    beaten = {"prior": prior, "volatility_logistic": -0.3 + baseline_skill * (z + 0.3)}
     return write_study(
         outputs, spec, lambda i, n: -0.3 + skill * (z + 0.3) + 0.1 * rng.normal(size=n_rows), labels=labels,
         baselines=beaten, n_trials=n_trials, assets=[asset] * n_rows, **more,

@@ -355,14 +355,14 @@ def test_studies_of_it_are_reported_and_compared(tmp_path: Path) -> None:
     """Tables, figures and patterns go over its own numbers."""
     rng, n = np.random.default_rng(0), 300
     labels, prior = (rng.random(n) < 0.4).astype(float), np.full(n, -0.4)
-    rivals = {"prior": prior, "volatility_logistic": prior + 0.1 * rng.normal(size=n)}
+    baselines = {"prior": prior, "volatility_logistic": prior + 0.1 * rng.normal(size=n)}
     folders = []
     for name in ("one", "two"):
         text = SWEEP.replace('name = "mlp"', f'name = "{name}"') + '"model.dropout" = { low = 0.0, high = 0.5 }\n'
         folders.append(
             planted.write_study(
                 tmp_path, loaded(tmp_path, text), lambda *_: prior + 0.1 * rng.normal(size=n), labels=labels,
-                baselines=rivals,
+                baselines=baselines,
             )
         )  # fmt: skip
     analysis = study_analysis.read(folders[0], data_root=tmp_path)

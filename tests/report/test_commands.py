@@ -38,6 +38,6 @@ def test_compare_and_scaling_print_tables_and_refuse_in_lines(tmp_path):
     assert re.match(r"(Scales|Flat|Can't tell)\. From 2\.0K to 50\.0K parameters", shown)
     assert "AICc" in shown and "_scaling/a+b+c/index.html" in shown
     noise_study(tmp_path, "d", budget="250K", label_hash="m" * 64)
-    said = mistake("scaling", "a", "b", "c", "d", "--outputs", tmp_path)
-    assert said.startswith("fintx: no fit: the studies differ in their label hashes")
+    message = mistake("scaling", "a", "b", "c", "d", "--outputs", tmp_path)
+    assert message.startswith("fintx: no fit: the studies differ in their label hashes")
     assert "wanted two studies or more" in mistake("compare", "a", "--outputs", tmp_path)

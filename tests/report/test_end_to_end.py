@@ -62,10 +62,10 @@ def test_a_report_says_what_was_asked_and_what_came_of_it(places: list[object], 
     best = min(records.read_all(study), key=lambda record: record.value)
     assert 1.5e6 <= best.param_count <= 2.5e6 and f"{best.param_count:,}" in text
     beaten = json.loads((study / "baselines.json").read_text())
-    rival = min(beaten, key=lambda name: beaten[name]["metrics"]["log_loss"])
+    best_baseline = min(beaten, key=lambda name: beaten[name]["metrics"]["log_loss"])
     first = re.search(r"(No skill|No|Ahead, not confirmed): ", text)
-    assert first is not None and rival in text
-    if best.value > beaten[rival]["metrics"]["log_loss"]:
+    assert first is not None and best_baseline in text
+    if best.value > beaten[best_baseline]["metrics"]["log_loss"]:
         assert first[1] != "Ahead, not confirmed"
 
 

@@ -23,7 +23,7 @@ from fintx.study import records, study_file
 from tests.helpers import planted
 from tests.helpers.planted import event_study
 
-SECTIONS = ("asked", "baselines", "confirmation", "direction", "calibration", "course", "patterns", "outcomes", "test",
+SECTIONS = ("asked", "baselines", "confirmation", "direction", "calibration", "search", "patterns", "outcomes", "test",
             "origin")  # fmt: skip
 
 
@@ -32,7 +32,7 @@ def report(folder, **options):
     return study_page.build(study_analysis.read(folder, **options)).write()
 
 
-def told(folder):
+def verdict_of(folder):
     """The page's first sentence, and whether it is good news."""
     return format.study_verdict(study_results.read(folder), None)
 
@@ -40,15 +40,15 @@ def told(folder):
 # --- the answer -------------------------------------------------------------------------------------------------------
 
 
-def test_a_baseline_that_is_truly_best_is_said_to_be(tmp_path):
-    sentence, tone = told(event_study(tmp_path, skill=0.3, rival=1.0, n_trials=12))
+def test_a_baseline_that_is_truly_best_is_called_best(tmp_path):
+    sentence, tone = verdict_of(event_study(tmp_path, skill=0.3, baseline_skill=1.0, n_trials=12))
     assert tone == "bad"
     assert sentence.startswith("No: volatility_logistic is better than the best of 12 trials, trial ")
     assert re.search(r"which loses 0\.\d+ nats per row \(95 % interval of what it saves −0\.\d+ … −0\.\d+\)", sentence)
 
 
 def test_a_trial_that_is_truly_better_is_ahead_but_not_confirmed(tmp_path):
-    sentence, tone = told(event_study(tmp_path, skill=1.0, rival=0.2, n_trials=12))
+    sentence, tone = verdict_of(event_study(tmp_path, skill=1.0, baseline_skill=0.2, n_trials=12))
     assert tone == "open"
     assert sentence.startswith("Ahead, not confirmed: the best of 12 trials")
     assert (
@@ -58,7 +58,7 @@ def test_a_trial_that_is_truly_better_is_ahead_but_not_confirmed(tmp_path):
 
 
 def test_a_trial_as_good_as_the_baseline_does_not_beat_it(tmp_path):
-    sentence, tone = told(event_study(tmp_path, skill=0.8, rival=0.8, n_trials=1))
+    sentence, tone = verdict_of(event_study(tmp_path, skill=0.8, baseline_skill=0.8, n_trials=1))
     assert sentence.startswith("No: ") and tone == "bad"
 
 
@@ -71,7 +71,7 @@ def test_shuffled_labels_are_no_skill(tmp_path):
     folder = planted.write_study(
         tmp_path, spec, lambda i, k: -0.2 + 0.2 * rng.normal(size=n), labels=labels, baselines=beaten, n_trials=12
     )
-    assert told(folder)[0].startswith("No skill: the best of 12 trials")
+    assert verdict_of(folder)[0].startswith("No skill: the best of 12 trials")
 
 
 def test_a_planted_leak_is_too_good_to_be_true(tmp_path):
@@ -126,8 +126,8 @@ def test_mixed_labels_are_refused_in_a_line(tmp_path):
         shutil.copytree(records.trial_folder(other, number), records.trial_folder(folder, number))
     with pytest.raises(FintxError) as caught:
         report(folder, data_root=tmp_path)
-    said = str(caught.value)
-    assert "llllllllllll: trial 0, trial 1, trial 2; mmmmmmmmmmmm: trial 3, trial 4" in said and "\n" not in said
+    message = str(caught.value)
+    assert "llllllllllll: trial 0, trial 1, trial 2; mmmmmmmmmmmm: trial 3, trial 4" in message and "\n" not in message
 
 
 def test_missing_predictions_are_named_and_the_rest_is_reported(tmp_path):
@@ -138,7 +138,7 @@ def test_missing_predictions_are_named_and_the_rest_is_reported(tmp_path):
     (folder / "baselines.parquet").unlink()
     text = report(folder, data_root=tmp_path).read_text()
     assert "baselines.parquet is missing: nothing can be compared row by row" in text
-    assert "Can&#39;t be said: the best of 4 trials" in text
+    assert "Not decided: the best of 4 trials" in text
 
 
 def test_damaged_predictions_are_an_error_with_their_name(tmp_path):
@@ -280,7 +280,7 @@ def test_a_backtest_is_off_until_asked_for_and_prints_its_assumptions(tiny_study
     assert 'id="backtest"' not in report(tiny_study, data_root=data).read_text()
 
 
-def test_openings_of_the_sealed_test_are_told(tmp_path):
+def test_openings_of_the_test_part_are_listed(tmp_path):
     folder = event_study(tmp_path, n_trials=2)
     for confirmed in (True, False):
         study_file.log_opening(folder, {"confirmed": confirmed, "models": ["trial 1"], "checkpoints": []})

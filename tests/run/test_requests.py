@@ -94,7 +94,7 @@ def test_and_while_the_study_runs(file, open_search, notices):
     assert search.spec.queue[0].n_layers == 2
 
 
-def test_what_is_wrong_with_a_manual_files_entry_is_told_at_its_line_there(file, tmp_path):
+def test_what_is_wrong_with_a_manual_files_entry_is_reported_at_its_line_there(file, tmp_path):
     manual = tmp_path / "manual.toml"
     (tmp_path / "other.toml").write_text(file.read_text().replace('"tiny"', '"other"'))
     manual.write_text(MANUAL.format(2, "a").replace("tiny", "other") + MANUAL.format(2, "b") + MANUAL.format(90, "c"))
@@ -104,7 +104,7 @@ def test_what_is_wrong_with_a_manual_files_entry_is_told_at_its_line_there(file,
     assert not (tmp_path / "outputs").exists()
 
 
-def test_a_queue_in_a_base_is_told_at_its_line_there(file, tmp_path):
+def test_a_queue_in_a_base_is_reported_at_its_line_there(file, tmp_path):
     add(file, ENTRY.format(90, "a"))
     own = tmp_path / "own.toml"
     own.write_text('extends = "tiny.toml"\n[study]\nname = "own"\n')
@@ -156,7 +156,7 @@ def test_a_manual_run_keeps_the_studys_own_queue_and_its_extremes(file, open_sea
     assert len(waiting) > 1 and "own" in waiting
 
 
-def test_execution_is_taken_while_the_study_runs_and_what_waits_is_told(file, open_search, notices):
+def test_execution_is_taken_while_the_study_runs_and_what_waits_is_reported(file, open_search, notices):
     search = open_search(requests.of_sweep(file, ()))
     text = file.read_text().replace("high = 1e-2", "high = 2e-2").replace("seed = 0", "seed = 1")
     file.write_text(text + "\n[execution]\nhang_s = 77\nstorage = 'postgresql://me@there/x'\n[mesh]\nmodel = 2\n")

@@ -107,7 +107,7 @@ def test_a_raised_total_continues_the_same_study(tiny_study, spec, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_killed_process_between_record_and_tell_is_told(spec, tmp_path):
+def test_a_record_that_the_storage_does_not_know_is_reported_to_it(spec, tmp_path):
     """A record that the sampler never heard of is events, not trained again."""
     one = spec.model_copy(update={"study": spec.study.model_copy(update={"n_trials": 1})})
 

@@ -99,11 +99,13 @@ def swept(name: str, strength: float, tmp_path: Path, *, split: str = FRACTIONS)
 
 
 def test_a_planted_signal_is_confirmed_and_opens_the_test_part(tmp_path):
-    folder, said = swept("SIGNAL", 0.5, tmp_path, split=WALK_FORWARD)
-    assert "Ahead, not confirmed: the best of" in said and "too good to be true" not in said
-    assert re.search(r"confirmation of SIGNAL: the best 1 of 2 trials \(\d\), each trained again with the same 2", said)
-    assert "CONFIRMED: trial" in said and "best, confirmed" in said
-    assert re.search(r"by fold.*Ahead in 2 of 2.*by year.*Ahead in 2 of 2", said, re.DOTALL)
+    folder, output = swept("SIGNAL", 0.5, tmp_path, split=WALK_FORWARD)
+    assert "Ahead, not confirmed: the best of" in output and "too good to be true" not in output
+    assert re.search(
+        r"confirmation of SIGNAL: the best 1 of 2 trials \(\d\), each trained again with the same 2", output
+    )
+    assert "CONFIRMED: trial" in output and "best, confirmed" in output
+    assert re.search(r"by fold.*Ahead in 2 of 2.*by year.*Ahead in 2 of 2", output, re.DOTALL)
     found = confirmation.read(folder)
     assert found.complete and found.n_compared == 2
     (best,) = found.confirmed
@@ -134,18 +136,18 @@ def test_a_planted_signal_is_confirmed_and_opens_the_test_part(tmp_path):
 
 
 def test_chance_is_called_chance_and_keeps_the_test_part_sealed(tmp_path):
-    folder, said = swept("CHANCE", 0.0, tmp_path)
-    first = said[said.index("2 of 2 trials finished") :].splitlines()[1]
+    folder, output = swept("CHANCE", 0.0, tmp_path)
+    first = output[output.index("2 of 2 trials finished") :].splitlines()[1]
     assert first.startswith("No: ")
-    assert "NOT CONFIRMED" in said and confirmation.read(folder).confirmed == ()
+    assert "NOT CONFIRMED" in output and confirmation.read(folder).confirmed == ()
     refused = mistake("eval", folder, "--test", cwd=tmp_path).replace("\n", " ")
     assert "no trial was confirmed" in refused and "--unconfirmed" in refused
     assert not (folder / "openings.jsonl").exists()
 
 
 def test_a_planted_leak_is_flagged_as_too_good_to_be_true(tmp_path):
-    folder, said = swept("LEAK", 4.0, tmp_path)
+    folder, output = swept("LEAK", 4.0, tmp_path)
     assert records.best_of(records.read_all(folder), minimize=True).best["auc"] > 0.95
-    flagged = [line for line in said.splitlines() if "too good to be true" in line]
+    flagged = [line for line in output.splitlines() if "too good to be true" in line]
     assert flagged and all(line.startswith("WARNING: ") for line in flagged)
     assert "WARNING: LEAK: AUC" in fintx("status", cwd=tmp_path).stdout

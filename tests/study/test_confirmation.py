@@ -64,8 +64,8 @@ def test_a_planted_signal_is_confirmed_and_its_equal_can_not_be_told_from_it(pla
     assert {found.best.trial, *(each.trial for each in found.alike)} == {0, 1}
     assert found.candidates[2].words == "not confirmed"
     assert found.superior_p_value < 0.01 and found.overfitting < 0.6
-    said = confirmation_verdict(found)
-    assert said.startswith(f"CONFIRMED: trial {found.best.trial} beats weak by 0.") and "95 %" in said
+    verdict = confirmation_verdict(found)
+    assert verdict.startswith(f"CONFIRMED: trial {found.best.trial} beats weak by 0.") and "95 %" in verdict
     assert f"Indistinguishable from the best: trial {found.alike[0].trial}." in confirmation_details(found)
     # By Jensen's inequality an ensemble's log loss is below its reruns' mean; how far, their noise decides.
     for each in found.candidates:
@@ -132,7 +132,7 @@ def test_half_a_confirmation_compares_the_seeds_that_all_have(plant, spec, tmp_p
     assert not found.complete and all(len(each.values) == 2 for each in found.candidates)
 
 
-def test_what_the_search_lacks_is_said(plant, spec, tmp_path):
+def test_what_the_search_lacks_is_stated(plant, spec, tmp_path):
     planted, signal, rng = plant()
     planted.baselines({"prior": np.zeros(DAYS)})
     trials = [planted.trial(n, signal) for n in range(2)]
@@ -143,8 +143,12 @@ def test_what_the_search_lacks_is_said(plant, spec, tmp_path):
     raised = spec.model_copy(update={"study": spec.study.model_copy(update={"n_trials": 9})})
     found = build(planted, raised, trials[:1], tmp_path)
     assert found.n_compared == 1 and found.n_finished == 2
-    for said in ("opened once", "its best of 2 trials so far, of 9", "1 trials are in no test over the whole search"):
-        assert any(said in note for note in found.notes), found.notes
+    for note_text in (
+        "opened once",
+        "its best of 2 trials so far, of 9",
+        "1 trials are in no test over the whole search",
+    ):
+        assert any(note_text in note for note in found.notes), found.notes
 
 
 @pytest.mark.parametrize("damage", ["no baselines", "no predictions", "torn", "other rows"])
@@ -195,7 +199,7 @@ def test_folds_and_years_share_the_gain_out(plant, spec, tmp_path):
     assert found.candidates[0].verdict.gain.mean == pytest.approx(weighted)
 
 
-def test_thirds_of_vix_are_told_where_vix_is_in_the_data(shared_data, plant, spec, tmp_path):
+def test_thirds_of_vix_are_reported_where_vix_is_in_the_data(shared_data, plant, spec, tmp_path):
     import datetime
 
     sources.import_file(shared_data / "VIX.csv", "VIX", root=tmp_path, today=datetime.date(2026, 11, 1))

@@ -1,4 +1,4 @@
-"""The paired comparison finds a lead that was planted, and none where there is none."""
+"""Trial against baseline: a gain that was planted is found with its interval, and none where there is none."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ def plant(folder, best, logits: dict[str, np.ndarray], labels: np.ndarray) -> No
         )
         return pa.table([pa.array(column) for column in columns], names=list(records.PREDICTION_COLUMNS))
 
-    rivals = {name: values for name, values in logits.items() if name != "model"}
+    baseline_logits = {name: values for name, values in logits.items() if name != "model"}
     records.write_predictions(records.trial_folder(folder, best.trial_number), table(logits["model"]))
-    tables = [table(v).append_column("baseline", pa.array([k] * len(labels))) for k, v in rivals.items()]
+    tables = [table(v).append_column("baseline", pa.array([k] * len(labels))) for k, v in baseline_logits.items()]
     records.write_predictions(folder, pa.concat_tables(tables), name="baselines.parquet")
 
 
@@ -41,23 +41,23 @@ def case(tiny_study, tiny_file, tmp_path):
     return tmp_path, load.study(tiny_file), best
 
 
-def test_a_planted_lead_is_found_with_its_interval(case):
+def test_a_planted_gain_is_found_with_its_interval(case):
     folder, spec, best = case
     rng = np.random.default_rng(0)
     signal = rng.standard_normal(4000)
     labels = (rng.random(4000) < 1 / (1 + np.exp(-signal))).astype(np.float32)
     plant(folder, best, {"model": signal, "weak": 0.2 * signal, "none": np.zeros(4000)}, labels)
-    found = predictions.compare_trial(folder, spec, best)
+    comparison = predictions.compare_trial(folder, spec, best)
     losses = {k: metrics.per_sample_loss("probability", v, labels) for k, v in (("m", signal), ("w", 0.2 * signal))}
     difference = losses["w"] - losses["m"]
-    assert found.baseline == "weak" and found.n_rows == 4000 and found.metric == "log_loss"
-    assert found.difference.mean == pytest.approx(difference.mean(), abs=1e-6)
+    assert comparison.baseline == "weak" and comparison.n_rows == 4000 and comparison.metric == "log_loss"
+    assert comparison.difference.mean == pytest.approx(difference.mean(), abs=1e-6)
     # These rows are independent: blocks change nothing, but for what 2,000 draws and chance correlation add.
-    assert found.difference.se == pytest.approx(difference.std() / np.sqrt(4000), rel=0.15)
-    assert found.difference.positive and found.difference.mean > 4 * found.difference.se
+    assert comparison.difference.se == pytest.approx(difference.std() / np.sqrt(4000), rel=0.15)
+    assert comparison.difference.positive and comparison.difference.mean > 4 * comparison.difference.se
 
 
-def test_a_lead_that_lasts_for_weeks_has_a_wider_interval(case):
+def test_a_gain_that_lasts_for_weeks_has_a_wider_interval(case):
     """The same differences, where good and bad days come in spells of twenty."""
     folder, spec, best = case
     rng = np.random.default_rng(2)
@@ -73,24 +73,24 @@ def test_a_lead_that_lasts_for_weeks_has_a_wider_interval(case):
     assert alone.difference.se > 2.5 * mixed.difference.se  # √20 = 4.5, were the blocks endless
 
 
-def test_equal_forecasters_have_no_lead(case):
+def test_equal_forecasters_have_no_gain(case):
     folder, spec, best = case
     rng = np.random.default_rng(1)
     labels = (rng.random(2000) < 0.4).astype(np.float32)
     noise = [0.3 * rng.standard_normal(2000) for _ in range(2)]
-    plant(folder, best, {"model": noise[0], "rival": noise[1]}, labels)
-    found = predictions.compare_trial(folder, spec, best)
-    assert abs(found.difference.mean) < 3 * found.difference.se
+    plant(folder, best, {"model": noise[0], "baseline": noise[1]}, labels)
+    comparison = predictions.compare_trial(folder, spec, best)
+    assert abs(comparison.difference.mean) < 3 * comparison.difference.se
 
 
 def test_a_study_has_the_files_the_comparison_needs(tiny_study, tiny_file):
     spec = load.study(tiny_file)
-    held = json.loads((tiny_study / "baselines.json").read_text())
+    baselines = json.loads((tiny_study / "baselines.json").read_text())
     best = records.best_of(records.read_all(tiny_study), minimize=True)
-    found = predictions.compare_trial(tiny_study, spec, best)
-    scored = {name: rival["metrics"]["log_loss"] for name, rival in held.items()}
-    assert found.baseline == min(scored, key=scored.get)
-    assert found.difference.mean == pytest.approx(scored[found.baseline] - best.value, abs=1e-6)
+    comparison = predictions.compare_trial(tiny_study, spec, best)
+    scored = {name: scores["metrics"]["log_loss"] for name, scores in baselines.items()}
+    assert comparison.baseline == min(scored, key=scored.get)
+    assert comparison.difference.mean == pytest.approx(scored[comparison.baseline] - best.value, abs=1e-6)
 
 
 def test_a_baseline_that_is_truly_best_is_reported_so(case):
@@ -100,5 +100,5 @@ def test_a_baseline_that_is_truly_best_is_reported_so(case):
     labels = (rng.random(2000) < 1 / (1 + np.exp(-signal))).astype(np.float32)
     noisy = signal + rng.standard_normal(2000)
     plant(folder, best, {"model": noisy, "truth": signal}, labels)
-    found = predictions.compare_trial(folder, spec, best)
-    assert found.baseline == "truth" and found.difference.negative
+    comparison = predictions.compare_trial(folder, spec, best)
+    assert comparison.baseline == "truth" and comparison.difference.negative

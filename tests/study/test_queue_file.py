@@ -267,7 +267,7 @@ def test_what_an_edit_of_lines_would_spoil_is_left_to_the_user(tmp_path):
     )
 
 
-def test_an_unknown_entry_is_told_with_the_nearest(tmp_path):
+def test_an_unknown_entry_is_reported_with_the_nearest(tmp_path):
     path = write(tmp_path, HEAD + FIRST)
     identity = queue.entry_id(load.study(path).queue[0])
     assert refused(path, cancel, identity[:-1]).endswith(f"; did you mean {identity}?")

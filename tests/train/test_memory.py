@@ -323,5 +323,5 @@ def test_the_estimate_is_what_the_process_grows_by(saves: str) -> None:
     ],
     ids=["xla", "xla on cpu", "cuda", "host", "disk full", "another xla error", "another type"],
 )
-def test_out_of_memory_is_told_by_type_and_text(error: Exception, expected: bool) -> None:
+def test_out_of_memory_is_recognised_by_type_and_text(error: Exception, expected: bool) -> None:
     assert is_out_of_memory(error) is expected

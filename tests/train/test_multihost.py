@@ -79,8 +79,8 @@ def test_what_slurm_sets_is_enough_for_jax_and_takes_no_gpu_away() -> None:
         )
         for index in range(2)
     ]  # fmt: skip
-    said = [process.communicate(timeout=300)[0].split() for process in processes]
-    assert said == [["0", "2", "all"], ["1", "2", "all"]]
+    outputs = [process.communicate(timeout=300)[0].split() for process in processes]
+    assert outputs == [["0", "2", "all"], ["1", "2", "all"]]
 
 
 def test_several_tasks_on_a_node_have_a_gpu_each() -> None:
@@ -128,6 +128,6 @@ def test_the_first_process_binds_one_interface_where_it_can() -> None:
     assert chosen is not None and chosen.bind == "127.0.0.1:7"
 
 
-def test_no_number_is_told() -> None:
+def test_a_process_id_that_is_no_number_is_refused() -> None:
     with pytest.raises(FintxError, match="JAX_PROCESS_ID='first'"):
         multihost.find_place({**GENERIC, "JAX_PROCESS_ID": "first"})

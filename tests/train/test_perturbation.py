@@ -1,4 +1,4 @@
-"""No inert knobs: every key that a sweep file can set in shape, model, optim or train, and the seed, changes the run.
+"""No setting without effect: each of shape, model, optim and train that a sweep file can set, and the seed, counts.
 
 The keys are read off the config classes, so that a new one fails here until it says how it shows.
 """

@@ -1,4 +1,4 @@
-"""Over which devices is a trial spread? What [mesh] means by size and device count, and what each device then holds."""
+"""Layouts: what [mesh] means for a size and a device count, and what each device then holds."""
 
 from __future__ import annotations
 

@@ -99,21 +99,26 @@ def test_off_keeps_nothing_and_a_folder_of_jax_is_kept_to(tmp_path: Path) -> Non
 
 
 def test_a_folder_that_stands_keeps_its_mode_and_is_refused_where_others_write(tmp_path: Path) -> None:
-    for mode, said in ((0o755, None), (0o1777, None), (0o775, "written to by others"), (0o777, "written to by others")):
+    for mode, problem in (
+        (0o755, None),
+        (0o1777, None),
+        (0o775, "written to by others"),
+        (0o777, "written to by others"),
+    ):
         folder = tmp_path / f"{mode:o}"
         folder.mkdir()
         folder.chmod(mode)
-        if said is None:
+        if problem is None:
             assert compile_in_a_process(str(folder), tmp_path) == (1, 0)
             assert (folder / compilation.processor()).stat().st_mode & 0o777 == 0o700
         else:
-            with pytest.raises(FintxError, match=said):
+            with pytest.raises(FintxError, match=problem):
                 compilation.keep_programs(str(folder), outputs=tmp_path)
             assert list(folder.glob("*/*")) == []
         assert folder.stat().st_mode & 0o7777 == mode
 
 
-def test_a_folder_that_can_not_be_made_is_said_in_a_line(tmp_path: Path) -> None:
+def test_a_folder_that_can_not_be_made_is_reported_in_a_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(FintxError, match=r"file/here: can't keep compiled programs here .*execution\.program_cache"):
         compilation.keep_programs(str(tmp_path / "file" / "here"), outputs=tmp_path)

@@ -1,4 +1,4 @@
-"""A trial cut off anywhere ends as one never cut off, bit for bit, whatever befell the states on its disk."""
+"""A trial cut off anywhere ends as one never cut off, bit for bit, whatever happened to the states on its disk."""
 
 from __future__ import annotations
 
@@ -449,18 +449,18 @@ def test_when_a_save_is_due(
     now = [1000.0]
     monkeypatch.setattr(resume, "time", SimpleNamespace(perf_counter=lambda: now[0]))
     monkeypatch.setattr(checkpoint, "write", lambda *_, **__: now.__setitem__(0, now[0] + save_s))
-    keeper = CheckpointManager(
+    manager = CheckpointManager(
         CheckpointPolicy(tmp_path, every_s, allow), FitInputs(make_trial(), make_dataset(), "log_loss")
     )
     now[0] += 500  # compiling
-    keeper.start_clock()
+    manager.start_clock()
     for step, after in ((1, first), (2, then), (3, then)):
         if after:
             now[0] += after - 0.5
-            assert not keeper.is_due()
+            assert not manager.is_due()
             now[0] += 0.5
-        assert keeper.is_due()
-        keeper.save(training_state(step))
+        assert manager.is_due()
+        manager.save(training_state(step))
 
 
 def test_a_step_on_the_disk_is_not_saved_again(copy: Path, make_trial: Trials, make_dataset: Datasets) -> None:

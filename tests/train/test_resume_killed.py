@@ -41,13 +41,13 @@ def filled(config: TrialConfig, step: int) -> TrainingState:
 
 def save_for_ever(config: TrialConfig, data: Dataset, folder: Path) -> None:
     """Says which step is on the disk, one a line, and saves the next."""
-    keeper = CheckpointManager(CheckpointPolicy(folder, 0.0, lambda: None), FitInputs(config, data, "log_loss"))
-    found = keeper.newest(lambda line: print(line, flush=True))
-    step = 0 if found is None else found.step
+    manager = CheckpointManager(CheckpointPolicy(folder, 0.0, lambda: None), FitInputs(config, data, "log_loss"))
+    newest = manager.newest(lambda line: print(line, flush=True))
+    step = 0 if newest is None else newest.step
     while True:
         print("saved", step, flush=True)
         step += 1
-        keeper.save(filled(config, step))
+        manager.save(filled(config, step))
 
 
 def serve(config: TrialConfig, data: Dataset, folder: Path) -> None:
@@ -104,11 +104,13 @@ def test_killed_in_the_middle_of_a_save(make_trial: Trials, make_dataset: Datase
             assert heard(server, "gone") == pid
             mid_save += any(name.startswith(".") for name in os.listdir(folder))
             warnings: list[str] = []
-            keeper = CheckpointManager(CheckpointPolicy(folder, 0.0, lambda: None), FitInputs(config, data, "log_loss"))
-            found = keeper.newest(warnings.append)
+            manager = CheckpointManager(
+                CheckpointPolicy(folder, 0.0, lambda: None), FitInputs(config, data, "log_loss")
+            )
+            newest = manager.newest(warnings.append)
             assert warnings == []
-            assert found is not None and committed <= found.step
-            jax.tree.map(np.testing.assert_array_equal, found.state, filled(config, found.step).state)
+            assert newest is not None and committed <= newest.step
+            jax.tree.map(np.testing.assert_array_equal, newest.state, filled(config, newest.step).state)
             assert all(name.startswith("step_") for name in os.listdir(folder))
             assert 1 <= len(os.listdir(folder)) <= 3
         server.stdin.close()

@@ -110,7 +110,7 @@ def test_segments_of_any_length_compile_nothing(
     assert seen == sorted(set(seen)) and {5, 10, 15} <= set(seen) and len(seen) > 3
 
 
-def test_asked_and_told_between_segments(
+def test_stops_are_asked_for_and_progress_reported_between_segments(
     make_trial: Trials, make_dataset: Datasets, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(trainer, "dispatch_size", lambda left, step_s: min(left, 3))

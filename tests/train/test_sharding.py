@@ -251,7 +251,7 @@ def test_an_optimisers_moments_lie_like_their_parameters(make_trial: Trials) -> 
 
 
 @pytest.mark.parametrize("layout", [Layout(data=9), Layout(data=4, model=4)], ids=str)
-def test_too_few_devices_are_told(layout: Layout) -> None:
+def test_too_few_devices_are_reported(layout: Layout) -> None:
     with pytest.raises(FintxError, match=r"needs (9|16) devices, and there are 8"):
         sharding.mesh_of(layout)
 
