@@ -231,8 +231,8 @@ class RankCorrelation:
     n: int
 
 
-def spearman(a: Floats, b: Floats, *, level: float = 0.95) -> RankCorrelation:
-    """Spearman's ρ and its interval by Fisher's z with variance (1 + ρ²/2) / (n − 3) (Bonett & Wright 2000).
+def spearman(a: Floats, b: Floats) -> RankCorrelation:
+    """Spearman's ρ and its 95 % interval by Fisher's z with variance (1 + ρ²/2) / (n − 3) (Bonett & Wright 2000).
 
     Args:
         a, b: (n,) paired values.
@@ -242,7 +242,7 @@ def spearman(a: Floats, b: Floats, *, level: float = 0.95) -> RankCorrelation:
         return RankCorrelation(None, None, None, n)
     ranks = [stats.rankdata(values) for values in (a, b)]
     rho = float(np.clip(np.corrcoef(*ranks)[0, 1], -1, 1))
-    half = float(stats.norm.ppf((1 + level) / 2)) * math.sqrt((1 + rho**2 / 2) / (n - 3))
+    half = float(stats.norm.ppf(0.975)) * math.sqrt((1 + rho**2 / 2) / (n - 3))
     z = math.atanh(min(max(rho, -1 + 1e-9), 1 - 1e-9))
     return RankCorrelation(rho, math.tanh(z - half), math.tanh(z + half), n)
 

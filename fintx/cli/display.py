@@ -118,7 +118,7 @@ def _print_summary(console: Console, summary: StudySummary) -> None:
     if best is None:
         lines.append("No trial succeeded yet: see each record's `outcome` and `detail`.")
     elif summary.comparison is not None:
-        comparison, trial = summary.comparison, format.best_of(n, best)
+        comparison, trial = summary.comparison, format.best_trial_words(n, best)
         lines.append(format.comparison_verdict(comparison, trial, spec.study.name)[0])
     elif summary.predictions_here:
         lines.append(f"No baseline has a {spec.study.metric}.")

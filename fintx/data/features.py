@@ -331,7 +331,8 @@ FEATURES: dict[str, Feature] = {
     "adx_14": Feature("directional movement index, 14 days, 0 … 100", lambda b, _: _adx(b), 27),
     "bollinger_b_20": Feature("Bollinger %B (20, 2)", lambda b, _: bollinger_b(b.close, 20, 2.0), 19),
     # independent of the price's level
-    **{f"log_return_{k}": Feature(f"log return of {k} day{'s' if k > 1 else ''}", _over(k, lambda b, k: log_return(b.close, k)), k)
+    **{f"log_return_{k}": Feature(f"log return of {k} day{'s' if k > 1 else ''}", _over(
+           k, lambda b, k: log_return(b.close, k)), k)
        for k in (1, 2, 5, 10, 21, 63)},
     **{f"realized_vol_{n}": Feature(
         f"realised volatility per day, {n} days", _over(n, lambda b, n: realized_vol(b.close, n)), n)

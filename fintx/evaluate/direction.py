@@ -33,6 +33,13 @@ class MirrorTest:
     direction_se: float | None
     """Its standard error (Hanley & McNeil 1982), each row counted as 1/h of one since labels overlap over h days."""
 
+    @property
+    def knows_direction(self) -> bool:
+        """Whether `direction_auc` is above .5 by a one-sided test at 5 %."""
+        if self.direction_auc is None or self.direction_se is None:
+            return False
+        return self.direction_auc - 1.645 * self.direction_se > 0.5
+
 
 @dataclass(frozen=True)
 class YearRow:

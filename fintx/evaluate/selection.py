@@ -144,8 +144,6 @@ class Judgement:
     verdicts: tuple[Verdict, ...]
     superior_p_value: float
     """Of "none of all trials beats the baseline"."""
-    n_models: int
-    """The candidates and the search's other trials."""
     resamples: Resamples
     """For more estimates on the same draws."""
 
@@ -187,4 +185,4 @@ def judge(fresh: Floats, baseline: Floats, others: Floats, *, horizon: int, reps
                 confirmed=gain.positive and i in superior,
             )
         )
-    return Judgement(tuple(verdicts), superior_p_value, models.shape[1], resamples)
+    return Judgement(tuple(verdicts), superior_p_value, resamples)

@@ -102,7 +102,7 @@ def _inline(svg: str, name: str) -> str:
     return re.sub(r"<metadata>.*?</metadata>", "", body, flags=re.DOTALL).strip()
 
 
-def spread(places: Sequence[float], gap: float) -> Floats:
+def keep_apart(places: Sequence[float], gap: float) -> Floats:
     """Places at least `gap` apart in the same order, moved as little as possible (least squares)."""
     order, steps = np.argsort(places, kind="stable"), gap * np.arange(len(places))
     moved = isotonic_regression(np.asarray(places)[order] - steps).x + steps
@@ -112,7 +112,7 @@ def spread(places: Sequence[float], gap: float) -> Floats:
 def _label_right(axes: Axes, labels: Sequence[tuple[float, str, str]]) -> None:
     """Write (y, text, colour) labels right of the axes, moved apart where they would overlap."""
     low, high = axes.get_ylim()
-    heights = spread([(y - low) / (high - low) for y, _, _ in labels], gap=0.06)
+    heights = keep_apart([(y - low) / (high - low) for y, _, _ in labels], gap=0.06)
     for height, (_, text, colour) in zip(heights, labels, strict=True):
         axes.text(1.01, height, text, transform=axes.transAxes, color=colour, va="center", fontsize=8.5, clip_on=False)
 

@@ -155,15 +155,15 @@ def study_verdict(results: StudyResults, confirmation: Confirmation | None) -> t
         return confirmation_verdict(confirmation), "good" if confirmation.confirmed else "bad"
     if comparison is None:
         value = f"{results.metric} {number(best.value)}"
-        return f"Not decided: {best_of(n, best)} has {value}, and there is nothing to compare it with.", "open"
+        return f"Not decided: {best_trial_words(n, best)} has {value}, and there is nothing to compare it with.", "open"
     over_prior = results.gain("prior")
     if over_prior is not None and predictions.standing(over_prior) != "ahead":
         difference = _difference(over_prior, comparison)
-        return f"No skill: {best_of(n, best)} can't be told from the prior: it {difference}.", "bad"
-    return comparison_verdict(comparison, best_of(n, best), results.name, luck=results.luck)
+        return f"No skill: {best_trial_words(n, best)} can't be told from the prior: it {difference}.", "bad"
+    return comparison_verdict(comparison, best_trial_words(n, best), results.name, luck=results.luck)
 
 
-def best_of(n_trials: int, best: TrialRecord) -> str:
+def best_trial_words(n_trials: int, best: TrialRecord) -> str:
     """the best of 50 trials, trial 7 (d_model 768 · …),"""
     return f"the best of {n_trials} trials, trial {best.trial_number} ({shape_words(best.config.shape)}),"
 
@@ -174,7 +174,7 @@ def comparison_verdict(
     """Whether the best trial beats the best baseline by more than noise, and why even that is no proof yet.
 
     Args:
-        trial: as `best_of` names it.
+        trial: as `best_trial_words` names it.
         luck: how much better the best of as many equal trials looks by chance.
     """
     baseline, gain = comparison.baseline, comparison.difference

@@ -215,8 +215,7 @@ def mirror_words(mirror: MirrorTest) -> str:
     if mirror.auc is None or mirror.opposite_auc is None or mirror.direction_auc is None:
         return "One of the two events never happened: nothing can be said about direction."
     se = mirror.direction_se
-    known = se is not None and mirror.direction_auc - 1.645 * se > 0.5
-    verdict = "more than chance" if known else "no knowledge of direction is shown"
+    verdict = "more than chance" if mirror.knows_direction else "no knowledge of direction is shown"
     error = f" ± {1.96 * se:.3f}" if se is not None else ""
     return (
         f"The same probabilities score the opposite event at AUC {mirror.opposite_auc:.3f}, the event itself at "

@@ -69,14 +69,14 @@ class TrialSource(Protocol):
         """What this run leaves."""
 
 
-def run_study(spec: StudySpec, context: RunContext, *, workers: int = 1) -> StudySummary:
-    """Run one study until it has n_trials records, or until asked to stop.
+def run_study(spec: StudySpec, context: RunContext) -> StudySummary:
+    """Run one study, with one worker, until it has n_trials records, or until asked to stop.
 
     Raises:
         StudyConflict: the folder holds a study with another definition.
         FintxError: whatever in data, budget or queue can't be run, or stopped the study.
     """
-    (result,) = run_studies([StudyRequest(spec)], context, workers=workers)
+    (result,) = run_studies([StudyRequest(spec)], context, workers=1)
     if result.problem is not None:
         raise result.problem
     assert isinstance(result, StudySummary)

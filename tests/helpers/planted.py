@@ -189,7 +189,7 @@ def _record(
 def event_study(
     outputs, name="events", *, skill=1.0, baseline_skill=0.8, n_rows=900, n_trials=6, seed=0, asset="SPX", **more
 ):
-    """A threshold study: the true logit is z; models say skill · z and a little noise, a baseline baseline_skill · z."""
+    """A threshold study: true logit z; models say skill · z and a little noise, a baseline baseline_skill · z."""
     rng = np.random.default_rng(seed)
     z = rng.normal(-0.3, 1.2, n_rows)
     labels = (rng.random(n_rows) < 1 / (1 + np.exp(-z))).astype(float)

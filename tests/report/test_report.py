@@ -246,7 +246,7 @@ def test_figures_are_svg_in_the_pages_colours():
 
 
 def test_labels_are_moved_apart_and_keep_their_order():
-    moved = figures.spread([0.5, 0.51, 0.9, 0.49], 0.06)
+    moved = figures.keep_apart([0.5, 0.51, 0.9, 0.49], 0.06)
     assert sorted(range(4), key=lambda i: moved[i]) == [3, 0, 1, 2]
     ordered = sorted(moved)
     assert all(b - a >= 0.06 - 1e-6 for a, b in zip(ordered, ordered[1:], strict=False))
