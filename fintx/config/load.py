@@ -91,7 +91,7 @@ def where(path: Path, *, overrides: Sequence[str] = (), sweep: Path | None = Non
     return at
 
 
-def files(path: Path) -> tuple[Path, ...]:
+def file_and_base(path: Path) -> tuple[Path, ...]:
     """A sweep file and, if it has one, its base."""
     base = toml.parse(path).tree.get("extends")
     return (path, path.parent / base) if isinstance(base, str) else (path,)

@@ -23,7 +23,7 @@ def of_sweep(path: Path, overrides: Sequence[str]) -> StudyRequest:
         return load.study(path, overrides=overrides, counted=False)  # the study knows which queue entries are done
 
     spec = read()
-    return StudyRequest(spec, load.watch(load.files(path), read), load.where(path, overrides=overrides))
+    return StudyRequest(spec, load.watch(load.file_and_base(path), read), load.where(path, overrides=overrides))
 
 
 def of_fork(request: StudyRequest, name: str, *, outputs: Path) -> StudyRequest:
@@ -89,5 +89,5 @@ def _of_group(path: Path, sweep: Path, spec: StudySpec, overrides: Sequence[str]
         without_queue = spec.model_copy(update={"queue": ()})
         return load.manual(path, overrides=overrides).get(sweep, without_queue)
 
-    reload = load.watch((path, *load.files(sweep)), read)
+    reload = load.watch((path, *load.file_and_base(sweep)), read)
     return StudyRequest(spec, reload, load.where(path, overrides=overrides, sweep=sweep), queue_only=True)

@@ -427,7 +427,7 @@ class Search:
             spec, n_features = _edited(self.spec, fresh), len(self.spec.data.features)
             if misfit := next(validate.cross_checks(spec, counted=False), None):
                 raise FintxError(f"{where(misfit[0])}: {misfit[1]}")
-            queue.validate(spec, n_features=n_features, where=where)
+            queue.check(spec, n_features=n_features, where=where)
             queue.check_against_trials(spec, self.study.space, leases, counted=counted, where=where)
         except FintxError as error:
             self._notice(f"the edited sweep file is not taken: {error}")

@@ -107,7 +107,7 @@ def check_queue(request: StudyRequest, context: RunContext) -> None:
     """
     folder = context.study_root / request.spec.study.name
     spec, _ = resolve_data(request.spec, folder=folder, data_root=context.data_root)
-    queue.validate(spec, n_features=len(spec.data.features), where=request.where)
+    queue.check(spec, n_features=len(spec.data.features), where=request.where)
 
 
 @contextlib.contextmanager
@@ -128,7 +128,7 @@ def open_study(request: StudyRequest, context: RunContext) -> Iterator[OpenStudy
         check_same(folder, existing.definition, definition)
     n_features, minimize = len(spec.data.features), metrics.MINIMIZE[spec.study.metric]
     space = SearchSpace.build(spec, n_features=n_features)
-    queue.validate(spec, n_features=n_features, where=request.where)
+    queue.check(spec, n_features=n_features, where=request.where)
     counted = not request.queue_only and take_over is None
 
     with locks.hold(folder), contextlib.ExitStack() as stack:

@@ -100,7 +100,7 @@ def extremes(space: SearchSpace) -> tuple[QueueEntry, ...]:
     return tuple(entry(**shape.model_dump(), note=", ".join(parts)) for shape, parts in notes.items())
 
 
-def validate(spec: StudySpec, *, n_features: int, where: Where = spelled) -> None:
+def check(spec: StudySpec, *, n_features: int, where: Where = spelled) -> None:
     """Check the entries as a whole before anything runs.
 
     Args:

@@ -168,7 +168,7 @@ def add(path: Path, fields: Mapping[str, Any], *, data_root: Path) -> QueueEdit:
                 fix = "; it is cancelled: take that line out of the file" if other.cancelled else ""
                 raise QueueFileError(f"{path}: holds the entry {identity} of {spec.study.name} already{fix}")
         where, last = load.where(path, sweep=sweep if manual else None), ("queue", len(spec.queue) - 1)
-        queue.validate(
+        queue.check(
             spec,
             n_features=_n_features(spec, data_root),
             where=lambda key_path: "the new entry" if key_path == last else where(key_path),

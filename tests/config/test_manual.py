@@ -95,7 +95,7 @@ def test_the_nine_that_ship_are_those_that_were_asked_for():
         "200M_h1": [(768, 24, 16, 3072, tried, "best"), (1024, 20, 16, 2048, tried, "best")],
     }
     for name, spec in specs.items():
-        queue.validate(spec, n_features=28)
+        queue.check(spec, n_features=28)
         plain = load.study(SWEEPS / f"{name}.toml")
         assert spec.model_copy(update={"queue": plain.queue}) == plain
 
@@ -104,7 +104,7 @@ def test_the_shape_that_leaves_the_budget_says_so_with_its_count():
     spec = load.manual(SWEEPS / "manual.toml")[SWEEPS / "200M_h3.toml"]
     wide = spec.queue[-1].model_copy(update={"d_ff": 4096})
     with pytest.raises(queue.QueueError, match=r"holds 252,236,801 parameters, outside the budget 150,000,000 … 250"):
-        queue.validate(spec.model_copy(update={"queue": (*spec.queue, wide)}), n_features=28)
+        queue.check(spec.model_copy(update={"queue": (*spec.queue, wide)}), n_features=28)
 
 
 def test_one_study_per_sweep_file_in_order_of_first_mention_whatever_the_total(folder):

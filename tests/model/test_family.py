@@ -325,9 +325,9 @@ def test_shapes_are_queued_by_its_names(tmp_path: Path, prepared: datasets.Prepa
     assert queue.settle(spec.queue[0], space, best=None).shape == Shape(width=20)
     extremes = [(entry.note, entry.shape.width) for entry in queue.unlisted_extremes(spec, space)]
     assert extremes == [("smallest width", 16), ("largest width", 24)]
-    queue.validate(spec, n_features=3)
+    queue.check(spec, n_features=3)
     with pytest.raises(queue.QueueError, match="width 900 holds 55,801 parameters, outside the budget"):
-        queue.validate(loaded(tmp_path, SWEEP + "[[queue]]\nwidth = 900\n"), n_features=3)
+        queue.check(loaded(tmp_path, SWEEP + "[[queue]]\nwidth = 900\n"), n_features=3)
     with pytest.raises(SweepFileError, match=r"queue\[0\].d_model: unknown key"):
         loaded(tmp_path, SWEEP + "[[queue]]\nd_model = 8\n")
 

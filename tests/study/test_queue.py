@@ -176,7 +176,7 @@ def test_the_extremes_of_every_axis_are_entries_of_their_own():
             assert [getattr(e, axis) for e in edges if f"{word} {axis}" in e.note.split(", ")] == [end]
     assert len({entry.shape for entry in edges}) == len(edges)
     assert all(entry.shape in space.shapes for entry in edges)
-    queue.validate(make_spec(*edges), n_features=N_FEATURES)
+    queue.check(make_spec(*edges), n_features=N_FEATURES)
     assert queue.entries(spec, space) == (first, *edges)
 
 
@@ -318,7 +318,7 @@ def test_all_bad_entries_are_named_at_once():
     big = ENTRY.model_copy(update={"n_layers": 90})
     small = ENTRY.model_copy(update={"n_layers": 1})
     with pytest.raises(queue.QueueError) as caught:
-        queue.validate(make_spec(big, ENTRY, small, ENTRY), n_features=N_FEATURES)
+        queue.check(make_spec(big, ENTRY, small, ENTRY), n_features=N_FEATURES)
     first, second, third = str(caught.value).splitlines()
     assert first.startswith("queue[0]: d_model 80, n_layers 90, n_heads 5, d_ff 240 holds ")
     assert "outside the budget 1,500,000 … 2,500,000" in first
@@ -328,9 +328,9 @@ def test_all_bad_entries_are_named_at_once():
 
 def test_good_entries_pass_and_a_cancelled_one_may_be_of_any_size():
     good, huge = ENTRY.model_copy(update={"n_heads": 10}), ENTRY.model_copy(update={"n_layers": 9000})
-    queue.validate(make_spec(ENTRY, good, huge.model_copy(update={"cancelled": True})), n_features=N_FEATURES)
+    queue.check(make_spec(ENTRY, good, huge.model_copy(update={"cancelled": True})), n_features=N_FEATURES)
     with pytest.raises(queue.QueueError, match="outside the budget"):
-        queue.validate(make_spec(ENTRY, good, huge), n_features=N_FEATURES)
+        queue.check(make_spec(ENTRY, good, huge), n_features=N_FEATURES)
 
 
 def test_two_entries_of_one_identity_are_refused():
@@ -338,12 +338,12 @@ def test_two_entries_of_one_identity_are_refused():
     again = ENTRY.model_copy(update={"id": "deep", "n_heads": 10})
     cancelled = ENTRY.model_copy(update={"cancelled": True})
     with pytest.raises(queue.QueueError) as caught:
-        queue.validate(make_spec(named, ENTRY, again, cancelled), n_features=N_FEATURES)
+        queue.check(make_spec(named, ENTRY, again, cancelled), n_features=N_FEATURES)
     assert str(caught.value).splitlines() == [
         'queue[2]: has the id "deep", which is that of queue[0]; take one out',
         "queue[3]: is the same as queue[1]; take one out",
     ]
-    queue.validate(make_spec(named, ENTRY), n_features=N_FEATURES)
+    queue.check(make_spec(named, ENTRY), n_features=N_FEATURES)
 
 
 def test_the_total_may_fall_below_a_queue_that_is_done(space):
@@ -376,11 +376,11 @@ def test_an_entry_must_fit_the_budget_with_every_geometry_that_it_may_run_with()
     fitting = param_count.count_params(spec.model, ENTRY.shape, N_FEATURES).total
     narrow = BudgetConfig(parameters=fitting, tolerance=1e-4)
     fixed = make_spec(ENTRY, budget=narrow, space={})
-    queue.validate(fixed, n_features=N_FEATURES)
+    queue.check(fixed, n_features=N_FEATURES)
     searched = make_spec(ENTRY, budget=narrow, space={"model.patch_length": Choices(choices=(10, 20))})
     with pytest.raises(queue.QueueError, match=r"queue\[0\]: .* outside the budget"):
-        queue.validate(searched, n_features=N_FEATURES)
+        queue.check(searched, n_features=N_FEATURES)
     for length, fits in ((10.0, True), (20, False)):
         chosen = ENTRY.model_copy(update={"values": {"model.patch_length": length}})
         with contextlib.nullcontext() if fits else pytest.raises(queue.QueueError, match="outside the budget"):
-            queue.validate(searched.model_copy(update={"queue": (chosen,)}), n_features=N_FEATURES)
+            queue.check(searched.model_copy(update={"queue": (chosen,)}), n_features=N_FEATURES)
