@@ -1,7 +1,7 @@
-"""Study comparison: skills, never raw losses across labels; shapes across horizons and budgets; winners elsewhere.
+"""Study comparison: skills side by side, shapes across horizons and budgets, and each winner in the other studies.
 
-A shape is the same in two studies if all of its numbers are. Studies share the shapes that both happened to train: a
-cell of a table that no trial fills says how to fill it.
+Raw losses are not compared across labels. A shape is the same in two studies if all of its numbers are. Studies share
+the shapes that both happened to train: a cell of a table that no trial fills says how to fill it.
 """
 
 from __future__ import annotations

@@ -228,7 +228,7 @@ def fit(trials: SizedTrials, *, difference: float = DIFFERENCE, refits: int = RE
     """Fit both sets of trials, and test.
 
     Args:
-        difference: the smallest gain worth the name, as a share of the best baseline's loss.
+        difference: the smallest gain that matters, as a share of the best baseline's loss.
         refits: bootstrap fits of the power law.
     """
     pools = [np.flatnonzero(trials.cell == cell) for cell in range(len(trials.cells))]
@@ -244,7 +244,7 @@ def fit(trials: SizedTrials, *, difference: float = DIFFERENCE, refits: int = RE
 
 
 def gain_verdict(gain: Gain, difference: float) -> ScalingVerdict:
-    """Flat goes before scales: a gain that is surely there and surely too small to matter is none."""
+    """Flat goes before scales: a gain that is certain, and certainly too small to matter, is none."""
     if gain.high < difference:
         return "flat"
     return "scales" if gain.low > 0 else "can't tell"

@@ -227,7 +227,7 @@ _PATTERNS: dict[KeyPath, str] = {
 
 
 def describe(error: Mapping[str, Any], tree: Mapping[str, Any]) -> tuple[KeyPath, str] | None:
-    """One of a ValidationError's `errors()` on a tree, as (key path, message); none for an echo of another one."""
+    """One of a ValidationError's `errors()` on a tree, as (key path, message); none where it only repeats another one."""
     kind, value, context = error["type"], error.get("input"), error.get("ctx", {})
     path = tuple(error["loc"])
     if path[:1] == ("space",):  # the third part is the union's tag, which stands in no file
@@ -267,7 +267,7 @@ def expectation(kind: str, context: Mapping[str, Any], path: KeyPath) -> str:
 
 
 def shortened(text: str) -> str:
-    """The text, or its beginning and an ellipsis; a password is hidden first, since a cut URL is no URL any more."""
+    """The text, or its beginning and an ellipsis; a password is hidden first: a cut URL isn't recognised."""
     text = without_passwords(text)
     return text if len(text) <= 60 else text[:59] + "…"
 

@@ -253,7 +253,7 @@ def _try_often(
         progress(f"Yahoo {symbol}: try {attempt + 1} of {_TRIES} …")
         try:
             frame = download(symbol, start)
-        except Exception as error:  # whatever a network library raises means the same to you: no bars came
+        except Exception as error:  # whatever a network library raises means the same: no bars
             reason = next(iter(str(error).splitlines()), type(error).__name__)
         else:
             if frame is not None and len(frame):

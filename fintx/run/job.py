@@ -21,7 +21,7 @@ LEAVE, RECALL = "leave ", "recall "
 ENDS = ("done", "interrupted", "superseded", "mistake", "failed", "died", "hung", "returned")
 """Events that end a job; the last three are the coordinator's own findings."""
 JOINED = b"joined\n"
-"""What a worker that follows another host's prints once all have met."""
+"""What a worker that follows another host's prints once all processes are connected."""
 
 
 class Job(BaseModel):

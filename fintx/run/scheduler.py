@@ -34,7 +34,7 @@ _POLL_S = 0.2
 
 @dataclass(frozen=True)
 class StudyFailure:
-    """A study that could not even begin."""
+    """A study that could not begin."""
 
     spec: StudySpec
     problem: FintxError
@@ -74,7 +74,7 @@ def run_study(spec: StudySpec, context: RunContext) -> StudySummary:
 
     Raises:
         StudyConflict: the folder holds a study with another definition.
-        FintxError: whatever in data, budget or queue can't be run, or stopped the study.
+        FintxError: data, budget or queue can't be run, or the study was stopped.
     """
     (result,) = run_studies([StudyRequest(spec)], context, workers=1)
     if result.problem is not None:

@@ -40,7 +40,7 @@ from fintx.train import multihost
 from fintx.train.compilation import locked_cache
 
 _RUN_OVER, _WORKER_OVER = "over", "again"
-"""To the other hosts, instead of jobs: the run is over; this worker is, and another one follows."""
+"""Sent to the other hosts instead of jobs: the run is over; or this worker ends, and another one follows."""
 
 
 class _Channel:

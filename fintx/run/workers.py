@@ -44,7 +44,7 @@ _PIPE = 1 << 20
 """Bytes that the coordinator can write without waiting for a worker that is still starting, or frozen: a population's
 jobs take some tens of thousands. Linux only; elsewhere it is the system's own size."""
 _PATIENCE_S = 3600.0
-"""How long a host waits for a worker of process 0; that waits for a database, or ends without a word."""
+"""How long a host waits for process 0's worker, which may wait for a database, or may have ended without notice."""
 _DISMISSAL_S = 120.0
 _COMMAND = (sys.executable, "-m", "fintx.run.worker")
 
@@ -320,7 +320,7 @@ def follow_group(place: ProcessPlace, *, should_stop: Callable[[], bool]) -> Non
 
 
 def dismiss_group(place: ProcessPlace) -> None:
-    """Tell the launch's other processes that the run is over; those that can't be reached stay."""
+    """Tell the launch's other processes that the run is over; those that can't be reached are left alone."""
     with contextlib.suppress(subprocess.TimeoutExpired):
         subprocess.run(
             [*_COMMAND, "--dismiss"],

@@ -118,7 +118,7 @@ def open_study(request: StudyRequest, context: RunContext) -> Iterator[OpenStudy
         locks.Stopped: the run or the study was asked to stop before the study was open.
         StudyConflict: the folder or the storage holds a study with another definition.
         StudyBusy: another process of this host runs it.
-        FintxError: anything in data, budget, queue or storage that can't be run; no trial has been touched then.
+        FintxError: data, budget, queue or storage can't be used; no trial has been touched then.
     """
     take_over, data_root, name = request.take_over, context.data_root, request.spec.study.name
     folder, warn = context.study_root / name, functools.partial(context.notice, name)

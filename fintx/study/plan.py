@@ -147,7 +147,7 @@ def plan_study(spec: StudySpec, *, data_root: Path, on: Machine | None = None, w
         where: where a key of the file is, for messages.
 
     Raises:
-        FintxError: whatever would stop the study from starting.
+        FintxError: the study couldn't start.
     """
     prepared = datasets.build(spec, data_root)
     spec = spec.model_copy(update={"data": prepared.data})

@@ -1,4 +1,4 @@
-"""Compilation: compiler options, timing, once per process, and a folder of compiled programs for later processes."""
+"""Compilation: compiler options, timing, results cached in a process, and compiled programs kept for later ones."""
 
 from __future__ import annotations
 

@@ -301,7 +301,7 @@ def end_of_trial(inputs: FitInputs, progress: Progress) -> TrialEnd | None:
         end = TrialEnd("completed", f"all {train.max_epochs} epochs")
     else:
         return None
-    # A trial whose best step predicts a constant found nothing, whichever way it ended.
+    # A trial whose best step predicts a constant has collapsed, whichever way it ended.
     if progress.best_is_collapsed:
         return TrialEnd("collapsed", f"{constant} at the best step, epoch {progress.best_epoch}")
     return end

@@ -2,9 +2,9 @@
 
 Members of a population share a program: one dispatch takes the next steps of all, `vmap` of what a trial alone would
 run. All that a member's own numbers decide happens on the host, member by member: when its epoch ends, whether that is
-its best, whether it stops early, diverged or collapsed. A member that has ended computes on unheeded until the others
-have ended too; that causes no error and needs no second program. Evaluation is the single trial's program, one member
-after the other, so that records and later evaluations agree.
+its best, whether it stops early, diverged or collapsed. A member that has ended goes on computing until the others
+have ended too; its results are ignored, and no second program is needed. Evaluation is the single trial's program, one
+member after the other, so that records and later evaluations agree.
 """
 
 from __future__ import annotations
@@ -207,7 +207,7 @@ def predict(config: TrialConfig, params: Params, features: Floats, rows: Ints, *
 def dispatch_size(steps_left: int, step_s: float) -> int:
     """Steps of the next dispatch: all that are left of the epoch, or one of equal parts of about a second and a half.
 
-    A dispatch can't be cut short: between two of them a trial can be stopped, saved and heard of. The steps of a small
+    A dispatch can't be interrupted: a trial is stopped, saved and reported on between two of them. The steps of a small
     model take well below a millisecond, and its epochs are one dispatch each. No result depends on where one is cut.
 
     Args:
