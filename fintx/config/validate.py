@@ -227,7 +227,7 @@ _PATTERNS: dict[KeyPath, str] = {
 
 
 def describe(error: Mapping[str, Any], tree: Mapping[str, Any]) -> tuple[KeyPath, str] | None:
-    """One of a ValidationError's `errors()` on a tree, as (key path, message); none where it only repeats another one."""
+    """One of a ValidationError's `errors()` on a tree, as (key path, message); none where it repeats another."""
     kind, value, context = error["type"], error.get("input"), error.get("ctx", {})
     path = tuple(error["loc"])
     if path[:1] == ("space",):  # the third part is the union's tag, which stands in no file
