@@ -20,10 +20,11 @@ from fintx.config.schema import Shape, StudySpec
 from fintx.data import features, sources
 from fintx.errors import FintxError
 from fintx.evaluate import metrics, selection, significance
+from fintx.evaluate.metrics import Metrics
 from fintx.evaluate.selection import Verdict
 from fintx.evaluate.significance import LEVEL, REPS, Estimate, Resamples
 from fintx.study import records, study_file
-from fintx.study.records import Metrics, RecordModel, TrialRecord
+from fintx.study.records import RecordModel, TrialRecord
 from fintx.types import Floats
 
 FILE = "confirmation.json"

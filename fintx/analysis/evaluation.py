@@ -18,8 +18,8 @@ from fintx.data.datasets import Dataset, Part
 from fintx.data.standardize import Standardizer
 from fintx.errors import FintxError
 from fintx.evaluate import baselines, metrics
+from fintx.evaluate.metrics import Metrics
 from fintx.study import records, study_file
-from fintx.study.records import Metrics
 from fintx.train import checkpoint, trainer
 from fintx.train.checkpoint import Restored
 from fintx.train.sharding import ONE, Layout

@@ -44,7 +44,7 @@ LEAST_PAIRS = 5
 LEAST_TRIALS = 10
 _SHUFFLES = 60
 DEPTHS = ((12, "≤ 12"), (24, "13–24"), (48, "25–48"), (10**9, "> 48"))
-LEVEL = 0.95
+CONFIDENCE = 0.95
 _FEW_VALUES = 5
 _LEAST_FREEDOM = 2
 
@@ -181,7 +181,7 @@ def pattern(
         interval: tuple[float | None, float | None] = none
         behind_interval: tuple[float | None, float | None] = none
         if pooled is not None:
-            half = float(stats.t.ppf((1 + LEVEL) / 2, freedom)) * math.sqrt(pooled / n + by_days[i])
+            half = float(stats.t.ppf((1 + CONFIDENCE) / 2, freedom)) * math.sqrt(pooled / n + by_days[i])
             interval = mean - half, mean + half
             if behind is not None:
                 half = _tukey(len(order), freedom) * math.sqrt(pooled * (1 / n + 1 / counts[best]) + apart[i, best])
@@ -195,7 +195,7 @@ def pattern(
 @functools.cache
 def _tukey(k: int, freedom: int) -> float:
     """Half-width of all pairwise differences of k means at once, in standard errors of a difference."""
-    return float(stats.studentized_range.ppf(LEVEL, k, freedom)) / math.sqrt(2) if k > 1 else 0.0
+    return float(stats.studentized_range.ppf(CONFIDENCE, k, freedom)) / math.sqrt(2) if k > 1 else 0.0
 
 
 def _over_days(results: StudyResults, trials: Sequence[TrialRecord], index: np.ndarray) -> tuple[Floats, Floats]:
@@ -303,7 +303,7 @@ def _shares(
 
 
 @dataclass(frozen=True)
-class Outcome:
+class OutcomeSummary:
     """Trials that came to one end."""
 
     outcome: str
@@ -335,7 +335,7 @@ class SpaceCoverage:
 class SearchSummary:
     """The search as a whole."""
 
-    outcomes: tuple[Outcome, ...]
+    outcomes: tuple[OutcomeSummary, ...]
     finished: int
     wanted: int
     repeated_configs: tuple[tuple[int, ...], ...]
@@ -388,10 +388,10 @@ def summarize(results: StudyResults, space: SearchSpace) -> SearchSummary:
     )
 
 
-def _outcome(name: str, trials: Sequence[TrialRecord]) -> Outcome:
+def _outcome(name: str, trials: Sequence[TrialRecord]) -> OutcomeSummary:
     own = [record for record in trials if record.outcome == name]
     wall_s = [record.wall_s for record in own]
-    return Outcome(
+    return OutcomeSummary(
         outcome=name.replace("_", " "),
         n=len(own),
         mean_s=float(np.mean(wall_s)),

@@ -22,15 +22,16 @@ from fintx.data.datasets import Dataset, Part
 from fintx.data.standardize import Standardizer
 from fintx.errors import FintxError
 from fintx.evaluate import baselines, metrics, significance
+from fintx.evaluate.metrics import Metrics
 from fintx.evaluate.significance import Estimate, Resamples
 from fintx.study import records, study_file
-from fintx.study.records import Metrics, RecordModel
+from fintx.study.records import RecordModel
 from fintx.tasks import Prediction
 from fintx.train import checkpoint, trainer
 from fintx.train.checkpoint import Restored
 from fintx.types import Floats
 
-FOLDER = "test"
+TEST_FOLDER = "test"
 
 
 class ModelScore(RecordModel):
@@ -67,7 +68,7 @@ class TestOpening(RecordModel):
 
 def read_openings(study_folder: Path) -> tuple[TestOpening, ...]:
     """The results of the openings, oldest first; one that was cut short left a line in the log and nothing here."""
-    paths = (study_folder / FOLDER).glob("opening_*.json")
+    paths = (study_folder / TEST_FOLDER).glob("opening_*.json")
     openings = (TestOpening.model_validate_json(path.read_bytes()) for path in paths)
     return tuple(sorted(openings, key=lambda opening: opening.number))
 
@@ -294,6 +295,6 @@ def _write(study: Path, opening: TestOpening, dataset: Dataset, part: Part, outp
         }
     )
     name = f"opening_{opening.number}"
-    records.write_predictions(study / FOLDER, table, name=f"{name}.parquet")
+    records.write_predictions(study / TEST_FOLDER, table, name=f"{name}.parquet")
     text = json.dumps(opening.model_dump(mode="json"), indent=1) + "\n"
-    records.write_atomically(study / FOLDER / f"{name}.json", text)
+    records.write_atomically(study / TEST_FOLDER / f"{name}.json", text)

@@ -13,11 +13,11 @@ from rich.console import Console
 from fintx.analysis.predictions import BaselineComparison
 from fintx.config.schema import Shape
 from fintx.evaluate import significance
+from fintx.evaluate.metrics import Metrics
 from fintx.report import format
 from fintx.report.format import count, duration, number, shape_words, size
 from fintx.report.table import Column, Score, Table, confirmation_tables, data_tables, opening_table, score_table
 from fintx.study import records, study_file
-from fintx.study.records import Metrics
 
 if TYPE_CHECKING:  # importing what made the values takes seconds, and is done by now
     from fintx.analysis.confirmation import Confirmation

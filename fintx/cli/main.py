@@ -46,7 +46,7 @@ Outputs = Annotated[Path, typer.Option(help="Folder that holds one folder per st
 DataDir = Annotated[Path, typer.Option(help="Folder of imported data.")]
 Overrides = Annotated[list[str], typer.Option("--set", help="Change one setting: section.key=value (TOML).")]
 Workers = Annotated[int | None, typer.Option(min=1, help="Training processes. Default: 1, or enough to fill the GPUs.")]
-Storage = Annotated[str | None, typer.Option(help="Database that machines share: postgresql://USER@HOST/NAME.")]
+StorageUrl = Annotated[str | None, typer.Option(help="Database that machines share: postgresql://USER@HOST/NAME.")]
 ManualSweep = Annotated[str | None, typer.Option(help="In a manual file: the sweep file the entry belongs to.")]
 WIDTH = typer.Option(help="Width of the model.")
 DEPTH = typer.Option(help="Number of layers.")
@@ -108,7 +108,7 @@ def sweep(
     outputs: Outputs = OUTPUTS,
     data_dir: DataDir = DATA,
     workers: Workers = None,
-    storage: Storage = None,
+    storage: StorageUrl = None,
     fork: Annotated[
         str | None, typer.Option(help="Start a new study of this name with the trials still valid.")
     ] = None,
@@ -141,7 +141,7 @@ def manual(
     outputs: Outputs = OUTPUTS,
     data_dir: DataDir = DATA,
     workers: Workers = None,
-    storage: Storage = None,
+    storage: StorageUrl = None,
 ) -> None:
     """Run the hand-picked trials of a file that are not done yet, each inside its study."""
     from fintx.config import load

@@ -127,5 +127,5 @@ class FamilyConfig:
 
 
 ENCODER = "encoder"
-FAMILIES: dict[str, FamilyConfig] = {ENCODER: FamilyConfig(ArchitectureConfig, EncoderEntry, _encoder_misfit)}
+FAMILY_CONFIGS: dict[str, FamilyConfig] = {ENCODER: FamilyConfig(ArchitectureConfig, EncoderEntry, _encoder_misfit)}
 """By `model.family`; `fintx.model.family.FAMILIES` has the same names."""

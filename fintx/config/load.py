@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 from pydantic import ValidationError
 
 from fintx.config import toml
-from fintx.config.families import FAMILIES, EncoderEntry, shape_names
+from fintx.config.families import FAMILY_CONFIGS, EncoderEntry, shape_names
 from fintx.config.schema import StudySpec
 from fintx.config.toml import SweepFileError
 from fintx.config.validate import (
@@ -303,7 +303,7 @@ def _validated(tree: dict[str, Any], problems: Problems) -> tuple[StudySpec, Con
             path: searched for path, searched in repaired["space"].items() if ("space", path) not in entries
         }
     if "queue" in repaired:
-        ones = dict.fromkeys(shape_names(FAMILIES[family_in(repaired)].queue_entry), 1)
+        ones = dict.fromkeys(shape_names(FAMILY_CONFIGS[family_in(repaired)].queue_entry), 1)
         queue = enumerate(repaired["queue"])
         repaired["queue"] = [ones if ("queue", index) in entries else entry for index, entry in queue]
     broken = sections | {f"space.{path}" for section, path in entries if section == "space"}

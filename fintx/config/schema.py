@@ -50,7 +50,7 @@ from fintx.config.bounds import (
     name_in,
     one_of,
 )
-from fintx.config.families import ENCODER, FAMILIES, ArchitectureConfig, QueueEntry, Shape, shape_names
+from fintx.config.families import ENCODER, FAMILY_CONFIGS, ArchitectureConfig, QueueEntry, Shape, shape_names
 from fintx.errors import without_passwords
 from fintx.tasks import TASKS, Prediction, Task, settings
 
@@ -160,7 +160,7 @@ class SplitConfig(StrictModel):
 class ModelConfig(StrictModel):
     """The model, except for its shape, which is solved from the budget."""
 
-    family: Annotated[str, name_in(FAMILIES)] = ENCODER
+    family: Annotated[str, name_in(FAMILY_CONFIGS)] = ENCODER
     """Kind of model: encoder is a PatchTST-like transformer. It says what [architecture] and a queue entry hold."""
     context_length: Days = 60
     """Bars that a window holds, T."""
@@ -269,10 +269,10 @@ def check_shape(model: ModelConfig, shape: Shape) -> None:
     Raises:
         ValueError: they don't.
     """
-    expected, actual = shape_names(FAMILIES[model.family].queue_entry), tuple(shape.model_dump())
+    expected, actual = shape_names(FAMILY_CONFIGS[model.family].queue_entry), tuple(shape.model_dump())
     if sorted(actual) != sorted(expected):
         raise ValueError(f"a shape of model.family = {model.family} has {', '.join(expected)}, got {', '.join(actual)}")
-    if misfit := FAMILIES[model.family].misfit(shape):
+    if misfit := FAMILY_CONFIGS[model.family].misfit(shape):
         raise ValueError(": ".join(misfit))
 
 
@@ -439,7 +439,7 @@ Searched = Annotated[
 def _of_its_family(value: Any, _: ValidatorFunctionWrapHandler, info: ValidationInfo) -> BaseModel:
     """[architecture] or a [[queue]] entry, as a value of the class that the model's family has for it."""
     model = info.data.get("model")  # not there if it is wrong itself
-    family = FAMILIES[ENCODER if model is None else model.family]
+    family = FAMILY_CONFIGS[ENCODER if model is None else model.family]
     section = family.architecture if info.field_name == "architecture" else family.queue_entry
     if isinstance(value, section):
         return value

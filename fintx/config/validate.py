@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ValidationError
 
-from fintx.config.families import ENCODER, FAMILIES, LayerRange
+from fintx.config.families import ENCODER, FAMILY_CONFIGS, LayerRange
 from fintx.config.schema import (
     LOSSES,
     METRICS,
@@ -61,7 +61,7 @@ def cross_checks(spec: StudySpec, *, broken: Container[str] = (), counted: bool 
         message = f"{spec.study.n_trials} is fewer than the {queued} queue entries, which count toward it; raise it"
         yield ("study", "n_trials"), message
     for index, entry in enumerate(spec.queue):
-        if misfit := FAMILIES[spec.model.family].misfit(entry.shape):
+        if misfit := FAMILY_CONFIGS[spec.model.family].misfit(entry.shape):
             yield ("queue", index, misfit[0]), misfit[1]
         for path, value in entry.values.items():
             if "space" not in broken and f"space.{path}" not in broken:
@@ -318,7 +318,7 @@ def family_in(tree: Mapping[str, Any]) -> str:
     """The model family that a file's tree names; the encoder where it names none that there is."""
     model = tree.get("model")
     name = model.get("family") if isinstance(model, dict) else None
-    return name if isinstance(name, str) and name in FAMILIES else ENCODER
+    return name if isinstance(name, str) and name in FAMILY_CONFIGS else ENCODER
 
 
 def _valid_keys(parent: KeyPath, tree: Mapping[str, Any]) -> list[str]:
@@ -326,14 +326,14 @@ def _valid_keys(parent: KeyPath, tree: Mapping[str, Any]) -> list[str]:
     if not parent:
         return [*StudySpec.model_fields, "extends"]
     if parent[0] == "queue":
-        return list(FAMILIES[family_in(tree)].queue_entry.model_fields)
+        return list(FAMILY_CONFIGS[family_in(tree)].queue_entry.model_fields)
     if parent[0] == "space":
         searched = tree["space"].get(parent[1], {}) if len(parent) > 1 else {}
         return list((Choices if "choices" in searched else FloatRange).model_fields)
     if parent == ("architecture", "n_layers"):
         return list(LayerRange.model_fields)
     if parent == ("architecture",):
-        return list(FAMILIES[family_in(tree)].architecture.model_fields)
+        return list(FAMILY_CONFIGS[family_in(tree)].architecture.model_fields)
     annotation = StudySpec.model_fields[str(parent[0])].annotation
     for section in typing.get_args(annotation) or (annotation,):  # a section that may be left out is one or None
         if isinstance(section, type) and issubclass(section, BaseModel):

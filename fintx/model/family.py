@@ -1,8 +1,8 @@
 """Model families: the interface that training, the budget solver and the search use, and the table of families.
 
 A family is a module of pure functions over a nested dict of arrays, an entry in `FAMILIES`, and its candidates' entry
-in `config.families.FAMILIES` (a sweep file is checked before JAX is loaded). Training, sizes and the search don't know
-how its shapes are named.
+in `config.families.FAMILY_CONFIGS` (a sweep file is checked before JAX is loaded). Training, sizes and the search don't
+know how its shapes are named.
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ from fintx.config.schema import Shape
 from fintx.evaluate.calibration import PrecisionRecall, ReliabilityBin
 from fintx.evaluate.significance import Estimate
 from fintx.model.family import Family
-from fintx.report.format import LOSSES, count, metric_words
+from fintx.report.format import LOSS_WORDS, count, metric_words
 from fintx.types import Floats
 
 BLUE, VERMILLION, GREEN, ORANGE, SKY, PURPLE = "#0072b2", "#d55e00", "#009e73", "#e69f00", "#56b4e9", "#cc79a7"
@@ -258,7 +258,7 @@ def plot_scaling(laws: scaling_laws.ScalingLaws, *, size_label: str) -> Picture:
         pad = 0.06 * (max(*loss, 1.0) - min(*loss, 1.0))
         left.set_ylim(min(float(loss.min()), 1.0) - pad, top + pad)
         left.text(left.get_xlim()[1], 1.0, trials.baseline, va="bottom", ha="right", fontsize=8.5, color=INK)
-        left.set(xlabel=size_label, ylabel=f"{LOSSES[trials.studies[0].metric]} ÷ that of {trials.baseline}")
+        left.set(xlabel=size_label, ylabel=f"{LOSS_WORDS[trials.studies[0].metric]} ÷ that of {trials.baseline}")
         right.set_xlabel("training compute (FLOPs)")
         left.legend(loc="upper right")
         right.legend(loc="upper right", handles=[steps])

@@ -19,13 +19,13 @@ if TYPE_CHECKING:  # importing these takes seconds
     from fintx.analysis.study_results import StudyResults
     from fintx.study.records import TrialRecord
 
-LOSSES = {"log_loss": "log loss", "brier": "Brier score", "mse": "squared error", "mae": "absolute error",
+LOSS_WORDS = {"log_loss": "log loss", "brier": "Brier score", "mse": "squared error", "mae": "absolute error",
           "auc": "1 − AUC", "average_precision": "1 − average precision"}  # fmt: skip
 """The loss that stands for a metric in comparisons."""
 UNITS = {"log_loss": "nats per row", "brier": "of Brier score per row", "mse": "of squared error per row",
          "mae": "of absolute error per row", "auc": "of AUC", "average_precision": "of average precision"}  # fmt: skip
 """Unit of a difference in a metric."""
-_METRICS = {**LOSSES, "auc": "AUC", "average_precision": "average precision"}
+_METRICS = {**LOSS_WORDS, "auc": "AUC", "average_precision": "average precision"}
 
 
 def number(value: float | int | None, digits: int = 4) -> str:

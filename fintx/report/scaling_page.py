@@ -11,7 +11,7 @@ from fintx.analysis import scaling_laws
 from fintx.analysis.scaling_laws import Law, NotFitted, ScalingLaws, SizeTrend
 from fintx.evaluate.power_law import BOUND
 from fintx.report import figures
-from fintx.report.format import LOSSES, Tone, count, number, percent
+from fintx.report.format import LOSS_WORDS, Tone, count, number, percent
 from fintx.report.page import Block, Page, Prose, Section, folder_name
 from fintx.report.table import Table
 
@@ -65,7 +65,7 @@ def _blocks(laws: ScalingLaws) -> tuple[Block, ...]:
 
 
 def _loss(laws: ScalingLaws) -> str:
-    return LOSSES[laws.trials.studies[0].metric]
+    return LOSS_WORDS[laws.trials.studies[0].metric]
 
 
 def _unit(laws: ScalingLaws) -> str:

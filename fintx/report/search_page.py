@@ -11,7 +11,7 @@ from fintx.config.schema import FloatRange, Shape
 from fintx.model import family
 from fintx.report import figures
 from fintx.report.figures import Slice
-from fintx.report.format import LOSSES, duration, listed, number, percent, percent_span, shape_words
+from fintx.report.format import LOSS_WORDS, duration, listed, number, percent, percent_span, shape_words
 from fintx.report.page import Block, Prose, Section
 from fintx.report.table import Table
 from fintx.study.records import TrialRecord
@@ -71,9 +71,9 @@ def patterns_section(analysis: StudyAnalysis) -> Section:
     if names := [pattern.by for pattern in patterns if pattern.distinguishable]:
         summary = f"These differences can be told from noise: {listed(names)}."
     method = (
-        f"Skill is the share of the training prior's {LOSSES[analysis.results.skill_loss]} that is saved. Intervals "
-        "are 95 %: those of a mean are over other trials and other days; those of a difference hold for all groups of "
-        "a table at once (Tukey), on the same days."
+        f"Skill is the share of the training prior's {LOSS_WORDS[analysis.results.skill_loss]} that is saved. "
+        "Intervals are 95 %: those of a mean are over other trials and other days; those of a difference hold for all "
+        "groups of a table at once (Tukey), on the same days."
     )
     blocks: list[Block] = [Prose(summary), Prose(method, "note")]
     blocks += [_pattern_table(pattern) for pattern in patterns if len(pattern.groups) > 1]

@@ -20,8 +20,8 @@ if TYPE_CHECKING:  # importing these takes seconds
     from fintx.analysis.test_set import TestOpening
     from fintx.data.datasets import PreparedData
 
-Form = Literal["text", "whole", "number", "percent", "points", "size", "bytes", "seconds"]
-Column = str | tuple[str, Form]
+CellFormat = Literal["text", "whole", "number", "percent", "points", "size", "bytes", "seconds"]
+Column = str | tuple[str, CellFormat]
 """A head with the format of its cells; a head alone holds text."""
 
 _FORMATS = {
@@ -50,7 +50,7 @@ class Table:
     """Rows to highlight."""
 
     @property
-    def forms(self) -> list[Form]:
+    def formats(self) -> list[CellFormat]:
         """Format of each column."""
         return ["text" if isinstance(column, str) else column[1] for column in self.columns]
 
@@ -62,12 +62,12 @@ class Table:
     @property
     def left(self) -> list[bool]:
         """Which columns hold text, and so are left-aligned."""
-        return [form == "text" for form in self.forms]
+        return [form == "text" for form in self.formats]
 
     @property
     def cells(self) -> list[list[str]]:
         """The rows as a person reads them; "–" where there is no value."""
-        return [[_cell(value, form) for value, form in zip(row, self.forms, strict=True)] for row in self.rows]
+        return [[_cell(value, form) for value, form in zip(row, self.formats, strict=True)] for row in self.rows]
 
     @property
     def csv(self) -> str:
@@ -79,7 +79,7 @@ class Table:
         return text.getvalue()
 
 
-def _cell(value: Any, form: Form) -> str:
+def _cell(value: Any, form: CellFormat) -> str:
     if value is None:
         return "–"
     if isinstance(value, str) or form == "text":

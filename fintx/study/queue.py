@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from optuna.distributions import CategoricalDistribution
 
-from fintx.config.schema import FAMILIES, QueueEntry, Shape, StudySpec
+from fintx.config.schema import FAMILY_CONFIGS, QueueEntry, Shape, StudySpec
 from fintx.config.validate import Where, spelled
 from fintx.errors import FintxError
 from fintx.model import family, param_count
@@ -83,7 +83,7 @@ def extremes(space: SearchSpace) -> tuple[QueueEntry, ...]:
     Of the shapes with that value it is the one nearest to the median of the other axes, on a log scale, each measured
     by its range.
     """
-    extents, entry = family.of(space.spec.model).extents, FAMILIES[space.spec.model.family].queue_entry
+    extents, entry = family.of(space.spec.model).extents, FAMILY_CONFIGS[space.spec.model.family].queue_entry
     values = np.array([[extent(shape) for extent in extents.values()] for shape in space.shapes], dtype=float)
     logs = np.log2(values)
     spans = np.ptp(logs, axis=0)

@@ -31,9 +31,9 @@ from fintx import files
 from fintx.config.schema import BudgetConfig, TrialConfig, config_hash
 from fintx.data.datasets import Dataset
 from fintx.errors import FintxError
+from fintx.evaluate.metrics import Metrics
 from fintx.types import Floats
 
-Metrics = dict[str, float | int | None]
 Outcome = Literal["completed", "early_stopped", "diverged", "collapsed", "out_of_memory"]
 SUCCESSES: tuple[Outcome, ...] = ("completed", "early_stopped")
 PREDICTION_COLUMNS = ("fold", "date", "asset", "label", "output")

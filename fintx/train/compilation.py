@@ -123,7 +123,7 @@ def timed_compilation() -> Iterator[CompileTiming]:
 
 
 OFF = "off"
-FOLDER = ".programs"
+PROGRAMS_FOLDER = ".programs"
 """In the outputs folder, unless `execution.program_cache` or JAX_COMPILATION_CACHE_DIR names another place."""
 
 
@@ -138,7 +138,7 @@ def keep_programs(setting: str | None, *, outputs: Path) -> None:
     """
     if setting is None and _folder_of_jax() is not None:
         return
-    folder = None if setting == OFF else str(_private(outputs / FOLDER if setting is None else Path(setting)))
+    folder = None if setting == OFF else str(_private(outputs / PROGRAMS_FOLDER if setting is None else Path(setting)))
     if jax.config.jax_compilation_cache_dir == folder:  # type: ignore[attr-defined]
         return
     compilation_cache.reset_cache()  # it is opened once, with the folder that is set then

@@ -14,7 +14,7 @@ from fintx.errors import FintxError
 from fintx.types import Floats
 
 LossKind = Literal["bce", "focal", "mse", "huber"]
-Scalar = Float[Array, ""] | float
+ScalarLike = Float[Array, ""] | float
 """A traced value, or a plain number."""
 
 
@@ -57,7 +57,7 @@ def binary_cross_entropy(logits_B: Float[Array, " B"], targets_B: Float[Array, "
     return targets_B * jax.nn.softplus(-logits_B) + (1 - targets_B) * jax.nn.softplus(logits_B)
 
 
-def focal(logits_B: Float[Array, " B"], targets_B: Float[Array, " B"], *, gamma: Scalar) -> Float[Array, " B"]:
+def focal(logits_B: Float[Array, " B"], targets_B: Float[Array, " B"], *, gamma: ScalarLike) -> Float[Array, " B"]:
     """−y (1 − p)^γ ln p − (1 − y) p^γ ln(1 − p), in nats; γ = 0 is the cross-entropy.
 
     Lin et al. 2017, https://arxiv.org/abs/1708.02002, equation 4 (without its class weight), for soft targets too.
@@ -75,14 +75,14 @@ def squared_error(outputs_B: Float[Array, " B"], targets_B: Float[Array, " B"]) 
     return jnp.square(outputs_B - targets_B)
 
 
-def huber(outputs_B: Float[Array, " B"], targets_B: Float[Array, " B"], *, delta: Scalar) -> Float[Array, " B"]:
+def huber(outputs_B: Float[Array, " B"], targets_B: Float[Array, " B"], *, delta: ScalarLike) -> Float[Array, " B"]:
     """½ e² while |e| ≤ δ, then δ (|e| − ½ δ), with e = output − target (Huber 1964)."""
     absolute_B = jnp.abs(outputs_B - targets_B)
     quadratic_B = jnp.minimum(absolute_B, delta)
     return 0.5 * jnp.square(quadratic_B) + delta * (absolute_B - quadratic_B)
 
 
-def smooth(targets_B: Float[Array, " B"], *, smoothing: Scalar) -> Float[Array, " B"]:
+def smooth(targets_B: Float[Array, " B"], *, smoothing: ScalarLike) -> Float[Array, " B"]:
     """Targets 0 and 1 become smoothing / 2 and 1 − smoothing / 2 (Szegedy et al. 2016)."""
     return targets_B * (1 - smoothing) + 0.5 * smoothing
 

@@ -15,13 +15,13 @@ import numpy as np
 from fintx.config.schema import TrialConfig
 from fintx.errors import FintxError
 from fintx.evaluate import metrics
+from fintx.evaluate.metrics import Metrics
 from fintx.model import param_count
 from fintx.train import multihost
 from fintx.train.resume import CheckpointManager, CheckpointPolicy, TrainingState
 from fintx.train.train_state import (
     BatchLayout,
     FitInputs,
-    Metrics,
     Progress,
     TargetScale,
     Timing,
@@ -31,7 +31,7 @@ from fintx.train.train_state import (
 from fintx.train.train_step import EpochSums
 from fintx.types import Floats, Params
 
-Outcome = Literal["completed", "early_stopped", "diverged", "collapsed", "out_of_memory", "interrupted"]
+TrainingOutcome = Literal["completed", "early_stopped", "diverged", "collapsed", "out_of_memory", "interrupted"]
 
 CONSTANT_OUTPUT = 1e-6
 """Outputs that differ by less than this share of their size don't depend on the input (float32 resolves 1e-7)."""
@@ -61,7 +61,7 @@ class EpochReport:
 class TrialEnd:
     """Why a trial is over."""
 
-    outcome: Outcome
+    outcome: TrainingOutcome
     detail: str
     """One line."""
 
@@ -70,7 +70,7 @@ class TrialEnd:
 class FitResult:
     """The result of training a trial."""
 
-    outcome: Outcome
+    outcome: TrainingOutcome
     detail: str
     """One line: why it stopped."""
     best: Metrics
@@ -309,7 +309,7 @@ def end_of_trial(inputs: FitInputs, progress: Progress) -> TrialEnd | None:
 
 def agreed_end(end: TrialEnd | None) -> TrialEnd | None:
     """The end that the first process of several hosts sees, whose numbers the record has; all must call."""
-    outcomes = typing.get_args(Outcome)
+    outcomes = typing.get_args(TrainingOutcome)
     (which,) = multihost.agree(-1 if end is None else outcomes.index(end.outcome))
     if which < 0:
         return None

@@ -14,6 +14,7 @@ from jaxtyping import PRNGKeyArray
 from fintx.config.schema import ModelConfig, Shape, TaskConfig, TrialConfig
 from fintx.data.datasets import Dataset
 from fintx.evaluate import metrics
+from fintx.evaluate.metrics import Metrics
 from fintx.model import family
 from fintx.model.family import Family
 from fintx.train import losses, multihost, sharding
@@ -213,8 +214,6 @@ def abstract_state(static: StaticConfig, *, n_features: int) -> TrainState:
 
 
 # --- what an epoch changes, on the host -------------------------------------------------------------------------------
-
-Metrics = dict[str, float | None]
 
 
 @dataclass(frozen=True, eq=False)

@@ -134,10 +134,10 @@ MLP = Family(
 @pytest.fixture(autouse=True)
 def mlp() -> Iterator[Family]:
     """The family, known for the length of a test."""
-    schema.FAMILIES["mlp"] = FamilyConfig(Widths, WidthEntry)
+    schema.FAMILY_CONFIGS["mlp"] = FamilyConfig(Widths, WidthEntry)
     family.FAMILIES["mlp"] = MLP
     yield MLP
-    del schema.FAMILIES["mlp"], family.FAMILIES["mlp"]
+    del schema.FAMILY_CONFIGS["mlp"], family.FAMILIES["mlp"]
 
 
 SWEEP = """
@@ -189,7 +189,7 @@ def loaded(folder: Path, text: str = SWEEP) -> StudySpec:
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> datasets.PreparedData:
     """Real data, small: the embedded index."""
-    schema.FAMILIES["mlp"] = FamilyConfig(Widths, WidthEntry)
+    schema.FAMILY_CONFIGS["mlp"] = FamilyConfig(Widths, WidthEntry)
     spec = loaded(tmp_path_factory.mktemp("sweeps"))
     return datasets.build(spec, tmp_path_factory.mktemp("data"))
 
@@ -260,7 +260,7 @@ def test_a_config_of_before_there_were_families_is_the_encoders() -> None:
 
 
 def test_both_tables_hold_the_same_families() -> None:
-    assert schema.FAMILIES.keys() == family.FAMILIES.keys()
+    assert schema.FAMILY_CONFIGS.keys() == family.FAMILIES.keys()
 
 
 # --- counted and searched ---------------------------------------------------------------------------------------------

@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 
 from fintx.config.families import shape_names
-from fintx.config.schema import FAMILIES, ModelConfig, OptimConfig, TaskConfig, TrainConfig, TrialConfig
+from fintx.config.schema import FAMILY_CONFIGS, ModelConfig, OptimConfig, TaskConfig, TrainConfig, TrialConfig
 from fintx.data.datasets import Dataset
 from fintx.train import trainer
 
 SECTIONS = {
-    "shape": shape_names(FAMILIES["encoder"].queue_entry),
+    "shape": shape_names(FAMILY_CONFIGS["encoder"].queue_entry),
     "model": [key for key in ModelConfig.model_fields if key != "family"],
     "optim": OptimConfig.model_fields,
     "train": TrainConfig.model_fields,

@@ -77,13 +77,13 @@ def compile_in_a_process(setting: str, outputs: Path, *, own: Path | None = None
 def test_a_second_process_reads_what_the_first_compiled(tmp_path: Path) -> None:
     assert compile_in_a_process("", tmp_path) == (1, 0)
     assert compile_in_a_process("", tmp_path) == (0, 1)
-    folder = tmp_path / compilation.FOLDER
+    folder = tmp_path / compilation.PROGRAMS_FOLDER
     assert folder.stat().st_mode & 0o777 == 0o700 and (folder / compilation.processor()).is_dir()
 
 
 def test_a_torn_program_is_compiled_again(tmp_path: Path) -> None:
     compile_in_a_process("", tmp_path)
-    torn = [path for path in (tmp_path / compilation.FOLDER).rglob("*-cache") if path.is_file()]
+    torn = [path for path in (tmp_path / compilation.PROGRAMS_FOLDER).rglob("*-cache") if path.is_file()]
     assert torn
     for path in torn:
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
@@ -95,7 +95,7 @@ def test_off_keeps_nothing_and_a_folder_of_jax_is_kept_to(tmp_path: Path) -> Non
     assert compile_in_a_process(compilation.OFF, tmp_path, own=tmp_path / "own") == (1, 0)
     assert list(tmp_path.iterdir()) == []
     assert compile_in_a_process("", tmp_path, own=tmp_path / "own")[0] == 1
-    assert not (tmp_path / compilation.FOLDER).exists()
+    assert not (tmp_path / compilation.PROGRAMS_FOLDER).exists()
 
 
 def test_a_folder_that_stands_keeps_its_mode_and_is_refused_where_others_write(tmp_path: Path) -> None:
