@@ -15,12 +15,13 @@ from dataclasses import dataclass, field
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Column
 
 from fintx.cli import display
 from fintx.config.schema import StudySpec
 from fintx.errors import StopAtOnce
 from fintx.evaluate import metrics
-from fintx.report.format import count, duration, number, shape_words
+from fintx.report.format import count, duration, number, percent, shape_words
 from fintx.report.table import Table
 from fintx.run import scheduler
 from fintx.run.search import StudySummary
@@ -134,7 +135,8 @@ class View:
         self._studies: dict[str, _Study] = {}
         self._trials: dict[tuple[str, int], _Trial] = {}
         self._progress = Progress(
-            TextColumn("{task.description:<10}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[text]}"),
+            TextColumn("{task.description:<10}"), BarColumn(bar_width=min(40, console.width // 8)),
+            MofNCompleteColumn(), TextColumn("{task.fields[text]}", table_column=Column(no_wrap=False)),
             TimeElapsedColumn(), console=console,
         )  # fmt: skip
         self._live = Live(console=console, get_renderable=self._render, refresh_per_second=4, transient=True)
@@ -178,7 +180,7 @@ class View:
             display.print_lines(self._console, f"{prefix}{line}")
 
     def _print_outcome(self, study: str, name: str, record: TrialRecord, progress: str, shape: str = "") -> None:
-        scores = f"{record.metric} {number(record.value)}, skill {number(record.best.get('skill'))}"
+        scores = f"{record.metric} {number(record.value)}, skill {percent(record.best.get('skill'))}"
         self._print(study, f"{name} {record.outcome}: {scores}{shape}, {duration(record.wall_s)} · {progress}")
 
     def _open_study(self, event: events.StudyReady) -> None:
@@ -254,7 +256,7 @@ class View:
         studies = [study for study in self._studies.values() if study.records]
         failed = Counter(r.outcome for study in studies for r in study.records if r.value is None)
         text = ", ".join(f"{n} {outcome}" for outcome, n in failed.items())
-        tables = [display.rich_table(_newest_trials(study)) for study in studies]
+        tables = [display.rich_table(_newest_trials(study), elastic="shape") for study in studies]
         return Group(*tables, self._progress, *([f"failed: {text}"] if text else []))
 
 

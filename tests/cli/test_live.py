@@ -13,7 +13,7 @@ from rich.console import Console
 from fintx.cli.live import View
 from fintx.config import load
 from fintx.run import scheduler
-from fintx.study.events import Event, RunContext, StudyReady, TrialFinished
+from fintx.study.events import EpochDone, Event, RunContext, StudyReady, TrialFinished
 from fintx.study.lifecycle import StudyRequest
 
 ENTRY = (
@@ -78,3 +78,21 @@ def test_a_run_by_hand_counts_to_its_own_end(events):
     assert (ready.finished, ready.total, ended.total, ended.record.entry) == (3, 4, 4, "by-hand")
     output = shown(events, terminal=False)
     assert "4 trials, 3 finished before" in output and "4/4 done" in output
+
+
+def test_a_narrow_terminal_keeps_the_scores(events, best_baseline):
+    """The column of shapes gives way, and a running trial's scores wrap."""
+    console = Console(file=io.StringIO(), force_terminal=True, width=80, color_system=None)
+    view, views = View(console), []
+    for event in events:
+        view.notify(event)
+        with console.capture() as capture:
+            console.print(view._render())
+        views.append(capture.get())
+    best = min(record.value for event in events if isinstance(event, TrialFinished) for record in event.records)
+    rows = [line for line in views[-1].splitlines() if line.startswith(("to beat ", "★ "))]
+    assert best_baseline[1] in rows[0] and f"{best:.4f}" in rows[1]
+    assert f"to beat {best_baseline[1]}" in " ".join(views[-1].split())
+    assert max(len(line) for text in views for line in text.splitlines()) <= 80
+    (last,) = [i for i, event in enumerate(events) if isinstance(event, EpochDone)][-1:]
+    assert f"best {events[last].epoch.best:.4f}" in " ".join(views[last].split())
