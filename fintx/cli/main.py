@@ -389,23 +389,31 @@ def report(
     data_dir: DataDir = DATA,
 ) -> None:
     """Write a study's report, finished or not: one HTML page, with its figures and tables beside it."""
-    from fintx.analysis import study_analysis, study_results
+    from fintx.analysis import study_results
+
+    folders = study_results.find_studies(studies, outputs=outputs)  # reports a mistake before the rest is loaded
+
+    from fintx.analysis import study_analysis
     from fintx.evaluate.backtest import TradingRules
     from fintx.report import study_page
 
     rules = TradingRules(cost_bp=cost_bp) if backtest else None
-    for folder in study_results.find_studies(studies, outputs=outputs):
+    for folder in folders:
         print(study_page.build(study_analysis.read(folder, data_root=data_dir, rules=rules)).write())
 
 
 @app.command()
 def compare(studies: Studies, outputs: Outputs = OUTPUTS) -> None:
     """Compare studies: skill, shapes they share, winners trained elsewhere, rank correlation."""
-    from fintx.analysis import comparison, study_results
+    from fintx.analysis import study_results
+
+    folders = study_results.find_studies(studies, outputs=outputs)  # reports a mistake before the rest is loaded
+
+    from fintx.analysis import comparison
     from fintx.cli import display
     from fintx.report import comparison_page
 
-    compared = comparison.read(study_results.find_studies(studies, outputs=outputs))
+    compared = comparison.read(folders)
     page = comparison_page.build(compared, outputs=outputs)
     display.print_page(Console(), page)
     print(page.write())
@@ -419,11 +427,14 @@ def scaling(
     outputs: Outputs = OUTPUTS,
 ) -> None:
     """Fit studies that differ in size alone, and answer in a sentence whether loss falls with size."""
-    from fintx.analysis import scaling_laws, study_results
+    from fintx.analysis import study_results
+
+    folders = study_results.find_studies(studies, outputs=outputs)  # reports a mistake before the rest is loaded
+
+    from fintx.analysis import scaling_laws
     from fintx.cli import display
     from fintx.report import scaling_page
 
-    folders = study_results.find_studies(studies, outputs=outputs)
     laws = scaling_laws.read(folders, over=over, difference=difference)
     page = scaling_page.build(laws, outputs=outputs)
     display.print_page(Console(), page)
@@ -481,6 +492,8 @@ def verify(data_dir: DataDir = DATA) -> None:
     """Check every imported and processed file against its manifest."""
     from fintx.data import snapshots
 
+    if not data_dir.is_dir():
+        raise FintxError(f"{data_dir}: is not there; give the folder of the imported data: --data-dir FOLDER")
     problems = snapshots.verify(data_dir)
     for problem in problems:
         print(problem)

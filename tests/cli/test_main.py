@@ -304,3 +304,4 @@ def test_import_verify_and_list(tmp_path):
     (snapshot.parent / "stranger.parquet").write_text("x")
     shown = fintx("verify", "--data-dir", data, code=1).stdout
     assert "changed: raw/ABC.OHLCV.daily/" in shown and "orphaned: raw/ABC.OHLCV.daily/stranger.parquet" in shown
+    assert "is not there" in mistake("verify", "--data-dir", tmp_path / "dta")
