@@ -425,7 +425,7 @@ BASELINES: dict[Prediction, dict[str, Recipe]] = {
             "the base rate of all labels known by then", (Input("labels known by then", BaselineInputs.climatology),)
         ),
         "last_label": Recipe(
-            "how often it comes after the last known label was 0, or 1",
+            "how often a 1 followed the last known label, 0 or 1, in training",
             (Input("the last known label", BaselineInputs.last_label),),
             lambda _: persistence,
         ),
@@ -437,14 +437,14 @@ BASELINES: dict[Prediction, dict[str, Recipe]] = {
             applies=lambda inputs: inputs.vix is not None,
         ),
         "volatility_touch": Recipe(
-            "a level is touched by a driftless diffusion of k × {}",
+            "chance that a driftless diffusion of k × {} touches the level",
             (Input("VIX", BaselineInputs.implied_sd), _REALISED_SD),
             _fit_touch,
             applies=lambda inputs: touch_applies(inputs.task.level),
         ),
         "garch_touch": Recipe(
-            "the same, of k × {}",
-            (Input("the SD that a GJR-GARCH(1, 1) foresees", BaselineInputs.garch_sd), _REALISED_SD),
+            "chance that a driftless diffusion of k × {} touches the level",
+            (Input("the SD forecast by a GJR-GARCH(1, 1)", BaselineInputs.garch_sd), _REALISED_SD),
             _fit_touch,
             applies=lambda inputs: touch_applies(inputs.task.level),
         ),

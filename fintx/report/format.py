@@ -41,7 +41,7 @@ def number(value: float | int | None, digits: int = 4) -> str:
 
 def percent(value: float | None) -> str:
     """12.3 %, or "–"."""
-    return "–" if value is None else f"{100 * value:.1f} %"
+    return "–" if value is None else f"{100 * value:.1f} %".replace("-", "−")
 
 
 def points(value: float) -> str:

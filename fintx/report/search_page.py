@@ -77,8 +77,8 @@ def patterns_section(analysis: StudyAnalysis) -> Section:
     )
     blocks: list[Block] = [Prose(summary), Prose(method, "note")]
     blocks += [_pattern_table(pattern) for pattern in patterns if len(pattern.groups) > 1]
-    if same := [pattern.by for pattern in analysis.shapes if len(pattern.groups) < 2]:
-        blocks.append(Prose(f"The same for all trials: {listed(same)}.", "note"))
+    if alone := [f"{pattern.by} {pattern.groups[0].words}" for pattern in analysis.shapes if len(pattern.groups) == 1]:
+        blocks.append(Prose(f"All trials are in one group: {listed(alone)}.", "note"))
     return Section("patterns", "Patterns", (*blocks, *_importance(analysis.importance)))
 
 
@@ -147,7 +147,7 @@ def outcomes_section(analysis: StudyAnalysis) -> Section:
     coverage = Table(
         "coverage", "Coverage of the feasible set",
         [search.width_name, ("feasible shapes", "whole"), ("trained", "whole"), "feasible depths", "trained depths",
-         "depths never tried"],
+         "depth ranges never tried"],
         [(str(r.width), r.feasible, r.trained, r.depths, r.trained_depths, r.unseen) for r in search.coverage],
         note=f"{search.trained} of {feasible:,} feasible shapes were trained ({percent(search.trained / feasible)})"
         f"{off_grid}.",

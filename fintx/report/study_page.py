@@ -216,11 +216,11 @@ def mirror_words(mirror: MirrorTest) -> str:
         return "One of the two events never happened: nothing can be said about direction."
     se = mirror.direction_se
     verdict = "more than chance" if mirror.knows_direction else "no knowledge of direction is shown"
-    error = f" ± {1.96 * se:.3f}" if se is not None else ""
+    error = f" ± {1.96 * se:.3f} (95 %)" if se is not None else ""
     return (
         f"The same probabilities score the opposite event at AUC {mirror.opposite_auc:.3f}, the event itself at "
         f"{mirror.auc:.3f}. On the {mirror.one_sided:,} rows where exactly one side was touched, they tell which one "
-        f"with AUC {mirror.direction_auc:.3f}{error} (0.5 is chance): {verdict}."
+        f"with AUC {mirror.direction_auc:.3f}{error}, where 0.5 is chance: {verdict}."
     )
 
 

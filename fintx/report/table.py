@@ -111,7 +111,7 @@ def data_tables(prepared: PreparedData) -> tuple[Table, Table]:
             for p in prepared.parts
         ],
         note="Effective n counts overlapping labels by their average uniqueness; the standard errors use it (that of "
-        "AUC at AUC .7).",
+        "AUC supposes an AUC of 0.7).",
     )  # fmt: skip
     return ranges, split
 
