@@ -60,13 +60,13 @@ def modules() -> list[str]:
 
 def imports(source: str) -> set[str]:
     """Dotted names a module imports anywhere; `from a import b` counts as a.b and as a."""
-    found = set()
+    imported = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
+            imported |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
-            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
-    return found
+            imported |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return imported
 
 
 def floor(room: str) -> int:
@@ -79,24 +79,24 @@ def room_of(path: str) -> str:
 
 def broken_rules(path: str, source: str) -> list[str]:
     """Every rule that a module breaks."""
-    room, found = room_of(path), []
+    room, problems = room_of(path), []
     for name in sorted(imports(source)):
         package, _, rest = name.partition(".")
         if package == "fintx" and rest and room != "__init__":
             other = rest.partition(".")[0]
             if other in set().union(*FLOORS) and other != room:
                 if floor(other) <= floor(room):
-                    found.append(f"{path}: imports from {other}, a room that is not below its own")
+                    problems.append(f"{path}: imports from {other}, a room that is not below its own")
         doors = DOORS.get(package)
         if doors and not path.startswith(doors):
-            found.append(f"{path}: imports {package}, whose door is {doors[0]}")
+            problems.append(f"{path}: imports {package}, whose door is {doors[0]}")
         if package in ("jax", "jaxtyping") and path.startswith(NO_JAX):
-            found.append(f"{path}: imports {package} upstream of a dataset")
+            problems.append(f"{path}: imports {package} upstream of a dataset")
     tree = ast.parse(source)
     reads = any(isinstance(n, ast.Attribute) and n.attr in ("environ", "getenv") for n in ast.walk(tree))
     if reads and path not in ENVIRONMENT:
-        found.append(f"{path}: reads the environment")
-    return list(dict.fromkeys(found))
+        problems.append(f"{path}: reads the environment")
+    return list(dict.fromkeys(problems))
 
 
 @pytest.mark.parametrize("path", modules())

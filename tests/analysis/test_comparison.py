@@ -28,49 +28,49 @@ def studies(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def found(studies):
+def result(studies):
     return comparison.read(studies)
 
 
-def test_skills_stand_beside_baselines_with_intervals(found):
-    for row in found.rows:
+def test_skills_stand_beside_baselines_with_intervals(result):
+    for row in result.rows:
         mean, low, high = row.best
         assert low < mean < high and mean == pytest.approx(row.best_skill, abs=1e-6)
         assert row.baseline == "volatility_linear"
     assert (
-        found.rows[0].comparison.standing == found.rows[3].comparison.standing == "ahead"
+        result.rows[0].comparison.standing == result.rows[3].comparison.standing == "ahead"
     )  # by .19 and .23 σ² per row
     # Skill: 1 − (1 + excess) / 1.3 for the truth.
-    assert found.rows[0].best[1] < 1 - 1.05 / 1.3 < found.rows[0].best[2]
+    assert result.rows[0].best[1] < 1 - 1.05 / 1.3 < result.rows[0].best[2]
 
 
-def test_losses_are_compared_only_where_labels_are_equal(found, tmp_path):
-    differences = {(pair.first, pair.second): pair.difference for pair in found.pairs}
+def test_losses_are_compared_only_where_labels_are_equal(result, tmp_path):
+    differences = {(pair.first, pair.second): pair.difference for pair in result.pairs}
     assert differences["h1", "big_h1"] is not None
     # The same target, excess .01 against .05, in units of σ².
     gain = differences["h1", "big_h1"]
     assert gain.low < 0.04 * SIGMA**2 < gain.high
     assert all(value is None for pair, value in differences.items() if pair != ("h1", "big_h1"))
-    assert "Equal labels: h1 = big_h1" in found.notes[0]
-    page = comparison_page.build(found, outputs=tmp_path)
+    assert "Equal labels: h1 = big_h1" in result.notes[0]
+    page = comparison_page.build(result, outputs=tmp_path)
     tables = [block for section in page.sections for block in section.blocks if isinstance(block, Table)]
     assert len(tables) == 4 and not any("mse" in table.csv for table in tables)
 
 
-def test_the_same_shapes_are_found_across_horizons(found, studies):
+def test_the_same_shapes_are_found_across_horizons(result, studies):
     a, b = (study_results.read(folder) for folder in studies[:2])
     both = {r.config.shape for r in a.records} & {r.config.shape for r in b.records}
-    assert {row.shape for row in found.common} >= both
-    first = found.common[0]
+    assert {row.shape for row in result.common} >= both
+    first = result.common[0]
     assert first.skills[0] is not None and first.skills[1] is not None
-    pair = next(pair for pair in found.pairs if (pair.first, pair.second) == ("h1", "h3"))
+    pair = next(pair for pair in result.pairs if (pair.first, pair.second) == ("h1", "h3"))
     assert pair.shapes.n == len({r.config.shape for r in a.records})
     # Trials lose with their number in both studies, so that shapes rank alike.
     assert pair.shapes.low > 0
 
 
-def test_transfers_say_how_to_fill_them(found):
-    cells = {(each.winner_of, each.trained_in): each for each in found.transfers}
+def test_transfers_say_how_to_fill_them(result):
+    cells = {(each.winner_of, each.trained_in): each for each in result.transfers}
     assert len(cells) == 16
     assert all(cells[name, name].behind == 0 for name in ("h1", "h3", "h5", "big_h1"))
     assert cells["h1", "h3"].skill is not None and cells["h1", "h3"].behind >= 0
@@ -81,11 +81,11 @@ def test_transfers_say_how_to_fill_them(found):
         f"--n-heads {shape.n_heads} --d-ff {shape.d_ff}"
     )
     assert cells["h5", "h1"].skill is not None or cells["h5", "h1"].fill == wanted
-    assert any(transfer.fill.startswith("just queue add sweeps/") for transfer in found.transfers)
+    assert any(transfer.fill.startswith("just queue add sweeps/") for transfer in result.transfers)
 
 
-def test_the_page_holds_it_all(found, tmp_path):
-    target = comparison_page.build(found, outputs=tmp_path).write()
+def test_the_page_holds_it_all(result, tmp_path):
+    target = comparison_page.build(result, outputs=tmp_path).write()
     assert target == tmp_path / "_compare" / "h1+h3+h5+big_h1" / "index.html"
     text = target.read_text()
     for words in ("Skill of the best trials", "Rank correlation", "outside the budget", "just queue add"):

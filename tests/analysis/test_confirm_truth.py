@@ -106,18 +106,18 @@ def test_a_planted_signal_is_confirmed_and_opens_the_test_part(tmp_path):
     )
     assert "CONFIRMED: trial" in output and "best, confirmed" in output
     assert re.search(r"by fold.*Ahead in 2 of 2.*by year.*Ahead in 2 of 2", output, re.DOTALL)
-    found = confirmation.read(folder)
-    assert found.complete and found.n_compared == 2
-    (best,) = found.confirmed
+    result = confirmation.read(folder)
+    assert result.complete and result.n_compared == 2
+    (best,) = result.confirmed
     searched = {record.config.seed for record in records.read_all(folder)}
-    assert not searched & set(found.seeds)
+    assert not searched & set(result.seeds)
 
     before = {path: path.read_bytes() for path in (folder / "confirm").rglob("record.json")}
     again = fintx("confirm", "SIGNAL", cwd=tmp_path).stdout
     assert "2 of 2 done before" in again and {path: path.read_bytes() for path in before} == before
-    assert confirmation.read(folder).model_copy(update={"created": ""}) == found.model_copy(update={"created": ""})
+    assert confirmation.read(folder).model_copy(update={"created": ""}) == result.model_copy(update={"created": ""})
     wider = fintx("confirm", folder, "--n-seeds", 3, cwd=tmp_path).stdout
-    assert "2 of 3 done before" in wider and confirmation.read(folder).seeds[:2] == found.seeds
+    assert "2 of 3 done before" in wider and confirmation.read(folder).seeds[:2] == result.seeds
 
     opened = fintx("eval", folder, "--test", cwd=tmp_path).stdout
     assert "opening number 1 is logged" in opened and f"trial {best.trial}, ensemble of 3" in opened

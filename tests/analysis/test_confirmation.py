@@ -58,22 +58,22 @@ def test_a_planted_signal_is_confirmed_and_its_equal_can_not_be_told_from_it(pla
     for number, sd in noise.items():
         for seed in SEEDS:
             planted.rerun(number, seed, signal + sd * rng.standard_normal(DAYS))
-    found = build(planted, spec, trials, tmp_path)
-    assert found.complete and found.baseline == "weak" and found.n_compared == 3 and found.seeds == SEEDS
-    assert {each.trial for each in found.confirmed} == {0, 1}
-    assert {found.best.trial, *(each.trial for each in found.alike)} == {0, 1}
-    assert found.candidates[2].words == "not confirmed"
-    assert found.superior_p_value < 0.01 and found.overfitting < 0.6
-    verdict = confirmation_verdict(found)
-    assert verdict.startswith(f"CONFIRMED: trial {found.best.trial} beats weak by 0.") and "95 %" in verdict
-    assert f"Indistinguishable from the best: trial {found.alike[0].trial}." in confirmation_details(found)
+    findings = build(planted, spec, trials, tmp_path)
+    assert findings.complete and findings.baseline == "weak" and findings.n_compared == 3 and findings.seeds == SEEDS
+    assert {each.trial for each in findings.confirmed} == {0, 1}
+    assert {findings.best.trial, *(each.trial for each in findings.alike)} == {0, 1}
+    assert findings.candidates[2].words == "not confirmed"
+    assert findings.superior_p_value < 0.01 and findings.overfitting < 0.6
+    verdict = confirmation_verdict(findings)
+    assert verdict.startswith(f"CONFIRMED: trial {findings.best.trial} beats weak by 0.") and "95 %" in verdict
+    assert f"Indistinguishable from the best: trial {findings.alike[0].trial}." in confirmation_details(findings)
     # By Jensen's inequality an ensemble's log loss is below its reruns' mean; how far, their noise decides.
-    for each in found.candidates:
+    for each in findings.candidates:
         assert each.ensemble.gain.mean > each.verdict.gain.mean
-        assert each.verdict.gain.mean == pytest.approx(found.baseline_loss - each.mean_value, abs=1e-6)
+        assert each.verdict.gain.mean == pytest.approx(findings.baseline_loss - each.mean_value, abs=1e-6)
     assert confirmation.read(tmp_path) is None
-    confirmation.write(tmp_path, found)
-    assert confirmation.read(tmp_path) == found
+    confirmation.write(tmp_path, findings)
+    assert confirmation.read(tmp_path) == findings
 
 
 def test_a_baseline_that_is_truly_best_is_reported_so(plant, spec, tmp_path):
@@ -83,9 +83,9 @@ def test_a_baseline_that_is_truly_best_is_reported_so(plant, spec, tmp_path):
     for record in trials:
         for seed in SEEDS:
             planted.rerun(record.trial_number, seed, signal + rng.standard_normal(DAYS))
-    found = build(planted, spec, trials, tmp_path)
-    assert found.baseline == "truth" and found.confirmed == () and found.superior_p_value > 0.5
-    assert confirmation_verdict(found).startswith("NOT CONFIRMED: truth is better than every trial trained again")
+    findings = build(planted, spec, trials, tmp_path)
+    assert findings.baseline == "truth" and findings.confirmed == () and findings.superior_p_value > 0.5
+    assert confirmation_verdict(findings).startswith("NOT CONFIRMED: truth is better than every trial trained again")
 
 
 def test_a_lucky_search_is_seen_through(plant, spec, tmp_path):
@@ -96,12 +96,12 @@ def test_a_lucky_search_is_seen_through(plant, spec, tmp_path):
     trials = [planted.trial(0, lucky)]
     for seed in SEEDS:
         planted.rerun(0, seed, 0.3 * rng.standard_normal(DAYS))
-    found = build(planted, spec, trials, tmp_path)
-    (candidate,) = found.candidates
+    findings = build(planted, spec, trials, tmp_path)
+    (candidate,) = findings.candidates
     assert candidate.too_good.low > 0.2
     assert candidate.too_good.mean == pytest.approx(candidate.mean_value - candidate.search_value, abs=1e-6)
-    assert found.confirmed == () and found.overfitting is None and found.luck is None
-    assert "too good (95 %:" in " ".join(confirmation_details(found))
+    assert findings.confirmed == () and findings.overfitting is None and findings.luck is None
+    assert "too good (95 %:" in " ".join(confirmation_details(findings))
 
 
 def test_a_candidate_whose_seed_fails_is_not_confirmed_and_says_why(plant, spec, tmp_path):
@@ -111,11 +111,11 @@ def test_a_candidate_whose_seed_fails_is_not_confirmed_and_says_why(plant, spec,
     for seed in SEEDS:
         planted.rerun(0, seed, None if seed == 12 else signal + 0.1 * rng.standard_normal(DAYS))
         planted.rerun(1, seed, signal + 0.1 * rng.standard_normal(DAYS))
-    found = build(planted, spec, trials, tmp_path)
-    assert found.complete and found.candidates[0].verdict is None
-    assert found.candidates[0].words == "not confirmed: 1 of 3 seeds diverged"
-    assert found.candidates[0].values[1] is None and found.candidates[0].mean_value is not None
-    assert found.candidates[1].words == "best, confirmed"
+    findings = build(planted, spec, trials, tmp_path)
+    assert findings.complete and findings.candidates[0].verdict is None
+    assert findings.candidates[0].words == "not confirmed: 1 of 3 seeds diverged"
+    assert findings.candidates[0].values[1] is None and findings.candidates[0].mean_value is not None
+    assert findings.candidates[1].words == "best, confirmed"
 
 
 def test_half_a_confirmation_compares_the_seeds_that_all_have(plant, spec, tmp_path):
@@ -127,9 +127,9 @@ def test_half_a_confirmation_compares_the_seeds_that_all_have(plant, spec, tmp_p
     assert "nothing can be said yet" in confirmation_verdict(empty)
     for number, seed in ((0, 11), (1, 11), (0, 12), (1, 12), (0, 13)):
         planted.rerun(number, seed, signal + 0.1 * rng.standard_normal(DAYS))
-    found = build(planted, spec, trials, tmp_path)
-    assert (found.n_trained, found.n_members, found.seeds) == (5, 6, (11, 12))
-    assert not found.complete and all(len(each.values) == 2 for each in found.candidates)
+    findings = build(planted, spec, trials, tmp_path)
+    assert (findings.n_trained, findings.n_members, findings.seeds) == (5, 6, (11, 12))
+    assert not findings.complete and all(len(each.values) == 2 for each in findings.candidates)
 
 
 def test_what_the_search_lacks_is_stated(plant, spec, tmp_path):
@@ -141,14 +141,14 @@ def test_what_the_search_lacks_is_stated(plant, spec, tmp_path):
         planted.rerun(0, seed, signal + 0.1 * rng.standard_normal(DAYS))
     study_file.log_opening(tmp_path, {})
     raised = spec.model_copy(update={"study": spec.study.model_copy(update={"n_trials": 9})})
-    found = build(planted, raised, trials[:1], tmp_path)
-    assert found.n_compared == 1 and found.n_finished == 2
+    findings = build(planted, raised, trials[:1], tmp_path)
+    assert findings.n_compared == 1 and findings.n_finished == 2
     for note_text in (
         "opened once",
         "its best of 2 trials so far, of 9",
         "1 trials are in no test over the whole search",
     ):
-        assert any(note_text in note for note in found.notes), found.notes
+        assert any(note_text in note for note in findings.notes), findings.notes
 
 
 @pytest.mark.parametrize("damage", ["no baselines", "no predictions", "torn", "other rows"])
@@ -188,15 +188,15 @@ def test_folds_and_years_share_the_gain_out(plant, spec, tmp_path):
     trials = [planted.trial(0, np.where(late, 0.05, 1) * signal)]
     for seed in SEEDS:
         planted.rerun(0, seed, np.where(late, 0.05, 1) * signal + 0.02 * rng.standard_normal(DAYS))
-    found = build(planted, spec, trials, tmp_path)
-    groups = {(group.kind, group.name): group for group in found.candidates[0].groups}
+    findings = build(planted, spec, trials, tmp_path)
+    groups = {(group.kind, group.name): group for group in findings.candidates[0].groups}
     first, second = groups["fold", "1"].gain, groups["fold", "2"].gain
     assert first.low > 0.05 and second.low < 0 < second.high
     years = [group for (kind, _), group in groups.items() if kind == "year"]
     assert sum(group.n for group in years) == DAYS and len(years) == 4
-    assert found.candidates[0].verdict.gain.mean == pytest.approx((first.mean + second.mean) / 2)
+    assert findings.candidates[0].verdict.gain.mean == pytest.approx((first.mean + second.mean) / 2)
     weighted = sum(group.n * group.gain.mean for group in years) / DAYS
-    assert found.candidates[0].verdict.gain.mean == pytest.approx(weighted)
+    assert findings.candidates[0].verdict.gain.mean == pytest.approx(weighted)
 
 
 def test_thirds_of_vix_are_reported_where_vix_is_in_the_data(shared_data, plant, spec, tmp_path):
@@ -209,8 +209,8 @@ def test_thirds_of_vix_are_reported_where_vix_is_in_the_data(shared_data, plant,
     for seed in SEEDS:
         planted.rerun(0, seed, signal + 0.001 * seed)
     with_vix = spec.model_copy(update={"data": spec.data.model_copy(update={"context": ("VIX",)})})
-    found = build(planted, with_vix, trials, tmp_path)
-    thirds = [group for group in found.candidates[0].groups if group.kind == "vix"]
+    findings = build(planted, with_vix, trials, tmp_path)
+    thirds = [group for group in findings.candidates[0].groups if group.kind == "vix"]
     assert [group.name for group in thirds] == ["calm", "middling", "nervous"]
     assert all(abs(group.n - DAYS / 3) < 25 for group in thirds)
 
@@ -226,9 +226,9 @@ def test_a_regression_is_compared_by_its_squared_error(plant, spec, tmp_path):
     trials = [planted.trial(0, 0.01 * signal)]
     for seed in SEEDS:
         planted.rerun(0, seed, 0.01 * signal + 0.001 * rng.standard_normal(DAYS))
-    found = build(planted, regression, trials, tmp_path)
-    assert found.loss == "mse" and found.best.words == "best, confirmed"
-    assert found.best.verdict.gain.mean == pytest.approx(1e-4, rel=0.2)
+    findings = build(planted, regression, trials, tmp_path)
+    assert findings.loss == "mse" and findings.best.words == "best, confirmed"
+    assert findings.best.verdict.gain.mean == pytest.approx(1e-4, rel=0.2)
 
 
 # --- what is trained --------------------------------------------------------------------------------------------------
@@ -379,8 +379,8 @@ def test_a_study_without_a_success_or_with_other_data_is_refused(tiny_study, tmp
     other = shutil.copytree(tiny_study, tmp_path / "other")
     path = records.trial_folder(other, records.ranked(records.read_all(other), minimize=True)[0].trial_number)
     text = (path / "record.json").read_text()
-    found = records.read(path / "record.json").folds[0].label_hash
-    (path / "record.json").write_text(text.replace(found, "0" * 64))
+    findings = records.read(path / "record.json").folds[0].label_hash
+    (path / "record.json").write_text(text.replace(findings, "0" * 64))
     with (
         pytest.raises(FintxError, match="trained on other label"),
         confirm.open_confirmation(other, wanted, RunContext(tmp_path, data)),

@@ -35,9 +35,9 @@ def equal(tmp_path_factory):
     return study_results.read(study(tmp_path_factory.mktemp("equal"), lambda i, n: 0.05))
 
 
-def without_days(made):
+def without_days(results):
     """The same results, with nothing to draw days from."""
-    alone = dataclasses.replace(made)
+    alone = dataclasses.replace(results)
     alone.__dict__["resamples"] = None
     return alone
 
@@ -45,12 +45,12 @@ def without_days(made):
 def test_differences_are_tukey_and_kramers(equal):
     """Without the days' part the procedure is SciPy's `tukey_hsd`, unequal group sizes included."""
     key = lambda r: 0 if r.trial_number < 3 else 1 if r.trial_number < 7 else 2  # noqa: E731
-    found = pattern(without_days(equal), "x", "x", key, str)
+    compared = pattern(without_days(equal), "x", "x", key, str)
     samples = [np.array([equal.skill(r.best) for r in equal.ranked if key(r) == g]) for g in range(3)]
     reference = stats.tukey_hsd(*samples)
     interval = reference.confidence_interval(0.95)
     best = int(np.argmax([sample.mean() for sample in samples]))
-    for i, group in enumerate(found.groups):
+    for i, group in enumerate(compared.groups):
         assert group.n == len(samples[i]) and group.best == samples[i].max()
         assert group.mean == pytest.approx(samples[i].mean())
         if i == best:
@@ -77,30 +77,30 @@ def test_equal_groups_are_rarely_told_apart(tmp_path):
     """At 5 %: more than 5 of 30 series would come once in a hundred."""
     told = 0
     for seed in range(10):
-        made = study_results.read(study(tmp_path / str(seed), lambda i, n: 0.05, n_rows=200, seed=seed))
+        results = study_results.read(study(tmp_path / str(seed), lambda i, n: 0.05, n_rows=200, seed=seed))
         for k in (2, 3, 4):
-            told += pattern(made, "x", "x", lambda r, k=k: r.trial_number % k, str).distinguishable
+            told += pattern(results, "x", "x", lambda r, k=k: r.trial_number % k, str).distinguishable
     assert told <= 5
 
 
 def test_a_planted_difference_is_found(tmp_path):
     folder = study(tmp_path, lambda i, n: 0.02 if i % 3 == 0 else 0.3)
-    found = pattern(study_results.read(folder), "x", "x", lambda r: r.trial_number % 3, "group {:.0f}".format)
-    assert [group.verdict for group in found.groups] == ["best mean", "worse", "worse"]
-    assert search_page.pattern_words(found) == "group 0 has the best mean; group 1 and group 2 are worse."
+    compared = pattern(study_results.read(folder), "x", "x", lambda r: r.trial_number % 3, "group {:.0f}".format)
+    assert [group.verdict for group in compared.groups] == ["best mean", "worse", "worse"]
+    assert search_page.pattern_words(compared) == "group 0 has the best mean; group 1 and group 2 are worse."
     # Skill is 1 − loss / prior's: (1.3 − 1.02) / 1.3 against (1.3 − 1.3) / 1.3.
-    assert found.groups[0].low < 0.28 / 1.3 < found.groups[0].high
-    assert found.groups[1].behind_low < 0.28 / 1.3 < found.groups[1].behind_high
+    assert compared.groups[0].low < 0.28 / 1.3 < compared.groups[0].high
+    assert compared.groups[1].behind_low < 0.28 / 1.3 < compared.groups[1].behind_high
 
 
 def test_every_pattern_counts_every_successful_trial(tmp_path):
-    made = study_results.read(study(tmp_path, lambda i, n: 0.05, failed=[2, 5]))
-    for each in (*patterns.by_shape(made), *patterns.by_values(made)):
+    results = study_results.read(study(tmp_path, lambda i, n: 0.05, failed=[2, 5]))
+    for each in (*patterns.by_shape(results), *patterns.by_values(results)):
         assert sum(group.n for group in each.groups) == 10, each.name
         assert sum(group.behind is None for group in each.groups) == 1
-    names = [each.name for each in patterns.by_shape(made)]
+    names = [each.name for each in patterns.by_shape(results)]
     assert names == ["d_model", "depth", "d_ff_ratio", "n_heads", "aspect"]
-    by_values = patterns.by_values(made)
+    by_values = patterns.by_values(results)
     assert [each.name for each in by_values] == ["learning_rate", "dropout"]
     assert all(len(each.groups) == 3 and each.trend is not None for each in by_values)
 
@@ -123,9 +123,9 @@ def test_rank_correlation_is_scipys_and_its_interval_covers():
     for _ in range(runs):
         a = rng.normal(size=15)
         b = rho * a + np.sqrt(1 - rho**2) * rng.normal(size=15)
-        found = patterns.spearman(a, b)
-        assert found.rho == pytest.approx(stats.spearmanr(a, b).statistic)
-        covered += found.low <= truth <= found.high
+        correlation = patterns.spearman(a, b)
+        assert correlation.rho == pytest.approx(stats.spearmanr(a, b).statistic)
+        covered += correlation.low <= truth <= correlation.high
     assert covered >= 0.9 * runs  # stated: 95 %
 
 
@@ -141,15 +141,15 @@ def test_too_few_pairs_or_constants_say_nothing():
 
 def test_the_value_that_decides_is_the_important_one(tmp_path):
     folder = study(tmp_path, lambda i, n: 0.05, n_trials=40, n_rows=60)
-    made = study_results.read(folder)
-    space = SearchSpace.build(made.spec, n_features=len(planted.FEATURES))
+    results = study_results.read(folder)
+    space = SearchSpace.build(results.spec, n_features=len(planted.FEATURES))
     records = [
         record.model_copy(update={"value": (np.log(record.params["optim.learning_rate"]) - np.log(3e-3)) ** 2})
-        for record in made.records
+        for record in results.records
     ]
-    found = patterns.ped_anova(records, space)
-    assert found[0].name == "optim.learning_rate" and found[0].share > found[0].by_chance
-    assert sum(each.share for each in found) == pytest.approx(1)
+    importance = patterns.ped_anova(records, space)
+    assert importance[0].name == "optim.learning_rate" and importance[0].share > importance[0].by_chance
+    assert sum(each.share for each in importance) == pytest.approx(1)
     assert patterns.ped_anova(records[:9], space) == ()
 
 
@@ -157,14 +157,18 @@ def test_the_value_that_decides_is_the_important_one(tmp_path):
 
 
 def test_outcomes_coverage_and_duplicates(tmp_path):
-    made = study_results.read(study(tmp_path, lambda i, n: 0.05, failed=[2, 5]))
-    space = SearchSpace.build(made.spec, n_features=len(planted.FEATURES))
-    found = patterns.summarize(made, space)
-    assert {(row.outcome, row.n) for row in found.outcomes} == {("completed", 10), ("diverged", 2)}
-    assert next(row.detail for row in found.outcomes if row.outcome == "diverged") == "the loss became NaN at step 3"
-    assert sum(row.feasible for row in found.coverage) == len(found.shapes) == len(space.shapes)
-    assert sum(row.trained for row in found.coverage) == found.trained == len({r.config.shape for r in made.records})
-    assert found.repeated_configs == () and found.wall_s == 12 * 60
-    twice = made.records[0].model_copy(update={"trial_number": 99})
-    again = patterns.summarize(dataclasses.replace(made, records=(*made.records, twice)), space)
+    results = study_results.read(study(tmp_path, lambda i, n: 0.05, failed=[2, 5]))
+    space = SearchSpace.build(results.spec, n_features=len(planted.FEATURES))
+    summary = patterns.summarize(results, space)
+    assert {(row.outcome, row.n) for row in summary.outcomes} == {("completed", 10), ("diverged", 2)}
+    assert next(row.detail for row in summary.outcomes if row.outcome == "diverged") == "the loss became NaN at step 3"
+    assert sum(row.feasible for row in summary.coverage) == len(summary.shapes) == len(space.shapes)
+    assert (
+        sum(row.trained for row in summary.coverage)
+        == summary.trained
+        == len({r.config.shape for r in results.records})
+    )
+    assert summary.repeated_configs == () and summary.wall_s == 12 * 60
+    twice = results.records[0].model_copy(update={"trial_number": 99})
+    again = patterns.summarize(dataclasses.replace(results, records=(*results.records, twice)), space)
     assert again.repeated_configs == ((0, 99),)

@@ -44,33 +44,33 @@ def read(folders, **options):
 
 @pytest.mark.slow
 def test_a_planted_power_law_is_recovered_within_its_interval(tmp_path):
-    found = read(write(tmp_path, lambda n: 12 * n**-0.5), refits=40)
-    assert found.verdict == "scales"
-    assert scaling_page.answer(found).startswith(
+    scaling = read(write(tmp_path, lambda n: 12 * n**-0.5), refits=40)
+    assert scaling.verdict == "scales"
+    assert scaling_page.answer(scaling).startswith(
         "Scales. From 2.0K to 250.0K parameters the squared error of tuned models falls"
     )
-    law = next(each for each in found.all_trials.laws if each.fit.form == "power law")
+    law = next(each for each in scaling.all_trials.laws if each.fit.form == "power law")
     # Relative to the baseline's expected loss, σ² · 1.05.
     assert law.floor[0] < 1 / 1.05 < law.floor[1]
     assert law.height[0] < 12 / 1.05 < law.height[1]
     assert law.exponent[0] < 0.5 < law.exponent[1]
-    assert found.all_trials.preferred.fit.form == "power law" and law.weight > 0.8
-    assert law.held_out < next(each for each in found.all_trials.laws if each.fit.form == "constant").held_out
+    assert scaling.all_trials.preferred.fit.form == "power law" and law.weight > 0.8
+    assert law.held_out < next(each for each in scaling.all_trials.laws if each.fit.form == "constant").held_out
 
 
 @pytest.mark.slow
 def test_a_flat_one_is_called_flat(tmp_path):
-    found = read(write(tmp_path, lambda n: 0.01, n_rows=3000), difference=0.02, refits=20)
-    assert found.verdict == "flat" and scaling_page.answer(found).startswith("Flat. ")
-    assert "less than the stated 2.0 %" in scaling_page.answer(found)
-    assert found.preferred.fit.form == "constant"
+    scaling = read(write(tmp_path, lambda n: 0.01, n_rows=3000), difference=0.02, refits=20)
+    assert scaling.verdict == "flat" and scaling_page.answer(scaling).startswith("Flat. ")
+    assert "less than the stated 2.0 %" in scaling_page.answer(scaling)
+    assert scaling.preferred.fit.form == "constant"
 
 
 @pytest.mark.slow
 def test_what_it_would_take_is_stated_where_it_cant_be_told(tmp_path):
-    found = read(write(tmp_path, lambda n: 0.1, n_rows=400, n_trials=4), refits=20)
-    sentence = scaling_page.answer(found)
-    assert found.verdict == "can't tell"
+    scaling = read(write(tmp_path, lambda n: 0.1, n_rows=400, n_trials=4), refits=20)
+    sentence = scaling_page.answer(scaling)
+    assert scaling.verdict == "can't tell"
     assert "more trials alone can't do it" in sentence and "validation rows would (there are 400" in sentence
 
 
@@ -84,13 +84,13 @@ def test_intervals_cover_the_truth_as_often_as_they_say():
     gain = 12 * factor * (sizes[0] ** -0.5 - sizes[-1] ** -0.5) / 1.05
     covered = {"exponent": 0, "floor": 0, "gain": 0}
     for seed in range(runs):
-        made = planted.field_of(lambda n: 12 * n**-0.5, sizes_=sizes, n=8, seed=seed)
-        pools = [np.flatnonzero(made.cell == i) for i in range(len(sizes))]
-        found = scaling_laws._trend("all trials", made, pools, 1.0, refits=50, seed=seed)
-        law = next(each for each in found.laws if each.fit.form == "power law")
+        sized = planted.field_of(lambda n: 12 * n**-0.5, sizes_=sizes, n=8, seed=seed)
+        pools = [np.flatnonzero(sized.cell == i) for i in range(len(sizes))]
+        trend = scaling_laws._trend("all trials", sized, pools, 1.0, refits=50, seed=seed)
+        law = next(each for each in trend.laws if each.fit.form == "power law")
         covered["exponent"] += law.exponent[0] <= 0.5 <= law.exponent[1]
         covered["floor"] += law.floor[0] <= 1 / 1.05 <= law.floor[1]
-        covered["gain"] += found.gain.low <= gain <= found.gain.high
+        covered["gain"] += trend.gain.low <= gain <= trend.gain.high
     assert covered["exponent"] >= 19 and covered["floor"] >= 19 and covered["gain"] >= 18, covered  # 95, 95 and 90 %
 
 
@@ -99,27 +99,27 @@ def test_flat_fields_seldom_look_like_scaling(monkeypatch):
     monkeypatch.setattr(scaling_laws, "LEAST_TRIALS", 10**9)  # no fits: the gain alone is asked
     words = []
     for seed in range(40):
-        made = planted.field_of(lambda n: 0.05, sizes_=(1e4, 1e5, 1e6), n=8, n_days=600, seed=seed)
-        words.append(scaling_laws.fit(made, seed=seed).verdict)
+        sized = planted.field_of(lambda n: 0.05, sizes_=(1e4, 1e5, 1e6), n=8, n_days=600, seed=seed)
+        words.append(scaling_laws.fit(sized, seed=seed).verdict)
     # One-sided at 5 %: more than 6 of 40 would come once in 500 series.
     assert words.count("scales") <= 6
 
 
 def test_the_frontier_gives_no_size_more_luck_than_another(monkeypatch):
     monkeypatch.setattr(scaling_laws, "LEAST_TRIALS", 10**9)
-    made = planted.field_of(lambda n: 0.05, sizes_=(1e4, 1e5, 1e6), n=12, n_days=200)
-    kept = ~((made.cell == 0) & (made.number >= 5))  # the smallest size has five trials, the others twelve
+    sized = planted.field_of(lambda n: 0.05, sizes_=(1e4, 1e5, 1e6), n=12, n_days=200)
+    kept = ~((sized.cell == 0) & (sized.number >= 5))  # the smallest size has five trials, the others twelve
     fewer = SizedTrials(
         **{
-            **made.__dict__,
-            **{k: getattr(made, k)[kept] for k in ("cell", "study", "number", "size", "flops", "loss", "days")},
+            **sized.__dict__,
+            **{k: getattr(sized, k)[kept] for k in ("cell", "study", "number", "size", "flops", "loss", "days")},
         }
     )
-    found = scaling_laws.fit(fewer)
-    assert found.effort == 5
-    assert all(fewer.number[found.frontier.chosen] < 5)
-    assert np.bincount(fewer.cell[found.frontier.chosen]).tolist() == [2, 2, 2]
-    assert len(found.all_trials.chosen) == kept.sum()
+    scaling = scaling_laws.fit(fewer)
+    assert scaling.effort == 5
+    assert all(fewer.number[scaling.frontier.chosen] < 5)
+    assert np.bincount(fewer.cell[scaling.frontier.chosen]).tolist() == [2, 2, 2]
+    assert len(scaling.all_trials.chosen) == kept.sum()
 
 
 def test_the_staircase_falls_through_the_best_trials():
@@ -215,10 +215,10 @@ def test_panels_are_read_over_their_data(tmp_path):
                 label_hash=f"{n_assets}" * 64, data_hash=f"{n_assets}" * 64, n_train=1000 * n_assets,
             )
         )  # fmt: skip
-    found = scaling_laws.fit(gather([study_results.read(each) for each in folders], over="data"), refits=20)
-    assert found.trials.size.min() == 2000 and found.trials.size.max() == 8000
-    assert found.trials.n_rows == 2 * n_days  # what the smallest panel has, too
-    assert found.verdict == "scales" and "From 2.0K to 8.0K training rows" in scaling_page.answer(found)
+    scaling = scaling_laws.fit(gather([study_results.read(each) for each in folders], over="data"), refits=20)
+    assert scaling.trials.size.min() == 2000 and scaling.trials.size.max() == 8000
+    assert scaling.trials.n_rows == 2 * n_days  # what the smallest panel has, too
+    assert scaling.verdict == "scales" and "From 2.0K to 8.0K training rows" in scaling_page.answer(scaling)
 
 
 # --- the command ------------------------------------------------------------------------------------------------------

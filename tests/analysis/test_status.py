@@ -22,17 +22,21 @@ def folder(tiny_study: Path, tmp_path: Path) -> Path:
 
 
 def test_a_finished_study_has_nothing_to_note(folder):
-    found = status.read(folder)
-    assert (found.finished, found.note, found.unfinished) == (3, "", ())
+    study_status = status.read(folder)
+    assert (study_status.finished, study_status.note, study_status.unfinished) == (3, "", ())
 
 
 def test_a_damaged_journal_is_noted_and_the_records_are_shown(folder):
     journal = folder / "journal.log"
     first, *others = journal.read_bytes().splitlines(keepends=True)
     journal.write_bytes(b"".join([first, b"\x00" * 40 + b"\n", *others]))
-    found = status.read(folder)
-    assert found.finished == 3 and found.best is not None
-    assert str(journal) in found.note and "is damaged" in found.note and "under way are not shown" in found.note
+    study_status = status.read(folder)
+    assert study_status.finished == 3 and study_status.best is not None
+    assert (
+        str(journal) in study_status.note
+        and "is damaged" in study_status.note
+        and "under way are not shown" in study_status.note
+    )
 
 
 @pytest.mark.parametrize("name", ["baselines.parquet", "predictions.parquet"])
@@ -40,16 +44,16 @@ def test_damage_to_what_the_best_is_compared_with_is_noted_and_the_records_are_s
     best = status.read(folder).best
     path = folder / name if name.startswith("baselines") else folder / "trials" / f"{best.trial_number:04d}" / name
     path.write_bytes(path.read_bytes()[:50])
-    found = status.read(folder)
-    assert (found.finished, found.best, found.comparison) == (3, best, None)
-    assert str(path) in found.note and "\n" not in found.note
+    study_status = status.read(folder)
+    assert (study_status.finished, study_status.best, study_status.comparison) == (3, best, None)
+    assert str(path) in study_status.note and "\n" not in study_status.note
 
 
 def test_a_storage_whose_password_was_not_kept_is_noted(folder):
     path = folder / "study.json"
     path.write_text(path.read_text().replace('"journal"', '"postgresql://me:***@there/studies"'))
-    found = status.read(folder)
-    assert found.finished == 3 and "its password was not kept" in found.note
+    study_status = status.read(folder)
+    assert study_status.finished == 3 and "its password was not kept" in study_status.note
 
 
 def test_time_to_go_is_shared_out_among_those_that_train(folder, tiny_file, tiny_study):

@@ -35,10 +35,10 @@ def events(tiny_file: Path, outputs: Path) -> list[Event]:
     """Of a run by hand of one trial, beyond the study's three."""
     file = outputs.parent / "tiny.toml"
     file.write_text(tiny_file.read_text() + ENTRY)
-    found: list[Event] = []
-    order = StudyRequest(load.study(file), queue_only=True)
-    scheduler.run_studies([order], RunContext(outputs, outputs.parent / "data", notify=found.append))
-    return found
+    reported: list[Event] = []
+    request = StudyRequest(load.study(file), queue_only=True)
+    scheduler.run_studies([request], RunContext(outputs, outputs.parent / "data", notify=reported.append))
+    return reported
 
 
 @pytest.fixture

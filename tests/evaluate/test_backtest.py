@@ -152,8 +152,8 @@ def test_tasks_without_a_target_above_are_refused():
 def test_buy_and_hold_is_the_price_less_costs():
     bars = walk(60, 3)
     like = trade(bars, [5])
-    held = backtest.buy_and_hold(bars, like, TradingRules(cost_bp=10.0))
-    assert np.prod(1 + held.returns) == pytest.approx(bars.close[-1] / bars.close[0] * 0.999**2)
+    benchmark = backtest.buy_and_hold(bars, like, TradingRules(cost_bp=10.0))
+    assert np.prod(1 + benchmark.returns) == pytest.approx(bars.close[-1] / bars.close[0] * 0.999**2)
 
 
 def test_performance_by_hand():

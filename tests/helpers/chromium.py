@@ -118,10 +118,10 @@ class Browser:
 @contextmanager
 def browser(profile: Path) -> Iterator[Browser]:
     """A running browser with an empty profile."""
-    found = program()
-    assert found is not None
+    executable = program()
+    assert executable is not None
     (to_read, to_write), (from_read, from_write) = os.pipe(), os.pipe()
-    command = [found, *_FLAGS, f"--user-data-dir={profile}", "about:blank"]
+    command = [executable, *_FLAGS, f"--user-data-dir={profile}", "about:blank"]
     # Chromium reads commands from descriptor 3 and writes answers to 4.
     shell = ["bash", "-c", f'exec "$@" 3<&{to_read} 4>&{from_write}', "bash", *command]
     process = subprocess.Popen(

@@ -27,16 +27,16 @@ class Done:
 
 def fintx(*arguments: object, cwd: Path = ROOT, code: int = 0) -> Done:
     """Run `fintx …` as its entry point does, in this process: a new one would import JAX for each of a hundred."""
-    out, err, found = io.StringIO(), io.StringIO(), 0
+    out, err, exit_code = io.StringIO(), io.StringIO(), 0
     argv, sys.argv = sys.argv, ["fintx", *map(str, arguments)]
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), contextlib.chdir(cwd):
             main.main()
     except SystemExit as exit_:
-        found = exit_.code or 0
+        exit_code = exit_.code or 0
     finally:
         sys.argv = argv
-    assert found == code, (found, out.getvalue()[-2000:], err.getvalue()[-2000:])
+    assert exit_code == code, (exit_code, out.getvalue()[-2000:], err.getvalue()[-2000:])
     return Done(out.getvalue(), err.getvalue())
 
 

@@ -47,8 +47,8 @@ class Running:
 
     def end(self, *, code: int, timeout_s: float = 300) -> str:
         """Wait for its end; returns its output."""
-        found = self.process.wait(timeout=timeout_s)
-        assert found == code, (found, self.output[-3000:])
+        exit_code = self.process.wait(timeout=timeout_s)
+        assert exit_code == code, (exit_code, self.output[-3000:])
         assert "Traceback" not in self.output, self.output[-3000:]
         return self.output
 
@@ -173,11 +173,11 @@ def machines(tmp_path: Path, default_file: Path) -> Iterator[Callable[..., Machi
 def wait_for(condition: Callable[[], T], *, running: Running | None = None, timeout_s: float = 300) -> T:
     """Poll a condition until it holds; fails when the process ends first, or after a deadline."""
     deadline = time.monotonic() + timeout_s
-    while not (found := condition()):
+    while not (value := condition()):
         assert time.monotonic() < deadline, f"waited {timeout_s} s in vain; {running.output[-2000:] if running else ''}"
         if running is not None and running.process.poll() is not None:
-            if found := condition():
-                return found
+            if value := condition():
+                return value
             raise AssertionError(f"ended with {running.process.returncode}: {running.output[-2000:]}")
         time.sleep(0.05)
-    return found
+    return value

@@ -21,9 +21,9 @@ _USER = "postgres"
 
 def binaries() -> Path | None:
     """Folder of the newest server's programs; none: there is no server on this machine."""
-    found = sorted(Path("/usr/lib/postgresql").glob("*/bin/postgres"), key=lambda path: int(path.parts[-3]))
-    if found:
-        return found[-1].parent
+    servers = sorted(Path("/usr/lib/postgresql").glob("*/bin/postgres"), key=lambda path: int(path.parts[-3]))
+    if servers:
+        return servers[-1].parent
     on_path = shutil.which("postgres")
     return Path(on_path).parent if on_path else None
 

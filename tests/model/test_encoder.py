@@ -109,11 +109,11 @@ def test_newest_bar_is_seen_and_a_remainder_is_cut_from_the_oldest_side(geometry
     model = ModelConfig(context_length=geometry[0], patch_length=geometry[1], stride=geometry[2])
     shape = Shape(d_model=4, n_layers=1, n_heads=1, d_ff=2)
     params, x = drawn(model, shape, n_features=2), windows(model, n=1, n_features=2)
-    slope_TF = jax.jit(jax.grad(lambda x: encoder.apply(model, shape, params, x).sum()))(x)[0]
+    grad_TF = jax.jit(jax.grad(lambda x: encoder.apply(model, shape, params, x).sum()))(x)[0]
     covered = model.patch_length + (encoder.n_patches(model) - 1) * model.stride
     assert 0 <= model.context_length - covered < model.stride, "one more patch would have fitted"
-    assert np.abs(slope_TF[-1]).min() > 0
-    np.testing.assert_array_equal(slope_TF[: model.context_length - covered], 0)
+    assert np.abs(grad_TF[-1]).min() > 0
+    np.testing.assert_array_equal(grad_TF[: model.context_length - covered], 0)
 
 
 def test_patches_hold_each_bars_features_in_order_of_time() -> None:

@@ -61,13 +61,13 @@ class Compiled:
 
     layout: Layout
     start: Any
-    slope: Any
+    gradient: Any
 
     @property
     def collectives(self) -> Counter[str]:
         """Kind → how many stand in the compiled program; a loop's body counts once."""
         kinds = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute"
-        return Counter(re.findall(rf" ({kinds})(?:-start)?\(", self.slope.as_text()))
+        return Counter(re.findall(rf" ({kinds})(?:-start)?\(", self.gradient.as_text()))
 
 
 Compile = Callable[[Layout], Compiled]
@@ -88,27 +88,27 @@ def values(make_trial: Trials, make_dataset: Datasets) -> Hyperparameters:
 
 @pytest.fixture(scope="module")
 def compiled(make_trial: Trials, batch: train_step.Batch) -> Compile:
-    found: dict[Layout, Compiled] = {}
+    programs: dict[Layout, Compiled] = {}
 
     def compile_for(layout: Layout) -> Compiled:
-        if layout not in found:
+        if layout not in programs:
             static = static_config(make_trial(SHAPE), layout=layout)
             state = abstract_state(static, n_features=3)
             whole, cut = None, None
             if layout != ONE:
                 whole, cut = sharding.everywhere(layout), sharding.shardings(ENCODER, layout, state)
             start = jax.jit(partial(init_state, static, n_features=3), in_shardings=whole, out_shardings=cut)
-            slope = jax.jit(
+            gradient = jax.jit(
                 partial(train_step.loss_and_grads, static),
                 in_shardings=None if cut is None else (whole, cut, whole),
                 out_shardings=None if cut is None else (whole, cut.params),
             )
-            found[layout] = Compiled(
+            programs[layout] = Compiled(
                 layout,
                 start.lower(abstract_hyperparameters()).compile(),
-                slope.lower(abstract_hyperparameters(), state, batch).compile(),
+                gradient.lower(abstract_hyperparameters(), state, batch).compile(),
             )
-        return found[layout]
+        return programs[layout]
 
     return compile_for
 
@@ -119,13 +119,13 @@ def test_the_start_is_bit_equal_and_each_device_holds_its_part(
 ) -> None:
     alone, spread = compiled(ONE).start(values), compiled(layout).start(values)
     jax.tree.map(np.testing.assert_array_equal, sharding.to_host(spread), sharding.to_host(alone))
-    held = {
+    bytes_on = {
         device: sum(shard.data.nbytes for leaf in jax.tree.leaves(spread) for shard in leaf.addressable_shards
                     if shard.device == device)
         for device in jax.devices()
     }  # fmt: skip
-    assert len(set(held.values())) == 1, "no device holds more than another"
-    assert held[jax.devices()[0]] == sharding.part_bytes(ENCODER, layout, alone)
+    assert len(set(bytes_on.values())) == 1, "no device holds more than another"
+    assert bytes_on[jax.devices()[0]] == sharding.part_bytes(ENCODER, layout, alone)
     # Parameters and both moments alike: the state is three times the parameters, and three counters.
     assert sharding.part_bytes(ENCODER, layout, alone) == 3 * sharding.part_bytes(ENCODER, layout, alone.params) + 12
 
@@ -136,7 +136,7 @@ def test_loss_and_gradients_equal_those_of_one_device(
 ) -> None:
     """With dropout, so the masks are equal too. Sums in another order: some roundings of 6e-8, of numbers up to one."""
     (loss, gradients), (wanted_loss, wanted) = (
-        each.slope(values, each.start(values), batch) for each in (compiled(layout), compiled(ONE))
+        each.gradient(values, each.start(values), batch) for each in (compiled(layout), compiled(ONE))
     )
     assert float(loss) == pytest.approx(float(wanted_loss), rel=2e-6)
     largest = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(wanted))
@@ -164,10 +164,10 @@ def test_over_data_gradients_are_added_up_and_nothing_else_moves(compiled: Compi
 
 def test_fsdp_brings_each_layers_weights_together_and_never_the_stream(compiled: Compile) -> None:
     """Once forward and once backward. A CPU has no reduce-scatter: gradients are added up, then cut."""
-    found = compiled(LAYOUTS["data 8, fsdp"])
-    assert found.collectives["all-gather"] == 2 * MATRICES + EDGES
-    assert found.collectives.keys() <= {"all-gather", "all-reduce", "reduce-scatter"}
-    gathered = re.findall(r"= f32\[([\d,]*)\]\S* all-gather", found.slope.as_text())
+    program = compiled(LAYOUTS["data 8, fsdp"])
+    assert program.collectives["all-gather"] == 2 * MATRICES + EDGES
+    assert program.collectives.keys() <= {"all-gather", "all-reduce", "reduce-scatter"}
+    gathered = re.findall(r"= f32\[([\d,]*)\]\S* all-gather", program.gradient.as_text())
     assert {math_product(dims) for dims in gathered} <= {16 * 48, 16 * 16, 16 * 64, 12 * 16, 3 * 16}
 
 
@@ -177,28 +177,28 @@ def math_product(dims: str) -> int:
 
 def test_tensor_parallelism_adds_up_twice_a_layer_each_way(compiled: Compile) -> None:
     """After the heads and after the feed-forward, as in Megatron-LM; queries, keys and values are never regrouped."""
-    found = compiled(LAYOUTS["model 4 x data 2"])
-    assert found.collectives.keys() == {"all-reduce"}
+    program = compiled(LAYOUTS["model 4 x data 2"])
+    assert program.collectives.keys() == {"all-reduce"}
     # (B, N, D) over 2 data devices: 8 windows of 3 patches.
-    streams = re.findall(r"= f32\[24,16\]\S* all-reduce", found.slope.as_text())
+    streams = re.findall(r"= f32\[24,16\]\S* all-reduce", program.gradient.as_text())
     assert len(streams) == 4
 
 
 def test_fsdp_and_tensor_parallelism_together(compiled: Compile) -> None:
-    found = compiled(LAYOUTS["model 2 x data 4, fsdp"])
-    assert found.collectives["all-gather"] == 2 * MATRICES + EDGES
-    assert found.collectives.keys() <= {"all-gather", "all-reduce", "reduce-scatter"}
-    assert len(re.findall(r"= f32\[12,16\]\S* all-reduce", found.slope.as_text())) == 4
+    program = compiled(LAYOUTS["model 2 x data 4, fsdp"])
+    assert program.collectives["all-gather"] == 2 * MATRICES + EDGES
+    assert program.collectives.keys() <= {"all-gather", "all-reduce", "reduce-scatter"}
+    assert len(re.findall(r"= f32\[12,16\]\S* all-reduce", program.gradient.as_text())) == 4
 
 
 def test_the_compiled_program_holds_less_where_more_is_cut(compiled: Compile) -> None:
     """State and gradients are cut alike; of temporaries, so small a model has as many as of parameters."""
-    held = {name: compiled(layout).slope.memory_analysis() for name, layout in LAYOUTS.items()}
-    whole, cut = held["data 8"], held["data 8, fsdp"]
+    memory = {name: compiled(layout).gradient.memory_analysis() for name, layout in LAYOUTS.items()}
+    whole, cut = memory["data 8"], memory["data 8, fsdp"]
     assert cut.argument_size_in_bytes < whole.argument_size_in_bytes / 4
     assert cut.output_size_in_bytes < whole.output_size_in_bytes / 4
     totals = [sizes.argument_size_in_bytes + sizes.output_size_in_bytes + sizes.temp_size_in_bytes
-              for sizes in held.values()]  # fmt: skip
+              for sizes in memory.values()]  # fmt: skip
     assert max(totals) == totals[0] and min(totals) == totals[3]
 
 
@@ -207,9 +207,9 @@ def test_the_compiled_program_holds_less_where_more_is_cut(compiled: Compile) ->
 
 def test_every_parameter_lies_as_the_golden_file_says() -> None:
     """Its own file says how it is made."""
-    found = runpy.run_path(str(ROOT / "tools" / "golden_specs.py"))["specs"]()
-    assert found == json.loads((ROOT / "tests" / "golden" / "partition_specs.json").read_text())["specs"]
-    assert found.keys() == {str(layout) for layout in LAYOUTS.values()}
+    specs = runpy.run_path(str(ROOT / "tools" / "golden_specs.py"))["specs"]()
+    assert specs == json.loads((ROOT / "tests" / "golden" / "partition_specs.json").read_text())["specs"]
+    assert specs.keys() == {str(layout) for layout in LAYOUTS.values()}
 
 
 def test_every_path_of_the_rules_is_a_parameter() -> None:
@@ -271,12 +271,12 @@ def test_a_population_lies_on_a_mesh(
     abstract = jax.eval_shape(start, together)
     cut, whole = sharding.shardings(ENCODER, layout, abstract, leading=1), sharding.everywhere(layout)
     states = jax.jit(start, in_shardings=whole, out_shardings=cut)(together)
-    slope = jax.jit(
+    gradient = jax.jit(
         jax.vmap(partial(train_step.loss_and_grads, static), in_axes=(0, 0, None)),
         in_shardings=(whole, cut, whole),
         out_shardings=(whole, cut.params),
     )
-    losses, gradients = slope(together, states, batch)
+    losses, gradients = gradient(together, states, batch)
     for member, each in enumerate((values, other)):
         alone = compiled(ONE).start(each)
         jax.tree.map(
@@ -284,7 +284,7 @@ def test_a_population_lies_on_a_mesh(
             sharding.to_host(states),
             sharding.to_host(alone),
         )
-        loss, wanted = compiled(ONE).slope(each, alone, batch)
+        loss, wanted = compiled(ONE).gradient(each, alone, batch)
         assert float(losses[member]) == pytest.approx(float(loss), rel=2e-6)
         jax.tree.map(
             lambda got, leaf, member=member: np.testing.assert_allclose(got[member], leaf, rtol=2e-5, atol=1e-6),
@@ -300,13 +300,13 @@ def test_a_population_lies_on_a_mesh(
 
 def placed(layout: Layout, state: TrainState) -> TrainState:
     """On the layout's devices, and checked that it lies there as it should."""
-    found = sharding.put(ENCODER, layout, state)
+    on_devices = sharding.put(ENCODER, layout, state)
     if layout != ONE:
         for leaf, wanted in zip(
-            jax.tree.leaves(found), jax.tree.leaves(sharding.shardings(ENCODER, layout, state)), strict=True
+            jax.tree.leaves(on_devices), jax.tree.leaves(sharding.shardings(ENCODER, layout, state)), strict=True
         ):
             assert isinstance(wanted, NamedSharding) and leaf.sharding.is_equivalent_to(wanted, leaf.ndim)
-    return found
+    return on_devices
 
 
 @pytest.mark.parametrize("name", ["data 8", "model 2 x data 4, fsdp"])
@@ -314,7 +314,7 @@ def test_a_state_saved_on_eight_devices_restores_on_one_and_on_four_and_back(
     name: str, compiled: Compile, make_trial: Trials, make_dataset: Datasets, values: Hyperparameters, tmp_path: Path
 ) -> None:
     """Bit for bit, moments and all."""
-    question = FitInputs(make_trial(SHAPE), make_dataset(), "log_loss")
+    inputs = FitInputs(make_trial(SHAPE), make_dataset(), "log_loss")
     rng = np.random.default_rng(1)
     state = jax.tree.map(
         lambda leaf: rng.standard_normal(leaf.shape).astype(leaf.dtype) if leaf.ndim else np.array(leaf),
@@ -324,7 +324,7 @@ def test_a_state_saved_on_eight_devices_restores_on_one_and_on_four_and_back(
     for index, layout in enumerate((LAYOUTS[name], ONE, Layout(data=4, fsdp=True), LAYOUTS[name])):
         saves = CheckpointPolicy(tmp_path / str(index), 1e9, lambda: None)
         batch_layout = BatchLayout(16, layout=layout)
-        CheckpointManager(saves, question).save(
+        CheckpointManager(saves, inputs).save(
             TrainingState(
                 sharding.to_host(placed(layout, state)),
                 train_step.EpochSums(),
@@ -333,9 +333,9 @@ def test_a_state_saved_on_eight_devices_restores_on_one_and_on_four_and_back(
                 timing=Timing(),
             )  # fmt: skip
         )
-        found = CheckpointManager(saves, question).newest(pytest.fail)
-        assert found is not None and found.batch_layout == batch_layout
-        state = found.state
+        saved = CheckpointManager(saves, inputs).newest(pytest.fail)
+        assert saved is not None and saved.batch_layout == batch_layout
+        state = saved.state
         jax.tree.map(np.testing.assert_array_equal, state, wanted)
 
 
@@ -345,8 +345,8 @@ def test_a_trained_model_saved_on_eight_devices_is_the_same_on_four(
     config = make_trial(SHAPE)
     params = compiled(LAYOUTS["data 8, fsdp"]).start(values).params
     checkpoint.save(tmp_path / "model", sharding.to_host(params), config=config, meta={})
-    found = sharding.put(ENCODER, Layout(data=4, fsdp=True), checkpoint.load(tmp_path / "model").params)
-    jax.tree.map(np.testing.assert_array_equal, sharding.to_host(found), sharding.to_host(params))
+    placed = sharding.put(ENCODER, Layout(data=4, fsdp=True), checkpoint.load(tmp_path / "model").params)
+    jax.tree.map(np.testing.assert_array_equal, sharding.to_host(placed), sharding.to_host(params))
 
 
 # --- whole trials -----------------------------------------------------------------------------------------------------
