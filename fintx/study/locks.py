@@ -138,7 +138,7 @@ def _lock(file: IO[str], *, patience_s: float) -> bool:
 # --- requests to stop -------------------------------------------------------------------------------------------------
 
 _STOP_FILE = "stop"
-STOP_HEARD = "asked to stop; what trains now comes to its end first"
+STOP_HEARD = "asked to stop; the trials that run now are finished first"
 """What a run reports when it has seen a request."""
 
 
@@ -159,7 +159,7 @@ def ask_to_stop(study: str, *, outputs: Path) -> str:
     if holder is None:
         raise FintxError(f"{folder}: nobody is running it, so there is nothing to stop")
     records.write_atomically(folder / _STOP_FILE, f"asked by process {os.getpid()} at {time.time_ns()}\n")
-    return f"{folder}: asked {holder} to stop; the trials that run now come to their end first"
+    return f"{folder}: asked to stop once its running trials are finished (run by {holder})"
 
 
 class Stopped(Exception):
