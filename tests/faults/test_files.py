@@ -86,7 +86,7 @@ def test_a_journal_damaged_in_the_middle_is_reported_and_made_again_from_the_rec
     journal.unlink()
     before = here.numbers()
     output = here.run(*SHORT, "study.n_trials=4")
-    assert here.numbers()[:3] == before and "trial 0 (" not in output and "trial 3 (" in output
+    assert here.numbers()[:3] == before and "\ntrial 0 (" not in output and "\ntrial 3 (" in output
     assert [lease.finished for lease in here.leases().values()] == [True] * 4
     assert len({record.config_hash for record in here.records()}) == 4
 
@@ -101,7 +101,7 @@ def test_a_record_that_was_never_reported_is_reported(machine, finished):
     journal.write_text("".join(lines[: results[-1]]))
     before = here.numbers()
     assert not here.leases()[2].finished
-    assert "trial 2 (" not in here.run(*SHORT, "study.n_trials=3")
+    assert "\ntrial 2 (" not in here.run(*SHORT, "study.n_trials=3")
     assert here.numbers() == before and here.leases()[2].finished
 
 
@@ -192,7 +192,7 @@ def test_a_damaged_record_of_its_own_stops_a_study(machine, finished):
     damaged = here.folder / "trials" / "0001" / "record.json"
     damaged.write_bytes(damaged.read_bytes()[:-100])
     output = here.run(*SHORT, "study.n_trials=4", code=2)
-    assert f"{damaged}: is no trial record" in output.replace("\n", " ") and "trial 3 (" not in output
+    assert f"{damaged}: is no trial record" in output.replace("\n", " ") and "\ntrial 3 (" not in output
 
 
 def test_a_finished_trial_whose_record_is_gone_is_reported_and_can_be_trained_again(machine, finished):

@@ -108,7 +108,7 @@ def test_a_result_earned_while_the_database_is_away_is_reported_when_it_is_back(
     assert not held(url, here.folder)[0].finished
     before = (here.folder / "trials" / "0000" / "record.json").read_bytes()
     output = here.run("study.n_trials=2", "train.max_epochs=400", "train.patience=400", options=sharing(url))
-    assert "trial 0 (" not in output and "trial 1 (" in output
+    assert "\ntrial 0 (" not in output and "\ntrial 1 (" in output
     assert (here.folder / "trials" / "0000" / "record.json").read_bytes() == before
     assert [lease.finished for lease in held(url, here.folder).values()] == [True, True]
 

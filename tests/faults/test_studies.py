@@ -25,9 +25,9 @@ def test_ten_and_ten_more_are_twenty_at_once(machine):
     at_once.run(*short, "study.n_trials=20")
     in_two.run(*short, "study.n_trials=10")
     output = in_two.run(*short, "study.n_trials=20")
-    assert in_two.numbers() == at_once.numbers() and "trial 9 (" not in output
+    assert in_two.numbers() == at_once.numbers() and "\ntrial 9 (" not in output
     assert distinct(in_two) == len(in_two.records()) == 20
-    assert "trial 0 (" not in in_two.run(*short, "study.n_trials=20") and len(in_two.records()) == 20
+    assert "\ntrial 0 (" not in in_two.run(*short, "study.n_trials=20") and len(in_two.records()) == 20
 
 
 def test_an_edited_space_is_shown_and_nothing_runs_until_it_is_forked(finished, machine):
@@ -37,7 +37,7 @@ def test_an_edited_space_is_shown_and_nothing_runs_until_it_is_forked(finished, 
     before = here.numbers()
     output = here.run(*SHORT, "study.n_trials=4", edit, code=2)
     assert "space.optim.learning_rate.high: 0.01 there, 0.02 here" in output and "--fork NAME" in output
-    assert "trial 3 (" not in output and here.numbers() == before
+    assert "\ntrial 3 (" not in output and here.numbers() == before
     output = here.run(*SHORT, "study.n_trials=4", edit, options=("--fork", "wider"))
     assert "3 trials taken over from tiny" in output and "4 of 4 trials finished" in output
     taken = records.read_all(here.folder.parent / "wider")
@@ -58,7 +58,7 @@ def test_a_fork_that_was_cut_off_is_made_whole_by_the_same_command(machine, fini
     for number in (1, 2):
         (other / "trials" / f"{number:04d}" / "record.json").unlink()
     output = here.run(*SHORT, "study.n_trials=3", options=fork)
-    assert "3 trials taken over from tiny" in output and "trial 1 (" not in output
+    assert "3 trials taken over from tiny" in output and "\ntrial 1 (" not in output
     assert [record.origin for record in records.read_all(other)] == ["tiny/0", "tiny/1", "tiny/2"]
     assert not (other / "fork-pending").exists()
 
@@ -75,7 +75,7 @@ def test_a_queue_is_run_once_and_can_be_filled_while_the_study_runs(machine, tmp
     records = here.records()
     assert [record.note for record in records] == ["deep", "later", "", ""]
     assert [record.config.shape.n_heads for record in records[:2]] == [2, 1]
-    assert "trial 0 (" not in here.run(*changes)
+    assert "\ntrial 0 (" not in here.run(*changes)
     assert here.records() == records and distinct(here) == 4
 
 
