@@ -18,6 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Column
 
 from fintx.cli import display
+from fintx.cli.terminal import print_lines, rich_table
 from fintx.config.schema import StudySpec
 from fintx.errors import StopAtOnce
 from fintx.evaluate import metrics
@@ -177,7 +178,7 @@ class View:
         """A line where there is no live table; above the table too if it must not scroll away."""
         if always or not self._console.is_terminal:
             prefix = f"{study}: " if len(self._studies) > 1 else ""
-            display.print_lines(self._console, f"{prefix}{line}")
+            print_lines(self._console, f"{prefix}{line}")
 
     def _print_outcome(self, study: str, name: str, record: TrialRecord, progress: str, shape: str = "") -> None:
         scores = f"{record.metric} {number(record.value)}, skill {percent(record.best.get('skill'))}"
@@ -256,7 +257,7 @@ class View:
         studies = [study for study in self._studies.values() if study.records]
         failed = Counter(r.outcome for study in studies for r in study.records if r.value is None)
         text = ", ".join(f"{n} {outcome}" for outcome, n in failed.items())
-        tables = [display.rich_table(_newest_trials(study), elastic="shape") for study in studies]
+        tables = [rich_table(_newest_trials(study), elastic="shape") for study in studies]
         return Group(*tables, self._progress, *([f"failed: {text}"] if text else []))
 
 

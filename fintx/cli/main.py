@@ -109,9 +109,7 @@ def sweep(
     data_dir: DataDir = DATA,
     workers: Workers = None,
     storage: StorageUrl = None,
-    fork: Annotated[
-        str | None, typer.Option(help="Start a new study of this name with the trials still valid.")
-    ] = None,
+    fork: Annotated[str | None, typer.Option(help="A new study of this name, with the trials still valid.")] = None,
 ) -> None:
     """Run studies; give the same command again to continue them.
 
@@ -357,9 +355,7 @@ def cancel_in_queue(
 def evaluate(
     path: Annotated[Path, typer.Argument(help="Folder of a study (its best trial), a trial or a checkpoint.")],
     test: Annotated[bool, typer.Option("--test", help="Open the sealed test part; the opening is logged.")] = False,
-    unconfirmed: Annotated[
-        bool, typer.Option("--unconfirmed", help="With --test: open it without confirmation.")
-    ] = False,
+    unconfirmed: Annotated[bool, typer.Option("--unconfirmed", help="With --test: unconfirmed too.")] = False,
     data: Annotated[Path | None, typer.Option(help="A file of bars: another asset, or later days.")] = None,
     symbol: Annotated[str | None, typer.Option(help="With --data: the asset in that file.")] = None,
     data_dir: DataDir = DATA,
@@ -413,10 +409,7 @@ def compare(studies: Studies, outputs: Outputs = OUTPUTS) -> None:
     from fintx.cli import display
     from fintx.report import comparison_page
 
-    compared = comparison.read(folders)
-    page = comparison_page.build(compared, outputs=outputs)
-    display.print_page(Console(), page)
-    print(page.write())
+    display.write_page(Console(), comparison_page.build(comparison.read(folders), outputs=outputs))
 
 
 @app.command()
@@ -436,9 +429,7 @@ def scaling(
     from fintx.report import scaling_page
 
     laws = scaling_laws.read(folders, over=over, difference=difference)
-    page = scaling_page.build(laws, outputs=outputs)
-    display.print_page(Console(), page)
-    print(page.write())
+    display.write_page(Console(), scaling_page.build(laws, outputs=outputs))
 
 
 # --- data -------------------------------------------------------------------------------------------------------------

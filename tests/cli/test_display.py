@@ -44,8 +44,8 @@ def test_nothing_to_compare_with_leaves_the_cells_empty():
 def printed(*, terminal: bool, lines: tuple[str, ...] = (), table: Table | None = None) -> list[str]:
     console = Console(file=io.StringIO(), force_terminal=terminal, width=40, color_system=None)
     if table is not None:
-        display.print_tables(console, table)
-    display.print_lines(console, *lines)
+        print_tables(console, table)
+    print_lines(console, *lines)
     return console.file.getvalue().splitlines()
 
 
