@@ -9,6 +9,7 @@ from rich.console import Console
 
 from fintx.analysis.predictions import BaselineComparison
 from fintx.cli import display
+from fintx.cli.terminal import print_lines, print_tables
 from fintx.evaluate.significance import Estimate
 from fintx.report import format
 from fintx.report.table import Table
