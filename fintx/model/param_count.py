@@ -73,6 +73,6 @@ def feasible_shapes(
     kind = family.of(models[0])
     shapes = kind.feasible(architecture, budget, models, n_features)
     if not shapes:
-        where = f"no candidate shape holds {budget.low:,} … {budget.high:,} parameters (budget.parameters ± tolerance)"
+        where = f"no candidate shape holds {budget.low:,} … {budget.high:,} parameters (the budget ± its tolerance)"
         raise InfeasibleBudget(f"{where}: {kind.why_infeasible(architecture, budget, models, n_features)}")
     return shapes

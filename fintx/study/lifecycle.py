@@ -127,7 +127,7 @@ def open_study(request: StudyRequest, context: RunContext) -> Iterator[OpenStudy
     if existing is not None:
         check_same(folder, existing.definition, definition)
     n_features, minimize = len(spec.data.features), metrics.MINIMIZE[spec.study.metric]
-    space = SearchSpace.build(spec, n_features=n_features)
+    space = SearchSpace.build(spec, n_features=n_features, where=request.where)
     queue.check(spec, n_features=n_features, where=request.where)
     counted = not request.queue_only and take_over is None
 

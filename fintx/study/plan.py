@@ -153,7 +153,7 @@ def plan_study(spec: StudySpec, *, data_root: Path, on: Machine | None = None, w
     spec = spec.model_copy(update={"data": prepared.data})
     n_features = len(spec.data.features)
     queue.check(spec, n_features=n_features, where=where)
-    space = SearchSpace.build(spec, n_features=n_features)
+    space = SearchSpace.build(spec, n_features=n_features, where=where)
     counted = tuple((shape, param_count.count_params(spec.model, shape, n_features).total) for shape in space.shapes)
     return StudyPlan(
         spec=spec,

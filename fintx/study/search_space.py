@@ -38,7 +38,7 @@ from fintx.config.schema import (
     TrialConfig,
     config_hash,
 )
-from fintx.config.validate import SECTIONS, field_kind
+from fintx.config.validate import SECTIONS, Where, field_kind, spelled
 from fintx.errors import FintxError
 from fintx.evaluate import metrics
 from fintx.model import family, param_count
@@ -74,13 +74,19 @@ class SearchSpace:
         return tuple(family.of(self.spec.model).coordinates)
 
     @staticmethod
-    def build(spec: StudySpec, *, n_features: int) -> SearchSpace:
+    def build(spec: StudySpec, *, n_features: int, where: Where = spelled) -> SearchSpace:
         """Solve the budget and build the space.
+
+        Args:
+            where: where a key of the file is, for messages.
 
         Raises:
             InfeasibleBudget: no candidate fits.
         """
-        shapes = param_count.feasible_shapes(spec.architecture, spec.budget, model_variants(spec), n_features)
+        try:
+            shapes = param_count.feasible_shapes(spec.architecture, spec.budget, model_variants(spec), n_features)
+        except param_count.InfeasibleBudget as error:
+            raise param_count.InfeasibleBudget(f"{where(('budget', 'parameters'))}: {error}") from None
         axes = family.of(spec.model).coordinates
         coordinates = np.array([[coordinate(shape) for coordinate in axes.values()] for shape in shapes])
         counts: dict[tuple[float, ...], int] = {}

@@ -220,6 +220,15 @@ def test_a_users_mistake_is_one_line_and_exit_code_2(arguments, words, tmp_path)
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
 
 
+def test_a_budget_that_no_shape_meets_is_named_with_its_line(tiny_file, tmp_path):
+    file = tmp_path / "huge.toml"
+    file.write_text(tiny_file.read_text().replace("1.2K", "30B"))
+    line = file.read_text().splitlines().index('parameters = "30B"') + 1
+    for command in ("plan", "sweep"):
+        output = mistake(command, file, "--data-dir", tmp_path / "data")
+        assert output.startswith(f"fintx: {file}:{line}: budget.parameters: no candidate shape holds")
+
+
 def test_a_queue_entry_outside_the_budget_is_named(tmp_path):
     file = tmp_path / "q.toml"
     text = (ROOT / "sweeps" / "demo.toml").read_text()
