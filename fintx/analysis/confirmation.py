@@ -207,21 +207,8 @@ def build(
     best = predictions.best_baseline(rows)
     if best is None:
         raise FintxError(f"{study_folder}: no baseline has a {rows.metric} on its validation rows to compare with")
-    reruns = {
-        (record.trial_number, seed): records.read(path)
-        for record in trials
-        for seed in seeds
-        if (path := records.rerun_folder(study_folder, record.trial_number, seed) / "record.json").is_file()
-    }
-    shared = [seed for seed in seeds if all((record.trial_number, seed) in reruns for record in trials)]
-    reruns_of = {record.trial_number: [reruns[record.trial_number, seed] for seed in shared] for record in trials}
-    outputs = {
-        number: np.array([
-            predictions.read_outputs(records.rerun_folder(study_folder, number, seed), rows) for seed in shared
-        ])
-        for number, own in reruns_of.items()
-        if own and all(rerun.value is not None for rerun in own)
-    }  # fmt: skip
+    reruns = _read_reruns(study_folder, trials, seeds, rows)
+    outputs = reruns.outputs
     finished = records.read_all(study_folder)
     search_losses, missing = _search_losses(study_folder, finished, rows)
     baseline_losses, search_days = rows.losses(rows.baselines[best[0]]), _by_day(rows, search_losses)
@@ -238,10 +225,10 @@ def build(
     return Confirmation(
         study=spec.study.name,
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        complete=len(reruns) == len(trials) * len(seeds),
+        complete=reruns.n_trained == len(trials) * len(seeds),
         n_members=len(trials) * len(seeds),
-        n_trained=len(reruns),
-        seeds=tuple(shared),
+        n_trained=reruns.n_trained,
+        seeds=reruns.seeds,
         n_seeds=len(seeds),
         n_trials=spec.study.n_trials,
         n_finished=len(finished),
@@ -259,11 +246,47 @@ def build(
         overfitting=selection.overfitting_probability(search_days) if several and can_split else None,
         luck=selection.luck_of_the_best(search_days, judgement.resamples) if judgement and several else None,
         candidates=tuple(
-            _candidate(record, reruns_of[n], verdicts.get(n), outputs.get(n), search_losses.get(n), against)
+            _candidate(record, reruns.records[n], verdicts.get(n), outputs.get(n), search_losses.get(n), against)
             for n, record in ((record.trial_number, record) for record in trials)
         ),
         notes=_notes(study_folder, spec, finished, missing),
     )
+
+
+@dataclass(frozen=True)
+class _Reruns:
+    """The reruns in a study's folder, by trial number."""
+
+    n_trained: int
+    seeds: tuple[int, ...]
+    """Those that every candidate has been trained with."""
+    records: dict[int, list[TrialRecord]]
+    """One per seed."""
+    outputs: dict[int, Floats]
+    """(seeds, S) validation outputs, of candidates whose reruns all succeeded."""
+
+
+def _read_reruns(
+    study_folder: Path, trials: Sequence[TrialRecord], seeds: Sequence[int], rows: Rows
+) -> _Reruns:  # fmt: skip
+    folders = {
+        (record.trial_number, seed): records.rerun_folder(study_folder, record.trial_number, seed)
+        for record in trials
+        for seed in seeds
+    }
+    trained = {
+        key: records.read(folder / "record.json")
+        for key, folder in folders.items()
+        if (folder / "record.json").is_file()
+    }
+    shared = tuple(seed for seed in seeds if all((record.trial_number, seed) in trained for record in trials))
+    by_trial = {record.trial_number: [trained[record.trial_number, seed] for seed in shared] for record in trials}
+    outputs = {
+        number: np.array([predictions.read_outputs(folders[number, seed], rows) for seed in shared])
+        for number, reruns in by_trial.items()
+        if reruns and all(rerun.value is not None for rerun in reruns)
+    }
+    return _Reruns(len(trained), shared, by_trial, outputs)
 
 
 def _search_losses(
