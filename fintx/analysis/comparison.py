@@ -29,7 +29,7 @@ from fintx.study.search_space import model_variants
 
 @dataclass(frozen=True)
 class StudyRow:
-    """One study."""
+    """One study in the comparison."""
 
     name: str
     label: str
@@ -43,7 +43,7 @@ class StudyRow:
     """Skill of its best trial with its 95 % interval; none without predictions."""
     best_skill: float | None
     baseline: str | None
-    """The best one."""
+    """Name of the best baseline."""
     baseline_skill: float | None
     comparison: BaselineComparison | None
     """Its best trial against its best baseline; none without predictions."""

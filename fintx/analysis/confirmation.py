@@ -38,7 +38,7 @@ class SubsetGain(RecordModel):
     name: str
     """The fold, counted from 1; the year; or calm, middling, nervous: the thirds of VIX."""
     n: int
-    """Rows."""
+    """Number of rows."""
     gain: Estimate
 
 
@@ -110,7 +110,7 @@ class Confirmation(RecordModel):
     seeds: tuple[int, ...]
     """Those with which every candidate has been trained: what is compared."""
     n_seeds: int
-    """Asked for."""
+    """Number of seeds that were asked for."""
     n_trials: int
     """Asked for, of the search."""
     n_finished: int

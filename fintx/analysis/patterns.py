@@ -311,7 +311,7 @@ class OutcomeSummary:
     mean_s: float
     total_s: float
     compile_s: float
-    """Mean; part of mean_s."""
+    """Mean seconds of compiling, part of mean_s."""
     detail: str
     """Of the newest one, where it failed."""
 
@@ -346,7 +346,7 @@ class SearchSummary:
     """By which the coverage goes: d_model of an encoder."""
     coverage: tuple[SpaceCoverage, ...]
     shapes: tuple[Shape, ...]
-    """All feasible ones."""
+    """All feasible shapes."""
     trained: int
     """How many of them were trained."""
     queued_off_grid: int
@@ -354,7 +354,7 @@ class SearchSummary:
     wall_s: float
     """From the first start to the last end."""
     busy_s: float
-    """Sum over trials."""
+    """Wall seconds, summed over trials."""
     machines: tuple[tuple[tuple[str, str], int], ...]
     """((host, device), trials)."""
 

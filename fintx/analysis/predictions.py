@@ -35,16 +35,16 @@ class Rows:
 
     predicts: Prediction
     metric: str
-    """The study's."""
+    """The metric that the study ranks trials by."""
     n_seeds: int
     """Of each trial of the search (`study.replicates`)."""
     horizon: int
     fold: Ints
-    """(S,)"""
+    """(S,) index of the fold that each row belongs to."""
     dates: np.ndarray
     """(S,) datetime64[D]."""
     labels: Floats
-    """(S,)"""
+    """(S,) true labels."""
     baselines: dict[str, Floats]
     """Name → (S,) outputs."""
     key: pa.Table

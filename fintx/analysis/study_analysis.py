@@ -87,7 +87,7 @@ class BacktestAnalysis:
     """The returns of following the best trial; or why there are none."""
 
     performances: tuple[Performance, ...] = ()
-    """Its own first."""
+    """The strategy's own first, then those it is held against."""
     assumptions: tuple[str, ...] = ()
     deflated: DeflatedSharpe | None = None
     impossible: str = ""
@@ -102,7 +102,7 @@ class StudyAnalysis:
     prepared: PreparedData | None
     """None where the study's data are not here."""
     data_missing: str
-    """Why; else empty."""
+    """Why the prices are not here; empty: they are."""
     confirmation: Confirmation | None
     calibration: CalibrationAnalysis | None
     coverage: tuple[IntervalCoverage, ...]

@@ -45,7 +45,7 @@ class StudyResults:
 
     @property
     def name(self) -> str:
-        """The study's."""
+        """The study\'s name."""
         return self.folder.resolve().name
 
     @property
@@ -55,7 +55,7 @@ class StudyResults:
 
     @property
     def metric(self) -> str:
-        """The study's."""
+        """The metric that the study ranks trials by."""
         return self.spec.study.metric
 
     @property

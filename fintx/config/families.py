@@ -101,7 +101,7 @@ class EncoderEntry(QueueEntry):
     d_model: ShapeNumber
     """Width of the residual stream."""
     n_layers: ShapeNumber
-    """Depth."""
+    """Number of layers."""
     n_heads: ShapeNumber
     """Attention heads; must divide d_model."""
     d_ff: ShapeNumber

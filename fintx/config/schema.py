@@ -226,7 +226,7 @@ class TrainConfig(StrictModel):
     loss: Literal["bce", "focal", "mse", "huber"] = "bce"
     """bce, focal (Lin et al. 2017) for threshold and direction; mse, huber for regression."""
     focal_gamma: NonNegativeFloat = 2.0
-    """focal only."""
+    """Exponent of the focal loss; other losses ignore it."""
     huber_delta: PositiveFloat = 0.01
     """huber only: the log return at which quadratic turns into linear."""
     label_smoothing: Annotated[float, Field(ge=0, le=0.49, allow_inf_nan=False), Float32] = 0.0
@@ -303,7 +303,7 @@ def _free_name(name: str) -> str:
 
 
 class StudyConfig(StrictModel):
-    """The search itself."""
+    """The study: its name, question, metric and number of trials."""
 
     name: Annotated[Name, AfterValidator(_free_name)]
     """Folder under outputs/ and study name in the storage: letters, digits, '.', '_', '-'; at most 64."""

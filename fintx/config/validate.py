@@ -380,7 +380,7 @@ class Problems:
         self.uncounted = 0
 
     def add(self, path: KeyPath, message: str) -> None:
-        """A line on a key."""
+        """Add a message about a key."""
         self.lines[one_line(f"{self.at(path)}: {message}")] = None
 
     def at(self, path: KeyPath) -> str:

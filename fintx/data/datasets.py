@@ -266,7 +266,7 @@ class Panel:
     """All assets' rows, one asset below the other: unscaled features, and labels."""
 
     names: tuple[str, ...]
-    """Of the features."""
+    """Names of the features."""
     features: Floats
     """(rows, F) float64."""
     dates: np.ndarray

@@ -44,7 +44,7 @@ Need = Literal["volume", "gaps", "VIX"]
 
 @dataclass(frozen=True)
 class Feature:
-    """A named input."""
+    """An input of the model: how it is computed, and what it needs."""
 
     description: str
     function: Callable[[Bars, Floats], Floats]

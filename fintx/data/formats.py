@@ -46,7 +46,7 @@ class PriceColumns:
     """(T,) line of each row in the file; None where the source has no lines."""
 
     def take(self, rows: np.ndarray) -> PriceColumns:
-        """The given rows."""
+        """The same columns at the given rows alone."""
         columns = {name: column[rows] for name, column in self.columns.items()}
         return PriceColumns(self.dates[rows], columns, None if self.lines is None else self.lines[rows])
 

@@ -43,7 +43,7 @@ class Snapshot(BaseModel):
     version: str
     """sha256 of the content: the columns' values, independent of the file format."""
     sha256: str
-    """Of the file."""
+    """sha256 of the file."""
     path: str
     """Relative to the data folder."""
     rows: int

@@ -50,7 +50,7 @@ class StrategyReturns:
 
 @dataclass(frozen=True)
 class Performance:
-    """Figures of a strategy."""
+    """A strategy's returns after costs, in a few numbers."""
 
     name: str
     trades: int
@@ -58,7 +58,7 @@ class Performance:
     exposure: float
     """Share of days with a position."""
     annual_return: float
-    """Geometric."""
+    """Geometric mean, per year."""
     annual_volatility: float
     sharpe: float | None
     """Annual, without an interest rate; None where returns never vary."""

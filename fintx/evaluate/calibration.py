@@ -221,7 +221,7 @@ class ThresholdRow:
     decile: float
     """Share of rows below the threshold; .9: the tenth of the rows with the highest p is predicted positive."""
     threshold: float
-    """Probability."""
+    """Predicted probability from which the answer is yes."""
     predicted: int
     """Rows predicted positive; more than their share where many rows have the same p."""
     precision: Proportion

@@ -23,7 +23,7 @@ class MirrorTest:
     base_rate: float
     opposite_rate: float
     auc: float | None
-    """Of the event."""
+    """AUC of the predicted event."""
     opposite_auc: float | None
     """The same outputs, scored against the opposite event. As high as `auc`: they know volatility, not direction."""
     one_sided: int

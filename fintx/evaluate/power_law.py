@@ -47,7 +47,7 @@ class FittedLaw:
     unit: float
     """Geometric mean of the sizes, which the fit measures them in."""
     floor: float
-    """E."""
+    """E, the loss that no size goes below."""
     heights: tuple[float, ...]
     """Of each term at x = unit: A·unit^(−α), B·unit^β."""
     exponents: tuple[float, ...]

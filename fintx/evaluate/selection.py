@@ -126,7 +126,7 @@ class Verdict:
     """Loss per row above that of the best candidate, seed by seed; None for the best."""
     best: bool
     indistinguishable: bool
-    """From the best."""
+    """Whether it can't be told from the best candidate."""
     confirmed: bool
     """Ahead of the baseline with confidence: by its own interval, and by Hansen's test over all that was tried."""
 
@@ -139,7 +139,7 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Judgement:
-    """On all candidates."""
+    """The verdicts on all candidates, and the test that they share."""
 
     verdicts: tuple[Verdict, ...]
     superior_p_value: float

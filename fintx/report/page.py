@@ -60,7 +60,7 @@ class Section:
     """A heading and what stands under it."""
 
     name: str
-    """Anchor."""
+    """Name of the section's anchor in the page."""
     title: str
     blocks: tuple[Block, ...]
 

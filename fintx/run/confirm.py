@@ -47,7 +47,7 @@ class ConfirmationRun:
     """A confirmation under way in this process."""
 
     folder: Path
-    """The study's."""
+    """The study\'s folder."""
     run: StudyRun
     trials: tuple[TrialRecord, ...]
     """The best, in the search's order."""
@@ -63,7 +63,7 @@ class ConfirmationRun:
 
     @property
     def spec(self) -> StudySpec:
-        """The study's."""
+        """The study\'s settings."""
         return self.run.spec
 
     @property
@@ -73,7 +73,7 @@ class ConfirmationRun:
 
     @property
     def settled(self) -> bool:
-        """Nothing runs."""
+        """Whether no worker trains a rerun of this confirmation."""
         return not self.run.running
 
     def next_jobs(self, fits: Callable[[TrialConfig], int | None]) -> Iterator[Job]:

@@ -91,7 +91,7 @@ class StudyRun:
 
     @property
     def name(self) -> str:
-        """The study's."""
+        """The study\'s name."""
         return self.spec.study.name
 
     @property

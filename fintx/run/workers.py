@@ -54,9 +54,9 @@ class Worker:
     """A place for a worker process, which is started when it gets jobs."""
 
     cores: tuple[int, ...]
-    """Empty: all."""
+    """Cores that it may use; empty: all."""
     gpus: tuple[int, ...]
-    """Empty: all."""
+    """GPUs that it sees; empty: all."""
     process: subprocess.Popen[bytes] | None = None
     log: IO[bytes] | None = None
     """What it prints before its first job."""

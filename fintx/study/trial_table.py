@@ -52,7 +52,7 @@ class Lease:
     token: str
     """Of the attempt that holds it; any other attempt is superseded."""
     attempt: int
-    """From 1."""
+    """Number of the attempt, from 1."""
     failures: int
     """Attempts that crashed or hung, in all."""
     owner: str

@@ -42,7 +42,7 @@ class EpochReport:
     """What is known after an epoch; for the live view."""
 
     epoch: int
-    """From 1."""
+    """Number of the epoch, from 1."""
     max_epochs: int
     step: int
     """Steps taken so far."""
@@ -63,7 +63,7 @@ class TrialEnd:
 
     outcome: TrainingOutcome
     detail: str
-    """One line."""
+    """The reason, in one line."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,7 +78,7 @@ class FitResult:
     last: Metrics
     """Validation metrics at the last step that was evaluated."""
     best_epoch: int
-    """From 1; 0: none."""
+    """Number of the best epoch, from 1; 0: no epoch came to an end."""
     best_step: int
     epochs: int
     """Epochs trained."""

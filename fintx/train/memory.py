@@ -35,13 +35,13 @@ class Footprint:
     parameters: int
     gradients: int
     moments: int
-    """AdamW's two."""
+    """AdamW's first and second moments."""
     activations: int
     """Kept for the backward pass, or at work; with fsdp also the gathered weights of a layer."""
 
     @property
     def total(self) -> int:
-        """All of it."""
+        """All bytes together."""
         return self.parameters + self.gradients + self.moments + self.activations
 
 

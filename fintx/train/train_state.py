@@ -278,7 +278,7 @@ class Timing:
     run_s: float = 0.0
     """Training and evaluating on the devices."""
     wall_s: float = 0.0
-    """All of it."""
+    """Wall time of the whole fit."""
 
     def __add__(self, other: Timing) -> Timing:
         return Timing(*map(operator.add, astuple(self), astuple(other)))

@@ -269,7 +269,7 @@ class TrainPrograms:
     """The compiled programs of a training: a trial's, or of several trials side by side (a population)."""
 
     start: Callable[[Hyperparameters], TrainState]
-    """Of one trial."""
+    """The state before the first step, of one trial."""
     segment: Callable[[Hyperparameters, TrainState, EpochSums, Windows, np.int32], tuple[TrainState, EpochSums]]
     """Donates the state: the one that it is given is gone afterwards. A population's hyperparameters, state and sums
     have a leading axis R; the number of steps is one for all."""

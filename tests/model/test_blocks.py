@@ -59,7 +59,7 @@ def by_autodiff(how: blocks.Static, stacked: Any, hidden: jax.Array, words: jax.
     return jax.vjp(run, stacked, hidden)[1](grad)
 
 
-def compare(ours: Any, theirs: Any, *, tolerance: float) -> None:
+def assert_close(ours: Any, theirs: Any, *, tolerance: float) -> None:
     """Leaf by leaf, in the norm; a leaf that is zero but for rounding (a key's bias) against the largest grad."""
     for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(ours), jax.tree.leaves(theirs), strict=True):
         error, size = float(jnp.linalg.norm(a - b)), float(jnp.linalg.norm(b))
@@ -89,7 +89,7 @@ def test_the_backward_pass_by_hand_equals_autodiff(shape: str, dropped: bool, re
     gradients = [
         jax.jit(functools.partial(each, how))(stacked, hidden, words_or_none, grad) for each in (by_hand, by_autodiff)
     ]
-    compare(*gradients, tolerance=1e-5)  # the same sums in another order
+    assert_close(*gradients, tolerance=1e-5)  # the same sums in another order
 
 
 def test_in_bfloat16_it_is_as_close_to_float32_as_autodiff_is() -> None:
@@ -120,7 +120,7 @@ def test_what_comes_before_a_layer_is_pulled_back_through() -> None:
     how = static(shape, before_layer=lambda hidden, block: (doubling(hidden), jax.tree.map(doubling, block)))
     drawn_ones = drawn(shape)
     ours, theirs = (jax.jit(functools.partial(each, how))(*drawn_ones) for each in (by_hand, by_autodiff))
-    compare(ours, theirs, tolerance=1e-5)
+    assert_close(ours, theirs, tolerance=1e-5)
 
 
 def test_what_is_kept_is_what_the_docstring_says() -> None:
