@@ -225,8 +225,8 @@ class TrainConfig(StrictModel):
     """Epochs without a better validation metric before training stops; the best step is restored."""
     loss: Literal["bce", "focal", "mse", "huber"] = "bce"
     """bce, focal (Lin et al. 2017) for threshold and direction; mse, huber for regression."""
-    focal_gamma: NonNegativeFloat = 2.0
-    """Exponent of the focal loss; other losses ignore it."""
+    focal_gamma: Annotated[NonNegativeFloat, Field(le=100)] = 2.0
+    """Exponent of the focal loss; other losses ignore it. Beyond 100 hardly a sample would weigh anything."""
     huber_delta: PositiveFloat = 0.01
     """huber only: the log return at which quadratic turns into linear."""
     label_smoothing: Annotated[float, Field(ge=0, le=0.49, allow_inf_nan=False), Float32] = 0.0
@@ -333,7 +333,7 @@ class ExecutionConfig(StrictModel):
     """journal: a file in the study's folder. postgresql://USER@HOST/DATABASE: machines with that URL share a study."""
     checkpoint_s: Seconds | None = None
     """Seconds between saves of a running trial; none: 60, or 50 × what a save takes if longer (2 % at most)."""
-    hang_s: Seconds = 900.0
+    hang_s: Annotated[Seconds, Field(ge=1)] = 900.0
     """Seconds without a step after which a worker counts as hung: it is stopped and its trial taken up again."""
     max_attempts: Count = 3
     """Times that a run of the study tries a trial whose worker crashes or hangs, before it leaves the trial aside."""

@@ -72,6 +72,8 @@ HUGE = [
     ("optim.eps=1e-30", "≥ 1e-16"),
     ("budget.parameters='999999999999999B'", "≤ 10000000000000"),
     ("execution.hang_s=1e9", "≤ 1e+06"),
+    ("execution.hang_s=1e-9", "≥ 1"),
+    ("train.focal_gamma=1e30", "≤ 100"),
     ("execution.population=5000", "from 1 to 4096"),
     ("mesh.data=65537", "a number of devices"),
 ]

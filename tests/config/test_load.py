@@ -267,7 +267,7 @@ def test_a_whole_number_is_asked_of_a_queued_whole_number(tmp_path):
         ("checkpoint_s", "nan", "wanted a"),
         ("checkpoint_s", "-1.0", "wanted a value > 0, got -1.0"),
         ("checkpoint_s", "true", "wanted a number, got true"),
-        ("hang_s", "0", "wanted a value > 0, got 0"),
+        ("hang_s", "0", "wanted a value ≥ 1, got 0"),
         ("hang_s", "inf", "wanted a finite number, got inf"),
         ("hang_s", '"900"', 'wanted a number, got "900"'),
         ("max_attempts", "true", "wanted a whole number, got true"),
