@@ -145,7 +145,7 @@ class CheckpointManager:
             "trial": self._identity(),
             "step": training.step,
             "progress": progress.to_json(),
-            "arrangement": dataclasses.asdict(training.batch_layout),
+            "arrangement": dataclasses.asdict(training.batch_layout),  # the name that version 0.1 wrote
             **dataclasses.asdict(training.timing),
         }
         folder = self._folder(training.step)
